@@ -1,0 +1,1 @@
+"""Presets: one JSON file each, with the origin of every number."""

@@ -1,0 +1,232 @@
+"""The table of backends, and the torch operators through which they run.
+
+A backend is three functions over strided `(batch, heads, length, dim)` tensors and a sequence table (see
+`moba_hf.sequences`), plus one that says what it cannot take. To add one, write a loader that returns a
+`Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never breaks the import.
+
+`select_op` and `attend_op` are `torch.library` operators with fake kernels and an explicit backward, so
+`torch.compile` and `torch.export` see one opaque node each and autograd keeps only inputs, output and lse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.reference import accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute MoBA.
+
+    Attributes:
+        select: `(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks)` ->
+            int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last.
+        forward: `(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)` ->
+            `out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32 (fp64).
+        backward: `(grad_out, grad_lse, q, k, v, out, lse, *the rest as forward)` -> gradients of q, k, v.
+        unsupported: `(q, k, v, block_size)` -> why these inputs cannot be taken, or None.
+    """
+
+    select: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    unsupported: Callable[[Tensor, Tensor, Tensor, int], str | None]
+
+
+def _load_portable() -> Backend:
+    from moba_hf import portable
+
+    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rule: int) -> Tensor:
+        block_size, topk, sink_blocks, local_blocks = rule
+        return portable.select(
+            q, k, table, block_size=block_size, topk=topk, sink_blocks=sink_blocks, local_blocks=local_blocks
+        )
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, _mq, _mk, block_size, scale = args
+        return portable.attend(*tensors, block_size=block_size, softmax_scale=scale)
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, _mq, _mk, block_size, scale = args
+        return portable.attend_backward(*tensors, block_size=block_size, softmax_scale=scale)
+
+    return Backend(select, forward, backward, _takes_all)
+
+
+def _load_reference() -> Backend:
+    from moba_hf import reference
+
+    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rule: int) -> Tensor:
+        block_size, topk, sink, local = rule
+        result = torch.full(
+            (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
+        )
+        for at, (queries, keys) in _each_sequence(table, q, k):
+            result[at] = reference.select_blocks_ref(
+                queries, keys, block_size=block_size, topk=topk, sink_blocks=sink, local_blocks=local
+            )
+        return result
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, choice: Tensor, table: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        _mq, _mk, block_size, scale = rest
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
+        for (row, part), (queries, keys, values) in _each_sequence(table, q, k, v):
+            out[row, part], lse[row, :, part] = reference.attend_ref(
+                queries, keys, values, choice[row, part], block_size=block_size, softmax_scale=scale
+            )
+        return out, lse
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise AssertionError("the reference is differentiated by autograd")
+
+    return Backend(select, forward, backward, _takes_all)
+
+
+def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
+    """Per sequence: (batch row, query slice), and q, k, v of it as `(length, heads, dim)`."""
+    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        parts = [q[row, :, q_begin:q_end], *(x[row, :, k_begin:k_end] for x in kv)]
+        yield (row, slice(q_begin, q_end)), [x.transpose(0, 1) for x in parts]
+
+
+def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
+    return None
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _load_reference, "portable": _load_portable}
+
+
+@cache
+def load_backend(name: str) -> Backend:
+    """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
+    """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs."""
+    if name == "auto":
+        return "portable"
+    reason = load_backend(name).unsupported(q, k, v, block_size)
+    if reason is not None:
+        raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
+    return name
+
+
+@torch.library.custom_op("moba_hf::select_blocks", mutates_args=())
+def select_op(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    backend: str,
+) -> Tensor:
+    """`Backend.select` as one operator."""
+    return load_backend(backend).select(
+        q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks
+    )
+
+
+@select_op.register_fake
+def _(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks, backend):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
+
+
+@torch.library.custom_op("moba_hf::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`Backend.forward` as one operator."""
+    return load_backend(backend).forward(
+        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale
+    )
+
+
+@_attend.register_fake
+def _(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, backend):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+@torch.library.custom_op("moba_hf::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Backend.backward` as one operator; gradients are contiguous."""
+    args = (block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)
+    return load_backend(backend).backward(grad_out, grad_lse, q, k, v, out, lse, *args)
+
+
+@_attend_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, block_indices, table, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, block_indices, table)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 7
+
+
+_attend.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`Backend.forward`, differentiable."""
+    args = (q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)
+    if backend == "reference":  # plain differentiable torch: nothing between it and autograd
+        return load_backend(backend).forward(*args)
+    return _attend(*args, backend)

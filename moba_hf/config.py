@@ -1,0 +1,246 @@
+"""How a model uses MoBA: one frozen, validated dataclass, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+# Names of the original MoBA release, read by `from_dict`.
+_ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
+# Fields that a single layer may set for itself.
+_LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks")
+_DECODE = ("full", "sparse")
+
+DEFAULT_PRESET = "default"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one MoBA layer computes: the four numbers of the rule.
+
+    Attributes:
+        block_size: tokens in a block.
+        topk: blocks a query attends in all, its own included.
+        sink_blocks: first blocks of the sequence that are always attended; they count in `topk`.
+        local_blocks: blocks just before a query's own that are always attended; they count in `topk`.
+    """
+
+    block_size: int
+    topk: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+
+    @property
+    def max_keys(self) -> int:
+        """The most keys a query attends: `topk * block_size`."""
+        return self.block_size * self.topk
+
+
+@dataclass(frozen=True)
+class MobaConfig:
+    """MoBA settings of a model (arXiv 2502.13189); stored as `config.moba` of its text config.
+
+    Attributes:
+        block_size: tokens in a block, at least 1.
+        topk: blocks a query attends in all, its own included, at least `1 + sink_blocks + local_blocks`.
+        sink_blocks: first blocks of the sequence that every query attends (0 in the paper).
+        local_blocks: blocks just before a query's own that it always attends (0 in the paper).
+        full_attention_layers: indices of layers that keep full attention; negative ones count from the
+            last layer. They are checked against a model when applied to it.
+        decode: "full": a decode step attends every cached key (the paper's choice).
+        decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
+            that on an empty cache the decode rule and the prefill rule agree.
+        backend: "auto" or a name of `moba_hf.ops.BACKENDS`. A choice of the machine: never saved.
+        layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
+            `sink_blocks`, `local_blocks` for that layer. Mappings are accepted and normalised.
+
+    Raises:
+        ValueError: a value out of range. TypeError: a value of the wrong type.
+        NotImplementedError: `decode="sparse"`.
+    """
+
+    block_size: int
+    topk: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+    full_attention_layers: tuple[int, ...] = ()
+    decode: str = "full"
+    decode_max_len: int = 1
+    backend: str = "auto"
+    layers: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+        object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
+        object.__setattr__(self, "layers", _normalise_layers(self.layers))
+        if self.decode not in _DECODE:
+            raise ValueError(f"decode must be one of {', '.join(map(repr, _DECODE))}, got {self.decode!r}")
+        if self.decode == "sparse":
+            raise NotImplementedError('decode="sparse" is not available yet; use decode="full"')
+        _check_int("decode_max_len", self.decode_max_len, minimum=1)
+        if not isinstance(self.backend, str):
+            raise TypeError(f"backend must be a string, got {self.backend!r}")
+        for layer in [self._base, *(self._override(pairs) for _, pairs in self.layers)]:
+            if self.decode_max_len > layer.max_keys:
+                raise ValueError(
+                    f"decode_max_len={self.decode_max_len} exceeds topk * block_size = {layer.max_keys}; "
+                    "such a call is prefill, so lower decode_max_len"
+                )
+
+    @property
+    def _base(self) -> LayerConfig:
+        return LayerConfig(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+
+    def _override(self, pairs: tuple[tuple[str, int], ...]) -> LayerConfig:
+        return dataclasses.replace(self._base, **dict(pairs))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError when a layer index does not exist in a model of `num_layers` layers."""
+        for name, indices in (
+            ("full_attention_layers", self.full_attention_layers),
+            ("layers", tuple(index for index, _ in self.layers)),
+        ):
+            for index in indices:
+                if not -num_layers <= index < num_layers:
+                    raise ValueError(f"{name} names layer {index}, but the model has {num_layers} layers")
+
+    def for_layer(self, layer_idx: int, num_layers: int) -> LayerConfig | None:
+        """The rule of layer `layer_idx` (from 0) in a model of `num_layers`; None: full attention."""
+        self.check_layers(num_layers)
+        if layer_idx in {index % num_layers for index in self.full_attention_layers}:
+            return None
+        for index, pairs in self.layers:
+            if index % num_layers == layer_idx:
+                return self._override(pairs)
+        return self._base
+
+    def key_budget(self, length: int, num_layers: int) -> float:
+        """Mean over layers of `min(1, topk * block_size / length)`; a full layer counts 1.
+
+        Args:
+            length: tokens of the sequence.
+            num_layers: layers of the model.
+        """
+        rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
+        return sum(1.0 if r is None else min(1.0, r.max_keys / length) for r in rules) / num_layers
+
+    @classmethod
+    def from_preset(cls, name: str) -> MobaConfig:
+        """The preset `name`, read from `moba_hf/configs`.
+
+        Raises:
+            ValueError: unknown name; the message lists the valid ones.
+        """
+        return cls.from_dict(read_preset(name)["moba"])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MobaConfig:
+        """A config from JSON-like values; also reads the original release's names.
+
+        Raises:
+            ValueError: unknown keys, a missing `block_size` or `topk`, values out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a MoBA config must be a mapping, got {type(values).__name__}")
+        named: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _ALIASES.get(key, key)
+            if name in named:
+                raise ValueError(f"{name} is given twice (as {key!r} too)")
+            named[name] = value
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in named if key not in known)
+        if unknown:
+            raise ValueError(f"unknown MoBA settings: {', '.join(unknown)}; known are {', '.join(known)}")
+        missing = [name for name in ("block_size", "topk") if name not in named]
+        if missing:
+            raise ValueError(f"a MoBA config needs {' and '.join(missing)}")
+        return cls(**named)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values that `from_dict` reads back; without `backend`."""
+        return {
+            "block_size": self.block_size,
+            "topk": self.topk,
+            "sink_blocks": self.sink_blocks,
+            "local_blocks": self.local_blocks,
+            "full_attention_layers": list(self.full_attention_layers),
+            "decode": self.decode,
+            "decode_max_len": self.decode_max_len,
+            "layers": {str(index): dict(pairs) for index, pairs in self.layers},
+        }
+
+
+def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int) -> None:
+    """Raises TypeError or ValueError unless the four numbers make a rule."""
+    _check_int("block_size", block_size, minimum=1)
+    _check_int("topk", topk, minimum=1)
+    _check_int("sink_blocks", sink_blocks, minimum=0)
+    _check_int("local_blocks", local_blocks, minimum=0)
+    if topk < 1 + sink_blocks + local_blocks:
+        raise ValueError(
+            f"topk={topk} is too small: it counts the query's own block, {sink_blocks} sink_blocks and "
+            f"{local_blocks} local_blocks, so it must be at least {1 + sink_blocks + local_blocks}"
+        )
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, sorted."""
+    folder = resources.files("moba_hf.configs")
+    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The preset file `name`: `description`, `sources` (number -> origin) and `moba` (the settings)."""
+    names = preset_names()
+    if name not in names:
+        raise ValueError(f"unknown preset {name!r}; valid presets are {', '.join(names)}")
+    text = resources.files("moba_hf.configs").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def _check_int(name: str, value: object, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _int_tuple(values: object) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"full_attention_layers must be a list of ints, got {values!r}")
+    result = tuple(values)
+    for value in result:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"full_attention_layers must hold ints, got {value!r}")
+    return result
+
+
+def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
+    """Sorted `(index, ((name, value), ...))` pairs from a mapping (JSON keys are strings) or pairs."""
+    if not isinstance(layers, (Mapping, tuple, list)):
+        raise TypeError(f"layers must map a layer index to its overrides, got {layers!r}")
+    items = layers.items() if isinstance(layers, Mapping) else layers
+    result = []
+    for key, overrides in items:
+        try:
+            index = int(key)
+        except (TypeError, ValueError):
+            raise ValueError(f"layers is keyed by layer index, got {key!r}") from None
+        pairs = dict(overrides)
+        unknown = sorted(set(pairs) - set(_LAYER_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"layer {index} overrides {', '.join(unknown)}; it may set {', '.join(_LAYER_FIELDS)}"
+            )
+        result.append((index, tuple(sorted(pairs.items()))))
+    if len({index for index, _ in result}) != len(result):
+        raise ValueError("layers names a layer twice")
+    return tuple(sorted(result))

@@ -1,0 +1,312 @@
+"""The operator: `moba_attention` and `select_blocks` on packed tensors, and one batched entry under them.
+
+Everything is checked here, at the edge: shapes, dtypes and devices always; tensor values (offsets, a given
+choice of blocks) on CPU tensors, and on others only with `MOBA_HF_CHECK=1`, so that the hot path never waits
+for a device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from moba_hf.backends import attend_op, choose_backend, select_op
+from moba_hf.config import check_rule
+from moba_hf.sequences import batched_table, packed_table
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    block_indices: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """MoBA output `(total_q, num_heads, v_dim)` in q's dtype; arXiv 2502.13189, equations 1-6.
+
+    Each query attends its own block of `block_size` keys, causally, the forced blocks, and the earlier
+    blocks whose mean key scores best, `topk` blocks in all. Differentiable in q, k, v with the choice fixed.
+
+    Args:
+        q: `(total_q, num_heads, head_dim)`; fp64, fp32, bf16 or fp16.
+        k: `(total_k, num_kv_heads, head_dim)`; `num_heads` is a multiple of `num_kv_heads`.
+        v: `(total_k, num_kv_heads, v_dim)`.
+        block_size: tokens in a block.
+        topk: blocks a query attends, its own and the forced ones included.
+        sink_blocks: first blocks of each sequence that are always attended.
+        local_blocks: blocks just before the own one that are always attended.
+        cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
+            (keys take those of the queries when only these are given). A sequence with fewer queries than
+            keys is aligned at its end. Sequences may be empty.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, or bounds on them; None: the totals.
+        softmax_scale: factor of the scores in the softmax; None: `head_dim ** -0.5`.
+        block_indices: int32 `(total_q, num_heads, topk)`, a choice made before (`select_blocks`), relative
+            to each sequence, -1 last; it holds the own block and no duplicate or later block.
+        backend: "auto" or a name of `moba_hf.backends.BACKENDS`.
+        return_lse: also return `lse (num_heads, total_q)` fp32, the natural logarithm of the denominators.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that do not fit; the message says which.
+        TypeError: `block_size`, `topk`, `sink_blocks` or `local_blocks` not an int.
+    """
+    _check_packed(q, k, v)
+    table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
+    if block_indices is not None:
+        if block_indices.ndim != 3:
+            raise ValueError(
+                f"block_indices must be (total_q, num_heads, topk), got {tuple(block_indices.shape)}"
+            )
+        block_indices = block_indices[None]
+    out, lse = attention_over(
+        _as_batch(q),
+        _as_batch(k),
+        _as_batch(v),
+        table,
+        block_size=block_size,
+        topk=topk,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        max_seqlen_q=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+        softmax_scale=softmax_scale,
+        block_indices=block_indices,
+        backend=backend,
+    )
+    return (out[0], lse[0].float()) if return_lse else out[0]
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The blocks each query attends, int32 `(total_q, num_heads, topk)`, relative to its sequence.
+
+    Slot 0 is the own block, the order of the others is not specified, and -1 fills up where fewer exist.
+    Arguments and errors are those of `moba_attention`. The choice carries no gradient.
+    """
+    _check_packed(q, k, k)
+    check_rule(block_size, topk, sink_blocks, local_blocks)
+    table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
+    q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
+    lengths = (
+        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+    )
+    name = choose_backend(backend, q4, k4, k4, block_size)
+    return select_op(q4, k4, table, *lengths, block_size, topk, sink_blocks, local_blocks, name)[0]
+
+
+def batched_moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
+
+    Args:
+        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
+        kv_start, kv_end: int `(batch,)`, each row's real keys are slots `[kv_start, kv_end)`; None: all.
+        q_offset: int `(batch,)` or `(1,)`, slot of the first query; None: `kv_len - q_len`. Queries outside
+            `[kv_start, kv_end)` are padding: their output is zero.
+
+    Returns:
+        `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
+    """
+    check_tensors(q, k, v)
+    table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
+    return attention_over(
+        q,
+        k,
+        v,
+        table,
+        block_size=block_size,
+        topk=topk,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        max_seqlen_q=q.shape[2],
+        max_seqlen_k=k.shape[2],
+        softmax_scale=softmax_scale,
+        backend=backend,
+    )
+
+
+def attention_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    block_indices: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Select, then attend, over checked batched tensors and a sequence table; returns `(out, lse)`."""
+    check_rule(block_size, topk, sink_blocks, local_blocks)
+    name = choose_backend(backend, q, k, v, block_size)
+    if block_indices is None:
+        block_indices = select_op(
+            q.detach(),
+            k.detach(),
+            table,
+            max_seqlen_q,
+            max_seqlen_k,
+            block_size,
+            topk,
+            sink_blocks,
+            local_blocks,
+            name,
+        )
+    else:
+        _check_choice(block_indices, q, topk)
+        if check_values(q):
+            _check_choice_values(block_indices, table, block_size)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return attend_op(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, scale, name)
+
+
+def check_values(x: Tensor) -> bool:
+    """Whether values of tensors beside `x` may be read: on the CPU, or when `MOBA_HF_CHECK=1`."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("MOBA_HF_CHECK") == "1"
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless `(batch, heads, length, dim)` tensors fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"k and v must agree in length and heads, and with q in batch: q {tuple(q.shape)}, "
+            f"k {tuple(k.shape)}, v {tuple(v.shape)} as (batch, heads, length, dim)"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"num_heads={q.shape[1]} must be a multiple of num_kv_heads={k.shape[1]}")
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be (tokens, heads, dim), got {tuple(x.shape)}")
+    check_tensors(_as_batch(q), _as_batch(k), _as_batch(v))
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """Packed `(tokens, heads, dim)` as a `(1, heads, tokens, dim)` view."""
+    return x.transpose(0, 1)[None]
+
+
+def _packed_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Tensor:
+    """The sequence table of packed tensors, checked."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k is given without cu_seqlens_q")
+        if q.shape[0] > k.shape[0]:
+            raise ValueError(f"more queries ({q.shape[0]}) than keys ({k.shape[0]})")
+        return batched_table(1, q.shape[0], k.shape[0], q.device)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 (num_seqs + 1,), got {cu.dtype} {tuple(cu.shape)}")
+        if cu.device != q.device:
+            raise ValueError(f"{name} is on {cu.device}, q on {q.device}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k name {cu_seqlens_q.shape[0] - 1} and "
+            f"{cu_seqlens_k.shape[0] - 1} sequences"
+        )
+    if check_values(q):
+        _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    return packed_table(cu_seqlens_q, cu_seqlens_k)
+
+
+def _check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int) -> None:
+    for name, cu, total in (("cu_seqlens_q", cu_seqlens_q, total_q), ("cu_seqlens_k", cu_seqlens_k, total_k)):
+        if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu[1:] < cu[:-1]).any()):
+            raise ValueError(f"{name} must rise from 0 to the number of tokens {total}, got {cu.tolist()}")
+    lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    wrong = (lengths_q > lengths_k).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"sequence {i} has more queries ({int(lengths_q[i])}) than keys ({int(lengths_k[i])})"
+        )
+
+
+def _check_choice(block_indices: Tensor, q: Tensor, topk: int) -> None:
+    expected = (q.shape[0], q.shape[2], q.shape[1], topk)
+    if tuple(block_indices.shape) != expected or block_indices.dtype != torch.int32:
+        raise ValueError(
+            f"block_indices must be int32 (total_q, num_heads, topk) = {expected[1:]}, got "
+            f"{block_indices.dtype} {tuple(block_indices.shape[1:])}"
+        )
+    if block_indices.device != q.device:
+        raise ValueError(f"block_indices is on {block_indices.device}, q on {q.device}")
+
+
+def _check_choice_values(block_indices: Tensor, table: Tensor, block_size: int) -> None:
+    """Each choice holds the own block, no duplicate, no later block, and -1 only at its end."""
+    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        choice = block_indices[row, q_begin:q_end]
+        position = torch.arange(q_end - q_begin, device=choice.device) + (k_end - k_begin) - (q_end - q_begin)
+        own = (position // block_size)[:, None, None]
+        ordered = choice.sort(dim=2).values
+        problems = {
+            "a later block": (choice > own).any(),
+            "an index below -1": (choice < -1).any(),
+            "no own block": (~(choice == own).any(dim=2)).any(),
+            "a block twice": ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(),
+            "-1 before a block": ((choice[:, :, 1:] >= 0) & (choice[:, :, :-1] < 0)).any(),
+        }
+        for problem, found in problems.items():
+            if bool(found):
+                raise ValueError(f"block_indices holds {problem} for a query at row {q_begin} or after")

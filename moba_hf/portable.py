@@ -1,0 +1,376 @@
+"""MoBA in pure torch on any device: block-sparse, differentiable, bounded memory.
+
+Legend: H query heads, HK kv heads, D head dim, B block size, K topk, N keys, M queries of a chunk.
+
+For each sequence and each chunk of its queries:
+1. select: means of complete blocks, scores `(H, M, blocks)`, top-k.
+2. route: every (query head, query, slot) is a *pair*; pairs are sorted by (kv head, block, own or earlier)
+   and cut in tiles of up to T pairs that share one block, so that keys are gathered once per tile.
+3. attend: two batched matmuls per group of tiles; a pair's partial output goes to its own place.
+4. merge: the K partial outputs of a query, weighted by their softmax masses.
+Peak memory is O(chunk of queries x K x D) for partial outputs and a fixed budget for tiles; never N x N.
+Sums are taken in fp32 (fp64 for fp64 inputs). Reading the sequence table waits for the device, so this path
+is for CPUs, MPS and GPUs without a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moba_hf.reference import accumulate_dtype
+
+# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles.
+_SCORE_BUDGET = 1 << 24
+_PARTIAL_BUDGET = 1 << 24
+_TILE_BUDGET = 1 << 20
+_TILE_ROWS = (16, 128)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+def block_mean(k: Tensor, block_size: int) -> Tensor:
+    """Means of complete blocks of `k (HK, N, D)`, `(HK, N // block_size, D)` in k's dtype, summed in fp32."""
+    count = k.shape[1] // block_size
+    blocks = k[:, : count * block_size].unflatten(1, (count, block_size))
+    return blocks.mean(dim=2, dtype=accumulate_dtype(k.dtype)).to(k.dtype)
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
+
+    Args:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.sequences`.
+    """
+    batch, num_heads, q_len, _ = q.shape
+    result = torch.full((batch, q_len, num_heads, topk), -1, dtype=torch.int32, device=q.device)
+    with full_precision(q.device):
+        for row, q_begin, q_end, k_begin, k_end in table.tolist():
+            if q_end == q_begin:
+                continue
+            queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
+            means = block_mean(keys, block_size).to(accumulate_dtype(q.dtype))
+            chunk = max(1, _SCORE_BUDGET // (num_heads * max(1, means.shape[1])))
+            first = keys.shape[1] - queries.shape[1]
+            for start in range(0, queries.shape[1], chunk):
+                part = queries[:, start : start + chunk]
+                position = torch.arange(part.shape[1], device=q.device) + first + start
+                chosen = _select_chunk(part, means, position // block_size, topk, sink_blocks, local_blocks)
+                result[row, q_begin + start : q_begin + start + part.shape[1]] = chosen.transpose(0, 1)
+    return result
+
+
+def _select_chunk(
+    q: Tensor, means: Tensor, own: Tensor, topk: int, sink_blocks: int, local_blocks: int
+) -> Tensor:
+    """`(H, M, topk)` choice of `q (H, M, D)` whose own blocks are `own (M,)`; means `(HK, blocks, D)`."""
+    num_heads, length, _ = q.shape
+    forced = _forced_blocks(own, sink_blocks, local_blocks)
+    free = topk - 1 - (forced >= 0).sum(1)
+    columns = int(own[-1])
+    head = [own[:, None], forced]
+    slots = torch.cat(head, 1).to(torch.int32).expand(num_heads, -1, -1)
+    count = min(topk - 1, columns)
+    if count > 0 and int(free.max()) > 0:
+        queries = q.to(means.dtype).reshape(means.shape[0], -1, q.shape[-1])
+        scores = (queries @ means[:, :columns].transpose(1, 2)).view(num_heads, length, columns)
+        column = torch.arange(columns, device=q.device)
+        excluded = column >= own[:, None]
+        for j in range(forced.shape[1]):
+            excluded |= column == forced[:, j, None]
+        best = _stable_topk(scores.masked_fill_(excluded, -torch.inf), count, free)
+        best = best.masked_fill(torch.arange(count, device=q.device) >= free[:, None], -1)
+        slots = torch.cat([slots, best], 2)
+    if bool((forced < 0).any()):  # close the gaps that missing forced blocks leave
+        order = torch.argsort((slots < 0).to(torch.uint8), dim=2, stable=True)
+        slots = slots.gather(2, order)
+    if slots.shape[2] < topk:
+        return torch.nn.functional.pad(slots, (0, topk - slots.shape[2]), value=-1)
+    return slots[:, :, :topk]
+
+
+def _forced_blocks(own: Tensor, sink_blocks: int, local_blocks: int) -> Tensor:
+    """`(M, sink_blocks + local_blocks)` forced blocks before `own (M,)`, each once, or -1."""
+    sinks = torch.arange(sink_blocks, device=own.device).expand(own.shape[0], -1)
+    sinks = sinks.masked_fill(sinks >= own[:, None], -1)
+    local = own[:, None] - 1 - torch.arange(local_blocks, device=own.device)
+    local = local.masked_fill(local < sink_blocks, -1)  # before the start, or a sink already
+    return torch.cat([sinks, local], 1)
+
+
+def _stable_topk(scores: Tensor, count: int, free: Tensor) -> Tensor:
+    """Indices int32 `(H, M, count)` of the largest scores; -1 for -inf; at equal scores the lower index.
+
+    `torch.topk` breaks ties as it likes, so rows where the last taken and the first left score are equal
+    are done again with a stable sort. `free (M,)` is how many a row will really take.
+    """
+    width = min(count + 1, scores.shape[2])
+    values, indices = scores.topk(width, dim=2)
+    last = (free - 1).clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
+    after = free.clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
+    at_last, at_after = values.gather(2, last)[..., 0], values.gather(2, after)[..., 0]
+    tied = (last != after)[..., 0] & (at_last == at_after) & (at_last > -torch.inf)
+    indices = indices.masked_fill(values == -torch.inf, -1)[:, :, :count].to(torch.int32)
+    if bool(tied.any()):
+        value, index = scores[tied].sort(dim=1, descending=True, stable=True)
+        indices[tied] = index.masked_fill(value == -torch.inf, -1)[:, :count].to(torch.int32)
+    return indices
+
+
+@dataclass
+class _Chunk:
+    """A chunk of one sequence's queries, routed by block.
+
+    Attributes:
+        pairs: `(tiles, T)` pair numbers `(h * M + i) * K + slot`; `num_pairs` stands for "no pair".
+        kv_head, block: `(tiles,)` what each tile attends.
+        num_own: tiles `[0, num_own)` hold own blocks and need the causal mask.
+    """
+
+    pairs: Tensor
+    kv_head: Tensor
+    block: Tensor
+    num_own: int
+    num_pairs: int
+
+    def groups(self, block_size: int) -> Iterator[tuple[slice, bool]]:
+        """Slices of tiles that fit the tile budget, with whether they need the causal mask."""
+        step = max(1, _TILE_BUDGET // (self.pairs.shape[1] * block_size))
+        for begin, end, own in ((0, self.num_own, True), (self.num_own, len(self.block), False)):
+            for start in range(begin, end, step):
+                yield slice(start, min(end, start + step)), own
+
+
+def _route(choice: Tensor, own: Tensor, num_kv_heads: int, num_blocks: int) -> _Chunk:
+    """Sorts the pairs of `choice (M, H, K)` by block and cuts them in tiles; `own (M,)` are own blocks."""
+    num_heads, device = choice.shape[1], choice.device
+    blocks = choice.permute(1, 0, 2).long()
+    kv_head = torch.arange(num_kv_heads, device=device).repeat_interleave(num_heads // num_kv_heads)
+    # own tiles first: key = earlier?, kv head, block
+    bins = num_kv_heads * num_blocks
+    key = (blocks != own[:, None]) * bins + kv_head[:, None, None] * num_blocks + blocks
+    key = key.masked_fill(blocks < 0, 2 * bins).reshape(-1)
+    order = torch.argsort(key, stable=True)
+    counts = torch.bincount(key, minlength=2 * bins + 1)[: 2 * bins]
+    used = counts.nonzero()[:, 0]
+    counts_used = counts[used]
+    mean_rows = int(counts_used.sum()) // max(1, len(used))
+    rows = min(max(1 << mean_rows.bit_length(), _TILE_ROWS[0]), _TILE_ROWS[1])
+    tiles = (counts_used + rows - 1) // rows
+    which = torch.repeat_interleave(torch.arange(len(used), device=device), tiles)
+    number = torch.arange(len(which), device=device) - (tiles.cumsum(0) - tiles)[which]
+    first = (counts_used.cumsum(0) - counts_used)[which] + number * rows
+    left = counts_used[which] - number * rows
+    lane = torch.arange(rows, device=device)
+    index = (first[:, None] + lane).clamp(max=len(order) - 1)
+    pairs = order[index].masked_fill(lane >= left[:, None], len(order))
+    tile_key = used[which]
+    own_tiles = int((tile_key < bins).sum())
+    return _Chunk(pairs, tile_key % bins // num_blocks, tile_key % num_blocks, own_tiles, len(order))
+
+
+class _Tiles:
+    """Gathers what one chunk's tiles need from a sequence's strided `(heads, length, dim)` tensors."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, first: int, block_size: int, scale: float
+    ):
+        self.dtype = accumulate_dtype(q.dtype)
+        self.k, self.v, self.block_size, self.topk = k, v, block_size, choice.shape[2]
+        self.position = torch.arange(q.shape[1], device=q.device) + first
+        num_blocks = -(-k.shape[1] // block_size)
+        self.routed = _route(choice, self.position // block_size, k.shape[0], num_blocks)
+        # one more row stands for "no pair"
+        self.q = self.rows((q.to(self.dtype) * scale).reshape(-1, q.shape[2]))
+        self.offset = torch.arange(block_size, device=q.device)
+
+    @staticmethod
+    def rows(x: Tensor, fill: float = 0.0) -> Tensor:
+        """`x (H * M, ...)` with a row of `fill` after the last, for lanes without a pair."""
+        return torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
+
+    def load(self, tiles: slice, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row numbers `(t, T)`, keys `(t, B, D)`, values `(t, B, Dv)` and scores `(t, T, B)` of `tiles`."""
+        row = self.routed.pairs[tiles] // self.topk
+        kv_head = self.routed.kv_head[tiles]
+        block = self.routed.block[tiles]
+        if own:  # the last block may be incomplete; what is read beyond it is masked
+            key = block[:, None] * self.block_size + self.offset
+            index = key.clamp(max=self.k.shape[1] - 1)
+            keys, values = (x[kv_head[:, None], index].to(self.dtype) for x in (self.k, self.v))
+        else:
+            keys, values = (self.blocks(x)[kv_head, block].to(self.dtype) for x in (self.k, self.v))
+        scores = torch.bmm(self.gather(self.q, row), keys.transpose(1, 2))
+        if own:
+            position = self.position[row.clamp(max=len(self.q) - 2) % len(self.position)]
+            scores.masked_fill_(key[:, None, :] > position[:, :, None], -torch.inf)
+        return row, keys, values, scores
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """The complete blocks of `x (HK, N, D)` as a view `(HK, N // B, B, D)`."""
+        count = x.shape[1] // self.block_size
+        return x[:, : count * self.block_size].unflatten(1, (count, self.block_size))
+
+    @staticmethod
+    def gather(x: Tensor, row: Tensor) -> Tensor:
+        """`x (rows, D)` at `row (t, T)`, `(t, T, D)`."""
+        return x.index_select(0, row.reshape(-1)).view(*row.shape, -1)
+
+
+class _Partials:
+    """A buffer of partial rows `(pairs + 1, width)` that all chunks share: fresh pages are dear."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        self.buffer = torch.empty(0, width, dtype=dtype, device=device)
+
+    def take(self, routed: _Chunk, choice: Tensor) -> Tensor:
+        """The buffer for one chunk, zero where `choice (M, H, K)` is -1; the rest is to be written."""
+        if len(self.buffer) < routed.num_pairs + 1:
+            self.buffer = self.buffer.new_empty(routed.num_pairs + 1, self.buffer.shape[1])
+        view = self.buffer[: routed.num_pairs + 1]
+        missing = choice.transpose(0, 1).reshape(-1) < 0
+        if bool(missing.any()):
+            view[:-1][missing] = 0.0
+        return view
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, table: Tensor, block_size: int, scale: float
+) -> Iterator[tuple[int, slice, slice, _Tiles]]:
+    """(batch row, query slice, key slice, tiles) of every chunk of every sequence."""
+    num_heads, width = q.shape[1], max(q.shape[3], v.shape[3])
+    chunk = max(1, _PARTIAL_BUDGET // (num_heads * block_indices.shape[3] * width))
+    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]
+        for start in range(q_begin, q_end, chunk):
+            part = slice(start, min(q_end, start + chunk))
+            first = (k_end - k_begin) - (q_end - start)
+            choice = block_indices[row, part]
+            tiles = _Tiles(q[row, :, part], keys, values, choice, first, block_size, scale)
+            yield row, part, slice(k_begin, k_end), tiles
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
+
+    Args:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
+        block_indices: `(batch, q_len, H, topk)`, as `select` returns them, slots in any order.
+    """
+    batch, num_heads, q_len, _ = q.shape
+    topk, dtype = block_indices.shape[3], accumulate_dtype(q.dtype)
+    out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
+    lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
+    space = _Partials(v.shape[3], dtype, q.device)
+    with full_precision(q.device):
+        for row, part, _, tiles in _chunks(q, k, v, block_indices, table, block_size, softmax_scale):
+            routed = tiles.routed
+            partial = space.take(routed, block_indices[row, part])
+            top = torch.full((routed.num_pairs + 1,), -torch.inf, dtype=dtype, device=q.device)
+            mass = torch.zeros_like(top)
+            for group, own in routed.groups(block_size):
+                _, _, values, scores = tiles.load(group, own)
+                high = scores.amax(2, keepdim=True)
+                weights = scores.sub_(high).exp_()
+                pairs = routed.pairs[group].reshape(-1)
+                partial.index_copy_(0, pairs, torch.bmm(weights, values).flatten(0, 1))
+                top.scatter_(0, pairs, high.flatten())
+                mass.scatter_(0, pairs, weights.sum(2).flatten())
+            top, mass = (x[:-1].view(num_heads, -1, topk) for x in (top, mass))
+            high = top.amax(2, keepdim=True)
+            weights = torch.exp(top - high)
+            total = (weights * mass).sum(2)
+            merged = partial[:-1].view(num_heads, -1, topk, v.shape[3]).mul_(weights[..., None]).sum(2)
+            out[row, part] = (merged / total[..., None]).transpose(0, 1).to(out.dtype)
+            lse[row, :, part] = high[..., 0] + total.log()
+    return out, lse
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    num_heads, topk, dtype = q.shape[1], block_indices.shape[3], accumulate_dtype(q.dtype)
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
+    space = _Partials(q.shape[3], dtype, q.device)
+    with full_precision(q.device):
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(3).transpose(1, 2) - grad_lse.to(dtype)
+        for row, part, keys_at, tiles in _chunks(q, k, v, block_indices, table, block_size, softmax_scale):
+            routed = tiles.routed
+            d_out = tiles.rows(grad_out[row, part].transpose(0, 1).to(dtype).reshape(-1, v.shape[3]))
+            d_row = tiles.rows(delta[row, :, part].reshape(-1, 1))
+            lse_row = tiles.rows(lse[row, :, part].reshape(-1, 1), fill=torch.inf)
+            partial = space.take(routed, block_indices[row, part])
+            grad_kv = [x[row, :, keys_at] for x in sums]
+            for group, own in routed.groups(block_size):
+                at, keys, values, scores = tiles.load(group, own)
+                d_tile = tiles.gather(d_out, at)
+                weights = scores.sub_(tiles.gather(lse_row, at)).exp_()
+                d_scores = (
+                    torch.bmm(d_tile, values.transpose(1, 2)).sub_(tiles.gather(d_row, at)).mul_(weights)
+                )
+                partial.index_copy_(
+                    0, routed.pairs[group].reshape(-1), torch.bmm(d_scores, keys).flatten(0, 1)
+                )
+                grads = (
+                    torch.bmm(d_scores.transpose(1, 2), tiles.gather(tiles.q, at)),
+                    torch.bmm(weights.transpose(1, 2), d_tile),
+                )
+                for total, grad in zip(grad_kv, grads, strict=True):
+                    _add_blocks(total, grad, routed.kv_head[group], routed.block[group])
+            d_q = partial[:-1].view(num_heads, -1, topk, q.shape[3]).sum(2) * softmax_scale
+            grad_q[row, :, part] = d_q.to(q.dtype)
+    return grad_q, sums[0].to(k.dtype), sums[1].to(v.dtype)
+
+
+def _add_blocks(total: Tensor, grad: Tensor, kv_head: Tensor, block: Tensor) -> None:
+    """Adds `grad (tiles, B, D)` to blocks of `total (HK, N, D)`; rows past the end are cut."""
+    block_size, length = grad.shape[1], total.shape[1]
+    key = block[:, None] * block_size + torch.arange(block_size, device=grad.device)
+    inside = key < length
+    head = kv_head[:, None].expand_as(key)
+    total.index_put_((head[inside], key[inside]), grad[inside], accumulate=True)

@@ -1,0 +1,116 @@
+"""What MoBA computes, one function per stage, as plainly as it can be written.
+
+Every faster path is tested against this file. It follows arXiv 2502.13189, equations 1-6, for one sequence:
+`q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`, `v (kv_len, num_kv_heads, v_dim)`,
+the last query standing at the last key. It computes in fp32 (fp64 for fp64 inputs), is differentiable by
+autograd, and holds a full `q_len x kv_len` score matrix per head: it is for checking, not for use at length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are held in: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_mean_ref(k: Tensor, block_size: int) -> Tensor:
+    """Means of the complete blocks, `(kv_len // block_size, num_kv_heads, head_dim)`, in k's dtype.
+
+    Summed in fp32, then rounded to the key dtype. An incomplete last block can only be a query's own block,
+    which needs no score.
+    """
+    num_complete = k.shape[0] // block_size
+    blocks = (
+        k[: num_complete * block_size].to(accumulate_dtype(k.dtype)).unflatten(0, (num_complete, block_size))
+    )
+    return blocks.mean(dim=1).to(k.dtype)
+
+
+def gate_ref(q: Tensor, block_mean: Tensor) -> Tensor:
+    """Gate scores `q . block_mean`, unscaled, `(q_len, num_heads, num_blocks)` in fp32 (fp64)."""
+    dtype = accumulate_dtype(q.dtype)
+    group_size = q.shape[1] // block_mean.shape[1]
+    means = block_mean.to(dtype).repeat_interleave(group_size, dim=1)
+    return torch.einsum("qhd,bhd->qhb", q.to(dtype), means)
+
+
+def select_blocks_ref(
+    q: Tensor, k: Tensor, *, block_size: int, topk: int, sink_blocks: int = 0, local_blocks: int = 0
+) -> Tensor:
+    """The blocks each query attends, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
+
+    Own block, then forced blocks, then the best-scoring earlier blocks; ties go to the lower index.
+    """
+    q_len, kv_len = q.shape[0], k.shape[0]
+    scores = gate_ref(q.detach(), block_mean_ref(k.detach(), block_size))
+    own = (torch.arange(q_len, device=q.device) + kv_len - q_len) // block_size
+    result = torch.full((q_len, q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
+    for i in range(q_len):
+        current = int(own[i])
+        forced = {*range(min(sink_blocks, current)), *range(max(0, current - local_blocks), current)}
+        for h in range(q.shape[1]):
+            order = torch.argsort(scores[i, h, :current], descending=True, stable=True).tolist()
+            rest = [block for block in order if block not in forced]
+            chosen = [current, *sorted(forced), *rest][:topk]
+            result[i, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return result
+
+
+def attend_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over all keys of the chosen blocks up to the query itself, times their values.
+
+    Args:
+        block_indices: int32 `(q_len, num_heads, topk)`, -1 for none.
+
+    Returns:
+        `out (q_len, num_heads, v_dim)` in q's dtype and `lse (num_heads, q_len)`, the natural logarithm of
+        the softmax denominator, in fp32 (fp64).
+    """
+    dtype = accumulate_dtype(q.dtype)
+    q_len, num_heads, head_dim = q.shape
+    kv_len, num_kv_heads, _ = k.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    group_size = num_heads // num_kv_heads
+    keys = k.to(dtype).repeat_interleave(group_size, dim=1)
+    values = v.to(dtype).repeat_interleave(group_size, dim=1)
+    key_index = torch.arange(kv_len, device=q.device)
+    key_block = key_index // block_size
+    position = torch.arange(q_len, device=q.device) + kv_len - q_len
+    chosen = torch.zeros(q_len, num_heads, kv_len, dtype=torch.bool, device=q.device)
+    for slot in range(block_indices.shape[2]):
+        chosen |= block_indices[:, :, slot, None] == key_block
+    chosen &= (key_index <= position[:, None])[:, None, :]
+    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), keys) * scale
+    scores = scores.masked_fill(~chosen, -torch.inf)
+    out = torch.einsum("qhk,khd->qhd", scores.softmax(dim=-1), values)
+    return out.to(q.dtype), scores.logsumexp(dim=-1).transpose(0, 1)
+
+
+def moba_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MoBA of one sequence: select, then attend. Returns `(out, lse)` as `attend_ref`."""
+    block_indices = select_blocks_ref(
+        q, k, block_size=block_size, topk=topk, sink_blocks=sink_blocks, local_blocks=local_blocks
+    )
+    return attend_ref(q, k, v, block_indices, block_size=block_size, softmax_scale=softmax_scale)

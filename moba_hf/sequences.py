@@ -1,0 +1,59 @@
+"""Where each sequence lies inside strided `(batch, heads, length, dim)` tensors.
+
+Packed sequences, padded batches, chunks of a prefill and decode steps are all the same thing to the
+operator: a *sequence table*, int32 `(num_seqs, 5)`, one row `(batch, q_begin, q_end, k_begin, k_end)` per
+sequence. Queries `[q_begin, q_end)` and keys `[k_begin, k_end)` of that batch row form one sequence, the
+last query standing at the last key; blocks are counted from `k_begin`. Query `i` therefore stands at
+position `(k_end - k_begin) - (q_end - i)`. A query that no row covers is padding: its output is zero, its
+`block_indices` -1, its `lse` -inf. Everything here is tensor arithmetic: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("batch", "q_begin", "q_end", "k_begin", "k_end")
+
+
+def packed_table(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """The table of sequences packed one after the other in batch row 0.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)`, running totals of lengths, from 0.
+    """
+    zeros = torch.zeros_like(cu_seqlens_q[1:])
+    columns = [zeros, cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:]]
+    return torch.stack(columns, dim=1).to(torch.int32)
+
+
+def batched_table(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    q_offset: Tensor | None = None,
+) -> Tensor:
+    """The table of one sequence per batch row.
+
+    Args:
+        batch, q_len, kv_len: sizes of the query and key tensors.
+        device: where the table lives.
+        kv_start: int `(batch,)`, slot of a row's first real key; None: 0.
+        kv_end: int `(batch,)`, slot after a row's last real key; None: `kv_len`.
+        q_offset: int `(batch,)` or `(1,)`, slot at which the first query stands; None: `kv_len - q_len`.
+    """
+
+    def column(value: Tensor | None, default: int) -> Tensor:
+        if value is None:
+            return torch.full((batch,), default, dtype=torch.int32, device=device)
+        return value.to(torch.int32).expand(batch)
+
+    start, end = column(kv_start, 0), column(kv_end, kv_len)
+    offset = column(q_offset, kv_len - q_len)
+    q_begin = (start - offset).clamp(0, q_len)
+    q_end = torch.maximum((end - offset).clamp(0, q_len), q_begin)
+    rows = torch.arange(batch, dtype=torch.int32, device=device)
+    return torch.stack([rows, q_begin, q_end, start, end], dim=1)

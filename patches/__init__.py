@@ -1,0 +1,1 @@
+"""Per-architecture adapters: facts about where a family keeps its attention layers."""
