@@ -1,8 +1,22 @@
-"""MoBA (Mixture of Block Attention, arXiv 2502.13189) for Hugging Face Transformers."""
+"""MoBA (Mixture of Block Attention, arXiv 2502.13189) for Hugging Face Transformers.
 
+Importing registers "moba" as an attention implementation of transformers, and does nothing else.
+"""
+
+from moba_hf.attention import register
 from moba_hf.config import MobaConfig
 from moba_hf.ops import moba_attention, select_blocks
+from moba_hf.patching import patch_model, unpatch_model, use_moba
 
-__all__ = ["MobaConfig", "moba_attention", "select_blocks"]
+__all__ = [
+    "MobaConfig",
+    "moba_attention",
+    "patch_model",
+    "select_blocks",
+    "unpatch_model",
+    "use_moba",
+]
 
 __version__ = "0.1.0"
+
+register()

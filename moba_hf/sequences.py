@@ -10,6 +10,8 @@ position `(k_end - k_begin) - (q_end - i)`. A query that no row covers is paddin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,30 @@ def batched_table(
     q_end = torch.maximum((end - offset).clamp(0, q_len), q_begin)
     rows = torch.arange(batch, dtype=torch.int32, device=device)
     return torch.stack([rows, q_begin, q_end, start, end], dim=1)
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """Where the real tokens of each batch row lie among the slots of the key tensor.
+
+    Attributes:
+        kv_start, kv_end: int64 `(batch,)`; slots `[kv_start, kv_end)` hold real keys.
+        q_offset: int64 `(batch,)`, slot of the first query of the call.
+        q_len: queries of the call.
+    """
+
+    kv_start: Tensor
+    kv_end: Tensor
+    q_offset: Tensor
+    q_len: int
+
+    @classmethod
+    def unpadded(cls, q_len: int, kv_len: int, device: torch.device) -> RowBounds:
+        """Bounds of one row whose queries stand at the end of `kv_len` real keys."""
+        start, end, offset = torch.tensor([[0], [kv_len], [kv_len - q_len]], device=device).unbind(0)
+        return cls(start, end, offset, q_len)
+
+    def real_queries(self, begin: int, end: int) -> Tensor:
+        """Bool `(batch, end - begin)`: which of queries `[begin, end)` are real tokens."""
+        slot = torch.arange(begin, end, device=self.kv_start.device) + self.q_offset[:, None]
+        return (slot >= self.kv_start[:, None]) & (slot < self.kv_end[:, None])

@@ -1,0 +1,300 @@
+"""What transformers calls: the attention function and the mask function registered as "moba".
+
+The attention function translates once: module and config say which rule the layer follows, the compact mask
+or the position ids say where each sequence lies; below, `ops` knows nothing of models.
+
+The mask function gives int8 `(batch, 1, 1, kv_len)`: 0 not written yet, 1 a real token, 2 padding. Its shape
+depends on nothing but the cache, so it works for static caches, under compile, and costs `kv_len` bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from moba_hf.adapter import find_adapter
+from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
+from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
+from moba_hf.packing import Packing, check_separated, find_packing
+from moba_hf.sequences import RowBounds
+
+NAME = "moba"
+UNWRITTEN, REAL, PADDING = 0, 1, 2
+# Keyword arguments of other attention variants, which would change the result if they were ignored.
+_REFUSED = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sink parameters",
+    "sinks": "attention sink parameters",
+    "position_bias": "position biases",
+    "cache": "the paged cache of continuous batching",
+    "indices": "a choice of keys made by the model itself",
+}
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention layer does, resolved from its config.
+
+    Attributes:
+        raw: the `config.moba` that this was resolved from.
+        rule: the MoBA rule; None: full attention.
+        stock: why the layer keeps the stock implementation; None: it does not.
+        decode_max_len: calls of at most this many queries attend every key.
+    """
+
+    raw: Any
+    rule: LayerConfig | None
+    stock: str | None
+    decode_max_len: int
+
+
+def moba_config(config: Any) -> MobaConfig:
+    """The MoBA settings of a text config: its `moba`, else the preset "default", which is said once."""
+    raw = getattr(config, "moba", None)
+    if raw is not None:
+        return raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
+    moba = MobaConfig.from_preset(DEFAULT_PRESET)
+    logger.warning_once(
+        f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="
+        f"{moba.block_size}, topk={moba.topk}, sink_blocks={moba.sink_blocks}, local_blocks="
+        f"{moba.local_blocks}), which was measured at 8K tokens. Pass a MobaConfig to "
+        "moba_hf.patch_model, or set config.moba, to choose."
+    )
+    return moba
+
+
+def layer_plan(module: nn.Module) -> LayerPlan:
+    """The plan of an attention module, kept on it until its `config.moba` changes."""
+    config: Any = module.config
+    raw = getattr(config, "moba", None)
+    known: LayerPlan | None = module.__dict__.get("_moba_plan")
+    if known is not None and known.raw == raw:
+        return known
+    adapter = find_adapter(config.model_type)
+    moba = moba_config(config)
+    adapter.check(config, moba)
+    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+    stock = adapter.stock_reason(config, layer_idx)
+    if not adapter.eligible_layers(config):
+        logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
+    plan = LayerPlan(raw, moba.for_layer(layer_idx, adapter.num_layers(config)), stock, moba.decode_max_len)
+    module.__dict__["_moba_plan"] = plan
+    return plan
+
+
+def moba_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention output `(batch, q_len, num_heads, v_dim)` as transformers' interface wants it, and None.
+
+    Args:
+        module: an attention layer with `config` and `layer_idx`.
+        query: `(batch, num_heads, q_len, head_dim)`. key, value: `(batch, num_kv_heads, kv_len, ...)`.
+        attention_mask: the compact mask of `moba_mask`, None, or a stock mask for a stock layer.
+
+    Raises:
+        ValueError: what MoBA cannot honour: dropout, custom masks, soft-capping, sinks, a paged cache,
+            `output_attentions`, padding masks with holes, more queries than keys.
+    """
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal) and "cache" not in kwargs:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    plan = layer_plan(module)
+    batch, _, q_len, head_dim = query.shape
+    packing = find_packing(attention_mask, kwargs, batch, q_len, key.shape[2])
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    stock = plan.stock or (f"sliding window of {window}" if window else None)
+    if stock is not None:
+        if packing is not None and not torch.compiler.is_compiling():
+            check_separated(attention_mask, packing, stock)
+        mask = _stock_mask(attention_mask, q_len)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _refuse_unsupported(attention_mask, dropout, q_len, key.shape[2], kwargs)
+    query, key, value = _autocast(query, key, value)
+    check_tensors(query, key, value)
+    scale = head_dim**-0.5 if scaling is None else scaling
+    bounds = None if attention_mask is None else row_bounds(attention_mask, q_len)
+    out = _attend(query, key, value, scale, bounds, packing, plan, getattr(module, "moba_backend", "auto"))
+    return out, None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bounds: RowBounds | None,
+    packing: Packing | None,
+    plan: LayerPlan,
+    backend: str,
+) -> Tensor:
+    """Full attention where the plan or the rule says so, else MoBA."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    longest = kv_len if packing is None else packing.max_seqlen
+    rule = plan.rule
+    if rule is None or q_len <= plan.decode_max_len or rule.max_keys >= longest:
+        if packing is not None:
+            return dense_packed_attention(query, key, value, scale, packing.spans())
+        return dense_attention(query, key, value, scale, bounds)
+    settings: dict[str, Any] = {
+        "block_size": rule.block_size,
+        "topk": rule.topk,
+        "sink_blocks": rule.sink_blocks,
+        "local_blocks": rule.local_blocks,
+    }
+    if packing is not None:
+        return attention_over(
+            query,
+            key,
+            value,
+            packing.table,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            backend=backend,
+            **settings,
+        )[0]
+    limits = {} if bounds is None else vars(bounds)
+    return batched_moba_attention(
+        query,
+        key,
+        value,
+        kv_start=limits.get("kv_start"),
+        kv_end=limits.get("kv_end"),
+        q_offset=limits.get("q_offset"),
+        softmax_scale=scale,
+        backend=backend,
+        **settings,
+    )[0]
+
+
+def moba_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The compact mask, int8 `(batch_size, 1, 1, kv_length)`; None when nothing is padded or unwritten.
+
+    Window and chunk layers (`local_size`), custom overlays (`use_vmap`) and bidirectional models get
+    transformers' own dense mask. Called by transformers with keywords only, once per forward.
+    """
+    bidirectional = kwargs.get("allow_is_bidirectional_skip") or not getattr(config, "is_causal", True)
+    if local_size is not None or use_vmap or bidirectional:
+        if mask_function is not None:
+            kwargs["mask_function"] = mask_function
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            device=device,
+            config=config,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
+    if attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
+        return None
+    slot = torch.arange(kv_length, device=device) + kv_offset
+    real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
+    if attention_mask is not None:
+        missing = kv_length - attention_mask.shape[1]
+        given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
+        real = written & given[:, -kv_length:]
+    mask = written.to(torch.int8) * PADDING - real.to(torch.int8)
+    return mask[:, None, None, :]
+
+
+def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
+    """Where each row's real tokens lie, from a compact mask.
+
+    Raises:
+        ValueError: a row whose real tokens are not contiguous (read on the CPU, see `ops.check_values`).
+    """
+    flat = mask[:, 0, 0]
+    real = flat == REAL
+    kv_start = real.int().argmax(dim=1)
+    kv_end = torch.where(real.any(dim=1), flat.shape[1] - real.flip(1).int().argmax(dim=1), 0)
+    if check_values(mask):
+        holes = (real.sum(dim=1) != kv_end - kv_start).nonzero()
+        if len(holes):
+            raise ValueError(
+                f"the attention mask of batch row {int(holes[0])} has holes: MoBA takes padding before and "
+                "after a row's tokens, not between them"
+            )
+    return RowBounds(kv_start, kv_end, (flat != UNWRITTEN).sum(dim=1) - q_len, q_len)
+
+
+def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
+    """A mask that the stock implementation understands: a compact one is written out."""
+    if mask is None or mask.dtype != torch.int8:
+        return mask
+    return causal_mask(row_bounds(mask, q_len), 0, q_len, mask.shape[3])
+
+
+def _refuse_unsupported(
+    mask: Tensor | None, dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]
+) -> None:
+    if dropout:
+        raise ValueError(
+            f"MoBA has no attention dropout, got {dropout}; set attention_dropout=0 in the config"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"MoBA does not support {what} ({name}); use a stock attn_implementation")
+    if mask is not None and (mask.dtype != torch.int8 or mask.ndim != 4 or mask.shape[2] != 1):
+        raise ValueError(
+            f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "
+            "use a stock attn_implementation for it"
+        )
+    if q_len > kv_len:
+        raise ValueError(f"more queries ({q_len}) than keys ({kv_len})")
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors in its dtype, as torch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def register() -> None:
+    """Registers "moba" with transformers: the attention function and its mask function."""
+    AttentionInterface.register(NAME, moba_attention_forward)
+    AttentionMaskInterface.register(NAME, moba_mask)

@@ -1,0 +1,123 @@
+"""Packed sequences as transformers passes them: `cu_seq_lens_q`, or position ids that start again."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.sequences import packed_table
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences packed in the rows of one call that holds all their keys.
+
+    Attributes:
+        table: the sequence table, see `moba_hf.sequences`.
+        max_seqlen: length of the longest sequence, or a bound on it.
+    """
+
+    table: Tensor
+    max_seqlen: int
+
+    def spans(self) -> list[list[int]]:
+        """`(batch row, begin, end)` of every sequence; waits for the device."""
+        return [[row, begin, end] for row, begin, end, _, _ in self.table.tolist()]
+
+
+def find_packing(
+    attention_mask: Tensor | None, kwargs: dict[str, Any], batch: int, q_len: int, kv_len: int
+) -> Packing | None:
+    """The packing of a call, or None when each row is one sequence.
+
+    `cu_seq_lens_q` counts first. Else position ids that do not rise by one mark a new sequence, as in
+    transformers: only where no attention mask is given, and only outside `torch.compile`, since looking at
+    them waits for the device (once per forward: the answer is kept for the layers that follow).
+
+    Raises:
+        ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`.
+    """
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        _check_no_cache(q_len, kv_len)
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q describes one packed row, got a batch of {batch}")
+        other = kwargs.get("cu_seq_lens_k")
+        bound = kwargs.get("max_length_q")
+        table = packed_table(cu_seqlens, cu_seqlens if other is None else other)
+        return Packing(table, q_len if bound is None else int(bound))
+    position_ids = kwargs.get("position_ids")
+    if attention_mask is not None or position_ids is None or q_len < 2 or torch.compiler.is_compiling():
+        return None
+    if position_ids.ndim != 2 or position_ids.shape[1] != q_len:
+        return None
+    packing = _remembered(position_ids, batch)
+    if packing is not None:
+        _check_no_cache(q_len, kv_len)
+    return packing
+
+
+def check_separated(attention_mask: Tensor | None, packing: Packing, what: str) -> None:
+    """Raises ValueError unless a stock 4-D mask keeps packed sequences apart.
+
+    Transformers leaves them together as soon as it makes a cache.
+    """
+    firsts = [(row, begin) for row, begin, end in packing.spans() if 0 < begin < end]
+    if not firsts:
+        return
+    if attention_mask is not None and attention_mask.ndim == 4:
+        rows = torch.tensor([row for row, _ in firsts], device=attention_mask.device)
+        begins = torch.tensor([begin for _, begin in firsts], device=attention_mask.device)
+        rows = rows.clamp(max=attention_mask.shape[0] - 1)
+        seen = attention_mask[rows, 0, begins, begins - 1]
+        if not bool((seen if seen.dtype == torch.bool else seen == 0).any()):
+            return
+    raise ValueError(
+        f"packed sequences reach a layer that keeps the stock implementation ({what}), whose mask does not "
+        "separate them: transformers reads position_ids only, so pass them, and use_cache=False"
+    )
+
+
+def _check_no_cache(q_len: int, kv_len: int) -> None:
+    if q_len != kv_len:
+        raise ValueError(
+            f"packed sequences need all their keys in the call, got {q_len} queries over {kv_len} keys: "
+            "start from an empty dynamic cache or pass use_cache=False"
+        )
+
+
+# The last position ids looked at: (weak reference, version, batch, answer). A weak reference cannot be
+# mistaken for a later tensor at the same address, the version changes with every edit in place, and
+# nothing is kept alive but the answer.
+_last: tuple[weakref.ref[Tensor], int, int, Packing | None] | None = None
+
+
+def _remembered(position_ids: Tensor, batch: int) -> Packing | None:
+    global _last
+    version = None if position_ids.is_inference() else position_ids._version
+    last = _last
+    if version is not None and last is not None:
+        ref, seen_version, seen_batch, answer = last
+        if ref() is position_ids and seen_version == version and seen_batch == batch:
+            return answer
+    answer = _from_position_ids(position_ids, batch)
+    if version is not None:
+        _last = (weakref.ref(position_ids), version, batch, answer)
+    return answer
+
+
+def _from_position_ids(position_ids: Tensor, batch: int) -> Packing | None:
+    length = position_ids.shape[1]
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    if int(starts.sum()) == position_ids.shape[0]:
+        return None
+    row, begin = starts.expand(batch, -1).nonzero().unbind(1)
+    end = torch.full_like(begin, length)
+    end[:-1] = torch.where(row[1:] == row[:-1], begin[1:], length)
+    table = torch.stack([row, begin, end, begin, end], dim=1).to(torch.int32)
+    return Packing(table, int((end - begin).max()))
