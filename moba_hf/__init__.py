@@ -4,17 +4,22 @@ Importing registers "moba" as an attention implementation of transformers, and d
 """
 
 from moba_hf.attention import register
+from moba_hf.cache import MobaCache, use_moba_cache
 from moba_hf.config import MobaConfig
 from moba_hf.ops import moba_attention, select_blocks
 from moba_hf.patching import patch_model, unpatch_model, use_moba
+from moba_hf.prefill import prefill
 
 __all__ = [
+    "MobaCache",
     "MobaConfig",
     "moba_attention",
     "patch_model",
+    "prefill",
     "select_blocks",
     "unpatch_model",
     "use_moba",
+    "use_moba_cache",
 ]
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ depends on nothing but the cache, so it works for static caches, under compile, 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,13 @@ _REFUSED = {
     "indices": "a choice of keys made by the model itself",
 }
 
+# Attribute by which a key tensor names the cache layer that it came from, see `moba_hf.cache`.
+LAYER_ATTRIBUTE = "moba_layer"
+_SPARSE_WITHOUT_CACHE = (
+    'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
+    "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
+)
+
 logger = logging.get_logger(__name__)
 
 
@@ -49,13 +57,13 @@ class LayerPlan:
         raw: the `config.moba` that this was resolved from.
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
-        decode_max_len: calls of at most this many queries attend every key.
+        full_len: calls of at most this many queries attend every key; 0: none do.
     """
 
     raw: Any
     rule: LayerConfig | None
     stock: str | None
-    decode_max_len: int
+    full_len: int
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -74,22 +82,31 @@ def moba_config(config: Any) -> MobaConfig:
 
 
 def layer_plan(module: nn.Module) -> LayerPlan:
-    """The plan of an attention module, kept on it until its `config.moba` changes."""
+    """The plan of an attention module, kept on it until its `config.moba` changes.
+
+    A compiled graph holds the plan as a constant and is compiled again when `config.moba` changes.
+    """
     config: Any = module.config
     raw = getattr(config, "moba", None)
+    if torch.compiler.is_dynamo_compiling():
+        return _resolve(config, raw, module.layer_idx)
     known: LayerPlan | None = module.__dict__.get("_moba_plan")
-    if known is not None and known.raw == raw:
-        return known
+    if known is None or known.raw != raw:
+        known = module.__dict__["_moba_plan"] = _resolve(config, copy.deepcopy(raw), module.layer_idx)
+    return known
+
+
+@torch._dynamo.assume_constant_result
+def _resolve(config: Any, raw: Any, layer_idx: Any) -> LayerPlan:
+    """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it."""
     adapter = find_adapter(config.model_type)
     moba = moba_config(config)
     adapter.check(config, moba)
-    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-    stock = adapter.stock_reason(config, layer_idx)
+    stock = adapter.stock_reason(config, int(layer_idx))
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
-    plan = LayerPlan(raw, moba.for_layer(layer_idx, adapter.num_layers(config)), stock, moba.decode_max_len)
-    module.__dict__["_moba_plan"] = plan
-    return plan
+    rule = moba.for_layer(int(layer_idx), adapter.num_layers(config))
+    return LayerPlan(raw, rule, stock, moba.decode_max_len if moba.decode == "full" else 0)
 
 
 def moba_attention_forward(
@@ -131,12 +148,30 @@ def moba_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unsupported(attention_mask, dropout, q_len, key.shape[2], kwargs)
+    layer = getattr(key, LAYER_ATTRIBUTE, None) if packing is None else None
+    means = None
+    bounds = None if attention_mask is None else _bounds_of(attention_mask, q_len)
+    if layer is not None and _wants_means(plan, layer, q_len, key.shape[2]):
+        kv_start = None if bounds is None else bounds.kv_start
+        assert plan.rule is not None
+        means = layer.moba_means(key, kv_start, plan.rule.block_size)
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
+    if means is not None and means.dtype != key.dtype:
+        means = None
     scale = head_dim**-0.5 if scaling is None else scaling
-    bounds = None if attention_mask is None else row_bounds(attention_mask, q_len)
-    out = _attend(query, key, value, scale, bounds, packing, plan, getattr(module, "moba_backend", "auto"))
-    return out, None
+    backend = getattr(module, "moba_backend", "auto")
+    return _attend(query, key, value, scale, bounds, packing, plan, backend, means), None
+
+
+def _wants_means(plan: LayerPlan, layer: Any, q_len: int, kv_len: int) -> bool:
+    """Whether a cache layer shall bring its means up to date: where blocks are chosen by them.
+
+    A static layer does at every call, so that each finds it in the same state and compiled graphs stay few.
+    """
+    if plan.rule is None or plan.rule.max_keys >= kv_len:
+        return False
+    return q_len > plan.full_len or layer.is_compileable
 
 
 def _attend(
@@ -148,12 +183,13 @@ def _attend(
     packing: Packing | None,
     plan: LayerPlan,
     backend: str,
+    block_means: Tensor | None,
 ) -> Tensor:
     """Full attention where the plan or the rule says so, else MoBA."""
     q_len, kv_len = query.shape[2], key.shape[2]
     longest = kv_len if packing is None else packing.max_seqlen
     rule = plan.rule
-    if rule is None or q_len <= plan.decode_max_len or rule.max_keys >= longest:
+    if rule is None or q_len <= plan.full_len or rule.max_keys >= longest:
         if packing is not None:
             return dense_packed_attention(query, key, value, scale, packing.spans())
         return dense_attention(query, key, value, scale, bounds)
@@ -175,6 +211,8 @@ def _attend(
             backend=backend,
             **settings,
         )[0]
+    if block_means is None and q_len == 1 and not torch.compiler.is_compiling():
+        logger.warning_once(_SPARSE_WITHOUT_CACHE)
     limits = {} if bounds is None else vars(bounds)
     return batched_moba_attention(
         query,
@@ -185,6 +223,7 @@ def _attend(
         q_offset=limits.get("q_offset"),
         softmax_scale=scale,
         backend=backend,
+        block_means=block_means,
         **settings,
     )[0]
 
@@ -257,11 +296,22 @@ def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
     return RowBounds(kv_start, kv_end, (flat != UNWRITTEN).sum(dim=1) - q_len, q_len)
 
 
+def _bounds_of(mask: Tensor, q_len: int) -> RowBounds:
+    """`row_bounds` of a compact mask, taken once for all layers that get the same mask."""
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return row_bounds(mask, q_len)
+    known: tuple[int, RowBounds] | None = getattr(mask, "_moba_bounds", None)
+    if known is None or known[0] != mask._version or known[1].q_len != q_len:
+        known = (mask._version, row_bounds(mask, q_len))
+        mask._moba_bounds = known  # type: ignore[attr-defined]
+    return known[1]
+
+
 def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     """A mask that the stock implementation understands: a compact one is written out."""
     if mask is None or mask.dtype != torch.int8:
         return mask
-    return causal_mask(row_bounds(mask, q_len), 0, q_len, mask.shape[3])
+    return causal_mask(_bounds_of(mask, q_len), 0, q_len, mask.shape[3])
 
 
 def _refuse_unsupported(

@@ -1,11 +1,13 @@
 """The table of backends, and the torch operators through which they run.
 
 A backend is three functions over strided `(batch, heads, length, dim)` tensors and a sequence table (see
-`moba_hf.sequences`), plus one that says what it cannot take. To add one, write a loader that returns a
-`Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never breaks the import.
+`moba_hf.sequences`), one that says what it cannot take, and perhaps one for decode steps. To add one, write a
+loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never
+breaks the import.
 
-`select_op` and `attend_op` are `torch.library` operators with fake kernels and an explicit backward, so
-`torch.compile` and `torch.export` see one opaque node each and autograd keeps only inputs, output and lse.
+`select_op`, `attend_op` and `decode_op` are `torch.library` operators with fake kernels and an explicit
+backward, so `torch.compile` and `torch.export` see one opaque node each and autograd keeps only inputs,
+output and lse.
 """
 
 from __future__ import annotations
@@ -26,27 +28,42 @@ class Backend:
     """One way to compute MoBA.
 
     Attributes:
-        select: `(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks)` ->
-            int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last.
+        select: `(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks,
+            block_means)` -> int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last. `block_means`
+            is None or what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the means of each row's
+            complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per row, in order.
         forward: `(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)` ->
             `out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32 (fp64).
         backward: `(grad_out, grad_lse, q, k, v, out, lse, *the rest as forward)` -> gradients of q, k, v.
         unsupported: `(q, k, v, block_size)` -> why these inputs cannot be taken, or None.
+        decode: `(q, k, v, block_means, table, block_size, topk, sink_blocks, local_blocks, softmax_scale)` ->
+            `out`, `lse` as forward, for the few queries of a decode step (at most `max_decode_queries`, one
+            sequence per row, in order); it never waits for the device. None: select, then forward.
+        max_decode_queries: the most queries per row that `decode` takes.
     """
 
     select: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     unsupported: Callable[[Tensor, Tensor, Tensor, int], str | None]
+    decode: Callable[..., tuple[Tensor, Tensor]] | None = None
+    max_decode_queries: int = 0
 
 
 def _load_portable() -> Backend:
-    from moba_hf import portable
+    from moba_hf import decode, portable
 
-    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rule: int) -> Tensor:
-        block_size, topk, sink_blocks, local_blocks = rule
+    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
+        block_size, topk, sink, local, means = rest
         return portable.select(
-            q, k, table, block_size=block_size, topk=topk, sink_blocks=sink_blocks, local_blocks=local_blocks
+            q,
+            k,
+            table,
+            block_size=block_size,
+            topk=topk,
+            sink_blocks=sink,
+            local_blocks=local,
+            block_means=means,
         )
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -57,14 +74,25 @@ def _load_portable() -> Backend:
         *tensors, _mq, _mk, block_size, scale = args
         return portable.attend_backward(*tensors, block_size=block_size, softmax_scale=scale)
 
-    return Backend(select, forward, backward, _takes_all)
+    def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, block_size, topk, sink, local, scale = args
+        return decode.decode(
+            *tensors,
+            block_size=block_size,
+            topk=topk,
+            sink_blocks=sink,
+            local_blocks=local,
+            softmax_scale=scale,
+        )
+
+    return Backend(select, forward, backward, _takes_all, decode_step, decode.MAX_QUERIES)
 
 
 def _load_reference() -> Backend:
     from moba_hf import reference
 
-    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rule: int) -> Tensor:
-        block_size, topk, sink, local = rule
+    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
+        block_size, topk, sink, local, _means = rest  # the truth takes its own means
         result = torch.full(
             (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
         )
@@ -136,16 +164,43 @@ def select_op(
     sink_blocks: int,
     local_blocks: int,
     backend: str,
+    block_means: Tensor | None = None,
 ) -> Tensor:
     """`Backend.select` as one operator."""
-    return load_backend(backend).select(
-        q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks
-    )
+    rule = (block_size, topk, sink_blocks, local_blocks)
+    return load_backend(backend).select(q, k, table, max_seqlen_q, max_seqlen_k, *rule, block_means)
 
 
 @select_op.register_fake
-def _(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks, backend):  # type: ignore[no-untyped-def]
+def _(q, k, table, mq, mk, block_size, topk, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
+
+
+@torch.library.custom_op("moba_hf::decode", mutates_args=())
+def decode_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_means: Tensor,
+    table: Tensor,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`Backend.decode` as one operator, without gradients."""
+    decode = load_backend(backend).decode
+    assert decode is not None
+    out, lse = decode(q, k, v, block_means, table, block_size, topk, sink_blocks, local_blocks, softmax_scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@decode_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
 @torch.library.custom_op("moba_hf::attend", mutates_args=())

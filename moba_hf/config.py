@@ -54,7 +54,8 @@ class MobaConfig:
         local_blocks: blocks just before a query's own that it always attends (0 in the paper).
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
             last layer. They are checked against a model when applied to it.
-        decode: "full": a decode step attends every cached key (the paper's choice).
+        decode: "full": a decode step attends every cached key (the paper's choice); "sparse": it follows the
+            rule of prefill, best with a `MobaCache`, which keeps the means of blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name of `moba_hf.ops.BACKENDS`. A choice of the machine: never saved.
@@ -63,7 +64,6 @@ class MobaConfig:
 
     Raises:
         ValueError: a value out of range. TypeError: a value of the wrong type.
-        NotImplementedError: `decode="sparse"`.
     """
 
     block_size: int
@@ -82,8 +82,6 @@ class MobaConfig:
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         if self.decode not in _DECODE:
             raise ValueError(f"decode must be one of {', '.join(map(repr, _DECODE))}, got {self.decode!r}")
-        if self.decode == "sparse":
-            raise NotImplementedError('decode="sparse" is not available yet; use decode="full"')
         _check_int("decode_max_len", self.decode_max_len, minimum=1)
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {self.backend!r}")

@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from moba_hf.backends import attend_op, choose_backend, select_op
+from moba_hf.backends import attend_op, choose_backend, decode_op, load_backend, select_op
+from moba_hf.block_means import block_means_of
 from moba_hf.config import check_rule
 from moba_hf.sequences import batched_table, packed_table
 
@@ -135,20 +136,33 @@ def batched_moba_attention(
     q_offset: Tensor | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
+
+    A few queries per row without gradients (a decode step) read only the keys they attend.
 
     Args:
         q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
         kv_start, kv_end: int `(batch,)`, each row's real keys are slots `[kv_start, kv_end)`; None: all.
         q_offset: int `(batch,)` or `(1,)`, slot of the first query; None: `kv_len - q_len`. Queries outside
             `[kv_start, kv_end)` are padding: their output is zero.
+        block_means: `(batch, num_kv_heads, blocks, head_dim)` from a cache: means of each row's complete
+            blocks, counted from `kv_start`, then anything; None: taken here, which reads all keys.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
     """
     check_tensors(q, k, v)
     table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
+    name = choose_backend(backend, q, k, v, block_size)
+    few = q.shape[2] <= load_backend(name).max_decode_queries
+    if few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        check_rule(block_size, topk, sink_blocks, local_blocks)
+        scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        means = block_means_of(k, kv_start, block_size) if block_means is None else block_means
+        rule = (block_size, topk, sink_blocks, local_blocks)
+        return decode_op(q, k, v, means, table, *rule, scale, name)
     return attention_over(
         q,
         k,
@@ -161,7 +175,8 @@ def batched_moba_attention(
         max_seqlen_q=q.shape[2],
         max_seqlen_k=k.shape[2],
         softmax_scale=softmax_scale,
-        backend=backend,
+        backend=name,
+        block_means=block_means,
     )
 
 
@@ -180,6 +195,7 @@ def attention_over(
     softmax_scale: float | None = None,
     block_indices: Tensor | None = None,
     backend: str = "auto",
+    block_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select, then attend, over checked batched tensors and a sequence table; returns `(out, lse)`."""
     check_rule(block_size, topk, sink_blocks, local_blocks)
@@ -196,6 +212,7 @@ def attention_over(
             sink_blocks,
             local_blocks,
             name,
+            block_means,
         )
     else:
         _check_choice(block_indices, q, topk)

@@ -44,10 +44,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def block_mean(k: Tensor, block_size: int) -> Tensor:
-    """Means of complete blocks of `k (HK, N, D)`, `(HK, N // block_size, D)` in k's dtype, summed in fp32."""
-    count = k.shape[1] // block_size
-    blocks = k[:, : count * block_size].unflatten(1, (count, block_size))
-    return blocks.mean(dim=2, dtype=accumulate_dtype(k.dtype)).to(k.dtype)
+    """Means of complete blocks of `k (..., N, D)`: `(..., N // block_size, D)`, k's dtype, summed in fp32."""
+    count = k.shape[-2] // block_size
+    blocks = k[..., : count * block_size, :].unflatten(-2, (count, block_size))
+    return blocks.mean(dim=-2, dtype=accumulate_dtype(k.dtype)).to(k.dtype)
 
 
 def select(
@@ -59,11 +59,13 @@ def select(
     topk: int,
     sink_blocks: int,
     local_blocks: int,
+    block_means: Tensor | None = None,
 ) -> Tensor:
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.sequences`.
+        block_means: `(batch, HK, >= complete blocks, D)` of a cache, one sequence per row; None: taken here.
     """
     batch, num_heads, q_len, _ = q.shape
     result = torch.full((batch, q_len, num_heads, topk), -1, dtype=torch.int32, device=q.device)
@@ -72,7 +74,11 @@ def select(
             if q_end == q_begin:
                 continue
             queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
-            means = block_mean(keys, block_size).to(accumulate_dtype(q.dtype))
+            if block_means is None:
+                means = block_mean(keys, block_size)
+            else:
+                means = block_means[row, :, : keys.shape[1] // block_size]
+            means = means.to(accumulate_dtype(q.dtype))
             chunk = max(1, _SCORE_BUDGET // (num_heads * max(1, means.shape[1])))
             first = keys.shape[1] - queries.shape[1]
             for start in range(0, queries.shape[1], chunk):

@@ -1,0 +1,350 @@
+"""Cache layers that write into preallocated buffers and keep the means of complete blocks.
+
+The attention function finds a layer through the key tensor that `update` returns: an attribute of it, since
+transformers passes no cache on. Where the attribute is lost, the means are taken anew from the keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, get_layer_types_and_kwargs
+
+from moba_hf.attention import LAYER_ATTRIBUTE
+from moba_hf.block_means import BlockMeans, writable
+from moba_hf.config import MobaConfig
+
+# Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
+_MIN_GROWTH = 64
+_FULL = "full_attention"
+
+
+class MobaLayer(DynamicLayer):
+    """A dynamic cache layer: a decode step writes one slot and neither copies nor reads the others.
+
+    Keys and values lie in the first slots of larger buffers, which grow by an eighth when they are full.
+
+    Args:
+        max_cache_len: slots to allocate at first; 0: as needed.
+    """
+
+    def __init__(self, max_cache_len: int = 0, **kwargs: Any):
+        self._buffers: list[Tensor] | None = None
+        self._length = 0
+        self._assist_from: int | None = None
+        self.reserve = max_cache_len
+        self.block_means = BlockMeans()
+        super().__init__(**kwargs)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Cached keys `(batch, num_kv_heads, length, head_dim)`, a view."""
+        return None if self._buffers is None else self._buffers[0][:, :, : self._length]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._assign(0, value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Cached values `(batch, num_kv_heads, length, v_dim)`, a view."""
+        return None if self._buffers is None else self._buffers[1][:, :, : self._length]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._assign(1, value)
+
+    def _assign(self, which: int, value: Tensor | None) -> None:
+        """Somebody else's assignment: the tensor becomes the buffer, the means are forgotten."""
+        if value is None:
+            self._buffers, self._length = None, 0
+        else:
+            self._buffers = self._buffers or [value, value]
+            self._buffers[which] = value
+            self._length = value.shape[-2] if value.dim() > 1 else 0
+        self.block_means.forget(self._length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._length = 0
+        self._buffers = [
+            x.new_empty((*x.shape[:2], self.reserve, x.shape[3])) for x in (key_states, value_states)
+        ]
+        self.block_means.forget(0)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends `(batch, num_kv_heads, new, dim)` states; returns views of all cached keys and values."""
+        count = key_states.shape[2]
+        self._check_assisted(count)
+        if not self.is_initialized or (self._length == 0 and not self._fits(key_states, value_states)):
+            self.lazy_initialization(key_states, value_states)
+        assert self._buffers is not None
+        end = self._length + count
+        states = (key_states, value_states)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*states, *self._buffers)):
+            self._buffers = [
+                torch.cat([old[:, :, : self._length], new], dim=2)
+                for old, new in zip(self._buffers, states, strict=True)
+            ]
+        else:
+            if end > self._buffers[0].shape[2]:
+                self._grow(end + max(_MIN_GROWTH, end // 8))
+            self._buffers = [writable(x) for x in self._buffers]
+            for buffer, new in zip(self._buffers, states, strict=True):
+                buffer[:, :, self._length : end] = new
+        self._length = end
+        self.block_means.appended(count)
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        setattr(keys, LAYER_ATTRIBUTE, self)
+        return keys, values
+
+    def _fits(self, *states: Tensor) -> bool:
+        """Whether empty buffers can take states like these."""
+        assert self._buffers is not None
+        return all(
+            (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
+            for x, b in zip(states, self._buffers, strict=True)
+        )
+
+    def _grow(self, capacity: int) -> None:
+        assert self._buffers is not None
+        for i, old in enumerate(self._buffers):
+            new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            new[:, :, : self._length] = old[:, :, : self._length]
+            self._buffers[i] = new
+
+    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+        """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
+        assert self._buffers is not None
+        capacity = self._buffers[0].shape[2]
+        return self.block_means.bring_up(keys.detach(), self._length, capacity, kv_start, block_size)
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def reset(self) -> None:
+        """Empties the layer; its buffers stay for the next prompt."""
+        self._length, self._assist_from = 0, None
+        self.block_means.forget(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        removed = min(-tokens_to_remove, self._length)
+        self._length -= removed
+        self.block_means.cropped(removed, self._length)
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Applies a selection of rows; only the slots in use are moved."""
+        if self._buffers is None or self._length == 0:
+            return
+        capacity = self._buffers[0].shape[2]
+        for i, old in enumerate(self._buffers):
+            rows = change(old[:, :, : self._length])
+            new = rows.new_empty((*rows.shape[:2], capacity, rows.shape[3]))
+            new[:, :, : self._length] = rows
+            self._buffers[i] = new
+        self.block_means.map_rows(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
+
+    def offload(self) -> None:
+        """Moves keys and values to the CPU; the means stay where they are used."""
+        if self._buffers is not None:
+            self._buffers = [x.to("cpu", non_blocking=True) for x in self._buffers]
+
+    def prefetch(self) -> None:
+        if self._buffers is not None:
+            self._buffers = [x.to(self.device, non_blocking=True) for x in self._buffers]
+
+    def activate_past_recording(self) -> None:
+        """Called when tokens may be taken back: at the start of assisted generation, or after a prefill."""
+        self._assist_from = self._length or None
+
+    def _check_assisted(self, count: int) -> None:
+        """Raises when assisted generation appends a whole prompt to a cache that already holds its start."""
+        filled, self._assist_from = self._assist_from, None
+        if filled is not None and count > 1:
+            raise ValueError(
+                f"assisted and prompt-lookup generation start from an empty cache, this one holds {filled} "
+                "tokens: transformers would append the whole prompt to them; pass a new or reset cache, or "
+                "generate without assistance"
+            )
+
+
+class MobaStaticLayer(StaticLayer):
+    """A static cache layer with means of complete blocks, for `torch.compile` and CUDA graphs.
+
+    Args:
+        max_cache_len: slots of the buffers.
+        block_size: tokens in a block; None: taken from the first call.
+    """
+
+    def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
+        super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.block_means = BlockMeans(block_size, static=True)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.block_means.block_size is not None:
+            assert self.keys is not None
+            self.block_means.allocate(self.keys, self.block_means.block_size, self.max_cache_len)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        # calls that take no means count once: what is compiled must not see a number that keeps rising
+        means = self.block_means
+        means.behind = self.max_cache_len if means.behind else key_states.shape[2]
+        keys = keys.view(keys.shape)  # a new tensor: the attribute must not tie the buffer to its own layer
+        setattr(keys, LAYER_ATTRIBUTE, self)
+        return keys, values
+
+    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+        """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
+        return self.block_means.bring_up(
+            keys.detach(), self.cumulative_length, self.max_cache_len, kv_start, block_size
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self.block_means.forget(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.is_initialized:
+            self.block_means.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+
+class MobaCache(Cache):
+    """A cache for models that run MoBA; does what transformers' dynamic (static) cache does.
+
+    Full-attention layers keep their keys and values in preallocated buffers, beside the means of complete
+    blocks; other layer types (sliding, linear) are transformers' own.
+
+    Args:
+        config: the model's config.
+        max_cache_len: slots to allocate: prompt + new tokens, where known. A dynamic cache grows beyond it,
+            and without it, by an eighth at a time; a static cache needs it.
+        static: fixed shapes, for `torch.compile` and CUDA graphs.
+        offloading: keep layers on the CPU while they are not used (needs a GPU).
+        offload_only_non_sliding: leave sliding layers where they are.
+
+    Raises:
+        ValueError: a static cache without `max_cache_len`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        max_cache_len: int | None = None,
+        static: bool = False,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+    ):
+        if static and max_cache_len is None:
+            raise ValueError("a static MobaCache needs max_cache_len: prompt length + max_new_tokens")
+        size = max_cache_len or 0
+        text_config = config.get_text_config(decoder=True)
+        tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
+        layers: list[Any] = []
+        for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
+            if static:
+                kwargs["max_cache_len"] = size
+            if kind != _FULL:
+                layers.append(tables[static][kind](**kwargs))
+            elif static:
+                layers.append(MobaStaticLayer(block_size=_block_size(text_config, index, size), **kwargs))
+            else:
+                layers.append(MobaLayer(max_cache_len=size, **kwargs))
+        super().__init__(
+            layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
+        )
+
+
+def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
+    """The block size of a layer whose blocks are chosen, as far as `config.moba` tells."""
+    raw = getattr(text_config, "moba", None)
+    if raw is None:
+        return None
+    moba = raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
+    rule = moba.for_layer(layer_idx, int(text_config.num_hidden_layers))
+    return None if rule is None or rule.max_keys >= capacity else rule.block_size
+
+
+class use_moba_cache:
+    """Makes `generate` build MoBA cache layers by default, for every model in this process.
+
+    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back::
+
+        moba_hf.use_moba_cache()
+        with moba_hf.use_moba_cache():
+            model.generate(...)
+
+    Dynamic caches are then allocated for the longest text that the call may produce.
+    """
+
+    def __init__(self) -> None:
+        tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
+        self._tables = [(table, table[_FULL]) for table in tables]
+        self._prepare = GenerationMixin._prepare_cache_for_generation
+        tables[0][_FULL], tables[1][_FULL] = MobaLayer, MobaStaticLayer
+        GenerationMixin._prepare_cache_for_generation = _with_reserve(self._prepare)  # type: ignore[method-assign]
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
+        for table, layer in self._tables:
+            table[_FULL] = layer
+        GenerationMixin._prepare_cache_for_generation = self._prepare  # type: ignore[method-assign]
+
+    def __enter__(self) -> use_moba_cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """`prepare`, telling the layers of a cache that it made how many slots the call will need."""
+    signature = inspect.signature(prepare)
+
+    @wraps(prepare)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        model_kwargs, length = given.get("model_kwargs", {}), given.get("max_cache_length", 0)
+        before = model_kwargs.get("past_key_values")
+        result = prepare(*args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not before:
+            for layer in getattr(cache, "layers", ()):
+                if isinstance(layer, MobaLayer):
+                    layer.reserve = int(length)
+        return result
+
+    return wrapped

@@ -1,0 +1,148 @@
+"""MoBA for a few queries per row: chooses blocks from their means and gathers only the chosen keys.
+
+Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, K topk, C block columns.
+
+One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.sequences`).
+1. choose: scores of the means `(H, M, C)`; a key per block that orders them as the rule does, ties to the
+   lower index, own and forced blocks first; top-k of these keys.
+2. gather: keys and values of the chosen blocks, `(H, M, K * B)` slots.
+3. attend: one softmax over them, in fp32 (fp64).
+All of it is tensor arithmetic whose shapes depend on shapes alone: no device is waited for, so the path works
+inside CUDA graphs. Rows equal those of `portable` within rounding; the choice is the same but for scores that
+differ by rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.portable import full_precision
+from moba_hf.reference import accumulate_dtype
+
+# Queries per row up to which this path is taken.
+MAX_QUERIES = 16
+# Elements of gathered keys that are held at once.
+_GATHER_BUDGET = 1 << 25
+_LAST = torch.iinfo(torch.int64).max
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_means: Tensor,
+    table: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, M, H, Dv)` and `lse (batch, H, M)` in fp32 (fp64) of one sequence per batch row.
+
+    Args:
+        q: `(batch, H, M, D)`. k: `(batch, HK, N, D)`. v: `(batch, HK, N, Dv)`, any strides.
+        block_means: `(batch, HK, C, D)`, means of the complete blocks; what follows them is not read.
+        table: int32 `(batch, 5)`, one sequence per batch row, in order.
+    """
+    length = q.shape[2]
+    position = _positions(table, length)
+    with full_precision(q.device):
+        choice = choose(q, block_means, position, block_size, topk, sink_blocks, local_blocks)
+        per_query = q.shape[0] * q.shape[1] * choice.shape[3] * block_size * max(q.shape[3], v.shape[3])
+        step = max(1, _GATHER_BUDGET // per_query)
+        parts = [
+            _attend(q[:, :, m : m + step], k, v, choice[:, :, m : m + step], position[:, m : m + step],
+                    table[:, 3], block_size, softmax_scale)
+            for m in range(0, length, step)
+        ]  # fmt: skip
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+
+
+def _positions(table: Tensor, length: int) -> Tensor:
+    """Where each query stands in its sequence, int64 `(batch, M)`; -1 for padding."""
+    _, q_begin, q_end, k_begin, k_end = table.long().unbind(1)
+    query = torch.arange(length, device=table.device)
+    position = query + (k_end - k_begin - q_end)[:, None]
+    real = (query >= q_begin[:, None]) & (query < q_end[:, None])
+    return position.masked_fill(~real, -1)
+
+
+def choose(
+    q: Tensor,
+    block_means: Tensor,
+    position: Tensor,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Chosen blocks int64 `(batch, H, M, min(topk, C + 1))`: own, forced, best first; -1 for none.
+
+    Args:
+        q: `(batch, H, M, D)`. block_means: `(batch, HK, C, D)`. position: `(batch, M)`, -1 for padding.
+    """
+    batch, num_heads, length, dim = q.shape
+    num_kv_heads, complete = block_means.shape[1:3]
+    dtype = accumulate_dtype(q.dtype)
+    queries = q.to(dtype).reshape(batch, num_kv_heads, -1, dim)
+    scores = torch.matmul(queries, block_means.to(dtype).transpose(2, 3))
+    scores = scores.view(batch, num_heads, length, complete)
+    column = torch.arange(complete + 1, device=q.device)
+    own = (position // block_size).masked_fill(position < 0, -1)[:, None, :, None]
+    forced = (column < sink_blocks) | (column >= own - local_blocks)
+    rank = torch.nn.functional.pad(_ranks(scores), (0, 1))
+    rank = torch.where(forced, _LAST - 1 - column, rank)
+    rank = torch.where(column == own, _LAST, rank).masked_fill(column > own, -1)
+    best = rank.topk(min(topk, complete + 1), dim=3)
+    return best.indices.masked_fill(best.values < 0, -1)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Distinct int64 keys in `[0, 2^63)` that order the last dim: higher scores first, ties to lower indices.
+
+    fp32 scores are read as integers of the same order, the index fills the bits below; fp64 scores leave no
+    room for it and are sorted.
+    """
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    if scores.dtype == torch.float64:
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return torch.empty_like(order).scatter_(-1, order, (scores.shape[-1] - index).expand_as(order))
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: both zeros are one score
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + (1 << 31)
+    return (ordered << 31) - index + (1 << 30)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    choice: Tensor,
+    position: Tensor,
+    start: Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q (batch, H, m, D)` over the blocks `choice (batch, H, m, K)`; padding gives zeros."""
+    batch, num_heads = q.shape[:2]
+    dtype, device = accumulate_dtype(q.dtype), q.device
+    inside = choice[..., None] * block_size + torch.arange(block_size, device=device)
+    valid = (choice[..., None] >= 0) & (inside <= position[:, None, :, None, None])
+    # what is not attended reads a slot that is: one beyond the queries may hold anything, NaN included
+    inside = torch.minimum(inside, position[:, None, :, None, None]).clamp(min=0)
+    slot = (inside + start[:, None, None, None, None]).clamp(max=k.shape[2] - 1).flatten(3)
+    row = torch.arange(batch, device=device)[:, None, None, None]
+    head = torch.arange(num_heads, device=device) // (num_heads // k.shape[1])
+    at = (row, head[:, None, None], slot)
+    scores = torch.matmul(k[at].to(dtype), q.to(dtype)[..., None]).squeeze(4) * softmax_scale
+    scores = scores.masked_fill(~valid.flatten(3), -torch.inf)
+    high = scores.amax(3, keepdim=True).clamp(min=torch.finfo(dtype).min)
+    weights = torch.exp(scores - high)
+    total = weights.sum(3)
+    out = torch.matmul(weights[:, :, :, None], v[at].to(dtype)).squeeze(3) / total[..., None]
+    out = out.masked_fill((position < 0)[:, None, :, None], 0.0)
+    return out.transpose(1, 2).to(q.dtype), high.squeeze(3) + total.log()

@@ -1,0 +1,105 @@
+"""Prefill in chunks: reads a long prompt into a cache with memory bounded by the chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
+
+from moba_hf.attention import NAME, moba_config
+from moba_hf.cache import MobaCache
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    input_ids: Tensor,
+    chunk_size: int = 4096,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    progress: bool = True,
+) -> Cache:
+    """A cache that holds `input_ids` but for the last token, which `generate` must still see::
+
+        cache = moba_hf.prefill(model, input_ids)
+        model.generate(input_ids, past_key_values=cache)
+
+    Every row equals that of a prefill in one call. Chunks of `decode_max_len` tokens or fewer would count as
+    decoding, so none is left: the last two chunks are evened out, and so few tokens altogether on top of a
+    filled cache are left to `generate`. Assisted generation needs an empty cache: no prefill before it.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: `(batch, length)`, the whole prompt, with what `past_key_values` already holds.
+        chunk_size: tokens per row in one call; memory grows with it.
+        attention_mask: `(batch, length)`, 0 for padding; None: no padding.
+        past_key_values: a cache that holds the beginning of `input_ids`, or an empty one; None: a new
+            `MobaCache`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, or a cache that holds the
+            whole prompt.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
+    batch, length = input_ids.shape
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be (batch, length) = {(batch, length)}, got {tuple(attention_mask.shape)}"
+        )
+    shortest = _decode_max_len(model) + 1
+    if chunk_size < 2 * shortest - 1:
+        raise ValueError(
+            f"chunk_size={chunk_size} is too small: calls of decode_max_len={shortest - 1} tokens or fewer "
+            f"count as decoding, so it must be at least {2 * shortest - 1}"
+        )
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    cache = past_key_values
+    if cache is None:
+        cache = MobaCache(model.config, max_cache_len=length + length // 8)
+    seen = int(cache.get_seq_length())
+    if seen >= length:
+        raise ValueError(f"the cache holds {seen} tokens, the prompt has {length}: nothing is left to read")
+    position_ids = None
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
+    with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=not progress) as bar:
+        for count in chunks:
+            end = seen + count
+            model(
+                input_ids=input_ids[:, seen:end].to(model.device),
+                attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, seen:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            bar.update(count)
+            seen = end
+    return cache
+
+
+def _decode_max_len(model: Any) -> int:
+    """The model's `decode_max_len`; 1 where it does not run MoBA."""
+    config = model.config.get_text_config(decoder=True)
+    return moba_config(config).decode_max_len if config._attn_implementation == NAME else 1
+
+
+def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:
+    """Lengths of the chunks of `total` tokens, each between `shortest` and `chunk_size`.
+
+    Fewer than `shortest` tokens are one chunk on an `empty` cache, where prefill and decode agree, else none.
+    """
+    full, rest = divmod(total, chunk_size)
+    if full == 0:
+        return [rest] if rest >= shortest or (empty and rest) else []
+    if rest == 0 or rest >= shortest:
+        return [chunk_size] * full + [rest] * bool(rest)
+    last = chunk_size + rest
+    return [chunk_size] * (full - 1) + [last - last // 2, last // 2]
