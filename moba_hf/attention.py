@@ -58,12 +58,14 @@ class LayerPlan:
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
+        max_keys: the most keys a query attends under the rule.
     """
 
     raw: Any
     rule: LayerConfig | None
     stock: str | None
     full_len: int
+    max_keys: int = 0
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -106,7 +108,8 @@ def _resolve(config: Any, raw: Any, layer_idx: Any) -> LayerPlan:
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
     rule = moba.for_layer(int(layer_idx), adapter.num_layers(config))
-    return LayerPlan(raw, rule, stock, moba.decode_max_len if moba.decode == "full" else 0)
+    full_len = moba.decode_max_len if moba.decode == "full" else 0
+    return LayerPlan(raw, rule, stock, full_len, 0 if rule is None else rule.max_keys)
 
 
 def moba_attention_forward(
@@ -169,7 +172,7 @@ def _wants_means(plan: LayerPlan, layer: Any, q_len: int, kv_len: int) -> bool:
 
     A static layer does at every call, so that each finds it in the same state and compiled graphs stay few.
     """
-    if plan.rule is None or plan.rule.max_keys >= kv_len:
+    if plan.rule is None or plan.max_keys >= kv_len:
         return False
     return q_len > plan.full_len or layer.is_compileable
 
@@ -189,7 +192,7 @@ def _attend(
     q_len, kv_len = query.shape[2], key.shape[2]
     longest = kv_len if packing is None else packing.max_seqlen
     rule = plan.rule
-    if rule is None or q_len <= plan.full_len or rule.max_keys >= longest:
+    if rule is None or q_len <= plan.full_len or plan.max_keys >= longest:
         if packing is not None:
             return dense_packed_attention(query, key, value, scale, packing.spans())
         return dense_attention(query, key, value, scale, bounds)

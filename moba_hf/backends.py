@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -134,12 +133,23 @@ def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
 BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _load_reference, "portable": _load_portable}
 
 
-@cache
+_loaded: dict[str, Backend] = {}
+
+
 def load_backend(name: str) -> Backend:
     """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
+    _ensure_loaded(name)
+    return _loaded[name]
+
+
+@torch._dynamo.assume_constant_result
+def _ensure_loaded(name: str) -> bool:
+    """Loads `name`, outside what is traced."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    if name not in _loaded:
+        _loaded[name] = BACKENDS[name]()
+    return True
 
 
 def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:

@@ -136,9 +136,10 @@ class BlockMeans:
     def _set_starts(self, kv_start: Tensor | None) -> None:
         if kv_start is None:
             self.starts = None
-        elif self.starts is None or self.starts.shape != kv_start.shape or self.starts.is_inference():
+        elif self.starts is None or self.starts.shape != kv_start.shape:
             self.starts = kv_start.clone()
         else:
+            self.starts = writable(self.starts)
             self.starts.copy_(kv_start)
 
     def _update_slices(self, keys: Tensor, length: int, kv_start: Tensor | None) -> None:
@@ -186,6 +187,8 @@ def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int) -> Te
 
 def writable(x: Tensor) -> Tensor:
     """`x`, or a copy where it was made in inference mode and may not be written any more."""
+    if torch.compiler.is_compiling():
+        return x
     if x.is_inference() and not torch.is_inference_mode_enabled():
         return x.clone()
     return x
