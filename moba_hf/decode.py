@@ -53,11 +53,13 @@ def decode(
         choice = choose(q, block_means, position, block_size, topk, sink_blocks, local_blocks)
         per_query = q.shape[0] * q.shape[1] * choice.shape[3] * block_size * max(q.shape[3], v.shape[3])
         step = max(1, _GATHER_BUDGET // per_query)
-        parts = [
-            _attend(q[:, :, m : m + step], k, v, choice[:, :, m : m + step], position[:, m : m + step],
-                    table[:, 3], block_size, softmax_scale)
-            for m in range(0, length, step)
-        ]  # fmt: skip
+        parts = []
+        for m in range(0, length, step):
+            part = slice(m, m + step)
+            queries, blocks = q[:, :, part], choice[:, :, part]
+            parts.append(
+                _attend(queries, k, v, blocks, position[:, part], table[:, 3], block_size, softmax_scale)
+            )
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
@@ -128,21 +130,37 @@ def _attend(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `q (batch, H, m, D)` over the blocks `choice (batch, H, m, K)`; padding gives zeros."""
-    batch, num_heads = q.shape[:2]
     dtype, device = accumulate_dtype(q.dtype), q.device
     inside = choice[..., None] * block_size + torch.arange(block_size, device=device)
     valid = (choice[..., None] >= 0) & (inside <= position[:, None, :, None, None])
     # what is not attended reads a slot that is: one beyond the queries may hold anything, NaN included
     inside = torch.minimum(inside, position[:, None, :, None, None]).clamp(min=0)
     slot = (inside + start[:, None, None, None, None]).clamp(max=k.shape[2] - 1).flatten(3)
-    row = torch.arange(batch, device=device)[:, None, None, None]
-    head = torch.arange(num_heads, device=device) // (num_heads // k.shape[1])
-    at = (row, head[:, None, None], slot)
-    scores = torch.matmul(k[at].to(dtype), q.to(dtype)[..., None]).squeeze(4) * softmax_scale
+    keys = _gather(k, slot).to(dtype)
+    scores = torch.matmul(q.to(dtype)[..., None, :], keys.transpose(3, 4)).squeeze(3) * softmax_scale
     scores = scores.masked_fill(~valid.flatten(3), -torch.inf)
     high = scores.amax(3, keepdim=True).clamp(min=torch.finfo(dtype).min)
     weights = torch.exp(scores - high)
     total = weights.sum(3)
-    out = torch.matmul(weights[:, :, :, None], v[at].to(dtype)).squeeze(3) / total[..., None]
+    out = torch.matmul(weights[:, :, :, None], _gather(v, slot).to(dtype)).squeeze(3) / total[..., None]
     out = out.masked_fill((position < 0)[:, None, :, None], 0.0)
     return out.transpose(1, 2).to(q.dtype), high.squeeze(3) + total.log()
+
+
+def _gather(x: Tensor, slot: Tensor) -> Tensor:
+    """`x (batch, HK, N, D)` at `slot (batch, H, m, S)`: `(batch, H, m, S, D)`, each head from its kv head.
+
+    Where batch, head and slot strides are multiples of one another, as in a cache, rows of the whole storage
+    are selected: several times as fast on CPUs as three indices.
+    """
+    batch, num_heads = slot.shape[:2]
+    rows = torch.arange(batch, device=x.device)[:, None, None, None]
+    heads = (torch.arange(num_heads, device=x.device) // (num_heads // x.shape[1]))[:, None, None]
+    unit = x.stride(2)
+    if x.stride(3) != 1 or unit < x.shape[3] or x.stride(0) % unit or x.stride(1) % unit:
+        return x[rows, heads, slot]
+    row_step, head_step = x.stride(0) // unit, x.stride(1) // unit
+    count = (batch - 1) * row_step + (x.shape[1] - 1) * head_step + x.shape[2]
+    flat = x.as_strided((count, x.shape[3]), (unit, 1))
+    index = rows * row_step + heads * head_step + slot
+    return flat.index_select(0, index.flatten()).view(*slot.shape, x.shape[3])
