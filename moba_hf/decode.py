@@ -22,8 +22,8 @@ from moba_hf.reference import accumulate_dtype
 
 # Queries per row up to which this path is taken.
 MAX_QUERIES = 16
-# Elements of gathered keys that are held at once.
-_GATHER_BUDGET = 1 << 25
+# Elements of gathered keys held at once. On CPUs little: fresh pages are dearer than the work on them.
+_GATHER_BUDGET, _GATHER_BUDGET_GPU = 1 << 18, 1 << 26
 _LAST = torch.iinfo(torch.int64).max
 
 
@@ -47,22 +47,33 @@ def decode(
         block_means: `(batch, HK, C, D)`, means of the complete blocks; what follows them is not read.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
     """
-    length = q.shape[2]
+    batch, num_heads, length, dim = q.shape
     position = _positions(table, length)
+    dtype = accumulate_dtype(q.dtype)
+    out = q.new_empty(batch, length, num_heads, v.shape[3])
+    lse = torch.empty(batch, num_heads, length, dtype=dtype, device=q.device)
+    kv_head = torch.arange(num_heads, device=q.device) // (num_heads // k.shape[1])
     with full_precision(q.device):
         choice = choose(q, block_means, position, block_size, topk, sink_blocks, local_blocks)
-        per_query = q.shape[0] * q.shape[1] * choice.shape[3] * block_size * max(q.shape[3], v.shape[3])
-        step = max(1, _GATHER_BUDGET // per_query)
-        parts = []
-        for m in range(0, length, step):
-            part = slice(m, m + step)
-            queries, blocks = q[:, :, part], choice[:, :, part]
-            parts.append(
-                _attend(queries, k, v, blocks, position[:, part], table[:, 3], block_size, softmax_scale)
-            )
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+        budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
+        pairs = max(1, budget // (batch * choice.shape[3] * block_size * max(dim, v.shape[3])))
+        step = min(pairs, num_heads)
+        for m in range(0, length, max(1, pairs // num_heads)):
+            part = slice(m, m + max(1, pairs // num_heads))
+            for h in range(0, num_heads, step):
+                some = slice(h, h + step)
+                out[:, part, some], lse[:, some, part] = _attend(
+                    q[:, some, part],
+                    k,
+                    v,
+                    kv_head[some],
+                    choice[:, some, part],
+                    position[:, part],
+                    table[:, 3],
+                    block_size,
+                    softmax_scale,
+                )
+    return out, lse
 
 
 def _positions(table: Tensor, length: int) -> Tensor:
@@ -123,6 +134,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    kv_head: Tensor,
     choice: Tensor,
     position: Tensor,
     start: Tensor,
@@ -136,26 +148,29 @@ def _attend(
     # what is not attended reads a slot that is: one beyond the queries may hold anything, NaN included
     inside = torch.minimum(inside, position[:, None, :, None, None]).clamp(min=0)
     slot = (inside + start[:, None, None, None, None]).clamp(max=k.shape[2] - 1).flatten(3)
-    keys = _gather(k, slot).to(dtype)
+    keys = _gather(k, kv_head, slot).to(dtype)
     scores = torch.matmul(q.to(dtype)[..., None, :], keys.transpose(3, 4)).squeeze(3) * softmax_scale
     scores = scores.masked_fill(~valid.flatten(3), -torch.inf)
     high = scores.amax(3, keepdim=True).clamp(min=torch.finfo(dtype).min)
     weights = torch.exp(scores - high)
     total = weights.sum(3)
-    out = torch.matmul(weights[:, :, :, None], _gather(v, slot).to(dtype)).squeeze(3) / total[..., None]
+    out = (
+        torch.matmul(weights[:, :, :, None], _gather(v, kv_head, slot).to(dtype)).squeeze(3)
+        / total[..., None]
+    )
     out = out.masked_fill((position < 0)[:, None, :, None], 0.0)
     return out.transpose(1, 2).to(q.dtype), high.squeeze(3) + total.log()
 
 
-def _gather(x: Tensor, slot: Tensor) -> Tensor:
-    """`x (batch, HK, N, D)` at `slot (batch, H, m, S)`: `(batch, H, m, S, D)`, each head from its kv head.
+def _gather(x: Tensor, kv_head: Tensor, slot: Tensor) -> Tensor:
+    """`x (batch, HK, N, D)` at `slot (batch, H, m, S)`: `(batch, H, m, S, D)`; `kv_head (H,)` of each head.
 
     Where batch, head and slot strides are multiples of one another, as in a cache, rows of the whole storage
     are selected: several times as fast on CPUs as three indices.
     """
-    batch, num_heads = slot.shape[:2]
+    batch = slot.shape[0]
     rows = torch.arange(batch, device=x.device)[:, None, None, None]
-    heads = (torch.arange(num_heads, device=x.device) // (num_heads // x.shape[1]))[:, None, None]
+    heads = kv_head[:, None, None]
     unit = x.stride(2)
     if x.stride(3) != 1 or unit < x.shape[3] or x.stride(0) % unit or x.stride(1) % unit:
         return x[rows, heads, slot]
