@@ -35,8 +35,8 @@ def find_packing(
     """The packing of a call, or None when each row is one sequence.
 
     `cu_seq_lens_q` counts first. Else position ids that do not rise by one mark a new sequence, as in
-    transformers: only where no 2-D attention mask is given, and only outside `torch.compile`, since looking at
-    them waits for the device (once per forward: the answer is kept for the layers that follow).
+    transformers: only where no 2-D attention mask is given, and only outside `torch.compile`, since looking
+    at them waits for the device (once per forward: the answer is kept for the layers that follow).
 
     Raises:
         ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`.
