@@ -156,6 +156,7 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
     _check_apart(source, target)
     check_target(target, overwrite=overwrite)
     check_config(read_gguf_config(source), moba)
+    tokenizer = load_gguf_tokenizer(source)
 
     import torch
 
@@ -165,7 +166,7 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
             model.save_pretrained(folder)
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(f"{folder}: cannot be written ({error})") from error
-        load_gguf_tokenizer(source).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         adapter = find_adapter(model.config.model_type)
         values = read_json_object(folder / _CONFIG)
         _write_config(folder, with_moba(values, moba, text_config_key(adapter, model.config)))
