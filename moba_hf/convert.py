@@ -42,7 +42,7 @@ def convert_checkpoint(
 
     Args:
         src: folder with config.json and safetensors, or a .gguf file.
-        dst: folder to make, in a folder that exists.
+        dst: folder to make.
         config: the settings to store; its `backend` is not stored.
         overwrite: replace `dst` if it is a checkpoint already.
         link: share the weight files of `src` through hard links instead of copying them, where the file
@@ -175,12 +175,17 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
 def _check_apart(source: Path, target: Path) -> None:
     """Raises ValueError when one of the two lies in the other."""
     source = source.resolve()
-    if source == target:
+    if _is_same(source, target):
         raise ValueError(f"{target}: is the source itself; choose another target")
-    if source in target.parents:
+    if any(_is_same(source, parent) for parent in target.parents):
         raise ValueError(f"{target}: lies inside the source {source}; choose another target")
-    if target in source.parents:
+    if any(_is_same(target, parent) for parent in source.parents):
         raise ValueError(f"{target}: holds the source {source}; choose another target")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two resolved paths are one place, also where letter case or a bind mount tells them apart."""
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _write_config(folder: Path, values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,25 +32,30 @@ _ACTIVE: set[Path] = set()
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `target`, renamed to `target` when the block ends well.
 
-    If the block or the renaming fails, or SIGINT, SIGTERM or SIGHUP arrives, nothing stays beside `target`
-    and an older `target` stays as it was. After a SIGKILL the temporary folder stays until `recover_folder`.
+    Missing parents are made. If the block or the renaming fails, or SIGINT, SIGTERM or SIGHUP arrives,
+    nothing new stays, and an older `target` stays as it was. After a SIGKILL the temporary folder stays
+    until `recover_folder`.
 
     Args:
         target: absolute path of the folder to make; `check_target` has accepted it.
         overwrite: replace an existing `target`; it is moved aside and removed last.
     """
     temporary, aside = _beside(target, "new"), _beside(target, "old")
+    parents = [path for path in target.parents if not path.exists()]
     with _Interrupts() as interrupts:
         _ACTIVE.update((temporary, aside))
         try:
             with interrupts.held():
-                temporary.mkdir()
+                temporary.mkdir(parents=True)
             yield temporary
             with interrupts.held():
                 _put_in_place(temporary, target, aside, overwrite)
         finally:
             with interrupts.held():
                 shutil.rmtree(temporary, ignore_errors=True)
+                for path in parents:
+                    with suppress(OSError):  # no longer empty: the target is there
+                        path.rmdir()
                 _ACTIVE.difference_update((temporary, aside))
 
 
@@ -65,9 +70,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise ValueError(
                 f"{target}: will not be overwritten, as it holds no config.json; remove it yourself"
             )
-    parent = target.parent
+    parent = next(path for path in target.parents if path.exists())  # the root at the latest
     if not parent.is_dir():
-        raise ValueError(f"{parent}: {'is not a folder' if parent.exists() else 'no such folder'}")
+        raise ValueError(f"{parent}: is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{parent}: cannot be written to")
 

@@ -91,6 +91,12 @@ def test_reloads_as_the_patched_model(family: str, tmp_path: Path) -> None:
         assert torch.equal(reloaded(ids).logits, dense)
 
 
+def test_makes_parents(src: Path, out: Path) -> None:
+    made = convert_checkpoint(src, out / "a" / "b" / "dst", MOBA)
+    assert [str(path.relative_to(out)) for path in sorted(out.glob("**"))] == [".", "a", "a/b", "a/b/dst"]
+    assert (made / "config.json").is_file()
+
+
 def test_single_file_and_second_conversion(tmp_path: Path) -> None:
     src = save_tiny(tmp_path / "src")
     once = convert_checkpoint(src, tmp_path / "once", MOBA)
@@ -303,8 +309,8 @@ def test_refuses_a_bad_target(src: Path, out: Path) -> None:
         (out / "photos", False, "exists already; --overwrite"),
         (out / "photos", True, "will not be overwritten, as it holds no config.json"),
         (out / "file", True, "exists and is not a folder"),
-        (out / "no" / "dst", False, "out/no: no such folder"),
         (out / "file" / "dst", False, "out/file: is not a folder"),
+        (out / "file" / "new" / "dst", False, "out/file: is not a folder"),
         (src, True, "is the source itself"),
         (src / ".." / "src", True, "is the source itself"),
         (src / "dst", False, "lies inside the source"),
@@ -363,7 +369,7 @@ def test_an_error_while_copying_leaves_the_old_target(
         convert_checkpoint(src, made, OTHER, overwrite=True)
     assert snapshot(out) == before
     with pytest.raises(type(error)):
-        convert_checkpoint(src, out / "new", OTHER)
+        convert_checkpoint(src, out / "new" / "parents" / "dst", OTHER)
     assert os.listdir(out) == ["dst"]
 
 
