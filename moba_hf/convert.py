@@ -95,7 +95,8 @@ def read_model_config(folder: Path) -> tuple[dict[str, Any], PreTrainedConfig]:
     try:
         return values, CONFIG_MAPPING[model_type].from_dict(deepcopy(values))
     except Exception as error:  # config classes raise what they like on bad values
-        raise ValueError(f"{path}: not a config of model_type {model_type!r} ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a config of model_type {model_type!r} ({reason})") from error
 
 
 def check_config(config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
@@ -160,8 +161,8 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
 
     import torch
 
+    model = load_gguf_model(source, getattr(torch, dtype))
     with new_folder(target, overwrite=overwrite) as folder:
-        model = load_gguf_model(source, getattr(torch, dtype))
         try:
             model.save_pretrained(folder)
         except SafetensorError as error:  # how it reports a full disk

@@ -12,7 +12,7 @@ import numpy as np
 from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import MobaConfig
 from moba_hf.convert import check_config, read_model_config, text_config_key
-from moba_hf.gguf_files import is_gguf, load_gguf_model
+from moba_hf.gguf_files import is_gguf, load_gguf_model, tied_names
 from moba_hf.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ def _compare_gguf(stored: Checkpoint, source: Path) -> str:
     dtype = _TORCH_DTYPES[dtypes.pop()]
     model = load_gguf_model(source.absolute(), getattr(torch, dtype))
     tensors = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    _compare_names(set(stored.tensors), set(tensors) - (tied - set(stored.tensors)))
+    _compare_names(set(stored.tensors), set(tensors) - (tied_names(model) - set(stored.tensors)))
     for name, place in sorted(stored.tensors.items()):
         wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
         got = np.memmap(

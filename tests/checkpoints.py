@@ -59,8 +59,25 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray[Any, Any]]:
-    """Writes a tiny Q8_0 model with a tokenizer and returns its tensors, dequantised by the gguf package."""
+def write_tiny_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    leave_out: str = "",
+    extra: dict[str, tuple[int, ...]] | None = None,
+    scaling: str = "",
+    parts: int = 0,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Writes a tiny Q8_0 model with a tokenizer and returns its tensors, dequantised by the gguf package.
+
+    Args:
+        path: file to write.
+        architecture: as GGUF names it.
+        leave_out: name of a tensor that is not written.
+        extra: shapes of further tensors by name.
+        scaling: type of RoPE scaling.
+        parts: number of files that the model is said to be split over.
+    """
     import gguf
 
     vocab, hidden, inner, layers, heads, kv_heads = 64, 64, 96, 2, 4, 2
@@ -74,6 +91,10 @@ def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.nda
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocab)
+    if scaling:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if parts:
+        writer.add_uint16("split.count", parts)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), '!"', "#$"])
     writer.add_token_merges(['! "', "# $"])
@@ -94,6 +115,8 @@ def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.nda
             "ffn_down": (hidden, inner),
         }.items():
             shapes[f"blk.{i}.{name}"] = shape
+    shapes.update(extra or {})
+    shapes.pop(leave_out, None)
     rng = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q8_0
     dequantised = {}

@@ -211,6 +211,26 @@ def test_refuses_bad_gguf(gguf: tuple[Path, Any], tmp_path: Path) -> None:
     assert os.listdir(out) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leave_out": "blk.1.ffn_up"}, r"holds no model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"extra": {"blk.0.attn_q.more": (64,)}}, "holds 21 tensors, LlamaForCausalLM has 20"),
+        ({"extra": {"rope_freqs": (8,)}}, "has RoPE scaling"),
+        ({"scaling": "yarn"}, "has RoPE scaling"),
+        ({"parts": 2}, "is one of 2 parts"),
+    ],
+)
+def test_refuses_gguf_that_transformers_would_read_wrongly(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    write_tiny_gguf(tmp_path / "m.gguf", **change)
+    with pytest.raises(ValueError, match=rf"m\.gguf: {message}"):
+        convert_checkpoint(tmp_path / "m.gguf", tmp_path / "dst", MOBA)
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
 RELOAD = """
 import sys, torch, moba_hf
 from transformers import AutoModelForCausalLM
