@@ -6,6 +6,7 @@ Importing registers "moba" as an attention implementation of transformers, and d
 from moba_hf.attention import register
 from moba_hf.cache import MobaCache, use_moba_cache
 from moba_hf.config import MobaConfig
+from moba_hf.convert import convert_checkpoint
 from moba_hf.ops import moba_attention, select_blocks
 from moba_hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.prefill import prefill
@@ -13,6 +14,7 @@ from moba_hf.prefill import prefill
 __all__ = [
     "MobaCache",
     "MobaConfig",
+    "convert_checkpoint",
     "moba_attention",
     "patch_model",
     "prefill",
