@@ -140,12 +140,11 @@ class MobaLayer(DynamicLayer):
         self.block_means.forget(0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        """Removes the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        removed = min(-tokens_to_remove, self._length)
+        kept = tokens_to_remove if tokens_to_remove > 0 else self._length + tokens_to_remove
+        removed = self._length - min(max(kept, 0), self._length)
         self._length -= removed
         self.block_means.cropped(removed, self._length)
 

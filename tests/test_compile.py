@@ -1,0 +1,166 @@
+"""One graph and no break: prefill, decode on a static cache, export; recompiled when the settings change."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
+
+from moba_hf import MobaCache, MobaConfig
+
+SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
+FULL = MobaConfig(block_size=8, topk=3)
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny(rule: MobaConfig, model_type: str = "llama") -> Any:
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    config.moba = rule.to_dict()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="moba").eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(2, 96, shape, generator=torch.Generator().manual_seed(1))
+
+
+def padded(ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    return mask
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_one_graph(self, masked: bool) -> None:
+        """A model that never ran before: nothing may depend on what an eager call left behind."""
+        model, ids, counter = tiny(FULL), tokens(2, 50), CompileCounterWithBackend("aot_eager")
+        mask = padded(ids) if masked else torch.ones_like(ids)
+        given = {"attention_mask": mask} if masked else {}
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        with torch.no_grad():
+            for _ in range(2):
+                got = compiled(ids, use_cache=False, **given).logits
+            expected = model(ids, use_cache=False, **given).logits
+        assert counter.frame_count == 1
+        assert not counters["graph_break"]
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+
+    def test_changed_settings_compile_again(self) -> None:
+        model, ids, counter = tiny(FULL), tokens(1, 60), CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        logits = []
+        with torch.no_grad():
+            for change in ("nothing", "new settings", "edited settings", "another implementation"):
+                if change == "new settings":
+                    model.config.moba = MobaConfig(block_size=8, topk=2).to_dict()
+                elif change == "edited settings":
+                    model.config.moba["block_size"] = 4
+                elif change == "another implementation":
+                    model.set_attn_implementation("sdpa")
+                logits.append(compiled(ids, use_cache=False).logits)
+                torch.testing.assert_close(logits[-1], model(ids, use_cache=False).logits)
+        assert counter.frame_count == 4
+        assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(logits))
+
+    def test_backward(self) -> None:
+        model, ids = tiny(FULL), tokens(1, 50)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        grads = []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(ids, labels=ids, use_cache=False).loss.backward()
+            grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("rule", [SPARSE, FULL], ids=["sparse", "full"])
+@pytest.mark.parametrize("kind", ["moba", "stock"])
+def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
+    """64 tokens of a left-padded batch, twice: compiled once, equal to eager."""
+    model, ids = tiny(rule), tokens(2, 50)
+    kwargs = {"attention_mask": padded(ids), "max_new_tokens": 64, "do_sample": False}
+
+    def cache() -> Any:
+        if kind == "moba":
+            return MobaCache(model.config, static=True, max_cache_len=128)
+        return StaticCache(config=model.config, max_cache_len=128)
+
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    for _ in range(2):
+        out = model.generate(ids, past_key_values=cache(), compile_config=config, **kwargs)
+        assert torch.equal(out, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_chunks_and_decode_under_compile() -> None:
+    """Compiled prefill in chunks: one graph each for the empty cache, a full chunk, the rest, a step."""
+    model, ids = tiny(SPARSE), tokens(1, 50)
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    kwargs = {"max_new_tokens": 64, "do_sample": False, "prefill_chunk_size": 20}
+    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    cache = MobaCache(model.config, static=True, max_cache_len=128)
+    out = model.generate(ids, past_key_values=cache, compile_config=config, **kwargs)
+    assert torch.equal(out, expected)
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
+
+
+class TestExport:
+    def export(self, model: Any, ids: torch.Tensor, shapes: Any = None, **kwargs: Any) -> Any:
+        given = {"input_ids": ids, "use_cache": False, **kwargs}
+        with torch.no_grad():
+            return torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+    def test_static_shapes(self, model_type: str) -> None:
+        model, ids, other = tiny(FULL, model_type), tokens(1, 50), tokens(2, 50)[1:]
+        exported = self.export(model, ids)
+        with torch.no_grad():
+            for given in (ids, other):
+                expected = model(given, use_cache=False).logits
+                got = exported(input_ids=given, use_cache=False).logits
+                torch.testing.assert_close(got, expected)
+
+    def test_any_length(self) -> None:
+        """One program for prompts of many lengths, with padding."""
+        model, ids = tiny(FULL), tokens(2, 50)
+        length = torch.export.Dim("length", min=32, max=200)
+        shapes = {"input_ids": {1: length}, "use_cache": None, "attention_mask": {1: length}}
+        exported = self.export(model, ids, shapes, attention_mask=padded(ids))
+        with torch.no_grad():
+            for size in (50, 64, 131):
+                ids = tokens(2, size)
+                mask = padded(ids)
+                expected = model(ids, attention_mask=mask, use_cache=False).logits
+                got = exported(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])

