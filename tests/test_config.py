@@ -161,7 +161,7 @@ class TestLayers:
             config.for_layer(0, 4)
 
     def test_a_layer_overridden_under_both_its_indices(self) -> None:
-        with pytest.raises(ValueError, match="layers names layer 3 twice, as 3 and -1"):
+        with pytest.raises(ValueError, match="layers names layer 3 twice, also as -1"):
             make(layers={3: {"topk": 1}, -1: {"topk": 2}}).for_layer(0, 4)
 
     def test_overrides_change_only_what_they_name(self) -> None:
