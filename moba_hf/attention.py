@@ -3,8 +3,9 @@
 The attention function translates once: module and config say which rule the layer follows, the compact mask
 or the position ids say where each sequence lies; below, `ops` knows nothing of models.
 
-The mask function gives int8 `(batch, 1, 1, kv_len)`: 0 not written yet, 1 a real token, 2 padding. Its shape
-depends on nothing but the cache, so it works for static caches, under compile, and costs `kv_len` bytes.
+The mask function gives a compact mask `(batch, 1, 1, kv_len)`: 0 not written yet, 1 a real token, 2 padding;
+int8 from a 2-D mask, uint8 where none was given. Its shape depends on nothing but the cache, so it works for
+static caches, under compile, and costs `kv_len` bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moba_hf.sequences import RowBounds
 
 NAME = "moba"
 UNWRITTEN, REAL, PADDING = 0, 1, 2
+COMPACT = (torch.int8, torch.uint8)
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
     "softcap": "soft-capped scores",
@@ -120,7 +122,8 @@ def moba_attention_forward(
         )
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
-    packing = find_packing(attention_mask, kwargs, batch, q_len, key.shape[2])
+    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
+    packing = find_packing(kwargs, batch, q_len, key.shape[2], padding_given=padding_given)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
     if stock is not None:
@@ -203,7 +206,7 @@ def moba_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The compact mask, int8 `(batch_size, 1, 1, kv_length)`; None when nothing is padded or unwritten.
+    """The compact mask `(batch_size, 1, 1, kv_length)`; None when nothing is padded or unwritten.
 
     Window and chunk layers (`local_size`), custom overlays (`use_vmap`) and bidirectional models get
     transformers' own dense mask. Called by transformers with keywords only, once per forward.
@@ -233,8 +236,8 @@ def moba_mask(
         missing = kv_length - attention_mask.shape[1]
         given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
         real = written & given[:, -kv_length:]
-    mask = written.to(torch.int8) * PADDING - real.to(torch.int8)
-    return mask[:, None, None, :]
+    dtype = torch.uint8 if attention_mask is None else torch.int8
+    return (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
 
 
 def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
@@ -259,7 +262,7 @@ def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
 
 def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     """A mask that the stock implementation understands: a compact one is written out."""
-    if mask is None or mask.dtype != torch.int8:
+    if mask is None or mask.dtype not in COMPACT:
         return mask
     return causal_mask(row_bounds(mask, q_len), 0, q_len, mask.shape[3])
 
@@ -276,7 +279,7 @@ def _refuse_unsupported(
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"MoBA does not support {what} ({name}); use a stock attn_implementation")
-    if mask is not None and (mask.dtype != torch.int8 or mask.ndim != 4 or mask.shape[2] != 1):
+    if mask is not None and (mask.dtype not in COMPACT or mask.ndim != 4 or mask.shape[2] != 1):
         raise ValueError(
             f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "
             "use a stock attn_implementation for it"

@@ -42,6 +42,15 @@ class LayerConfig:
         """The most keys a query attends: `topk * block_size`."""
         return self.block_size * self.topk
 
+    def pairs(self, length: int) -> int:
+        """(query, key) pairs attended in a causal sequence of `length` tokens, per head."""
+        whole, rest = divmod(length, self.block_size)
+        own = whole * self.block_size * (self.block_size + 1) // 2 + rest * (rest + 1) // 2
+        rising = min(whole, self.topk)  # block c attends min(c, topk - 1) earlier blocks
+        earlier = rising * (rising - 1) // 2 + (whole - rising) * (self.topk - 1)
+        earlier_keys = self.block_size * (self.block_size * earlier + rest * min(whole, self.topk - 1))
+        return own + earlier_keys
+
 
 @dataclass(frozen=True)
 class MobaConfig:
@@ -135,6 +144,15 @@ class MobaConfig:
         _check_int("length", length, minimum=1)
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
         return sum(1.0 if r is None else min(1.0, r.max_keys / length) for r in rules) / num_layers
+
+    def pair_share(self, length: int, num_layers: int) -> float:
+        """Mean over layers of attended (query, key) pairs over those of dense causal attention.
+
+        Larger than the key budget: a causal query at position t has only t keys to leave out.
+        """
+        dense = length * (length + 1) // 2
+        rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
+        return sum(1.0 if r is None else r.pairs(length) / dense for r in rules) / num_layers
 
     @classmethod
     def from_preset(cls, name: str) -> MobaConfig:

@@ -30,13 +30,13 @@ class Packing:
 
 
 def find_packing(
-    attention_mask: Tensor | None, kwargs: dict[str, Any], batch: int, q_len: int, kv_len: int
+    kwargs: dict[str, Any], batch: int, q_len: int, kv_len: int, *, padding_given: bool
 ) -> Packing | None:
     """The packing of a call, or None when each row is one sequence.
 
     `cu_seq_lens_q` counts first. Else position ids that do not rise by one mark a new sequence, as in
-    transformers: only where no attention mask is given, and only outside `torch.compile`, since looking at
-    them waits for the device (once per forward: the answer is kept for the layers that follow).
+    transformers: only where no 2-D attention mask is given, and only outside `torch.compile`, since looking
+    at them waits for the device (once per forward: the answer is kept for the layers that follow).
 
     Raises:
         ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`.
@@ -51,7 +51,7 @@ def find_packing(
         table = packed_table(cu_seqlens, cu_seqlens if other is None else other)
         return Packing(table, q_len if bound is None else int(bound))
     position_ids = kwargs.get("position_ids")
-    if attention_mask is not None or position_ids is None or q_len < 2 or torch.compiler.is_compiling():
+    if padding_given or position_ids is None or q_len < 2 or torch.compiler.is_compiling():
         return None
     if position_ids.ndim != 2 or position_ids.shape[1] != q_len:
         return None
