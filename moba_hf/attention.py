@@ -10,6 +10,7 @@ static caches, under compile, and costs `kv_len` bytes.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        raw: the `config.moba` that this was resolved from.
+        raw: a copy of the `config.moba` that this was resolved from, which may be edited in place.
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
         decode_max_len: calls of at most this many queries attend every key.
@@ -89,7 +90,8 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     stock = adapter.stock_reason(config, layer_idx)
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
-    plan = LayerPlan(raw, moba.for_layer(layer_idx, adapter.num_layers(config)), stock, moba.decode_max_len)
+    rule = moba.for_layer(layer_idx, adapter.num_layers(config))
+    plan = LayerPlan(copy.deepcopy(raw), rule, stock, moba.decode_max_len)
     module.__dict__["_moba_plan"] = plan
     return plan
 
@@ -122,10 +124,16 @@ def moba_attention_forward(
         )
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
-    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
-    packing = find_packing(kwargs, batch, q_len, key.shape[2], padding_given=padding_given)
+    kv_len = key.shape[2]
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
+    _refuse_keywords(kwargs, ("cache",) if stock is not None else tuple(_REFUSED))
+    if stock is None:
+        _refuse_unsupported(attention_mask, dropout, q_len, kv_len, kwargs)
+    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
+    if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
+        padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
+    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given)
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)
@@ -133,7 +141,6 @@ def moba_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_unsupported(attention_mask, dropout, q_len, key.shape[2], kwargs)
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
     scale = head_dim**-0.5 if scaling is None else scaling
@@ -233,9 +240,9 @@ def moba_mask(
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
     if attention_mask is not None:
-        missing = kv_length - attention_mask.shape[1]
+        missing = kv_offset + kv_length - attention_mask.shape[1]
         given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
-        real = written & given[:, -kv_length:]
+        real = written & given[:, kv_offset : kv_offset + kv_length]
     dtype = torch.uint8 if attention_mask is None else torch.int8
     return (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
 
@@ -267,6 +274,14 @@ def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     return causal_mask(row_bounds(mask, q_len), 0, q_len, mask.shape[3])
 
 
+def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"MoBA does not support {_REFUSED[name]} ({name}); use a stock attn_implementation"
+            )
+
+
 def _refuse_unsupported(
     mask: Tensor | None, dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]
 ) -> None:
@@ -276,9 +291,6 @@ def _refuse_unsupported(
         )
     if kwargs.get("output_attentions"):
         raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"MoBA does not support {what} ({name}); use a stock attn_implementation")
     if mask is not None and (mask.dtype not in COMPACT or mask.ndim != 4 or mask.shape[2] != 1):
         raise ValueError(
             f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "
