@@ -5,11 +5,13 @@ Importing registers "moba" as an attention implementation of transformers, and d
 
 from moba_hf.attention import register
 from moba_hf.config import MobaConfig
+from moba_hf.convert import convert_checkpoint
 from moba_hf.ops import moba_attention, select_blocks
 from moba_hf.patching import patch_model, unpatch_model, use_moba
 
 __all__ = [
     "MobaConfig",
+    "convert_checkpoint",
     "moba_attention",
     "patch_model",
     "select_blocks",

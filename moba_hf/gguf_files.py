@@ -1,0 +1,122 @@
+"""GGUF checkpoints, dequantised by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+# What a GGUF file may be saved as; the first is the default. Only float32 holds every dequantised weight
+# exactly: a Q8_0 weight is a float16 scale times an 8-bit integer, up to 19 significant bits.
+DTYPES = ("float32", "bfloat16", "float16")
+_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins as GGUF does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """The transformers config that a GGUF file describes.
+
+    Raises:
+        ValueError: the file is damaged, one part of several, of an architecture transformers cannot read, or
+            of RoPE scaling, which transformers leaves out without a word.
+        ImportError: the package `gguf` is not installed.
+    """
+    _tensor_names(path, path.stat().st_mtime_ns)
+
+    from transformers import AutoConfig
+
+    return _read(path, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+
+
+def load_gguf_model(path: Path, dtype: torch.dtype) -> Any:
+    """The dequantised model, on the CPU, with stock attention.
+
+    Args:
+        path: the .gguf file.
+        dtype: of the parameters; weights are dequantised in float32 and then cast.
+
+    Raises:
+        ValueError: as `read_gguf_config`, or the file lacks tensors of the model or holds others.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    names = _tensor_names(path, path.stat().st_mtime_ns)
+    model, info = _read(
+        path,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        ),
+    )
+    if missing := sorted(map(str, info["missing_keys"])):  # transformers would fill them with noise
+        raise ValueError(f"{path}: holds no {missing[0]} ({len(missing)} tensors are missing)")
+    # Dense layers are named one to one; experts are stacked in the file and fused in the model.
+    stored = [name for name in names if "_exps" not in name]
+    own = [name for name in set(model.state_dict()) - tied_names(model) if "experts" not in name]
+    if len(stored) != len(own):
+        raise ValueError(f"{path}: holds {len(stored)} tensors, {type(model).__name__} has {len(own)}")
+    return model
+
+
+def tied_names(model: Any) -> set[str]:
+    """Names of parameters that are another one's; checkpoints leave them out."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer, chat template included, that a GGUF file holds."""
+    from transformers import AutoTokenizer
+
+    return _read(path, lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+
+
+@lru_cache(maxsize=1)
+def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
+    """Names of the tensors in a file that transformers can read faithfully; ValueError for any other."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    reader = _read(path, lambda: GGUFReader(path))
+    names = tuple(str(tensor.name) for tensor in reader.tensors)
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents() if name in reader.fields else None
+
+    architecture = field("general.architecture")
+    if (parts := field("split.count") or 1) > 1:
+        raise ValueError(f"{path}: is one of {parts} parts; merge them first (llama-gguf-split --merge)")
+    scaling = field(f"{architecture}.rope.scaling.type")
+    if scaling not in (None, "none") or any(
+        name.startswith(("rope_freqs", "rope_factors")) for name in names
+    ):
+        raise ValueError(
+            f"{path}: has RoPE scaling, which transformers drops when it reads GGUF; "
+            "convert the safetensors checkpoint of this model instead"
+        )
+    return names
+
+
+def _read(path: Path, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # the readers let numpy's, struct's and their own errors through
+        raise ValueError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from error

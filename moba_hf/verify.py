@@ -1,0 +1,260 @@
+"""Whether a converted checkpoint is its source with MoBA turned on, and works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.config import MobaConfig
+from moba_hf.convert import check_config, read_model_config, text_config_key
+from moba_hf.gguf_files import is_gguf, load_gguf_model, tied_names
+from moba_hf.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+_NAME = "moba"
+# Longest prompt of the comparison with dense attention, in tokens.
+_PROMPT = 512
+# Bytes compared at once.
+_CHUNK = 1 << 26
+_TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: "config", "weights", "load" or "logits".
+        passed: whether it is as it must be.
+        detail: what was found, in one line.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The checks in the order they ran; the first that fails is the last."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The converted checkpoint, read as far as its config."""
+
+    folder: Path
+    values: dict[str, Any]
+    config: PreTrainedConfig
+    moba: MobaConfig
+    adapter: Adapter
+
+
+def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
+    """A report on the converted checkpoint `dst` against the `source` it was made from.
+
+    Looks at the settings in config.json; at the weights, equal byte for byte to those of the source, or for
+    a GGUF source to its dequantised tensors in the dtype they were saved in; whether transformers loads
+    `dst` with MoBA; and whether its logits on random ids that `topk` blocks cover equal those of dense
+    attention, in fp32. Stops at the first check that fails. Holds one model in memory at a time.
+
+    Raises:
+        ValueError: `dst` is not a folder, or `source` is neither a folder nor a GGUF file.
+    """
+    folder, origin = Path(dst), Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not origin.is_dir() and not is_gguf(origin):
+        raise ValueError(f"{origin}: {'is not a GGUF file' if origin.exists() else 'no such file or folder'}")
+    found: dict[str, Any] = {}
+
+    def config() -> str:
+        found["target"], detail = _check_settings(folder)
+        return detail
+
+    def load() -> str:
+        found["model"], detail = _check_load(found["target"])
+        return detail
+
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("config", config),
+        ("weights", lambda: _check_weights(found["target"], origin)),
+        ("load", load),
+        ("logits", lambda: _check_logits(found["model"], found["target"])),
+    ]
+    checks = []
+    for name, step in steps:
+        checks.append(_run(name, step))
+        if not checks[-1].passed:
+            break
+    return VerifyReport(tuple(checks))
+
+
+def _run(name: str, step: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, step())
+    except (ValueError, TypeError, RuntimeError) as error:
+        return Check(name, False, " ".join(str(error).split()))
+
+
+def _check_settings(folder: Path) -> tuple[_Target, str]:
+    values, config = read_model_config(folder)
+    settings = _text_values(values, config).get(_NAME)
+    if settings is None:
+        raise ValueError(f"{folder / 'config.json'}: has no {_NAME!r} settings")
+    moba = MobaConfig.from_dict(settings)
+    adapter = check_config(config, moba)
+    key = text_config_key(adapter, config)
+    wanted: Any = _NAME if key is None else {key: _NAME}
+    field = values.get("attn_implementation")
+    if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == _NAME):
+        raise ValueError(f"{folder / 'config.json'}: attn_implementation is {field!r}, not {wanted!r}")
+    detail = f"block_size {moba.block_size}, topk {moba.topk}"
+    return _Target(folder, values, config, moba, adapter), detail
+
+
+def _text_values(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    key = text_config_key(find_adapter(config.model_type), config)
+    return values if key is None else values.get(key) or {}
+
+
+def _check_weights(target: _Target, source: Path) -> str:
+    stored = read_checkpoint(target.folder, target.values.get("transformers_weights"))
+    if source.is_dir():
+        values, _ = read_model_config(source)
+        _compare_folders(stored, read_checkpoint(source, values.get("transformers_weights")))
+        return f"{len(stored.tensors)} tensors equal to the source byte for byte"
+    dtype = _compare_gguf(stored, source)
+    return f"{len(stored.tensors)} tensors equal to the dequantised ones in {dtype}"
+
+
+def _compare_folders(stored: Checkpoint, original: Checkpoint) -> None:
+    """Raises ValueError, naming file and tensor, at the first difference."""
+    _compare_names(set(stored.tensors), set(original.tensors))
+    for name, place in sorted(stored.tensors.items()):
+        wanted = original.tensors[name]
+        if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
+            raise ValueError(
+                f"{place.path}: {name} is {place.dtype} {place.shape}, "
+                f"in the source {wanted.dtype} {wanted.shape}"
+            )
+        chunks = zip(_read_chunks(place), _read_chunks(wanted), strict=True)
+        if not all(np.array_equal(a, b) for a, b in chunks):
+            raise ValueError(f"{place.path}: {name} differs from the source")
+    if stored.shards.keys() == original.shards.keys():
+        for shard, header in stored.shards.items():
+            if header != original.shards[shard]:
+                raise ValueError(f"{shard}: its header differs from the source")
+
+
+def _compare_gguf(stored: Checkpoint, source: Path) -> str:
+    """Name of the dtype that a GGUF file was saved in; ValueError at the first difference."""
+    import torch
+
+    dtypes = {place.dtype for place in stored.tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= _TORCH_DTYPES.keys():
+        raise ValueError(f"saved in {', '.join(sorted(dtypes))}, which no conversion from GGUF does")
+    for shard, header in stored.shards.items():
+        if b'"__metadata__":{"format":"pt"}' not in header:
+            raise ValueError(f"{shard}: its header is not the one transformers writes")
+    dtype = _TORCH_DTYPES[dtypes.pop()]
+    model = load_gguf_model(source.absolute(), getattr(torch, dtype))
+    tensors = model.state_dict()
+    _compare_names(set(stored.tensors), set(tensors) - (tied_names(model) - set(stored.tensors)))
+    for name, place in sorted(stored.tensors.items()):
+        wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+        got = np.memmap(
+            place.path, dtype=np.uint8, mode="r", offset=place.start, shape=(place.end - place.start,)
+        )
+        if place.shape != tuple(tensors[name].shape) or not np.array_equal(got, wanted):
+            raise ValueError(f"{place.path}: {name} differs from the dequantised tensor")
+    return dtype
+
+
+def _compare_names(stored: set[str], wanted: set[str]) -> None:
+    if missing := sorted(wanted - stored):
+        raise ValueError(f"{missing[0]} is missing ({len(missing)} tensors in all)")
+    if extra := sorted(stored - wanted):
+        raise ValueError(f"{extra[0]} is not in the source ({len(extra)} tensors in all)")
+
+
+def _read_chunks(place: StoredTensor) -> Iterator[np.ndarray[Any, Any]]:
+    """The bytes of a tensor, a bounded number at a time."""
+    with place.path.open("rb") as file:
+        file.seek(place.start)
+        for start in range(place.start, place.end, _CHUNK):
+            yield np.frombuffer(file.read(min(_CHUNK, place.end - start)), dtype=np.uint8)
+
+
+def _check_load(target: _Target) -> tuple[Any, str]:
+    import torch
+    import transformers
+
+    names = target.config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        model_class = transformers.AutoModelForCausalLM
+    try:
+        loaded: Any = model_class.from_pretrained(
+            target.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        model, info = loaded
+    except Exception as error:  # what a checkpoint can do wrong has no common base class
+        raise ValueError(f"{target.folder}: does not load ({type(error).__name__}: {error})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise ValueError(f"{target.folder}: {kind.replace('_', ' ')} on loading: {keys[0]}")
+    implementation = target.adapter.text_config(model.config)._attn_implementation
+    if implementation != _NAME:
+        raise ValueError(f"{target.folder}: loads with attn_implementation={implementation!r}")
+    return model.eval(), f"{type(model).__name__} with attn_implementation={_NAME!r}"
+
+
+def _check_logits(model: Any, target: _Target) -> str:
+    import torch
+
+    text = target.adapter.text_config(model.config)
+    length = _prompt_length(target, text)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+    moba, sdpa, eager = (_logits(model, name, ids, target) for name in (_NAME, "sdpa", "eager"))
+    error, plain = ((x - eager).abs().max().item() for x in (moba, sdpa))
+    # As far from one dense path as another dense path is, twice, and the rounding of the largest logit.
+    bound = 2 * plain + torch.finfo(eager.dtype).eps * eager.abs().max().item()
+    found = f"largest difference from dense logits {error:.2g} over {length} tokens"
+    if not error <= bound:
+        raise ValueError(f"{found}, more than the {bound:.2g} of rounding")
+    return found
+
+
+def _prompt_length(target: _Target, text: Any) -> int:
+    """Tokens that `topk` blocks cover in every MoBA layer."""
+    layers = target.adapter.num_layers(text)
+    rules = [target.moba.for_layer(i, layers) for i in range(layers)]
+    limits = [rule.max_keys for rule in rules if rule is not None]
+    return min([_PROMPT, *limits, getattr(text, "max_position_embeddings", None) or _PROMPT])
+
+
+def _logits(model: Any, implementation: str, ids: torch.Tensor, target: _Target) -> torch.Tensor:
+    import torch
+
+    key = text_config_key(target.adapter, model.config)
+    model.set_attn_implementation(implementation if key is None else {key: implementation})
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()

@@ -1,0 +1,136 @@
+"""Tiny checkpoints for the tests of conversion: random weights, made in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from moba_hf import MobaConfig
+
+MOBA = MobaConfig(block_size=8, topk=2, full_attention_layers=(-1,))
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+}
+
+
+def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
+    """A folder with a tiny random model; `kwargs` go to `save_pretrained`."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**SIZES, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, **kwargs)
+    (folder / "tokenizer.json").write_text('{"made": "up"}')
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets fields of a JSON object in place; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` and its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def flip(path: Path, position: int) -> None:
+    """Flips the lowest bit of one byte."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def write_tiny_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    leave_out: str = "",
+    extra: dict[str, tuple[int, ...]] | None = None,
+    scaling: str = "",
+    parts: int = 0,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Writes a tiny Q8_0 model with a tokenizer and returns its tensors, dequantised by the gguf package.
+
+    Args:
+        path: file to write.
+        architecture: as GGUF names it.
+        leave_out: name of a tensor that is not written.
+        extra: shapes of further tensors by name.
+        scaling: type of RoPE scaling.
+        parts: number of files that the model is said to be split over.
+    """
+    import gguf
+
+    vocab, hidden, inner, layers, heads, kv_heads = 64, 64, 96, 2, 4, 2
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    if scaling:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if parts:
+        writer.add_uint16("split.count", parts)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), '!"', "#$"])
+    writer.add_token_merges(['! "', "# $"])
+    writer.add_token_types([3, 3] + [1] * (vocab - 2))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
+    for i in range(layers):
+        for name, shape in {
+            "attn_norm": (hidden,),
+            "ffn_norm": (hidden,),
+            "attn_q": (hidden, hidden),
+            "attn_k": (hidden // 2, hidden),
+            "attn_v": (hidden // 2, hidden),
+            "attn_output": (hidden, hidden),
+            "ffn_gate": (inner, hidden),
+            "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+        }.items():
+            shapes[f"blk.{i}.{name}"] = shape
+    shapes.update(extra or {})
+    shapes.pop(leave_out, None)
+    rng = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    dequantised = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+            dequantised[name] = values
+        else:
+            packed = gguf.quantize(values, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+            dequantised[name] = gguf.dequantize(packed, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dequantised

@@ -1,0 +1,177 @@
+"""The command line: what it passes on, what it prints, and how it fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import flip, save_tiny
+
+from moba_hf import MobaConfig, cli, convert
+from moba_hf.config import preset_names
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cli") / "src")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs a command line in this process; gives exit code, stdout and stderr."""
+
+    def run(*args: str | Path) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        return (caught.value.code, *capsys.readouterr())
+
+    return run
+
+
+def settings(folder: Path) -> MobaConfig:
+    return MobaConfig.from_dict(json.loads((folder / "config.json").read_text())["moba"])
+
+
+def test_convert_with_numbers(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "dst"
+    numbers = ["--block-size", "16", "--topk", "5", "--sink-blocks", "1", "--local-blocks", "2"]
+    code, out, err = run("convert", src, dst, *numbers, "--full-attention-layers", "-1,0")
+    assert (code, err) == (0, "")
+    assert str(dst) in out
+    assert settings(dst) == MobaConfig(16, 5, 1, 2, full_attention_layers=(-1, 0))
+    code, out, err = run("verify", dst, "--source", src)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["ok", name] for name in ("config", "weights", "load", "logits")
+    ]
+
+
+def test_convert_with_a_preset_and_flags(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "dst"
+    assert run("convert", src, dst, "--preset", "fine", "--link")[0] == 0
+    assert settings(dst) == MobaConfig.from_preset("fine")
+    assert (dst / "model.safetensors").samefile(src / "model.safetensors")
+    code, _, err = run("convert", src, dst, "--preset", "paper-8k")
+    assert code == 2
+    assert "exists already; --overwrite" in err
+    assert run("convert", src, dst, "--preset", "paper-8k", "--overwrite")[0] == 0
+    assert settings(dst) == MobaConfig.from_preset("paper-8k")
+    assert os.listdir(tmp_path) == ["dst"]
+
+
+def test_dtype_is_passed_on(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    seen = {}
+
+    def record(src: str, dst: str, config: MobaConfig, **kwargs: object) -> Path:
+        seen.update(kwargs)
+        return Path(dst)
+
+    monkeypatch.setattr(convert, "convert_checkpoint", record)
+    assert run("convert", "a.gguf", "b", "--preset", "fine", "--dtype", "bfloat16")[0] == 0
+    assert seen == {"overwrite": False, "link": False, "dtype": "bfloat16"}
+
+
+def test_presets(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = run("presets")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == preset_names()
+    assert re.search(r"^paper-1m +4096 +12 +0 +0 +-3,-2,-1 +The setting of", out, re.MULTILINE)
+
+
+BLOCKS = ("--block-size", "8", "--topk", "2")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "Missing command"),
+        (("fly",), "No such command 'fly'"),
+        (("convert",), "Missing argument"),
+        (("convert", "SRC", "DST"), "give --preset NAME, or both --block-size and --topk"),
+        (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
+        (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
+        (
+            ("convert", "SRC", "DST", "--preset", "huge"),
+            "unknown preset 'huge'; valid presets are default, fine",
+        ),
+        (("convert", "SRC", "DST", "--block-size", "0", "--topk", "2"), "block_size must be at least 1"),
+        (("convert", "SRC", "DST", "--block-size", "8", "--topk", "0"), "topk must be at least 1"),
+        (("convert", "SRC", "DST", "--block-size", "x", "--topk", "2"), "Invalid value for '--block-size'"),
+        (("convert", "SRC", "DST", *BLOCKS, "--sink-blocks", "2"), "topk=2 is too small"),
+        (
+            ("convert", "SRC", "DST", *BLOCKS, "--full-attention-layers", "last"),
+            "comma-separated layer numbers",
+        ),
+        (("convert", "SRC", "DST", *BLOCKS, "--full-attention-layers", "9"), "names layer 9"),
+        (("convert", "SRC", "DST", *BLOCKS, "--dtype", "int4"), "'int4' is not one of"),
+        (("convert", "SRC", "DST", *BLOCKS, "--dtype", "float16"), "dtype is for GGUF"),
+        (("convert", "SRC", "DST", *BLOCKS, "--fast"), "No such option"),
+        (("convert", "SRC/none", "DST", *BLOCKS), "no such file or folder"),
+        (("convert", "SRC", "SRC", *BLOCKS), "is the source itself"),
+        (("verify", "SRC"), "Missing option '--source'"),
+        (("verify", "DST", "--source", "SRC"), "no such folder"),
+        (("verify", "SRC", "--source", "SRC"), "verify failed at config: "),
+    ],
+)
+def test_errors_are_one_line(run, args, message: str, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    places = [arg.replace("SRC", str(src)).replace("DST", str(tmp_path / "dst")) for arg in args]
+    code, out, err = run(*places)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("moba-hf: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_verify_fails_on_a_flipped_byte(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "dst"
+    run("convert", src, dst, *BLOCKS)
+    flip(dst / "model.safetensors", -1)
+    code, out, err = run("verify", dst, "--source", src)
+    assert code == 2
+    assert out.startswith("ok      config")
+    assert re.fullmatch(
+        r"moba-hf: verify failed at weights: .*model\.safetensors: \S+ differs from the source\n", err
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x"), 2, "[Errno 28] No space left on device: 'x'"),
+        (RuntimeError("two\nlines"), 2, "two lines"),
+        (MemoryError(), 2, "MemoryError"),
+    ],
+)
+def test_failures_under_way(  # type: ignore[no-untyped-def]
+    run, error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(convert, "convert_checkpoint", fail)
+    assert run("convert", "a", "b", "--preset", "fine") == (code, "", f"moba-hf: {message}\n")
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moba_hf.cli", "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    expected = "no such file or folder (of a model on the Hub pass the downloaded folder)"
+    assert done.stderr == f"moba-hf: nowhere: {expected}\n"
+
+
+def test_help(run) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in ("convert", "presets", "verify"))
+    assert "╭" not in out
+    assert "--block-size" in run("convert", "--help")[1]

@@ -1,0 +1,337 @@
+"""Conversion of checkpoints: what is written, what is refused, and that nothing is ever left behind."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from checkpoints import FAMILIES, MOBA, edit_json, save_tiny, snapshot
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moba_hf import MobaConfig, convert, folders, patch_model
+from moba_hf.adapter import Adapter
+from moba_hf.convert import convert_checkpoint
+
+INDEX = "model.safetensors.index.json"
+OTHER = MobaConfig(block_size=16, topk=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded llama."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "src", max_shard_size="20KB")
+
+
+@pytest.fixture
+def src(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "src"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The folder that targets are made in: what is left behind would be here."""
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def first_shard(src: Path) -> Path:
+    return min(src.glob("*.safetensors"))
+
+
+# What is written
+
+
+def test_copies_bytes_and_changes_only_the_config(src: Path, out: Path) -> None:
+    (src / "sub").mkdir()
+    (src / "sub" / "notes.bin").write_bytes(b"\0\1")
+    for skipped in (".git", ".cache"):
+        (src / skipped).mkdir()
+        (src / skipped / "x").write_text("about the source")
+    edit_json(src / "config.json", note="é", odd=1e-30, nested={"b": [1, None], "a": {}})
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    assert made == out / "dst"
+    before, after = snapshot(src), snapshot(made)
+    config, converted = json.loads(before.pop("config.json")), json.loads(after.pop("config.json"))
+    assert after == {name: data for name, data in before.items() if not name.startswith((".git", ".cache"))}
+    assert len(list(made.glob("*.safetensors"))) > 1
+    assert converted == {**config, "moba": MOBA.to_dict(), "attn_implementation": "moba"}
+    assert list(converted)[: len(config)] == list(config)
+    assert "backend" not in converted["moba"]
+    assert os.listdir(out) == ["dst"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reloads_as_the_patched_model(family: str, tmp_path: Path) -> None:
+    src = save_tiny(tmp_path / "src", family)
+    made = convert_checkpoint(src, tmp_path / "dst", MOBA)
+    ids = torch.randint(96, (2, 50), generator=torch.Generator().manual_seed(1))
+    original = AutoModelForCausalLM.from_pretrained(src)
+    reloaded = AutoModelForCausalLM.from_pretrained(made)
+    assert reloaded.config._attn_implementation == "moba"
+    assert MobaConfig.from_dict(reloaded.config.moba) == MOBA
+    assert reloaded.dtype == torch.bfloat16
+    with torch.inference_mode():
+        dense = original(ids).logits
+        sparse = patch_model(original, MOBA)(ids).logits
+        assert torch.equal(reloaded(ids).logits, sparse)
+        assert not torch.equal(sparse, dense)
+        reloaded.set_attn_implementation("sdpa")
+        assert torch.equal(reloaded(ids).logits, dense)
+
+
+def test_makes_parents(src: Path, out: Path) -> None:
+    made = convert_checkpoint(src, out / "a" / "b" / "dst", MOBA)
+    assert [str(path.relative_to(out)) for path in sorted(out.glob("**"))] == [".", "a", "a/b", "a/b/dst"]
+    assert (made / "config.json").is_file()
+
+
+def test_single_file_and_second_conversion(tmp_path: Path) -> None:
+    src = save_tiny(tmp_path / "src")
+    once = convert_checkpoint(src, tmp_path / "once", MOBA)
+    twice = convert_checkpoint(once, tmp_path / "twice", OTHER)
+    assert (twice / "model.safetensors").read_bytes() == (src / "model.safetensors").read_bytes()
+    assert AutoConfig.from_pretrained(twice).moba == OTHER.to_dict()
+
+
+def test_a_private_choice_of_attention_does_not_win(src: Path, out: Path) -> None:
+    edit_json(src / "config.json", _attn_implementation="eager")
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    assert AutoModelForCausalLM.from_pretrained(made).config._attn_implementation == "moba"
+
+
+def test_named_weights_file(src: Path, out: Path) -> None:
+    (src / INDEX).rename(src / "mine.safetensors.index.json")
+    edit_json(src / "config.json", transformers_weights="mine.safetensors.index.json")
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    assert AutoModelForCausalLM.from_pretrained(made).config._attn_implementation == "moba"
+
+
+def test_nested_text_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nested(Adapter):
+        text_config_key: ClassVar[str | None] = "text_config"
+
+    monkeypatch.setattr(convert, "find_adapter", lambda _: Nested())
+    src = tmp_path / "src"
+    src.mkdir()
+    text = {"model_type": "llama", "num_hidden_layers": 3}
+    values = {
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": {"model_type": "clip_vision_model"},
+        "attn_implementation": {"vision_config": "eager"},
+    }
+    (src / "config.json").write_text(json.dumps(values))
+    save_file({"x": torch.zeros(1)}, src / "model.safetensors")
+    made = convert_checkpoint(src, tmp_path / "dst", MOBA)
+    converted = json.loads((made / "config.json").read_text())
+    assert converted["text_config"] == {**text, "moba": MOBA.to_dict()}
+    assert converted["attn_implementation"] == {"vision_config": "eager", "text_config": "moba"}
+    assert "moba" not in converted
+    config = AutoConfig.from_pretrained(made)
+    assert config.text_config._attn_implementation == "moba"
+    assert config.vision_config._attn_implementation == "eager"
+
+
+def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path) -> None:
+    blobs, cache = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    cache.mkdir()
+    for i, path in enumerate(sorted(src.iterdir())):
+        path.rename(blobs / str(i))
+        (cache / path.name).symlink_to(os.path.relpath(blobs / str(i), cache))
+    for link in (False, True):
+        made = convert_checkpoint(cache, out / f"dst{link}", MOBA, link=link)
+        assert not any(path.is_symlink() for path in made.iterdir())
+        before, after = snapshot(cache), snapshot(made)
+        assert before.keys() == after.keys()
+        assert all(after[name] == before[name] for name in before if name != "config.json")
+
+
+def test_link_shares_weights_only(src: Path, out: Path) -> None:
+    made = convert_checkpoint(src, out / "dst", MOBA, link=True)
+    for path in src.iterdir():
+        assert path.samefile(made / path.name) == (path.suffix == ".safetensors"), path.name
+    assert "moba" not in json.loads((src / "config.json").read_text())
+
+
+def test_link_falls_back_to_a_copy(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    made = convert_checkpoint(src, out / "dst", MOBA, link=True)
+    shard = first_shard(src)
+    assert not shard.samefile(made / shard.name)
+    assert shard.read_bytes() == (made / shard.name).read_bytes()
+
+
+def test_reflinks_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clone(writer: int, request: int, reader: int) -> None:
+        assert request == 0x40049409
+        os.write(writer, os.read(reader, 100))
+
+    monkeypatch.setattr(folders, "ioctl", clone)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: pytest.fail("copied"))
+    (tmp_path / "a").write_bytes(b"data")
+    folders.copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"data"
+
+
+# What is refused
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+
+def only(src: Path, name: str) -> None:
+    """Leaves the config and an empty file of this name."""
+    for path in [*src.glob("*.safetensors"), src / INDEX]:
+        path.unlink()
+    (src / name).touch()
+
+
+def redirect(src: Path, shard: str) -> None:
+    index = json.loads((src / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = shard
+    (src / INDEX).write_text(json.dumps(index))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda s: (s / "config.json").unlink(), r"src: holds no config\.json"),
+    "config not json": (lambda s: (s / "config.json").write_text("{"), r"config\.json: not valid JSON"),
+    "config not utf-8": (
+        lambda s: (s / "config.json").write_bytes(b"{\xff}"),
+        r"config\.json: not valid JSON",
+    ),
+    "config a list": (lambda s: (s / "config.json").write_text("[]"), r"config\.json: not a JSON object"),
+    "no model_type": (
+        lambda s: edit_json(s / "config.json", model_type=None),
+        r"config\.json: names no model_type",
+    ),
+    "unknown model_type": (lambda s: edit_json(s / "config.json", model_type="hal9000"), r"'hal9000'.*llama"),
+    "wrong value": (
+        lambda s: edit_json(s / "config.json", num_hidden_layers="many"),
+        r"config\.json: not a config of model_type 'llama'",
+    ),
+    "shard cut": (lambda s: cut(first_shard(s), -1), r"model-00001-of-\d+\.safetensors: damaged"),
+    "shard longer": (lambda s: cut(first_shard(s), 999999), r"model-00001-of-\d+\.safetensors: damaged"),
+    "header cut": (lambda s: cut(first_shard(s), 20), r"model-00001-of-\d+\.safetensors: damaged"),
+    "length cut": (lambda s: cut(first_shard(s), 5), r"model-00001-of-\d+\.safetensors: damaged"),
+    "shard empty": (lambda s: cut(first_shard(s), 0), r"model-00001-of-\d+\.safetensors: damaged"),
+    "shard not safetensors": (
+        lambda s: first_shard(s).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3),
+        r"model-00001-of-\d+\.safetensors: damaged",
+    ),
+    "last shard cut": (lambda s: cut(max(s.glob("*.safetensors")), -1), r"safetensors: damaged"),
+    "shard missing": (lambda s: first_shard(s).unlink(), r"model-00001-of-\d+\.safetensors: missing shard"),
+    "index not json": (lambda s: (s / INDEX).write_text("?"), r"index\.json: not valid JSON"),
+    "index empty": (lambda s: (s / INDEX).write_text("{}"), r"index\.json: has no weight_map"),
+    "index up": (
+        lambda s: redirect(s, "../x.safetensors"),
+        r"index\.json: names '\.\./x\.safetensors', .*outside",
+    ),
+    "index up later": (lambda s: redirect(s, "a/../../x"), r"index\.json: names 'a/\.\./\.\./x', .*outside"),
+    "index absolute": (lambda s: redirect(s, "/etc/passwd"), r"index\.json: names '/etc/passwd', .*outside"),
+    "index windows": (lambda s: redirect(s, "..\\x"), r"index\.json: names .*outside"),
+    "index drive": (lambda s: redirect(s, "C:x"), r"index\.json: names 'C:x', .*outside"),
+    "index wrong": (
+        lambda s: redirect(s, first_shard(s).name),
+        r"model-00001-of-\d+\.safetensors: holds no tensor 'lm_head\.weight'",
+    ),
+    "weights file outside": (
+        lambda s: edit_json(s / "config.json", transformers_weights="../x.safetensors"),
+        r"config\.json: names '\.\./x\.safetensors', .*outside",
+    ),
+    "no index": (
+        lambda s: (s / INDEX).unlink(),
+        r"src: holds model-00001.*no model\.safetensors\.index\.json",
+    ),
+    "pytorch weights": (lambda s: only(s, "pytorch_model.bin"), r"holds pytorch_model\.bin.*save_pretrained"),
+    "gguf inside": (lambda s: only(s, "m.gguf"), r"pass it itself: .*m\.gguf"),
+    "no weights": (lambda s: only(s, "README.md"), r"src: holds no weights"),
+    "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
+    "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
+    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_refuses_a_bad_source(name: str, src: Path, out: Path) -> None:
+    damage, message = DAMAGES[name]
+    damage(src)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_checkpoint(src, out / "dst", MOBA)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(out) == []
+
+
+def test_refuses_sources_that_are_no_folder(src: Path, out: Path) -> None:
+    for path, message in (
+        (src / "nowhere", "no such file or folder"),
+        (first_shard(src), "pass their folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(path, out / "dst", MOBA)
+    (src / "config.json").unlink()
+    (src / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="PEFT adapter"):
+        convert_checkpoint(src, out / "dst", MOBA)
+    assert os.listdir(out) == []
+
+
+def test_refuses_settings_that_do_not_fit(src: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="names layer 3, but the model has 3 layers"):
+        convert_checkpoint(src, out / "dst", MobaConfig(8, 2, full_attention_layers=(3,)))
+    with pytest.raises(ValueError, match="dtype is for GGUF"):
+        convert_checkpoint(src, out / "dst", MOBA, dtype="float16")
+    assert os.listdir(out) == []
+
+
+def test_refuses_a_bad_target(src: Path, out: Path) -> None:
+    (out / "file").write_text("mine")
+    (out / "photos").mkdir()
+    (out / "photos" / "a.jpg").touch()
+    before = snapshot(out), snapshot(src)
+    for target, overwrite, message in (
+        (out / "photos", False, "exists already; --overwrite"),
+        (out / "photos", True, "will not be overwritten, as it holds no config.json"),
+        (out / "file", True, "exists and is not a folder"),
+        (out / "file" / "dst", False, "out/file: is not a folder"),
+        (out / "file" / "new" / "dst", False, "out/file: is not a folder"),
+        (src, True, "is the source itself"),
+        (src / ".." / "src", True, "is the source itself"),
+        (src / "dst", False, "lies inside the source"),
+        (src.parent, True, "holds the source"),
+        (Path("/"), True, "holds the source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(src, target, MOBA, overwrite=overwrite)
+    assert (snapshot(out), snapshot(src)) == before
+
+
+def test_refuses_a_target_that_the_source_links_into(src: Path, out: Path) -> None:
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    shard = first_shard(src)
+    shard.unlink()
+    shard.symlink_to(made / shard.name)
+    with pytest.raises(ValueError, match="links to"):
+        convert_checkpoint(src, made, MOBA, overwrite=True)
+    assert (made / shard.name).is_file()
+
+
+def test_refuses_a_target_it_cannot_write(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((ValueError, OSError)):
+        convert_checkpoint(src, "/proc/moba-dst", MOBA)  # even root cannot
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == out))
+    with pytest.raises(ValueError, match="out: cannot be written to"):
+        convert_checkpoint(src, out / "dst", MOBA)
+    assert os.listdir(out) == []
