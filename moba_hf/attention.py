@@ -56,7 +56,7 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        raw: the `config.moba` that this was resolved from.
+        raw: a copy of the `config.moba` that this was resolved from, which may be edited in place.
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
@@ -142,10 +142,16 @@ def moba_attention_forward(
         )
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
-    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
-    packing = find_packing(kwargs, batch, q_len, key.shape[2], padding_given=padding_given)
+    kv_len = key.shape[2]
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
+    _refuse_keywords(kwargs, ("cache",) if stock is not None else tuple(_REFUSED))
+    if stock is None:
+        _refuse_unsupported(attention_mask, dropout, q_len, kv_len, kwargs)
+    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
+    if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
+        padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
+    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given)
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)
@@ -153,31 +159,30 @@ def moba_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_unsupported(attention_mask, dropout, q_len, key.shape[2], kwargs)
-    layer = getattr(key, LAYER_ATTRIBUTE, None) if packing is None else None
-    means = None
     bounds = None if attention_mask is None else _bounds_of(attention_mask, q_len)
-    if layer is not None and _wants_means(plan, layer, q_len, key.shape[2]):
-        kv_start = None if bounds is None else bounds.kv_start
-        assert plan.rule is not None
-        means = layer.moba_means(key, kv_start, plan.rule.block_size)
+    means = None if packing is not None else _cached_means(plan, key, bounds, q_len)
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    if means is not None and means.dtype != key.dtype:
+    if means is not None and means.dtype != key.dtype:  # of keys before autocast
         means = None
     scale = head_dim**-0.5 if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
     return _attend(query, key, value, scale, bounds, packing, plan, backend, means), None
 
 
-def _wants_means(plan: LayerPlan, layer: Any, q_len: int, kv_len: int) -> bool:
-    """Whether a cache layer shall bring its means up to date: where blocks are chosen by them.
+def _cached_means(plan: LayerPlan, key: Tensor, bounds: RowBounds | None, q_len: int) -> Tensor | None:
+    """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
 
-    A static layer does at every call, so that each finds it in the same state and compiled graphs stay few.
+    A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
     """
-    if plan.rule is None or plan.max_keys >= kv_len:
-        return False
-    return q_len > plan.full_len or layer.is_compileable
+    layer: Any = getattr(key, LAYER_ATTRIBUTE, None)
+    if layer is None or plan.rule is None or plan.max_keys >= key.shape[2]:
+        return None
+    if q_len <= plan.full_len and not layer.is_compileable:
+        return None
+    kv_start = None if bounds is None else bounds.kv_start
+    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    return means
 
 
 def _attend(
@@ -275,9 +280,9 @@ def moba_mask(
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
     if attention_mask is not None:
-        missing = kv_length - attention_mask.shape[1]
+        missing = kv_offset + kv_length - attention_mask.shape[1]
         given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
-        real = written & given[:, -kv_length:]
+        real = written & given[:, kv_offset : kv_offset + kv_length]
     dtype = torch.uint8 if attention_mask is None else torch.int8
     return (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
 
@@ -320,6 +325,14 @@ def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     return causal_mask(_bounds_of(mask, q_len), 0, q_len, mask.shape[3])
 
 
+def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"MoBA does not support {_REFUSED[name]} ({name}); use a stock attn_implementation"
+            )
+
+
 def _refuse_unsupported(
     mask: Tensor | None, dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]
 ) -> None:
@@ -329,9 +342,6 @@ def _refuse_unsupported(
         )
     if kwargs.get("output_attentions"):
         raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"MoBA does not support {what} ({name}); use a stock attn_implementation")
     if mask is not None and (mask.dtype not in COMPACT or mask.ndim != 4 or mask.shape[2] != 1):
         raise ValueError(
             f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "

@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.portable import full_precision
-from moba_hf.reference import accumulate_dtype
+from moba_hf.reference import accumulate_dtype, full_precision
 
 # Queries per row up to which this path is taken.
 MAX_QUERIES = 16

