@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from moba_hf.adapter import find_adapter
+from moba_hf.cache import LAYER_ATTRIBUTE
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
 from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
@@ -41,8 +42,6 @@ _REFUSED = {
     "indices": "a choice of keys made by the model itself",
 }
 
-# Attribute by which a key tensor names the cache layer that it came from, see `moba_hf.cache`.
-LAYER_ATTRIBUTE = "moba_layer"
 _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
     "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, get_layer_types_and_kwargs
 
-from moba_hf.attention import LAYER_ATTRIBUTE
 from moba_hf.block_means import BlockMeans, writable
 from moba_hf.config import MobaConfig
 
+# Attribute by which a key tensor names the cache layer that it came from.
+LAYER_ATTRIBUTE = "moba_layer"
 # Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
 _MIN_GROWTH = 64
 _FULL = "full_attention"

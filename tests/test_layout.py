@@ -22,16 +22,16 @@ LAYERS = [
     {"evaluate", "calibrate", "plots", "testing", "__init__"},
     {"verify"},
     {"convert"},
-    {"patching"},
+    {"patching", "prefill"},
     {"attention"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},
-    {"backends"},
-    {"kernels", "portable"},
+    {"backends", "block_means"},
+    {"kernels", "portable", "decode"},
     {"reference", "sequences", "folders", "safetensors_files", "gguf_files"},
     {"config"},
 ]
-WITHOUT_TRANSFORMERS = {"kernels", "ops", "portable", "reference", "backends", "sequences", "config"}
+WITHOUT_TRANSFORMERS = set().union(*LAYERS[LAYERS.index({"ops"}) :])
 MAX_FILE_BYTES = 1_000_000
 
 
@@ -117,13 +117,16 @@ def test_packages_are_the_folders_on_disk() -> None:
 
 def test_public_names() -> None:
     assert moba_hf.__all__ == [
+        "MobaCache",
         "MobaConfig",
         "convert_checkpoint",
         "moba_attention",
         "patch_model",
+        "prefill",
         "select_blocks",
         "unpatch_model",
         "use_moba",
+        "use_moba_cache",
     ]
     assert all(hasattr(moba_hf, name) for name in moba_hf.__all__)
 

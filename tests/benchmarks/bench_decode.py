@@ -192,8 +192,8 @@ def captured_step(model: Any, cache: Any, device: str) -> Callable[[], Tensor]:
     return replay
 
 
-class EagerDense:
-    """Dense decode over the written part of a preallocated cache by one backend of sdpa.
+class DenseRows:
+    """Dense decode over the written part of a preallocated cache, by the sdpa kernel that is chosen.
 
     Keys beyond the written slots are cut off by a fixed length, so that fused kernels need no mask.
     """
@@ -231,9 +231,14 @@ def bench_model(args: argparse.Namespace) -> None:
             fill(cache, config, length, device, dtype)
             gate_model(model, cache, config, args)
             results["sparse"] = median_ms(captured_step(model, cache, device), args.runs)
-            AttentionInterface.register("dense_bench", EagerDense(length))
+            AttentionInterface.register("dense_bench", DenseRows(length))
             model.set_attn_implementation("dense_bench")
-            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+            for backend in (
+                SDPBackend.FLASH_ATTENTION,
+                SDPBackend.CUDNN_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.MATH,
+            ):
                 try:
                     with sdpa_kernel(backend):
                         name = f"dense, {backend.name.lower()}"
