@@ -31,7 +31,9 @@ LAYERS = [
     {"reference", "sequences", "folders", "safetensors_files", "gguf_files"},
     {"config"},
 ]
-WITHOUT_TRANSFORMERS = set().union(*LAYERS[LAYERS.index({"ops"}) :])
+WITHOUT_TRANSFORMERS = {
+    *("ops", "backends", "block_means", "kernels", "portable", "decode", "reference", "sequences", "config")
+}
 MAX_FILE_BYTES = 1_000_000
 
 
