@@ -19,7 +19,7 @@ from moba_hf.kernels.plan import Plan, bisect
 
 
 def block_mean(k: Tensor, plan: Plan) -> Tensor:
-    """Block means `(HK, NB, D)` in k's dtype of `k (batch, HK, kv_len, D)`; rows past the last are unwritten."""
+    """Block means `(HK, NB, D)` of `k (batch, HK, kv_len, D)`, in its dtype; spare rows stay unwritten."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     means = torch.empty(num_kv_heads, max(1, plan.num_blocks), head_dim, dtype=k.dtype, device=k.device)
     if plan.num_blocks == 0:

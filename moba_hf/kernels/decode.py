@@ -201,10 +201,10 @@ def _decode_merge_kernel(
     column = tl.arange(0, PADDED_V)
     total = tl.zeros([PADDED_V], tl.float32)
     for start in range(0, PARTS, BLOCK_P):
-        part = start + tl.arange(0, BLOCK_P)
-        lse = tl.load(partial_lse_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+        some = start + tl.arange(0, BLOCK_P)
+        lse = tl.load(partial_lse_ptr + row * PARTS + some, mask=some < PARTS, other=float("-inf"))
         there = (lse > float("-inf"))[:, None] & (column < V_DIM)[None, :]
-        at = partial_ptr + (row * PARTS + part)[:, None] * V_DIM + column[None, :]
+        at = partial_ptr + (row * PARTS + some)[:, None] * V_DIM + column[None, :]
         total += tl.sum(tl.load(at, mask=there, other=0.0) * tl.exp2(lse - safe)[:, None], 0)
     found = high > float("-inf")
     result = total / tl.where(found, mass, 1.0)

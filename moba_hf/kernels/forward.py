@@ -61,11 +61,9 @@ def attend(
     if use_decode is None:
         use_decode = decode.takes(q, topk, max_seqlen_q, block_size)
     if use_decode and q.numel() > 0:
-        return decode.decode_attention(
-            q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale
-        )
+        return decode.decode_attention(q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale)
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
-    dims, device = padded(q.shape[3]) + padded(v_dim), tuning.capability(q.device)
+    dims, device = (padded(q.shape[3]), padded(v_dim)), tuning.capability(q.device)
     own_tile = tuning.own_tile(dims, q.element_size(), device)
     rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), workspace)
     _, tokens = head_split(num_heads // k.shape[1], own_tile.m)
@@ -115,7 +113,5 @@ def _earlier_blocks(
     routes = route(keys, num_bins, rows)
     first_row = chunk * plan.chunk_rows
     partial, partial_lse = (x[: keys.shape[0]] for x in space)
-    routed_attention(
-        q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale, tile, resident
-    )
+    routed_attention(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale, tile, resident)
     merge(out, lse, partial, partial_lse, keys, num_bins + key_format(num_bins)[1], first_row)

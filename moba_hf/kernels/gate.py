@@ -132,7 +132,7 @@ def gate(
                 *sizes,
                 TILE_BITS=_bits(triton.cdiv(plan.num_blocks, tile.n)),
                 STAGES=tile.stages,
-                **constants,
+                **{**constants, "num_warps": 8},
             )
 
 
@@ -146,7 +146,7 @@ def _filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """LEVELS tensors int32 `(M, N)` of one value."""
     levels = ()
     for _ in tl.static_range(LEVELS):
-        levels = levels + (tl.full([M, N], value, tl.int32),)  # noqa: RUF005
+        levels = levels + (tl.full([M, N], value, tl.int32),)  # type: ignore[assignment]
     return levels
 
 
@@ -164,7 +164,7 @@ def _insert(levels, key, LEVELS: tl.constexpr):
     """`levels`, sorted down per class, with `key (M, N)` inserted and the least dropped."""
     result = ()
     for level in tl.static_range(LEVELS):
-        result = result + (tl.maximum(levels[level], key),)  # noqa: RUF005
+        result = result + (tl.maximum(levels[level], key),)  # type: ignore[assignment]
         key = tl.minimum(levels[level], key)
     return result
 
@@ -178,9 +178,9 @@ def _take(levels, active, column, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr):
     moved = ()
     for level in tl.static_range(LEVELS):
         if level + 1 < LEVELS:
-            moved = moved + (tl.where(hit, levels[level + 1], levels[level]),)  # noqa: RUF005
+            moved = moved + (tl.where(hit, levels[level + 1], levels[level]),)  # type: ignore[assignment]
         else:
-            moved = moved + (tl.where(hit, _SPENT, levels[level]),)  # noqa: RUF005
+            moved = moved + (tl.where(hit, _SPENT, levels[level]),)  # type: ignore[assignment]
     return best, chosen, moved
 
 
@@ -226,7 +226,16 @@ def _gate_fwd_kernel(
     kv_head = tl.program_id(1) // splits
     if number < tl.load(tile_offset_ptr + num_seqs):
         seq, batch, own, first, origin, low, high, k_begin, k_len = find_tile(
-            table_ptr, tile_offset_ptr, num_seqs, q_len, 0, num_rows, number, block_size, TILE, TILES_PER_BLOCK
+            table_ptr,
+            tile_offset_ptr,
+            num_seqs,
+            q_len,
+            0,
+            num_rows,
+            number,
+            block_size,
+            TILE,
+            TILES_PER_BLOCK,
         )
         row = tl.arange(0, BLOCK_M)
         token = row // HEADS
@@ -254,7 +263,11 @@ def _gate_fwd_kernel(
         elif COUNT > 0:
             dim = tl.arange(0, PADDED_DIM)
             column = tl.arange(0, BLOCK_N)
-            q_row = batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
+            q_row = (
+                batch.to(tl.int64) * q_stride_b
+                + head.to(tl.int64) * q_stride_h
+                + query.to(tl.int64) * q_stride_n
+            )
             q = tl.load(
                 q_ptr + q_row[:, None] + dim[None, :],
                 mask=there[:, None] & (dim < HEAD_DIM)[None, :],

@@ -6,6 +6,7 @@ With `TRITON_INTERPRET=1` in the environment before Triton is imported, kernels 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ def _let_interpreted_scalars_index() -> None:
 
     original = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):  # type: ignore[no-untyped-def]
+    def patched(tensor: object, scope: Any) -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

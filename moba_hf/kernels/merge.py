@@ -96,10 +96,14 @@ def _merge_kernel(
     total = total * weight[:, None]
     if UNROLL:
         for i in tl.static_range(SLOTS):
-            total += _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM)
+            total += _weighted(
+                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
+            )
     else:
         for i in tl.range(0, SLOTS, num_stages=2):
-            total += _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM)
+            total += _weighted(
+                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
+            )
     result = (total / mass[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_at, result, mask=there[:, None] & columns)
     natural = (safe + tl.log2(mass)) * 0.6931471805599453

@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def max_tiles(self) -> int:
-        """Host bound on the tiles of a chunk: a tile holds a query, and a run of n has n * rate + 3 at most."""
+        """Host bound on a chunk's tiles: each holds a query; a run of n queries has at most n * rate + 3."""
         rate = self.tiles_per_block
         whole = self.chunk_rows * rate // self.block_size + 1 + 3 * self.num_seqs
         each = self.num_seqs * (min(self.max_seqlen_q, self.chunk_rows) * rate // self.block_size + 4)
@@ -160,7 +160,9 @@ def _plan_kernel(
         tiles = tl.where(there & (high > low), last - first + 1, 0)
         blocks = tl.where(there & (k_len > 0), (k_len - 1) // block_size, 0)
         tl.store(tile_offset_ptr + seq, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=there)
-        tl.store(block_offset_ptr + seq, num_blocks + tl.cumsum(blocks, 0) - blocks, mask=there & (chunk == 0))
+        tl.store(
+            block_offset_ptr + seq, num_blocks + tl.cumsum(blocks, 0) - blocks, mask=there & (chunk == 0)
+        )
         num_tiles += tl.sum(tiles, 0)
         num_blocks += tl.sum(blocks, 0)
     tl.store(tile_offset_ptr + num_seqs, num_tiles)
@@ -170,7 +172,7 @@ def _plan_kernel(
 
 @triton.jit
 def clip_queries(batch, q_begin, q_end, q_len, first_row, num_rows):
-    """The queries `[low, high)` of a sequence that lie among flat rows `[first_row, first_row + num_rows)`."""
+    """The queries `[low, high)` of a sequence among flat rows `[first_row, first_row + num_rows)`."""
     base = first_row - batch.to(tl.int64) * q_len
     low = tl.maximum(q_begin.to(tl.int64), base).to(tl.int32)
     high = tl.minimum(q_end.to(tl.int64), base + num_rows).to(tl.int32)

@@ -98,7 +98,9 @@ def _find_bin(
 
 
 @triton.jit
-def _query_offsets(pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS: tl.constexpr):
+def _query_offsets(
+    pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS: tl.constexpr
+):
     """Element offsets int64 of the pairs' query rows."""
     row_head = pair // SLOTS
     row = first_row + row_head // num_heads

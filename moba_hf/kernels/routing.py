@@ -108,7 +108,9 @@ def route(keys: Tensor, num_bins: int, rows: int) -> Routes:
     return Routes(pairs, bin_begin, tile_begin, tile_bin, num_bins, rows)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "num_blocks", "bias", "block_size"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "num_blocks", "bias", "block_size"]
+)
 def _pair_key_kernel(
     choice_ptr,
     key_ptr,

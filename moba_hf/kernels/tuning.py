@@ -51,13 +51,23 @@ class Tile:
     warps: int
     stages: int
 
-    def shared_memory(self, dims: int, itemsize: int) -> int:
-        """Bytes that the queries and `stages` tiles of keys and values of `dims` columns in all may take."""
-        return (self.m + self.stages * self.n) * dims * itemsize
+    def shared_memory(self, dims: tuple[int, int], itemsize: int) -> int:
+        """Bytes that queries and `stages` tiles of keys and values take; `dims`: padded D and DV."""
+        return (self.m * dims[0] + self.stages * self.n * sum(dims)) * itemsize
+
+    def resident_memory(self, dims: tuple[int, int], itemsize: int) -> int:
+        """Bytes that one tile of keys and values, held, and `stages - 1` tiles of queries take."""
+        return (self.n * sum(dims) + (self.stages - 1) * self.m * max(dims)) * itemsize
 
 
 # H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
 GATE = Tile(m=64, n=64, warps=4, stages=3)
+_WIDE = (
+    Tile(64, 64, 8, 2),
+    Tile(64, 32, 8, 2),
+    Tile(32, 32, 4, 2),
+    Tile(16, 16, 4, 1),
+)  # head dims above 128
 _OWN = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 _ROUTED = (
     Tile(64, 64, 4, 3),
@@ -67,7 +77,7 @@ _ROUTED = (
     Tile(16, 16, 4, 1),
 )
 _ROUTED_LONG = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED)
-_RESIDENT = (Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(32, 128, 4, 2))
+_RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
 # Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
 RESIDENT_TILES = 16
 
@@ -81,19 +91,18 @@ def capability(device: torch.device) -> tuple[int, int]:
     return major, minor
 
 
-def fits(tile: Tile, dims: int, itemsize: int, device_capability: tuple[int, int]) -> bool:
-    """Whether a tile over `dims` columns of `itemsize` bytes fits the device's shared memory."""
-    limit = _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
-    return tile.shared_memory(dims, itemsize) <= limit
+def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> bool:
+    """Whether `programs` programs of `memory` bytes of shared memory each fit a processor."""
+    return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
 
 
-def own_tile(padded_dims: int, itemsize: int, device_capability: tuple[int, int]) -> Tile:
-    """The tile of the own-block kernel; `padded_dims`: padded head_dim plus padded value head_dim."""
-    return _first(_OWN, padded_dims, itemsize, device_capability)
+def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
+    return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
 
 
 def routed_tile(
-    padded_dims: int,
+    dims: tuple[int, int],
     itemsize: int,
     block_size: int,
     device_capability: tuple[int, int],
@@ -109,20 +118,25 @@ def routed_tile(
     """
     keys = 1 << max(4, (block_size - 1).bit_length())
     if block_size <= 128 and resident is not False:
-        limit = _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
-        for tile in _RESIDENT:
-            # keys and values once, and `stages` tiles of gathered queries; two programs to a processor
-            held = (keys + tile.stages * tile.m) * padded_dims * itemsize
-            if held <= limit // 2 or (resident and held <= limit):
-                return Tile(tile.m, keys, tile.warps, tile.stages), True
-    choices = _ROUTED_LONG if block_size >= 1024 and padded_dims <= 256 else _ROUTED
-    tile = _first(choices, padded_dims, itemsize, device_capability)
+        for m, warps, stages in _RESIDENT:
+            tile = Tile(m, keys, warps, stages)
+            # two programs to a processor hide the gather; one is taken only when asked for
+            if fits(tile.resident_memory(dims, itemsize), device_capability, 1 if resident else 2):
+                return tile, True
+    choices: tuple[Tile, ...] = _ROUTED
+    if max(dims) > 128:
+        choices = _WIDE
+    elif block_size >= 1024:
+        choices = _ROUTED_LONG
+    tile = _first(choices, dims, itemsize, device_capability)
     return Tile(tile.m, min(tile.n, keys), tile.warps, tile.stages), False
 
 
-def _first(choices: tuple[Tile, ...], dims: int, itemsize: int, device_capability: tuple[int, int]) -> Tile:
+def _first(
+    choices: tuple[Tile, ...], dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]
+) -> Tile:
     for tile in choices:
-        if fits(tile, dims, itemsize, device_capability):
+        if fits(tile.shared_memory(dims, itemsize), device_capability):
             return tile
     return choices[-1]
 
