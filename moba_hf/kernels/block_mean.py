@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, padded
+from moba_hf.kernels.launch import device_of, narrow, padded
 from moba_hf.kernels.plan import Plan, bisect
 
 
@@ -75,6 +75,6 @@ def _block_mean_kernel(
             there = (start + rows < block_size)[:, None] & (dim < HEAD_DIM)[None, :]
             offset = (start + rows).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
             total += tl.sum(tl.load(k_ptr + offset, mask=there, other=0.0).to(tl.float32), 0)
-        mean = (total / block_size).to(mean_ptr.dtype.element_ty)
+        mean = narrow(total / block_size, mean_ptr)
         at = (head.to(tl.int64) * mean_stride_h + number) * HEAD_DIM + dim
         tl.store(mean_ptr + at, mean, mask=dim < HEAD_DIM)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, padded
+from moba_hf.kernels.launch import device_of, narrow, padded
 from moba_hf.kernels.softmax import load_rows
 
 
@@ -208,7 +208,7 @@ def _decode_merge_kernel(
         total += tl.sum(tl.load(at, mask=there, other=0.0) * tl.exp2(lse - safe)[:, None], 0)
     found = high > float("-inf")
     result = total / tl.where(found, mass, 1.0)
-    tl.store(out_ptr + row * V_DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < V_DIM)
+    tl.store(out_ptr + row * V_DIM + column, narrow(result, out_ptr), mask=column < V_DIM)
     natural = (safe + tl.log2(tl.where(found, mass, 1.0))) * 0.6931471805599453
     lse_at = (query // q_len * tl.num_programs(1) + head) * q_len + query % q_len
     tl.store(lse_ptr + lse_at, tl.where(found, natural, float("-inf")))

@@ -37,7 +37,7 @@ def attend(
     block_size: int,
     softmax_scale: float,
     *,
-    workspace: int = tuning.WORKSPACE,
+    workspace: int | None = None,
     resident: bool | None = None,
     use_decode: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,8 @@ def attend(
         block_indices: int32 `(batch, q_len, H, K)`, own block in any slot, -1 for none.
         table: see `moba_hf.sequences`.
         max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
-        workspace: bytes that partial outputs and pairs may take; no result depends on it.
+        workspace: bytes that partial outputs and pairs may take, None: `tuning.WORKSPACE`; no result depends
+            on it.
         resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
         use_decode: use the decode kernel; None: for few queries.
     """
@@ -65,7 +66,8 @@ def attend(
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
     dims, device = (padded(q.shape[3]), padded(v_dim)), tuning.capability(q.device)
     own_tile = tuning.own_tile(dims, q.element_size(), device)
-    rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), workspace)
+    budget = tuning.WORKSPACE if workspace is None else workspace
+    rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
     _, tokens = head_split(num_heads // k.shape[1], own_tile.m)
     if q.numel() == 0 or table.shape[0] == 0:
         return q.new_zeros(batch, q_len, num_heads, v_dim), lse

@@ -11,8 +11,8 @@ modulo the tile width), R levels kept per class.
    the lower block index, for negative scores too.
 4. A row is exact unless a class had given all its R entries before the last choice was made. Such rows go
    to a list per kv head, and a second kernel scans for them again, below what was already taken, until done.
-Scores that differ by less than 2^(bits - 23) relative, bits = log2 of the tiles (2^-16 at 8,192 blocks of 64
-classes), count as equal. The list is filled by atomics, but its order changes no result.
+Scores that differ by less than 2^(bits - 23) relative count as equal; bits is 7 (2^-16) up to 8,192 blocks.
+The list is filled by atomics, but its order changes no result.
 """
 
 from __future__ import annotations
@@ -137,8 +137,12 @@ def gate(
 
 
 def _bits(count: int) -> int:
-    """Bits that number `count` things."""
-    return max(0, count - 1).bit_length()
+    """Bits that number `count` tiles, at least 7.
+
+    A common least keeps near ties falling alike in calls of any length, so that a prompt in chunks chooses as
+    the whole does, up to 8,192 blocks.
+    """
+    return max(7, (count - 1).bit_length() if count > 0 else 0)
 
 
 @triton.jit
@@ -275,11 +279,12 @@ def _gate_fwd_kernel(
             )
             first_block = tl.load(block_offset_ptr + seq) + sinks
             mean_ptr += (kv_head.to(tl.int64) * means_rows + first_block) * HEAD_DIM
+            mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
             levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             for tile in tl.range(0, tl.cdiv(columns, BLOCK_N), num_stages=STAGES):
                 block = tile * BLOCK_N + column
                 mean = tl.load(
-                    mean_ptr + block[None, :].to(tl.int64) * HEAD_DIM + dim[:, None],
+                    mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset,
                     mask=(block < columns)[None, :] & (dim < HEAD_DIM)[:, None],
                     other=0.0,
                 )

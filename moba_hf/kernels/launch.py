@@ -46,6 +46,17 @@ def dot(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
+@triton.jit
+def narrow(x, like):
+    """`x` fp32 rounded to nearest in the dtype that pointer `like` holds; the interpreter would cut bf16."""
+    if _UPCAST:
+        if like.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(like.dtype.element_ty)
+
+
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Makes `x`'s GPU the current one, as kernel launches need; nothing for CPU tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

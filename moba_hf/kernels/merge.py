@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, padded
+from moba_hf.kernels.launch import device_of, narrow, padded
 
 
 def merge(
@@ -104,7 +104,7 @@ def _merge_kernel(
             total += _weighted(
                 partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
             )
-    result = (total / mass[:, None]).to(out_ptr.dtype.element_ty)
+    result = narrow(total / mass[:, None], out_ptr)
     tl.store(out_ptr + out_at, result, mask=there[:, None] & columns)
     natural = (safe + tl.log2(mass)) * 0.6931471805599453
     tl.store(lse_at, tl.where(covered, natural, float("-inf")), mask=there)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.gate import head_split
-from moba_hf.kernels.launch import device_of, dot, padded
+from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.plan import Plan, find_tile
 from moba_hf.kernels.softmax import accumulate, load_rows
 
@@ -157,7 +157,7 @@ def _own_kernel(
             key = start + tl.arange(0, BLOCK_N)
             keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key >= 0, HEAD_DIM, PADDED_DIM, True)
             values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key >= 0, V_DIM, PADDED_V, True)
-            total, top, mass = accumulate(total, top, mass, dot(q, tl.trans(keys)), values, scale)
+            total, top, mass = accumulate(total, top, mass, dot(q, tl.trans(keys)), values, scale, v_ptr)
         last = tl.minimum(tl.minimum(before + TILE, block_size), k_len - own * block_size)
         for start in tl.range(seen_by_all, last, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
@@ -166,11 +166,11 @@ def _own_kernel(
             values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, False)
             visible = (key[None, :] <= (before + token)[:, None]) & inside[None, :]
             scores = tl.where(visible, dot(q, tl.trans(keys)), float("-inf"))
-            total, top, mass = accumulate(total, top, mass, scores, values, scale)
+            total, top, mass = accumulate(total, top, mass, scores, values, scale, v_ptr)
         dim = tl.arange(0, PADDED_V)
         flat = (batch * q_len + query) * num_heads + head
         at = out_ptr + flat[:, None] * V_DIM + dim[None, :]
-        result = (total / mass[:, None]).to(out_ptr.dtype.element_ty)
+        result = narrow(total / mass[:, None], out_ptr)
         tl.store(at, result, mask=there[:, None] & (dim < V_DIM)[None, :])
         lse = top + tl.log2(mass)
         if FINAL:

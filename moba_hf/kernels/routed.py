@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import _UPCAST, device_of, dot, padded
+from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
 from moba_hf.kernels.plan import Plan, bisect
 from moba_hf.kernels.routing import Routes
 from moba_hf.kernels.softmax import accumulate, load_rows
@@ -114,7 +114,7 @@ def _store_partial(
 ):
     """Scatters normalised outputs `total / mass` and their base-2 log-sum-exp to `pair (M,)`."""
     dim = tl.arange(0, PADDED_V)
-    out = (total / mass[:, None]).to(out_ptr.dtype.element_ty)
+    out = narrow(total / mass[:, None], out_ptr)
     at = out_ptr + pair.to(tl.int64)[:, None] * V_DIM + dim[None, :]
     tl.store(at, out, mask=there[:, None] & (dim < V_DIM)[None, :])
     tl.store(lse_ptr + pair, high + tl.log2(mass), mask=there)
@@ -196,7 +196,7 @@ def _routed_kernel(
             scores = dot(q, tl.trans(keys))
             if not EVEN:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale)
+            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
         _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)
 
 
@@ -279,5 +279,5 @@ def _resident_kernel(
             high = tl.max(scores, 1) * scale
             weight = tl.exp2(scores * scale - high[:, None])
             mass = tl.sum(weight, 1)
-            total = dot(weight.to(v_ptr.dtype.element_ty), values)
+            total = dot(narrow(weight, v_ptr), values)
             _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)

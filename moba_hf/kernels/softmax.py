@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba_hf.kernels.launch import _UPCAST
+from moba_hf.kernels.launch import _UPCAST, narrow
 
 
 @triton.jit
@@ -26,13 +26,16 @@ def load_rows(ptr, offset, there, DIM: tl.constexpr, PADDED: tl.constexpr, EVEN:
 
 
 @triton.jit
-def accumulate(total, high, mass, scores, values, scale):
-    """One step: `scores (M, N)` unscaled with -inf where masked, `values (N, D)`; `scale` > 0 in base 2."""
+def accumulate(total, high, mass, scores, values, scale, like):
+    """One step: `scores (M, N)` unscaled with -inf where masked, `values (N, D)`; `scale` > 0 in base 2.
+
+    `like`: the pointer of the values; weights are rounded to its dtype.
+    """
     new_high = tl.maximum(high, tl.max(scores, 1) * scale)
     weight = tl.exp2(scores * scale - new_high[:, None])
     shrink = tl.exp2(high - new_high)
     mass = mass * shrink + tl.sum(weight, 1)
-    weight = weight.to(values.dtype)
+    weight = narrow(weight, like)
     if _UPCAST:
         weight = weight.to(tl.float32)
         values = values.to(tl.float32)

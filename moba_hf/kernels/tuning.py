@@ -87,8 +87,8 @@ def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU; (9, 0) for the interpreter."""
     if device.type != "cuda":
         return (9, 0)
-    major, minor = torch.cuda.get_device_capability(device)
-    return major, minor
+    properties = torch.cuda.get_device_properties(device)  # unlike get_device_capability, dynamo folds it
+    return properties.major, properties.minor
 
 
 def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> bool:

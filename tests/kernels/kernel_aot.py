@@ -2,7 +2,7 @@
 
 `compiled(call, capability)` runs the host code on CPU tensors with launches recorded instead of done, and
 compiles each distinct kernel with the arguments it was given. What comes back are registers, spills and
-shared memory as `ptxas` reports them. `python tests/kernels/aot.py` prints the table of main variants.
+shared memory as `ptxas` reports them. `python tests/kernels/kernel_aot.py` prints the table of main variants.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def compiled(call: Callable[[], object], capability: int) -> list[Report]:
 MAIN: dict[str, dict[str, Any]] = {
     "128/8": {},
     "128/8 long gate": {"length": 1 << 20, "queries": 64, "levels": 3, "num_heads": 4},
-    "64/16": {"block_size": 64, "topk": 16},
+    "64/16 long gate": {"block_size": 64, "topk": 16, "length": 1 << 17, "queries": 64},
     "512/3": {"block_size": 512, "topk": 3},
     "4096/12": {"block_size": 4096, "topk": 12, "length": 1 << 17, "queries": 64},
     "128/8 streaming": {"resident": False},
