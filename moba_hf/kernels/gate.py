@@ -63,7 +63,8 @@ def select_blocks(
     tile = tuning.GATE
     _, tokens = head_split(q.shape[1] // k.shape[1], tile.m)
     plan = make_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens)
-    means = block_mean(k, plan)
+    scored = topk > 1 + sink_blocks + local_blocks
+    means = block_mean(k, plan) if scored else k.new_empty(k.shape[1], 1, k.shape[3])
     gate(q, means, plan, choice, sink_blocks, local_blocks, levels)
     return choice
 
@@ -158,9 +159,9 @@ def _filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 def _sortable(scores, tile, TILE_BITS: tl.constexpr):
     """int32 that sorts as `scores` fp32, lowest bits replaced so that earlier tiles are larger."""
     bits = scores.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     mask: tl.constexpr = (1 << TILE_BITS) - 1
-    return (bits & ~mask) | (mask - tile)
+    flip: tl.constexpr = 0x7FFFFFFF - mask
+    return ((bits & (-1 - mask)) | (mask - tile)) ^ ((bits >> 31) & flip)
 
 
 @triton.jit
@@ -226,6 +227,7 @@ def _gate_fwd_kernel(
     STAGES: tl.constexpr,
 ):
     COUNT: tl.constexpr = TOPK - 1 - SINK - LOCAL
+    EVEN_DIM: tl.constexpr = HEAD_DIM == PADDED_DIM
     number = tl.program_id(0)
     kv_head = tl.program_id(1) // splits
     if number < tl.load(tile_offset_ptr + num_seqs):
@@ -281,15 +283,17 @@ def _gate_fwd_kernel(
             mean_ptr += (kv_head.to(tl.int64) * means_rows + first_block) * HEAD_DIM
             mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
             levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
-            for tile in tl.range(0, tl.cdiv(columns, BLOCK_N), num_stages=STAGES):
-                block = tile * BLOCK_N + column
-                mean = tl.load(
-                    mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset,
-                    mask=(block < columns)[None, :] & (dim < HEAD_DIM)[:, None],
-                    other=0.0,
-                )
-                key = _sortable(dot(q, mean), tile, TILE_BITS)
-                levels = _insert(levels, tl.where((block < columns)[None, :], key, _EMPTY), LEVELS)
+            whole = columns // BLOCK_N
+            for tile in tl.range(0, whole, num_stages=STAGES):  # masks would cost a sixth of the scan
+                at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
+                mean = tl.load(at) if EVEN_DIM else tl.load(at, mask=(dim < HEAD_DIM)[:, None], other=0.0)
+                levels = _insert(levels, _sortable(dot(q, mean), tile, TILE_BITS), LEVELS)
+            for tile in range(whole, tl.cdiv(columns, BLOCK_N)):
+                inside = (tile * BLOCK_N + column < columns)[None, :]
+                at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
+                mean = tl.load(at, mask=inside & (dim < HEAD_DIM)[:, None], other=0.0)
+                key = tl.where(inside, _sortable(dot(q, mean), tile, TILE_BITS), _EMPTY)
+                levels = _insert(levels, key, LEVELS)
             mask: tl.constexpr = (1 << TILE_BITS) - 1
             for i in range(COUNT - 1):
                 best, chosen, levels = _take(levels, there, column, BLOCK_N, LEVELS)

@@ -45,6 +45,7 @@ from moba_hf.ops import moba_attention
 from moba_hf.sequences import batched_table
 
 HEAD_DIM = 128
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 GIB = 1 << 30
 
 
@@ -77,7 +78,7 @@ ROWS = (
 TINY = Row("tiny", 96, 4, 2, 16, 3)
 
 
-def prove(row: Row, device: str, tiny: bool) -> str | None:
+def prove(row: Row, tiny: bool = False) -> str | None:
     """None if the row's gate and attention hold the tests' rules at a small length, else what failed."""
     length = row.length if tiny else min(row.length, max(4096, 3 * row.topk * row.block_size // 2))
     case = Case(
@@ -88,7 +89,7 @@ def prove(row: Row, device: str, tiny: bool) -> str | None:
         block_size=row.block_size,
         topk=row.topk,
         dtype=torch.bfloat16,
-        device=device,
+        device=DEVICE,
     )
     try:
         choice = case.select()
@@ -102,6 +103,9 @@ def prove(row: Row, device: str, tiny: bool) -> str | None:
 
 def median_ms(call: Callable[[], Any], repeats: int, budget: float = 20.0) -> float:
     """Median milliseconds of `call` by CUDA events, at most `repeats` runs and about `budget` seconds."""
+    if DEVICE == "cpu":  # --tiny: the code runs, nothing is measured
+        call()
+        return 1.0
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -118,9 +122,9 @@ def median_ms(call: Callable[[], Any], repeats: int, budget: float = 20.0) -> fl
 
 def ceilings(repeats: int) -> dict[str, float]:
     """bf16 matmul TFLOP/s and copy TB/s (read plus written) of this GPU, now."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * 8192**3 / median_ms(lambda: a @ b, repeats) / 1e9
-    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2 * GIB, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = 2 * source.numel() / median_ms(lambda: target.copy_(source), repeats) / 1e9
     return {"matmul_tflops": matmul, "copy_tbps": copy}
@@ -130,7 +134,7 @@ def inputs(row: Row) -> tuple[Tensor, Tensor, Tensor]:
     """Packed bf16 q, k, v, random normal."""
     torch.manual_seed(0)
     shapes = [(row.length, heads, HEAD_DIM) for heads in (row.num_heads, row.num_kv_heads, row.num_kv_heads)]
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes)
     return q, k, v
 
 
@@ -272,16 +276,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.tiny:
-        problem = prove(TINY, "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu", tiny=True)
+        problem = prove(TINY, tiny=True)
+        stages(TINY, *inputs(TINY), repeats=1)
         print("gate: green" if problem is None else f"gate: RED: {problem}")
         return 0 if problem is None else 1
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         print("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
         return 2
     if args.workspace is not None:
         tuning.WORKSPACE = int(args.workspace * GIB)
     rows = [row for row in ROWS if not args.rows or row.name in args.rows]
-    problems = [problem for row in rows if (problem := prove(row, "cuda", tiny=False)) is not None]
+    problems = [problem for row in rows if (problem := prove(row)) is not None]
     for problem in problems:
         print(f"gate: RED: {problem}")
     limits = ceilings(args.repeats)

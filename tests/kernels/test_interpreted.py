@@ -12,11 +12,24 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_under_the_interpreter() -> None:
-    folder = Path(__file__).parent / "interpreted"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+TESTS = Path(__file__).parents[1]
+
+
+def run_interpreted(*arguments: str) -> str:
+    """What a Python process with Triton's interpreter on prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    return done.stdout
+
+
+def test_kernels() -> None:
+    folder = str(TESTS / "kernels" / "interpreted")
+    assert " passed" in run_interpreted("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder)
+
+
+def test_benchmark_runs() -> None:
+    script = str(TESTS / "benchmarks" / "bench_kernels.py")
+    assert "gate: green" in run_interpreted(script, "--tiny")
+    assert "--rows" in run_interpreted(script, "--help")

@@ -135,6 +135,16 @@ def test_auto_is_triton_and_gradients_flow() -> None:
         assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
 
 
+def test_compiled_as_one_graph() -> None:
+    case = case_of([(600, 600)], topk=4)
+    q, k, v = (x[0].transpose(0, 1) for x in (case.q, case.k, case.v))
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.moba_attention(q, k, v, block_size=16, topk=4)
+
+    assert torch.equal(torch.compile(call, fullgraph=True)(q, k, v), call(q, k, v))
+
+
 def test_never_waits_for_the_device() -> None:
     case = case_of(RAGGED, topk=4)
     case.attend(case.select())  # compiled
