@@ -13,6 +13,7 @@ from torch import Tensor
 from moba_hf.kernels.forward import attend
 from moba_hf.kernels.gate import select_blocks
 from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.kernels.tuning import DECODE_QUERIES as MAX_DECODE_QUERIES
 from moba_hf.kernels.tuning import unsupported_device
 
 MIN_BLOCK_SIZE = 16
@@ -35,4 +36,4 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
     return None
 
 
-__all__ = ["attend", "select_blocks", "unsupported"]
+__all__ = ["MAX_DECODE_QUERIES", "attend", "select_blocks", "unsupported"]
