@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, cache_utils
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from moba_hf.block_means import BlockMeans, writable
 from moba_hf.config import MobaConfig
@@ -270,17 +270,16 @@ class MobaCache(Cache):
             raise ValueError("a static MobaCache needs max_cache_len: prompt length + max_new_tokens")
         size = max_cache_len or 0
         text_config = config.get_text_config(decoder=True)
-        tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
+        stock: Cache = DynamicCache(config=text_config)
+        if static:
+            stock = StaticCache(config=text_config, max_cache_len=size)
         layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
-            if static:
-                kwargs["max_cache_len"] = size
-            if kind != _FULL:
-                layers.append(tables[static][kind](**kwargs))
-            elif static:
-                layers.append(MobaStaticLayer(block_size=_block_size(text_config, index, size), **kwargs))
-            else:
-                layers.append(MobaLayer(max_cache_len=size, **kwargs))
+        for index, layer in enumerate(stock.layers):
+            if type(layer) in (StaticLayer, MobaStaticLayer):
+                layer = MobaStaticLayer(size, block_size=_block_size(text_config, index, size))
+            elif type(layer) in (DynamicLayer, MobaLayer):
+                layer = MobaLayer(size)
+            layers.append(layer)
         super().__init__(
             layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
         )
