@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, cache_utils
@@ -56,7 +56,7 @@ operations = st.lists(
 
 
 class TestMeansEqualRecomputed:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(operations, st.lists(st.integers(0, 9), min_size=2, max_size=2), st.booleans(), st.booleans())
     def test_dynamic(self, steps: list, pads: list, padded: bool, always: bool) -> None:
         """Random sequences of everything a dynamic layer can do, beside a stock layer that does the same."""
@@ -104,7 +104,7 @@ class TestMeansEqualRecomputed:
                 assert torch.equal(layer.keys, stock.keys)
                 assert torch.equal(layer.values, stock.values)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(
         st.lists(
             st.sampled_from(["append", "decode", "reorder", "reset", "skip", "means"]),
