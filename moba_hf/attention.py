@@ -5,7 +5,8 @@ or the position ids say where each sequence lies; below, `ops` knows nothing of 
 
 The mask function gives a compact mask `(batch, 1, 1, kv_len)`: 0 not written yet, 1 a real token, 2 padding;
 int8 from a 2-D mask, uint8 where none was given. Its shape depends on nothing but the cache, so it works for
-static caches, under compile, and costs `kv_len` bytes.
+static caches, under compile, and costs `kv_len` bytes. Where it learns of packed rows, it gives int16 of that
+shape instead: 1 where a document begins.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
-from moba_hf.adapter import find_adapter
+from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
 from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
-from moba_hf.packing import Packing, check_separated, find_packing
+from moba_hf.packing import (
+    DOCUMENTS,
+    Packing,
+    check_hidden_packing,
+    check_separated,
+    document_begins,
+    find_packing,
+)
 from moba_hf.sequences import RowBounds
 
 NAME = "moba"
@@ -51,6 +59,7 @@ class LayerPlan:
         raw: the `config.moba` that this was resolved from.
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
+        adapter: the facts of the family.
         decode_max_len: calls of at most this many queries attend every key.
     """
 
@@ -58,6 +67,7 @@ class LayerPlan:
     rule: LayerConfig | None
     stock: str | None
     decode_max_len: int
+    adapter: Adapter
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -89,7 +99,8 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     stock = adapter.stock_reason(config, layer_idx)
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
-    plan = LayerPlan(raw, moba.for_layer(layer_idx, adapter.num_layers(config)), stock, moba.decode_max_len)
+    rule = moba.for_layer(layer_idx, adapter.num_layers(config))
+    plan = LayerPlan(raw, rule, stock, moba.decode_max_len, adapter)
     module.__dict__["_moba_plan"] = plan
     return plan
 
@@ -122,8 +133,15 @@ def moba_attention_forward(
         )
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
+    documents = attention_mask if attention_mask is not None and attention_mask.dtype == DOCUMENTS else None
+    if documents is not None:
+        attention_mask = None
     padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
-    packing = find_packing(kwargs, batch, q_len, key.shape[2], padding_given=padding_given)
+    packing = find_packing(
+        kwargs, batch, q_len, key.shape[2], padding_given=padding_given, documents=documents
+    )
+    if packing is not None:
+        _check_packing(plan, module.config, kwargs)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
     if stock is not None:
@@ -206,13 +224,19 @@ def moba_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The compact mask `(batch_size, 1, 1, kv_length)`; None when nothing is padded or unwritten.
+    """The compact mask `(batch_size, 1, 1, kv_length)`; None when nothing is padded, packed or unwritten.
 
-    Window and chunk layers (`local_size`), custom overlays (`use_vmap`) and bidirectional models get
-    transformers' own dense mask. Called by transformers with keywords only, once per forward.
+    Window and chunk layers (`local_size`), custom overlays and bidirectional models get transformers' own
+    dense mask. Called by transformers with keywords only, once per forward.
     """
     bidirectional = kwargs.get("allow_is_bidirectional_skip") or not getattr(config, "is_causal", True)
-    if local_size is not None or use_vmap or bidirectional:
+    stock = local_size is not None or use_vmap or bidirectional
+    if not stock and mask_function not in (None, causal_mask_function) and not torch.compiler.is_compiling():
+        begins = document_begins(mask_function, batch_size, kv_length, device)
+        stock = begins is None or attention_mask is not None
+        if not stock and begins is not None and begins.any():
+            return begins[:, None, None, :].to(DOCUMENTS)
+    if stock:
         if mask_function is not None:
             kwargs["mask_function"] = mask_function
         return sdpa_mask(
@@ -229,6 +253,8 @@ def moba_mask(
             **kwargs,
         )
     if attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
+        if q_length > 1 and not torch.compiler.is_compiling():
+            check_hidden_packing()
         return None
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
@@ -265,6 +291,14 @@ def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     if mask is None or mask.dtype not in COMPACT:
         return mask
     return causal_mask(row_bounds(mask, q_len), 0, q_len, mask.shape[3])
+
+
+def _check_packing(plan: LayerPlan, config: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError when the model around the attention layers mixes packed documents."""
+    given = [name for name, value in kwargs.items() if value is not None]
+    reason = plan.adapter.packing_refusal(config, given)
+    if reason is not None:
+        raise ValueError(f"{config.model_type} cannot take packed sequences: {reason}")
 
 
 def _refuse_unsupported(
