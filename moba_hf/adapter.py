@@ -91,6 +91,17 @@ class Adapter:
         kind = "full_attention" if layer_types is None else layer_types[layer_idx]
         return None if kind == "full_attention" else str(kind).replace("_", " ")
 
+    def key_limit(self, config: Any, layer_idx: int) -> int | None:
+        """The most keys that a query of a stock layer attends; None: all. 0: the layer attends no keys.
+
+        Used for counting only. The base class knows windows and layers without attention.
+        """
+        layer_types = getattr(config, "layer_types", None)
+        kind = "full_attention" if layer_types is None else str(layer_types[layer_idx])
+        if "sliding" in kind or (self.window_everywhere and layer_types is None):
+            return int(getattr(config, "sliding_window", None) or 0) or None
+        return None if "attention" in kind and "linear" not in kind else 0
+
     def attention_layers(self, model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         """Layer index and attention module of every decoder layer that calls the attention interface.
 
