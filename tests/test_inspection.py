@@ -104,7 +104,7 @@ def test_public_configs(
     assert time.perf_counter() - start < 2
     counted = [row.kind for row in result.layers]
     assert {kind: counted.count(kind) for kind in dict.fromkeys(counted)} == kinds
-    assert len(result.layers) == values["num_hidden_layers"] == len(set(row.index for row in result.layers))
+    assert len(result.layers) == values["num_hidden_layers"] == len({row.index for row in result.layers})
     assert [row.tokens for row in result.lengths] == list(LENGTHS) == [8192, 32768, 131072, 1048576]
     assert len(text.splitlines()) >= len(result.layers) + len(LENGTHS)
 
