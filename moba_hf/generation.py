@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
 )
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from moba_hf.adapter import find_adapter
 from moba_hf.attention import NAME
 from moba_hf.config import MobaConfig
+from moba_hf.convert import read_model_config
 from moba_hf.patching import patch_model, unpatch_model
 
 CHUNK = 2048
@@ -49,7 +49,7 @@ class Generated:
         return len(self.tokens) / max(self.decode_seconds, 1e-9)
 
 
-def read_prompt(file: Path | None, text: str | None) -> str:
+def read_prompt(file: str | Path | None, text: str | None) -> str:
     """The contents of `file`, followed by `text` on a new paragraph where both are given.
 
     Raises:
@@ -58,7 +58,7 @@ def read_prompt(file: Path | None, text: str | None) -> str:
     parts = []
     if file is not None:
         try:
-            parts.append(file.read_text(encoding="utf-8"))
+            parts.append(Path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
         except OSError as error:
@@ -71,7 +71,7 @@ def read_prompt(file: Path | None, text: str | None) -> str:
     return prompt
 
 
-def load(folder: Path, dtype: str = "auto", moba: MobaConfig | None = None) -> tuple[Any, Any]:
+def load(folder: str | Path, dtype: str = "auto", moba: MobaConfig | None = None) -> tuple[Any, Any]:
     """The model of `folder` with MoBA on, over the GPUs there are, and its tokenizer.
 
     Args:
@@ -84,10 +84,10 @@ def load(folder: Path, dtype: str = "auto", moba: MobaConfig | None = None) -> t
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: holds no config.json; pass a folder that 'moba-hf convert' made")
-    config = AutoConfig.from_pretrained(folder)
-    find_adapter(config.model_type)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder with a config.json")
+    _, config = read_model_config(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -97,6 +97,24 @@ def load(folder: Path, dtype: str = "auto", moba: MobaConfig | None = None) -> t
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
     return patch_model(model.eval(), moba), tokenizer
+
+
+def encode(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """Token ids `(1, length)` of `text`.
+
+    Raises:
+        ValueError: an id that the model has no embedding for: the tokenizer is another model's.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    size = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= size:
+        raise ValueError(f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens")
+    return ids
+
+
+def text_streamer(tokenizer: Any) -> BaseStreamer:
+    """Prints new tokens on stdout as they come."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -173,6 +191,14 @@ def common_tokens(first: list[int], second: list[int]) -> int:
     """How many tokens two continuations share before they part."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def summary(run: Generated, prompt_tokens: int) -> str:
+    """One line about a generation."""
+    return (
+        f"prompt of {prompt_tokens:,} tokens read in {run.prefill_seconds:.2f} s; "
+        f"{len(run.tokens)} new tokens, {run.tokens_per_second:.1f} per second"
+    )
 
 
 def compare_table(moba: Generated, dense: Generated, prompt_tokens: int) -> str:

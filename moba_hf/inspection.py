@@ -7,12 +7,14 @@ values and MoBA's gate. Projections, MLPs and linear-attention layers cost the s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.convert import read_model_config
 
 LENGTHS = (8192, 32768, 131072, 1048576)
 
@@ -142,6 +144,23 @@ def inspect_config(
         layers=layers,
         lengths=tuple(_length_row(layers, shape, length) for length in lengths),
     )
+
+
+def inspect_checkpoint(src: str | Path, moba: MobaConfig | None = None) -> Inspection:
+    """`inspect_config` of a folder with config.json, or of that file; nothing else in it is read.
+
+    Raises:
+        ValueError: config.json is missing or damaged, or what `inspect_config` raises.
+    """
+    path = Path(src)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder with a config.json")
+    folder = path.parent if path.name == "config.json" and path.is_file() else path
+    _, config = read_model_config(folder)
+    try:
+        return inspect_config(config, moba)
+    except TypeError as error:  # settings in config.json of a wrong type
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 @dataclass(frozen=True)
