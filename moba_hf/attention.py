@@ -11,6 +11,7 @@ shape instead: 1 where a document begins.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        raw: the `config.moba` that this was resolved from.
+        raw: a copy of the `config.moba` that this was resolved from, which may be edited in place.
         rule: the MoBA rule; None: full attention.
         stock: why the layer keeps the stock implementation; None: it does not.
         adapter: the facts of the family.
@@ -100,7 +101,7 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
     rule = moba.for_layer(layer_idx, adapter.num_layers(config))
-    plan = LayerPlan(raw, rule, stock, moba.decode_max_len, adapter)
+    plan = LayerPlan(copy.deepcopy(raw), rule, stock, moba.decode_max_len, adapter)
     module.__dict__["_moba_plan"] = plan
     return plan
 
@@ -133,17 +134,19 @@ def moba_attention_forward(
         )
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
+    kv_len = key.shape[2]
     documents = attention_mask if attention_mask is not None and attention_mask.dtype == DOCUMENTS else None
     if documents is not None:
         attention_mask = None
-    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
-    packing = find_packing(
-        kwargs, batch, q_len, key.shape[2], padding_given=padding_given, documents=documents
-    )
-    if packing is not None:
-        _check_packing(plan, module.config, kwargs)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
+    _refuse_keywords(kwargs, ("cache",) if stock is not None else tuple(_REFUSED))
+    if stock is None:
+        _refuse_unsupported(attention_mask, dropout, q_len, kv_len, kwargs)
+    padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
+    if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
+        padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
+    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given, documents=documents)
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)
@@ -151,7 +154,8 @@ def moba_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_unsupported(attention_mask, dropout, q_len, key.shape[2], kwargs)
+    if packing is not None:
+        _check_packing(plan, module.config, kwargs)
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
     scale = head_dim**-0.5 if scaling is None else scaling
@@ -259,9 +263,9 @@ def moba_mask(
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
     if attention_mask is not None:
-        missing = kv_length - attention_mask.shape[1]
+        missing = kv_offset + kv_length - attention_mask.shape[1]
         given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
-        real = written & given[:, -kv_length:]
+        real = written & given[:, kv_offset : kv_offset + kv_length]
     dtype = torch.uint8 if attention_mask is None else torch.int8
     return (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
 
@@ -301,6 +305,14 @@ def _check_packing(plan: LayerPlan, config: Any, kwargs: dict[str, Any]) -> None
         raise ValueError(f"{config.model_type} cannot take packed sequences: {reason}")
 
 
+def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"MoBA does not support {_REFUSED[name]} ({name}); use a stock attn_implementation"
+            )
+
+
 def _refuse_unsupported(
     mask: Tensor | None, dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]
 ) -> None:
@@ -310,9 +322,6 @@ def _refuse_unsupported(
         )
     if kwargs.get("output_attentions"):
         raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"MoBA does not support {what} ({name}); use a stock attn_implementation")
     if mask is not None and (mask.dtype not in COMPACT or mask.ndim != 4 or mask.shape[2] != 1):
         raise ValueError(
             f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "

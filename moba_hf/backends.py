@@ -68,10 +68,11 @@ def _load_reference() -> Backend:
         result = torch.full(
             (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
         )
-        for at, (queries, keys) in _each_sequence(table, q, k):
-            result[at] = reference.select_blocks_ref(
-                queries, keys, block_size=block_size, topk=topk, sink_blocks=sink, local_blocks=local
-            )
+        with reference.full_precision(q.device):
+            for at, (queries, keys) in _each_sequence(table, q, k):
+                result[at] = reference.select_blocks_ref(
+                    queries, keys, block_size=block_size, topk=topk, sink_blocks=sink, local_blocks=local
+                )
         return result
 
     def forward(
@@ -80,10 +81,11 @@ def _load_reference() -> Backend:
         _mq, _mk, block_size, scale = rest
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
-        for (row, part), (queries, keys, values) in _each_sequence(table, q, k, v):
-            out[row, part], lse[row, :, part] = reference.attend_ref(
-                queries, keys, values, choice[row, part], block_size=block_size, softmax_scale=scale
-            )
+        with reference.full_precision(q.device):
+            for (row, part), (queries, keys, values) in _each_sequence(table, q, k, v):
+                out[row, part], lse[row, :, part] = reference.attend_ref(
+                    queries, keys, values, choice[row, part], block_size=block_size, softmax_scale=scale
+                )
         return out, lse
 
     def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,6 +119,10 @@ class MobaConfig:
             for index in indices:
                 if not -num_layers <= index < num_layers:
                     raise ValueError(f"{name} names layer {index}, but the model has {num_layers} layers")
+        overridden = [index for index, _ in self.layers]
+        for index in overridden:
+            if index < 0 and index + num_layers in overridden:
+                raise ValueError(f"layers names layer {index + num_layers} twice, also as {index}")
 
     def for_layer(self, layer_idx: int, num_layers: int) -> LayerConfig | None:
         """The rule of layer `layer_idx` (from 0) in a model of `num_layers`; None: full attention."""
@@ -137,6 +141,7 @@ class MobaConfig:
             length: tokens of the sequence.
             num_layers: layers of the model.
         """
+        _check_int("length", length, minimum=1)
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
         return sum(1.0 if r is None else min(1.0, r.max_keys / length) for r in rules) / num_layers
 
@@ -243,16 +248,18 @@ def _int_tuple(values: object) -> tuple[int, ...]:
 
 def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
     """Sorted `(index, ((name, value), ...))` pairs from a mapping (JSON keys are strings) or pairs."""
-    if not isinstance(layers, (Mapping, tuple, list)):
-        raise TypeError(f"layers must map a layer index to its overrides, got {layers!r}")
-    items = layers.items() if isinstance(layers, Mapping) else layers
+    try:
+        items = [
+            (key, dict(pairs)) for key, pairs in (layers.items() if hasattr(layers, "items") else layers)
+        ]
+    except (TypeError, ValueError):
+        raise TypeError(f"layers must map a layer index to its overrides, got {layers!r}") from None
     result = []
-    for key, overrides in items:
+    for key, pairs in items:
         try:
-            index = int(key)
-        except (TypeError, ValueError):
+            index = int(str(key))  # so that 1.5 and True are no indices
+        except ValueError:
             raise ValueError(f"layers is keyed by layer index, got {key!r}") from None
-        pairs = dict(overrides)
         unknown = sorted(set(pairs) - set(_LAYER_FIELDS))
         if unknown:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.ops import check_values
 from moba_hf.sequences import packed_table
 
 # The dtype of a mask that says where documents begin.
@@ -56,7 +57,8 @@ def find_packing(
         documents: mask `(batch, 1, 1, kv_len)` of dtype `DOCUMENTS`, 1 where a document begins.
 
     Raises:
-        ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`.
+        ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`,
+            offsets that do not rise or leave the call.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
@@ -64,6 +66,8 @@ def find_packing(
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, got a batch of {batch}")
         other = kwargs.get("cu_seq_lens_k")
+        if check_values(cu_seqlens):
+            _check_offsets(cu_seqlens, q_len)
         bound = kwargs.get("max_length_q")
         table = packed_table(cu_seqlens, cu_seqlens if other is None else other)
         return Packing(table, q_len if bound is None else int(bound))
@@ -92,8 +96,9 @@ def check_separated(attention_mask: Tensor | None, packing: Packing, what: str) 
         rows = torch.tensor([row for row, _ in firsts], device=attention_mask.device)
         begins = torch.tensor([begin for _, begin in firsts], device=attention_mask.device)
         rows = rows.clamp(max=attention_mask.shape[0] - 1)
-        seen = attention_mask[rows, 0, begins, begins - 1]
-        if not bool((seen if seen.dtype == torch.bool else seen == 0).any()):
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        # position ids of padding start again too, but a padding query does not see itself
+        if not bool((seen[rows, 0, begins, begins - 1] & seen[rows, 0, begins, begins]).any()):
             return
     raise ValueError(
         f"packed sequences reach a layer that keeps the stock implementation ({what}), whose mask does not "
@@ -145,6 +150,14 @@ def check_hidden_packing() -> None:
             "packed sequences: the position ids start again inside a row, but this model gives its attention "
             "layers no text positions, so the documents would be mixed; pass position ids of four axes (text "
             "first) and use_cache=False, or one document per row"
+        )
+
+
+def _check_offsets(cu_seqlens: Tensor, q_len: int) -> None:
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends != sorted(ends) or ends[-1] > q_len:
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to at most the {q_len} tokens of the call, got {ends}"
         )
 
 

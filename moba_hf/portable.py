@@ -16,31 +16,18 @@ is for CPUs, MPS and GPUs without a kernel.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moba_hf.reference import accumulate_dtype
+from moba_hf.reference import accumulate_dtype, full_precision
 
 # Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles.
 _SCORE_BUDGET = 1 << 24
 _PARTIAL_BUDGET = 1 << 24
 _TILE_BUDGET = 1 << 20
 _TILE_ROWS = (16, 128)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks."""
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(previous)
 
 
 def block_mean(k: Tensor, block_size: int) -> Tensor:

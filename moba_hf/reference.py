@@ -8,6 +8,10 @@ autograd, and holds a full `q_len x kv_len` score matrix per head: it is for che
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +19,32 @@ from torch import Tensor
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are held in: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks.
+
+    The per-backend switches are used where torch has them (2.9): it refuses to read the older global one
+    after they were set one by one.
+    """
+    switches: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    newer = all(hasattr(switch, "fp32_precision") for switch in switches)
+    previous = [switch.fp32_precision for switch in switches] if newer else []
+    older = "" if newer else torch.get_float32_matmul_precision()
+    try:
+        if newer:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, previous, strict=False):
+            switch.fp32_precision = value
+        if not newer:
+            torch.set_float32_matmul_precision(older)
 
 
 def block_mean_ref(k: Tensor, block_size: int) -> Tensor:

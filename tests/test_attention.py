@@ -1,0 +1,386 @@
+"""What transformers calls, on Llama: settings, loading, refusals, policy, training, switching."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from model_checks import (
+    COVERING,
+    LENGTH,
+    SMALL,
+    by_hand,
+    captured,
+    close,
+    logits,
+    padded,
+    sdpa_logits,
+    tiny_model,
+    tokens,
+)
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    StaticCache,
+)
+
+import moba_hf.attention
+from moba_hf import MobaConfig, patch_model
+from moba_hf.attention import moba_attention_forward, moba_mask
+from moba_hf.config import LayerConfig
+
+# The span of one unpadded row.
+FULL = [(0, LENGTH)]
+
+
+class TestLoading:
+    def test_every_way_to_load(self, tmp_path: Path) -> None:
+        """config.moba comes back from disk and decides; each way runs the same MoBA."""
+        moba = MobaConfig(8, 2, full_attention_layers=(-1,), layers={0: {"topk": 3}})
+        model = tiny_model(moba=moba)
+        ids = tokens(1, LENGTH)
+        expected = logits(model, ids)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="moba")
+        assert MobaConfig.from_dict(loaded.config.moba) == moba
+        assert torch.equal(logits(loaded, ids), expected)
+
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert MobaConfig.from_dict(stock.config.moba) == moba
+        assert torch.equal(logits(stock, ids), sdpa_logits(model, ids))
+        stock.set_attn_implementation("moba")
+        assert torch.equal(logits(stock, ids), expected)
+
+        base = AutoModel.from_pretrained(tmp_path, attn_implementation="moba")
+        with torch.no_grad():
+            assert torch.equal(model.lm_head(base(ids).last_hidden_state), expected)
+
+        torch.manual_seed(1)
+        head = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, attn_implementation="moba", num_labels=3
+        )
+        with torch.no_grad():
+            scores = head.score(base(ids).last_hidden_state[:, -1])
+            assert close(head(ids).logits, scores)
+
+    def test_a_preset_that_is_patched_in_is_saved_without_the_backend(self, tmp_path: Path) -> None:
+        model = patch_model(tiny_model(moba=None), MobaConfig(8, 2, backend="reference"))
+        model.save_pretrained(tmp_path)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path).config.moba
+        assert saved == MobaConfig(8, 2).to_dict()
+
+    def test_the_default_preset_is_announced_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        with messages(caplog) as said:
+            model = tiny_model(moba=None)
+            for _ in range(2):
+                logits(model, tokens(1, LENGTH))
+            patch_model(tiny_model(moba=None))
+        assert len(said) == 1
+        for part in ("'default'", "measured at 8K tokens", "block_size=", "topk=", "patch_model"):
+            assert part in said[0]
+
+    def test_settings_that_are_given_are_not_announced(self, caplog: pytest.LogCaptureFixture) -> None:
+        with messages(caplog) as said:
+            logits(tiny_model(), tokens(1, LENGTH))
+        assert said == []
+
+    def test_settings_in_config_json_are_checked(self) -> None:
+        model = tiny_model()
+        model.config.moba = {"block_size": 8, "top_k": 2}
+        with pytest.raises(ValueError, match="unknown MoBA settings: top_k"):
+            logits(model, tokens(1, LENGTH))
+
+    @pytest.mark.parametrize("how", ["replaced", "edited in place"])
+    def test_settings_changed_later_are_followed(self, how: str) -> None:
+        model = tiny_model()
+        ids = tokens(1, LENGTH)
+        before = logits(model, ids)
+        if how == "replaced":
+            model.config.moba = {"block_size": 8, "topk": 3}
+        else:
+            model.config.moba["topk"] = 3
+        assert torch.equal(logits(model, ids), logits(tiny_model(moba=MobaConfig(8, 3)), ids))
+        assert not torch.equal(logits(model, ids), before)
+
+    @pytest.mark.parametrize("index", [3, -4])
+    @pytest.mark.parametrize("name", ["full_attention_layers", "layers"])
+    def test_layers_that_the_model_does_not_have(self, name: str, index: int) -> None:
+        moba = MobaConfig(8, 2, **{name: [index] if name == "full_attention_layers" else {index: {}}})
+        with pytest.raises(ValueError, match=f"{name} names layer {index}, but the model has 3 layers"):
+            logits(tiny_model(moba=moba), tokens(1, LENGTH))
+        model = tiny_model()
+        with pytest.raises(ValueError, match=f"{name} names layer {index}"):
+            patch_model(model, moba)
+        assert model.config.moba == SMALL.to_dict()
+
+    def test_an_unknown_architecture(self) -> None:
+        config = GPTNeoXConfig(
+            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        message = "no MoBA adapter for model_type 'gpt_neox'; known: llama, mistral, qwen2, qwen3.*subclass"
+        with pytest.raises(ValueError, match=message):
+            patch_model(model, SMALL)
+        model.set_attn_implementation("moba")
+        with pytest.raises(ValueError, match=message):
+            logits(model, tokens(1, 10))
+
+    def test_a_model_without_eligible_layers_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
+        with messages(caplog) as said:
+            model = tiny_model("mistral", sliding_window=12)
+            logits(model, tokens(1, LENGTH))
+        assert said == ["No layer of this mistral model can use MoBA: sliding window of 12"]
+
+
+class messages:
+    """Warnings of our logger to transformers inside the block, each once as a fresh process would say it."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.caplog, self.logger = caplog, moba_hf.attention.logger
+
+    def __enter__(self) -> list[str]:
+        type(self.logger).warning_once.cache_clear()
+        self.level, self.said = self.logger.level, []
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: self.said.append(record.getMessage())
+        self.logger.addHandler(self.handler)
+        self.logger.setLevel(logging.WARNING)
+        return self.said
+
+    def __exit__(self, *error: object) -> None:
+        self.logger.removeHandler(self.handler)
+        self.logger.setLevel(self.level)
+
+
+class TestRefused:
+    """Whatever cannot be honoured raises and says what to do; nothing is silently ignored."""
+
+    def call(self, mask: torch.Tensor | None = None, q_len: int = 20, **kwargs: Any) -> torch.Tensor:
+        module = tiny_model().model.layers[0].self_attn
+        query, key = torch.randn(1, 4, q_len, 8), torch.randn(1, 2, 20, 8)
+        return moba_attention_forward(module, query, key, key, mask, **kwargs)[0]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"dropout": 0.1}, "no attention dropout, got 0.1; set attention_dropout=0"),
+            ({"output_attentions": True}, 'returns no attention weights; use attn_implementation="eager"'),
+            ({"softcap": 30.0}, "does not support soft-capped scores"),
+            ({"s_aux": torch.zeros(4)}, "does not support attention sink parameters"),
+            ({"sinks": torch.zeros(4)}, "does not support attention sink parameters"),
+            ({"position_bias": torch.zeros(4)}, "does not support position biases"),
+            ({"indices": torch.zeros(4)}, "does not support a choice of keys made by the model itself"),
+            ({"cache": object()}, "does not support the paged cache of continuous batching"),
+            (
+                {"mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)},
+                "takes 2-D padding masks, got a custom mask",
+            ),
+            ({"mask": torch.zeros(1, 1, 20, 20)}, "takes 2-D padding masks, got a custom mask"),
+            ({"q_len": 21}, r"more queries \(21\) than keys \(20\)"),
+        ],
+    )
+    def test_by_the_attention_function(self, kwargs: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            self.call(**kwargs)
+
+    def test_the_paged_cache_as_continuous_batching_passes_it(self) -> None:
+        offsets = torch.tensor([0, 20], dtype=torch.int32)
+        paged = {"cache": object(), "is_causal": False, "cu_seq_lens_q": offsets}
+        with pytest.raises(ValueError, match="paged cache of continuous batching"):
+            self.call(**paged, cu_seq_lens_k={"full_attention": offsets}, max_length_q=20)
+
+    def test_keywords_that_are_none_or_harmless_pass(self) -> None:
+        assert close(self.call(softcap=None, s_aux=None, dropout=0.0), self.call(output_attentions=False))
+
+    def test_dropout_in_training_only(self) -> None:
+        model = tiny_model(attention_dropout=0.1)
+        logits(model, tokens(1, LENGTH))
+        with pytest.raises(ValueError, match=r"no attention dropout, got 0\.1"):
+            model.train()(tokens(1, LENGTH))
+
+    def test_output_attentions(self) -> None:
+        with pytest.raises(ValueError, match="returns no attention weights"):
+            logits(tiny_model(), tokens(1, LENGTH), output_attentions=True)
+
+    @pytest.mark.parametrize("moba", [SMALL, COVERING])
+    def test_custom_and_holed_masks(self, moba: MobaConfig) -> None:
+        model, ids = tiny_model(moba=moba), tokens(2, LENGTH)
+        custom = torch.ones(LENGTH, LENGTH).tril().bool().expand(2, 1, -1, -1)
+        with pytest.raises(ValueError, match=r"got a custom mask of torch\.bool"):
+            logits(model, ids, attention_mask=custom)
+        holed = torch.ones(2, LENGTH, dtype=torch.long)
+        holed[1, 20] = 0
+        with pytest.raises(ValueError, match="the attention mask of batch row 1 has holes"):
+            logits(model, ids, attention_mask=holed)
+
+    @pytest.mark.parametrize(
+        ("offsets", "message"),
+        [
+            ([0, 60], "at most the 50 tokens"),
+            ([1, 50], "must rise from 0"),
+            ([0, 30, 20, 50], "must rise from 0"),
+        ],
+    )
+    def test_offsets_that_leave_the_call(self, offsets: list[int], message: str) -> None:
+        cu = torch.tensor(offsets, dtype=torch.int32)
+        with pytest.raises(ValueError, match=message):
+            logits(tiny_model(), tokens(1, LENGTH), cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+
+    def test_packing_where_it_cannot_be_told_apart(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+        cache = StaticCache(model.config, max_cache_len=64)
+        with pytest.raises(ValueError, match="packed sequences"):
+            logits(model, ids, position_ids=positions, past_key_values=cache)
+        offsets = torch.tensor([0, 20, 50], dtype=torch.int32)
+        with pytest.raises(ValueError, match="one packed row, got a batch of 2"):
+            logits(model, ids.expand(2, -1), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+
+
+class TestDelegation:
+    @pytest.mark.parametrize("by", ["keyword", "module"])
+    def test_non_causal_modules_are_bidirectional(self, by: str) -> None:
+        module = SimpleNamespace(is_causal=by == "keyword", num_key_value_groups=2, training=False)
+        query, key, value = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+        kwargs = {"is_causal": False} if by == "keyword" else {}
+        out, _ = moba_attention_forward(module, query, key, value, None, scaling=0.3, **kwargs)
+        keys, values = (x.repeat_interleave(2, dim=1) for x in (key, value))
+        expected = nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.3)
+        assert close(out, expected.transpose(1, 2))
+
+    def test_bidirectional_masks_are_transformers_own(self) -> None:
+        mask = moba_mask(
+            2, 10, 10, config=SimpleNamespace(is_causal=False), attention_mask=torch.ones(2, 10).bool()
+        )
+        assert mask is None or mask.dtype == torch.bool
+
+
+class TestPolicy:
+    @pytest.mark.parametrize("scaling", [0.1, 0.9])
+    def test_the_models_scaling_is_used_in_prefill_and_decode(self, scaling: float) -> None:
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.self_attn.scaling = scaling
+        ids = tokens(1, LENGTH)
+        with captured() as calls, torch.no_grad():
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            model(ids[:, -1:], past_key_values=cache)
+        prefill, decode = calls[:3], calls[3:]
+        for call in prefill:
+            assert call.scaling == scaling
+            assert close(call.out, by_hand(call, LayerConfig(8, 2), [(0, LENGTH - 1)]))
+            call.scaling = 8**-0.5
+            assert not close(call.out, by_hand(call, LayerConfig(8, 2), [(0, LENGTH - 1)]))
+        for call in decode:
+            assert close(call.out, by_hand(call, None, FULL))
+
+    @pytest.mark.parametrize(
+        ("limit", "queries", "dense"), [(1, 1, True), (1, 2, False), (5, 5, True), (5, 6, False)]
+    )
+    def test_decode_is_full_up_to_decode_max_len(self, limit: int, queries: int, dense: bool) -> None:
+        model = tiny_model(moba=MobaConfig(8, 2, decode_max_len=limit))
+        ids = tokens(1, LENGTH)
+        with torch.no_grad():
+            cache = model(ids[:, :-queries], use_cache=True).past_key_values
+            with captured() as calls:
+                model(ids[:, -queries:], past_key_values=cache)
+        for call in calls:
+            assert call.query.shape[2] == queries
+            assert close(call.out, by_hand(call, None if dense else LayerConfig(8, 2), FULL))
+            assert not close(call.out, by_hand(call, LayerConfig(8, 2) if dense else None, FULL))
+
+    def test_without_a_cache_every_token_follows_the_prefill_rule(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = model.generate(ids, use_cache=False, **settings)
+        for step in range(6):
+            at = LENGTH + step
+            assert out[0, at] == logits(model, out[:, :at])[0, -1].argmax()
+
+    @pytest.mark.parametrize("length", [40, 50])
+    def test_a_mask_for_the_whole_prompt_may_be_given_with_each_chunk(self, length: int) -> None:
+        """Transformers reads a longer 2-D mask from its beginning."""
+        model = tiny_model()
+        ids, mask = padded([tokens(length), tokens(33)], "left")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        whole = logits(model, ids, attention_mask=mask, position_ids=positions)
+        cache = None
+        for part in (slice(0, 25), slice(25, length)):
+            with torch.no_grad():
+                out = model(
+                    ids[:, part],
+                    attention_mask=mask,
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache = out.past_key_values
+            real = mask[:, part].bool()
+            assert close(out.logits[real], whole[:, part][real])
+
+    def test_a_row_of_padding_only(self) -> None:
+        ids, mask = padded([tokens(LENGTH), tokens(0)], "left")
+        with captured() as calls:
+            out = logits(tiny_model(), ids, attention_mask=mask)
+        assert out.isfinite().all()
+        assert all((call.out[1] == 0).all() for call in calls)
+
+    def test_packing_follows_position_ids_edited_in_place(self) -> None:
+        """The answer of the last forward is not taken for that of a tensor that has changed since."""
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        positions = torch.arange(LENGTH)[None].clone()
+        whole = logits(model, ids, position_ids=positions)
+        positions[:, 20:] -= 20
+        split = logits(model, ids, position_ids=positions)
+        assert close(split[:, 20:], logits(model, ids[:, 20:]))
+        assert not close(split, whole)
+        del positions
+        gc.collect()
+        assert torch.equal(logits(model, ids, position_ids=torch.arange(LENGTH)[None]), whole)
+
+
+class TestTraining:
+    def loss_and_gradients(self, model: Any, **kwargs: Any) -> list[torch.Tensor]:
+        ids = tokens(2, LENGTH)
+        model.zero_grad()
+        loss = model.train()(ids, labels=ids, **kwargs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    def test_gradient_checkpointing_changes_nothing(self) -> None:
+        model = tiny_model()
+        plain = self.loss_and_gradients(model, use_cache=False)
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)()
+        again = self.loss_and_gradients(model, use_cache=False)
+        assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+    def test_autocast_runs_attention_in_its_dtype(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        plain = logits(model, ids)
+        with captured() as calls, torch.autocast("cpu", torch.bfloat16):
+            out = logits(model, ids)
+            self.loss_and_gradients(model)
+        assert calls[0].out.dtype == torch.bfloat16
+        for call in calls[:3]:
+            call.query, call.key, call.value = (x.bfloat16() for x in (call.query, call.key, call.value))
+            assert (call.out.float() - by_hand(call, LayerConfig(8, 2), FULL).float()).abs().max() <= 2**-7
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert (out.float() - plain).abs().mean() < 0.3 * plain.abs().mean()
+
+    def test_compile_of_a_model_is_one_graph(self) -> None:
+        model, ids = tiny_model(), tokens(2, LENGTH)
+        mask = torch.ones_like(ids)
+        mask[1, :9] = 0
+        expected = logits(model, ids, attention_mask=mask)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        out = logits(compiled, ids, attention_mask=mask)
+        assert close(out[mask.bool()], expected[mask.bool()])

@@ -1,0 +1,172 @@
+"""The shape of the repository: layers, packages, public names, what an import does."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moba_hf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moba_hf"
+
+# Imports point down only: a module may import those on the lines below its own.
+LAYERS = [
+    {"cli"},
+    {"evaluate", "calibrate", "plots", "testing", "__init__"},
+    {"verify", "inspection", "generation"},
+    {"convert"},
+    {"patching"},
+    {"attention"},
+    {"adapter", "cache", "packing", "dense"},
+    {"ops"},
+    {"backends"},
+    {"kernels", "portable"},
+    {"reference", "sequences", "folders", "safetensors_files", "gguf_files"},
+    {"config"},
+]
+WITHOUT_TRANSFORMERS = {"kernels", "ops", "portable", "reference", "backends", "sequences", "config"}
+MAX_FILE_BYTES = 1_000_000
+
+
+def modules() -> list[Path]:
+    """Python files of the package, without those behind the two links."""
+    linked = (PACKAGE / "patches", PACKAGE / "configs")
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if not any(p.is_relative_to(link) for link in linked)]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what a file imports anywhere, those for type checkers only left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def part(path: Path) -> str:
+    """The module or subpackage of moba_hf that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    """Line of `LAYERS` that names a module; lower in the list is lower in the package."""
+    lines = [i for i, line in enumerate(LAYERS) if name in line]
+    assert lines, f"moba_hf.{name} is in no layer: add it to LAYERS of tests/test_layout.py"
+    return lines[0]
+
+
+def ours(names: Iterator[str]) -> set[str]:
+    """Modules of moba_hf among imported names; a public name comes from "__init__"."""
+    found = {name.split(".")[1] for name in names if name.startswith("moba_hf.")}
+    files = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    return {name if name in files else "__init__" for name in found}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+class TestImports:
+    def test_point_down_only(self, path: Path) -> None:
+        here = part(path)
+        for name in ours(imports(path)) - {here, "configs", "patches"}:
+            same_line = layer(name) == layer(here)
+            assert layer(name) > layer(here) or same_line, f"{here} imports {name}, which stands above it"
+
+    def test_transformers_and_typer_stay_above(self, path: Path) -> None:
+        packages = {name.split(".")[0] for name in imports(path)}
+        if part(path) in WITHOUT_TRANSFORMERS:
+            assert "transformers" not in packages
+        if part(path) != "cli":
+            assert "typer" not in packages
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "patches").glob("*.py")), ids=lambda p: p.name)
+def test_patches_import_the_adapter_and_the_config_only(path: Path) -> None:
+    assert ours(imports(path)) <= {"adapter", "config"}
+
+
+def test_packages_are_the_folders_on_disk() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(folder.relative_to(ROOT).parts)
+        for folder in [PACKAGE, *PACKAGE.rglob("*")]
+        if folder.is_dir() and folder.name != "__pycache__"
+    }
+    assert set(settings["packages"]) == folders
+    for package, folder in settings["package-dir"].items():
+        link = ROOT / package.replace(".", "/")
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / folder
+
+
+def test_public_names() -> None:
+    assert moba_hf.__all__ == [
+        "MobaConfig",
+        "convert_checkpoint",
+        "moba_attention",
+        "patch_model",
+        "select_blocks",
+        "unpatch_model",
+        "use_moba",
+    ]
+    assert all(hasattr(moba_hf, name) for name in moba_hf.__all__)
+
+
+def test_importing_registers_moba_and_changes_nothing_else() -> None:
+    """In a fresh process: the tables of transformers, cache layers and torch's settings before and after."""
+    program = """
+import json, warnings
+import torch
+import transformers
+from transformers import cache_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+def tables():
+    return {
+        "attention": {k: id(v) for k, v in ALL_ATTENTION_FUNCTIONS._global_mapping.items()},
+        "mask": {k: id(v) for k, v in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.items()},
+        "cache": {k: id(v) for k, v in getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {}).items()},
+        "precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "sdpa": id(torch.nn.functional.scaled_dot_product_attention),
+    }
+
+before = tables()
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import moba_hf
+print(json.dumps([before, tables()]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    before, after = json.loads(result.stdout)
+    for name in ("attention", "mask"):
+        assert set(after[name]) == {*before[name], "moba"}
+        del after[name]["moba"]
+    assert after == before
+
+
+def test_no_large_file_is_committed() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
+    sizes = {n: (ROOT / n).stat().st_size for n in listed.split("\0") if n and (ROOT / n).is_file()}
+    assert {name: size for name, size in sizes.items() if size > MAX_FILE_BYTES} == {}

@@ -1,0 +1,94 @@
+"""patch_model, unpatch_model, use_moba and transformers' own switch: on and off without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_checks import LENGTH, SMALL, logits, sdpa_logits, tiny_config, tiny_model, tokens, with_rule
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from moba_hf import MobaConfig, patch_model, unpatch_model, use_moba
+
+
+class TestSwitching:
+    def model(self) -> Any:
+        model = tiny_model(moba=None)
+        model.set_attn_implementation("sdpa")
+        return model
+
+    def test_by_transformers_alone(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        inside = logits(model, ids)
+        before = sdpa_logits(model, ids)
+        assert torch.equal(logits(model, ids), inside)
+        assert torch.equal(sdpa_logits(model, ids), before)
+
+    def test_an_exception_inside_restores(self) -> None:
+        model, ids = self.model(), tokens(1, LENGTH)
+        before = logits(model, ids)
+        with pytest.raises(KeyError, match="ours"), use_moba(model, SMALL):
+            raise KeyError("ours")
+        assert torch.equal(logits(model, ids), before)
+        assert not hasattr(model.config, "moba")
+        with (
+            pytest.raises(ValueError, match="names layer 9"),
+            use_moba(model, MobaConfig(8, 2, layers={9: {}})),
+        ):
+            pass
+        assert torch.equal(logits(model, ids), before)
+
+    def test_nesting(self) -> None:
+        model, ids = self.model(), tokens(1, LENGTH)
+        before = logits(model, ids)
+        other = MobaConfig(8, 3, backend="reference")
+        with use_moba(model, other):
+            outer = logits(model, ids)
+            with use_moba(model, SMALL):
+                assert not torch.equal(logits(model, ids), outer)
+            assert torch.equal(logits(model, ids), outer)
+            assert model.model.layers[0].self_attn.moba_backend == "reference"
+        assert torch.equal(logits(model, ids), before)
+
+    def test_inside_a_patched_model(self) -> None:
+        model, ids = self.model(), tokens(1, LENGTH)
+        before = logits(model, ids)
+        patch_model(model, SMALL)
+        patched = logits(model, ids)
+        with use_moba(model, MobaConfig(8, 3)):
+            pass
+        assert torch.equal(logits(model, ids), patched)
+        assert torch.equal(logits(unpatch_model(model), ids), before)
+        with pytest.raises(ValueError, match="does not run MoBA but 'sdpa'"):
+            unpatch_model(model)
+
+    def test_patching_twice_is_undone_once(self) -> None:
+        model, ids = self.model(), tokens(1, LENGTH)
+        before = logits(model, ids)
+        patch_model(patch_model(model, SMALL), MobaConfig(8, 3))
+        assert torch.equal(logits(model, ids), logits(with_rule(tiny_model(), MobaConfig(8, 3)), ids))
+        assert torch.equal(logits(unpatch_model(model), ids), before)
+
+    def test_a_model_loaded_with_moba_goes_to_sdpa_and_keeps_its_settings(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        expected = sdpa_logits(model, ids)
+        assert torch.equal(logits(unpatch_model(model), ids), expected)
+        assert model.config.moba == SMALL.to_dict()
+
+    def test_what_cannot_be_patched(self) -> None:
+        with pytest.raises(ValueError, match="Linear is not a transformers model"):
+            patch_model(nn.Linear(2, 2), SMALL)
+        with pytest.raises(TypeError, match="config must be a MobaConfig, got dict"):
+            patch_model(self.model(), SMALL.to_dict())
+
+    def test_an_unknown_backend_is_named(self) -> None:
+        model = patch_model(self.model(), MobaConfig(8, 2, backend="cuda"))
+        with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+            logits(model, tokens(1, LENGTH))
+
+    def test_from_config_leaves_a_given_moba_alone(self) -> None:
+        config = tiny_config("llama", SMALL)
+        AutoModelForCausalLM.from_config(config, attn_implementation="moba")
+        assert config.moba == SMALL.to_dict()
