@@ -75,7 +75,7 @@ def moba_config(config: Any) -> MobaConfig:
     """The MoBA settings of a text config: its `moba`, else the preset "default", which is said once."""
     raw = getattr(config, "moba", None)
     if raw is not None:
-        return raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
+        return MobaConfig.from_dict(raw)
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
         f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="

@@ -170,8 +170,8 @@ class MobaConfig:
         Raises:
             ValueError: unknown keys, a missing `block_size` or `topk`, values out of range.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"a MoBA config must be a mapping, got {type(values).__name__}")
+        if not isinstance(values, Mapping):  # a MobaConfig itself would not survive saving
+            raise TypeError(f"MoBA settings must be a mapping (to_dict()), got {type(values).__name__}")
         named: dict[str, Any] = {}
         for key, value in values.items():
             name = _ALIASES.get(key, key)
@@ -249,9 +249,10 @@ def _int_tuple(values: object) -> tuple[int, ...]:
 def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
     """Sorted `(index, ((name, value), ...))` pairs from a mapping (JSON keys are strings) or pairs."""
     try:
-        items = [
-            (key, dict(pairs)) for key, pairs in (layers.items() if hasattr(layers, "items") else layers)
-        ]
+        pairs_of = layers.items() if isinstance(layers, Mapping) else [*layers]
+        items = [(key, dict(pairs)) for key, pairs in pairs_of]
+        if isinstance(layers, (str, bytes)):
+            raise TypeError
     except (TypeError, ValueError):
         raise TypeError(f"layers must map a layer index to its overrides, got {layers!r}") from None
     result = []

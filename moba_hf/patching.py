@@ -4,15 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.attention import NAME, moba_config
+from moba_hf.backends import load_backend
 from moba_hf.config import MobaConfig
 
-# What a patched model's attribute of this name holds: (attention implementation, text config's `moba`).
+# Name of the attribute that keeps a patched model's state from before.
 _PREVIOUS = "_moba_previous"
 _MISSING = object()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What switching changes: the text config's attention implementation and `moba`, the modules' backend."""
+
+    implementation: str
+    moba: Any
+    backends: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, model: Any, adapter: Adapter, text_config: Any) -> _State:
+        layers = [module for _, module in adapter.attention_layers(model)]
+        backends = [(module, module.__dict__.get("moba_backend", _MISSING)) for module in layers]
+        return cls(text_config._attn_implementation, getattr(text_config, "moba", _MISSING), backends)
+
+    def restore(self, model: Any, adapter: Adapter, text_config: Any) -> None:
+        if self.moba is not _MISSING:
+            text_config.moba = self.moba
+        elif hasattr(text_config, "moba"):
+            del text_config.moba
+        if text_config._attn_implementation != self.implementation:
+            _set_implementation(model, adapter, self.implementation)
+        for module, backend in self.backends:
+            module.__dict__.pop("_moba_plan", None)
+            module.__dict__.pop("moba_backend", None)
+            if backend is not _MISSING:
+                module.moba_backend = backend
 
 
 def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
@@ -24,25 +54,26 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
             stays on the loaded modules). None: what `config.moba` holds, else the preset "default".
 
     Raises:
-        ValueError: unknown architecture, settings that do not fit the model, or a model whose attention
-            transformers cannot switch. The model is then as it was.
+        ValueError: unknown architecture or backend, settings that do not fit the model, or a model whose
+            attention transformers cannot switch. The model is then as it was.
     """
     adapter, text_config = _family(model)
     moba = moba_config(text_config) if config is None else config
     if not isinstance(moba, MobaConfig):
         raise TypeError(f"config must be a MobaConfig, got {type(moba).__name__}")
     adapter.check(text_config, moba)
-    previous = _state(text_config)
+    if moba.backend != "auto":
+        load_backend(moba.backend)
+    before = _State.of(model, adapter, text_config)
     text_config.moba = moba.to_dict()
     try:
         _set_implementation(model, adapter, NAME)
     except BaseException:
-        _restore(model, adapter, text_config, previous)
+        before.restore(model, adapter, text_config)
         raise
     for _, module in adapter.attention_layers(model):
         module.moba_backend = moba.backend  # type: ignore[assignment]
-    if _PREVIOUS not in model.__dict__:
-        model.__dict__[_PREVIOUS] = previous
+    model.__dict__.setdefault(_PREVIOUS, before)
     return model
 
 
@@ -55,12 +86,12 @@ def unpatch_model(model: Any) -> Any:
         ValueError: the model does not run MoBA.
     """
     adapter, text_config = _family(model)
-    previous = model.__dict__.pop(_PREVIOUS, None)
-    if previous is None:
+    before = model.__dict__.pop(_PREVIOUS, None)
+    if before is None:
         if text_config._attn_implementation != NAME:
             raise ValueError(f"the model does not run MoBA but {text_config._attn_implementation!r}")
-        previous = ("sdpa", getattr(text_config, "moba", _MISSING))
-    _restore(model, adapter, text_config, previous)
+        before = _State("sdpa", getattr(text_config, "moba", _MISSING), [])
+    before.restore(model, adapter, text_config)
     return model
 
 
@@ -68,22 +99,15 @@ def unpatch_model(model: Any) -> Any:
 def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
     """MoBA inside the `with` block; before and after, the model is the same, exceptions included."""
     adapter, text_config = _family(model)
-    state = _state(text_config)
+    before = _State.of(model, adapter, text_config)
     outer = model.__dict__.get(_PREVIOUS)
-    backends = [
-        (module, module.__dict__.get("moba_backend", _MISSING))
-        for _, module in adapter.attention_layers(model)
-    ]
     try:
         yield patch_model(model, config)
     finally:
-        _restore(model, adapter, text_config, state)
+        before.restore(model, adapter, text_config)
         model.__dict__.pop(_PREVIOUS, None)
         if outer is not None:
             model.__dict__[_PREVIOUS] = outer
-        for module, backend in backends:
-            if backend is not _MISSING:
-                module.moba_backend = backend
 
 
 def _family(model: Any) -> tuple[Adapter, Any]:
@@ -92,23 +116,6 @@ def _family(model: Any) -> tuple[Adapter, Any]:
         raise ValueError(f"{type(model).__name__} is not a transformers model: it cannot switch attention")
     adapter = find_adapter(model.config.model_type)
     return adapter, adapter.text_config(model.config)
-
-
-def _state(text_config: Any) -> tuple[str, Any]:
-    return text_config._attn_implementation, getattr(text_config, "moba", _MISSING)
-
-
-def _restore(model: Any, adapter: Adapter, text_config: Any, state: tuple[str, Any]) -> None:
-    implementation, moba = state
-    if moba is not _MISSING:
-        text_config.moba = moba
-    elif hasattr(text_config, "moba"):
-        del text_config.moba
-    if text_config._attn_implementation != implementation:
-        _set_implementation(model, adapter, implementation)
-    for _, module in adapter.attention_layers(model):
-        module.__dict__.pop("_moba_plan", None)
-        module.__dict__.pop("moba_backend", None)
 
 
 def _set_implementation(model: Any, adapter: Adapter, name: str) -> None:

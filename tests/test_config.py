@@ -73,6 +73,7 @@ class TestValues:
             ({"full_attention_layers": 3}, "full_attention_layers must be a list of ints, got 3"),
             ({"full_attention_layers": "last"}, "full_attention_layers must be a list of ints, got 'last'"),
             ({"full_attention_layers": [1.0]}, "full_attention_layers must hold ints, got 1.0"),
+            ({"layers": ""}, "layers must map a layer index to its overrides"),
             ({"layers": 5}, "layers must map a layer index to its overrides, got 5"),
             ({"layers": [5]}, "layers must map a layer index to its overrides"),
             ({"layers": {1: 5}}, "layers must map a layer index to its overrides"),
@@ -112,7 +113,7 @@ class TestDict:
 
     @pytest.mark.parametrize("values", [None, [64, 3], "fine", 64])
     def test_not_a_mapping(self, values: object) -> None:
-        with pytest.raises(TypeError, match="a MoBA config must be a mapping"):
+        with pytest.raises(TypeError, match="MoBA settings must be a mapping"):
             MobaConfig.from_dict(values)
 
     def test_lists_and_string_keys_are_read_as_json_gives_them(self) -> None:

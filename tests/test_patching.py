@@ -84,8 +84,27 @@ class TestSwitching:
             patch_model(self.model(), SMALL.to_dict())
 
     def test_an_unknown_backend_is_named(self) -> None:
-        model = patch_model(self.model(), MobaConfig(8, 2, backend="cuda"))
+        model = self.model()
         with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+            patch_model(model, MobaConfig(8, 2, backend="cuda"))
+        assert not hasattr(model.config, "moba")
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_a_failed_patch_keeps_the_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = patch_model(self.model(), MobaConfig(8, 2, backend="reference"))
+        unpatch_model(model)
+        patch_model(model, MobaConfig(8, 2, backend="reference"))
+        monkeypatch.setattr(type(model), "set_attn_implementation", lambda *_: 1 / 0)
+        model.config._attn_implementation_internal = "sdpa"
+        with pytest.raises(ZeroDivisionError):
+            patch_model(model, MobaConfig(8, 3))
+        assert model.model.layers[0].self_attn.moba_backend == "reference"
+        assert model.config.moba == MobaConfig(8, 2).to_dict()
+
+    def test_settings_that_would_not_be_saved_are_refused(self) -> None:
+        model = tiny_model(moba=None)
+        model.config.moba = MobaConfig(8, 2)
+        with pytest.raises(TypeError, match=r"must be a mapping \(to_dict\(\)\), got MobaConfig"):
             logits(model, tokens(1, LENGTH))
 
     def test_from_config_leaves_a_given_moba_alone(self) -> None:
