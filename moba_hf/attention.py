@@ -29,7 +29,7 @@ from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, c
 from moba_hf.packing import (
     DOCUMENTS,
     Packing,
-    check_hidden_packing,
+    begins_in_forward,
     check_separated,
     document_begins,
     find_packing,
@@ -257,9 +257,10 @@ def moba_mask(
             **kwargs,
         )
     if attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
-        if q_length > 1 and not torch.compiler.is_compiling():
-            check_hidden_packing()
-        return None
+        if q_length < 2 or q_offset > 0 or torch.compiler.is_compiling():
+            return None
+        begins = begins_in_forward(batch_size, q_length)
+        return None if begins is None else begins[:, None, None, :].to(DOCUMENTS)
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
     if attention_mask is not None:

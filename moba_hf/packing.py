@@ -124,33 +124,45 @@ def document_begins(
     return torch.nn.functional.pad(begins, (1, 0))
 
 
-def check_hidden_packing() -> None:
-    """Raises ValueError when position ids of three M-RoPE axes start again inside a row.
+def begins_in_forward(batch: int, length: int) -> Tensor | None:
+    """As `document_begins`, from the position ids of the model that asks for a mask; None: not packed.
 
-    Vision-language models keep such ids to themselves, so neither the masks nor the attention layers, stock
-    ones included, can tell the documents apart. Only the model's `forward` knows, so its frame is looked at.
+    With a cache transformers does not look for packing, and some models give their attention layers no
+    position ids, so only the model's `forward` knows: its frame is looked at.
+
+    Raises:
+        ValueError: ids of three M-RoPE axes that start again. Vision-language models keep such ids to
+            themselves, so their stock layers would mix the documents.
     """
-    frame = sys._getframe(1)
+    known = _forward_locals()
+    position_ids, given = known.get("position_ids"), known.get("kwargs") or {}
+    if not isinstance(position_ids, Tensor) or given.get("cu_seq_lens_q") is not None:
+        return None
+    if known.get("text_position_ids") is None and position_ids.ndim == 3 and position_ids.shape[0] == 3:
+        step = position_ids.diff(dim=2)
+        # inside a document time never goes back, and no two tokens stand at the same place
+        if bool(((step[0] < 0) | (step == 0).all(dim=0)).any()):
+            raise ValueError(
+                "packed sequences: the position ids start again inside a row, but this model gives its "
+                "attention layers no text positions, so the documents would be mixed; pass position ids of "
+                "four axes (text first) and use_cache=False, or one document per row"
+            )
+    if position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    begins = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+    return torch.nn.functional.pad(begins, (1, 0)) if bool(begins.any()) else None
+
+
+def _forward_locals() -> dict[str, Any]:
+    """Variables of the transformers model whose `forward` asks for a mask; empty: another function asks."""
+    frame = sys._getframe(2)
     for _ in range(_FRAMES):
+        if frame.f_code.co_name == "forward" and "inputs_embeds" in frame.f_locals:
+            return frame.f_locals
         if frame.f_back is None:
-            return
-        frame = frame.f_back
-        if frame.f_code.co_name == "forward":
             break
-    position_ids = frame.f_locals.get("position_ids")
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 3 or position_ids.shape[0] != 3:
-        return
-    given = frame.f_locals.get("kwargs") or {}
-    if frame.f_locals.get("text_position_ids") is not None or given.get("cu_seq_lens_q") is not None:
-        return
-    step = position_ids.diff(dim=2)
-    # inside a document time never goes back, and no two tokens stand at the same place
-    if bool(((step[0] < 0) | (step == 0).all(dim=0)).any()):
-        raise ValueError(
-            "packed sequences: the position ids start again inside a row, but this model gives its attention "
-            "layers no text positions, so the documents would be mixed; pass position ids of four axes (text "
-            "first) and use_cache=False, or one document per row"
-        )
+        frame = frame.f_back
+    return {}
 
 
 def _check_offsets(cu_seqlens: Tensor, q_len: int) -> None:

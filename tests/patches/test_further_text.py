@@ -22,7 +22,7 @@ class TestMinistral(FamilyContract):
         "sliding_window": 12,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     }
-    eligible = [1]
+    eligible: ClassVar[list[int]] = [1]
 
 
 class TestQwen2Moe(FamilyContract):
@@ -38,7 +38,7 @@ class TestQwen2Moe(FamilyContract):
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 24,
     }
-    eligible = [1, 2]
+    eligible: ClassVar[list[int]] = [1, 2]
 
 
 class TestQwen3Moe(FamilyContract):
