@@ -8,43 +8,30 @@ cannot do (some caches of hybrid models) is not asked of MoBA but reported as sk
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, StaticCache
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba_hf.adapter import Adapter, find_adapter, has_adapter, trying
-from moba_hf.attention import NAME, moba_attention_forward
+from moba_hf.attention import NAME
 from moba_hf.config import MobaConfig
 from moba_hf.patching import patch_model, unpatch_model, use_moba
+from moba_hf.probes import build_model, capture
 from moba_hf.reference import moba_attention_ref
+
+__all__ = ["Report", "build_model", "capture", "check_adapter"]
 
 LENGTH = 61
 SMALL = MobaConfig(block_size=7, topk=3, sink_blocks=1)
 COVERING = MobaConfig(block_size=7, topk=64)
 # Relative to the largest value compared: rounding of fp32, and a difference that no rounding explains.
 _ROUNDING, _DIFFERENT = 2e-5, 2e-3
-
-
-@dataclass
-class Call:
-    """One call of an attention layer. q, k, v: `(1, heads, length, dim)`; out: `(1, length, heads, dim)`."""
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    scaling: float | None
-    kwargs: dict[str, Any]
-    out: Tensor
 
 
 @dataclass
@@ -96,40 +83,6 @@ def check_adapter(adapter_cls: type[Adapter], tiny_config: Any, *, installed: bo
             if name not in report.skipped:
                 report.passed.append(name)
     return report
-
-
-def build_model(config: Any) -> Any:
-    """A model of `config` on the CPU in fp32 whose random weights make attention matter, in eval mode."""
-    nested = config.get_text_config() is not config
-    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim >= 2:  # the usual 0.02 leaves attention nearly uniform
-                weight.normal_(std=weight.shape[-1] ** -0.5)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-@contextmanager
-def capture(name: str) -> Iterator[list[Call]]:
-    """Records every call of the attention implementation `name`, "moba" or "sdpa"."""
-    calls: list[Call] = []
-    function = moba_attention_forward if name == NAME else sdpa_attention_forward
-
-    def recording(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        out, _ = function(module, q, k, v, mask, **kwargs)
-        calls.append(Call(module, q, k, v, mask, kwargs.get("scaling"), kwargs, out))
-        return out, None
-
-    ALL_ATTENTION_FUNCTIONS[name] = recording
-    try:
-        yield calls
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 class _Case:

@@ -10,7 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import moba_hf
-from moba_hf import MobaConfig
+from moba_hf import MobaConfig, generation
 from moba_hf.generation import (
     _chunk_sizes,
     common_tokens,
@@ -112,3 +112,24 @@ def test_bad_numbers() -> None:
             generate(model, ids, **arguments)
     with pytest.raises(ValueError, match="not empty"):
         generate(model, ids[:, :0], 1)
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_loading_uses_the_gpus_there_are(gpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(tiny_config("llama"))
+    model.save_pretrained(tmp_path)
+    seen: dict[str, object] = {}
+
+    def record(folder: Path, **kwargs: object) -> object:
+        seen.update(kwargs)
+        return model
+
+    monkeypatch.setattr(generation.torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", record)
+    monkeypatch.setattr(generation.AutoTokenizer, "from_pretrained", lambda folder: "tokenizer")
+    loaded, tokenizer = generation.load(tmp_path, "bfloat16", SMALL)
+    assert seen.pop("device_map", None) == ("auto" if gpus else None)
+    assert seen == {"attn_implementation": "sdpa", "dtype": "bfloat16"}
+    assert tokenizer == "tokenizer"
+    assert MobaConfig.from_dict(loaded.config.moba) == SMALL
+    assert loaded.config._attn_implementation == "moba"

@@ -23,6 +23,7 @@ LAYERS = [
     {"verify", "inspection", "generation"},
     {"convert"},
     {"patching"},
+    {"probes"},
     {"attention"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},
