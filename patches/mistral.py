@@ -24,5 +24,8 @@ class Mistral3Adapter(Adapter):
     def stock_reason(self, config: Any, layer_idx: int) -> str | None:
         return find_adapter(config.model_type).stock_reason(config, layer_idx)
 
+    def key_limit(self, config: Any, layer_idx: int) -> int | None:
+        return find_adapter(config.model_type).key_limit(config, layer_idx)
+
     def check(self, config: Any, moba: MobaConfig) -> None:
         find_adapter(config.model_type).check(config, moba)
