@@ -105,7 +105,23 @@ def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
     return None
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _load_reference, "portable": _load_portable}
+def _load_triton() -> Backend:
+    """Triton kernels; the backward is the portable one, which runs on any device."""
+    from moba_hf import kernels
+
+    return Backend(kernels.select_blocks, kernels.attend, _load_portable().backward, kernels.unsupported)
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "reference": _load_reference,
+    "portable": _load_portable,
+    "triton": _load_triton,
+}
+
+
+# What "auto" tries, in order. "triton" joins once its GPU tests have been run on the hardware: until then it
+# is there by name, correct under Triton's interpreter and compiled for it, but not run on it.
+_AUTO: tuple[str, ...] = ("portable",)
 
 
 @cache
@@ -119,11 +135,20 @@ def load_backend(name: str) -> Backend:
 def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
     """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs."""
     if name == "auto":
-        return "portable"
-    reason = load_backend(name).unsupported(q, k, v, block_size)
+        return next((each for each in _AUTO if _why_not(each, q, k, v, block_size) is None), "portable")
+    reason = _why_not(name, q, k, v, block_size)
     if reason is not None:
         raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
     return name
+
+
+def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+    """Why the backend `name` cannot take the inputs, a missing package included, or None."""
+    try:
+        backend = load_backend(name)
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+    return backend.unsupported(q, k, v, block_size)
 
 
 @torch.library.custom_op("moba_hf::select_blocks", mutates_args=())

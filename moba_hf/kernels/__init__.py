@@ -1,0 +1,38 @@
+"""MoBA's forward in Triton, one stage per file; imports need triton, and a GPU only to run.
+
+`select_blocks` and `attend` are the backend's two halves; `unsupported` says what they cannot take. The
+stages, usable alone: `plan` (numbering of tiles and blocks), `block_mean`, `gate`, `routing`, `own`,
+`routed`, `merge`, `decode`; `tuning` holds every tile choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.kernels.forward import attend
+from moba_hf.kernels.gate import select_blocks
+from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.kernels.tuning import unsupported_device
+
+MIN_BLOCK_SIZE = 16
+MAX_HEAD_DIM = 256
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+    """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
+    reason = unsupported_device(q)
+    if reason is not None:
+        return reason
+    if block_size < MIN_BLOCK_SIZE:
+        return f"block_size={block_size} is less than {MIN_BLOCK_SIZE}"
+    if q.dtype not in (torch.bfloat16, torch.float16) and not (INTERPRETED and q.dtype == torch.float32):
+        return f"it computes bf16 and fp16, not {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"head dims are at most {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+    if q.shape[0] * q.shape[2] * q.shape[1] >= 2**31:
+        return "batch * length * heads of the queries must be less than 2**31"
+    return None
+
+
+__all__ = ["attend", "select_blocks", "unsupported"]

@@ -1,0 +1,119 @@
+"""Attention over chosen blocks on the GPU: own block, routed blocks, merge, a chunk of queries at a time.
+
+Legend: H query heads, HK kv heads, D and DV head dims, K topk, K1 = K - 1 routed slots.
+
+For each chunk of flat query rows, sized by a memory budget:
+1. own: every query attends its own block causally (`own`), straight into `out` and `lse`.
+2. route: the other chosen (query, head, slot) pairs are regrouped by (kv head, block) (`routing`).
+3. routed: each group attends its block; partial outputs go to their pairs' places (`routed`).
+4. merge: own and K1 partial outputs, weighted by their softmax masses (`merge`).
+A row's result does not depend on the chunk it is in, so the budget trades memory for speed without changing
+one bit. Few queries take `decode` instead. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.kernels import decode, tuning
+from moba_hf.kernels.gate import head_split
+from moba_hf.kernels.launch import padded, rows_contiguous
+from moba_hf.kernels.merge import merge
+from moba_hf.kernels.own import own_attention
+from moba_hf.kernels.plan import Plan, make_plan
+from moba_hf.kernels.routed import routed_attention
+from moba_hf.kernels.routing import key_format, pair_keys, route
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    resident: bool | None = None,
+    use_decode: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
+
+    Args:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        block_indices: int32 `(batch, q_len, H, K)`, own block in any slot, -1 for none.
+        table: see `moba_hf.sequences`.
+        max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
+        workspace: bytes that partial outputs and pairs may take, None: `tuning.WORKSPACE`; no result depends
+            on it.
+        resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
+        use_decode: use the decode kernel; None: for few queries.
+    """
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    if softmax_scale <= 0:  # kernels take the largest score before scaling
+        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    block_indices = block_indices.contiguous()
+    batch, num_heads, q_len, _ = q.shape
+    topk, v_dim = block_indices.shape[3], v.shape[3]
+    if use_decode is None:
+        use_decode = decode.takes(q, topk, max_seqlen_q, block_size)
+    if use_decode and q.numel() > 0:
+        return decode.decode_attention(q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale)
+    lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
+    dims, device = (padded(q.shape[3]), padded(v_dim)), tuning.capability(q.device)
+    own_tile = tuning.own_tile(dims, q.element_size(), device)
+    budget = tuning.WORKSPACE if workspace is None else workspace
+    rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
+    _, tokens = head_split(num_heads // k.shape[1], own_tile.m)
+    if q.numel() == 0 or table.shape[0] == 0:
+        return q.new_zeros(batch, q_len, num_heads, v_dim), lse
+    plan = make_plan(
+        q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=rows
+    )
+    final = topk == 1 or plan.num_blocks == 0
+    # the merge turns rows that no sequence covers into zeros; without one they are zero from the start
+    out = (torch.zeros if final else torch.empty)(
+        batch, q_len, num_heads, v_dim, dtype=q.dtype, device=q.device
+    )
+    space = None
+    if not final:
+        shape = (plan.chunk_rows, num_heads, topk - 1)
+        space = (
+            torch.empty(*shape, v_dim, dtype=q.dtype, device=q.device),
+            torch.empty(shape, dtype=torch.float32, device=q.device),
+        )
+    tile, held = tuning.routed_tile(dims, q.element_size(), block_size, device, resident)
+    for chunk in range(plan.num_chunks):
+        own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, own_tile, final)
+        if space is not None:
+            _earlier_blocks(q, k, v, block_indices, out, lse, plan, chunk, softmax_scale, space, tile, held)
+    return out, lse
+
+
+def _earlier_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    chunk: int,
+    softmax_scale: float,
+    space: tuple[Tensor, Tensor],
+    tile: tuning.Tile,
+    resident: bool,
+) -> None:
+    """Adds the routed blocks of one chunk to `out` and `lse`, which hold the own blocks' part."""
+    num_bins = k.shape[1] * plan.num_blocks
+    keys = pair_keys(block_indices, plan, chunk, k.shape[1])
+    rows = tile.m * (tuning.RESIDENT_TILES if resident else 1)
+    routes = route(keys, num_bins, rows)
+    first_row = chunk * plan.chunk_rows
+    partial, partial_lse = (x[: keys.shape[0]] for x in space)
+    routed_attention(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale, tile, resident)
+    merge(out, lse, partial, partial_lse, keys, num_bins + key_format(num_bins)[1], first_row)

@@ -1,0 +1,79 @@
+"""What every kernel file shares: the interpreter switch, the dot product, and how a launch finds its device.
+
+With `TRITON_INTERPRET=1` in the environment before Triton is imported, kernels run as numpy on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_UPCAST = tl.constexpr(INTERPRETED)
+
+
+def _let_interpreted_scalars_index() -> None:
+    """Lets `range(n)` take a run-time `n` under the interpreter, which numpy 2.4 stopped allowing.
+
+    Interpreted scalars are arrays of one element, and `int()` of those became an error.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: object, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _let_interpreted_scalars_index()
+
+
+@triton.jit
+def dot(a, b):
+    """`a @ b` in fp32: products of the stored dtypes, never TF32. The interpreter has no bf16 matmul."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, like):
+    """`x` fp32 rounded to nearest in the dtype that pointer `like` holds; the interpreter would cut bf16."""
+    if _UPCAST:
+        if like.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(like.dtype.element_ty)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes `x`'s GPU the current one, as kernel launches need; nothing for CPU tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def num_processors(x: Tensor) -> int:
+    """Streaming multiprocessors of `x`'s GPU; 2 under the interpreter."""
+    if not x.is_cuda:
+        return 2
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def padded(dim: int) -> int:
+    """The power of two that a tile gives `dim` columns: matrix units take no fewer than 16."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

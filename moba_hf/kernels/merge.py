@@ -1,0 +1,120 @@
+"""Combines a query's partial outputs, own block and routed ones, by their softmax masses.
+
+Legend: H query heads, K1 routed slots, DV value head dim, R rows (flat query rows of the chunk x H).
+
+A program takes a few rows: it loads their K1 log-sum-exps (base 2) and keys, then adds up the K1 + 1 outputs
+with weights `exp2(lse - largest)` in fp32, in slot order. It runs at memory speed, so rows are few: larger
+tiles spill. A missing slot is known by its key alone: its output and log-sum-exp were never written. A row
+that no sequence covers is known by its lse of -inf, and becomes zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import device_of, narrow, padded
+
+
+def merge(
+    out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, keys: Tensor, no_bin: int, first_row: int
+) -> None:
+    """Completes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` in place for one chunk.
+
+    Args:
+        partial: `(rows, H, K1, DV)`. partial_lse: fp32 `(rows, H, K1)`, base 2.
+        keys: `(rows, H, K1)` as `routing.pair_keys` gives; `no_bin` marks a missing slot.
+        first_row: flat query row at which the chunk begins.
+    """
+    rows, num_heads, slots = keys.shape
+    v_dim = out.shape[3]
+    block_m = 16 if v_dim <= 128 else 8
+    with device_of(out):
+        _merge_kernel[(triton.cdiv(rows * num_heads, block_m),)](
+            out,
+            lse,
+            partial,
+            partial_lse,
+            keys,
+            no_bin,
+            rows * num_heads,
+            first_row,
+            out.shape[1],
+            num_heads,
+            SLOTS=slots,
+            PADDED_SLOTS=triton.next_power_of_2(slots),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            BLOCK_M=block_m,
+            UNROLL=slots <= 16,
+            num_warps=4,
+        )
+
+
+@triton.jit(do_not_specialize=["no_bin", "num_rows", "first_row", "q_len"])
+def _merge_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    key_ptr,
+    no_bin,
+    num_rows,
+    first_row,
+    q_len,
+    num_heads,
+    SLOTS: tl.constexpr,
+    PADDED_SLOTS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.arange(0, PADDED_SLOTS)
+    dim = tl.arange(0, PADDED_V)
+    there = row < num_rows
+    query = first_row + row // num_heads
+    lse_at = (query // q_len).to(tl.int64) * num_heads + row % num_heads
+    lse_at = lse_ptr + lse_at * q_len + query % q_len
+    out_at = (first_row.to(tl.int64) * num_heads + row)[:, None] * V_DIM + dim[None, :]
+    columns = (dim < V_DIM)[None, :]
+    pair = row.to(tl.int64) * SLOTS
+    inside = there[:, None] & (slot < SLOTS)[None, :]
+    at = pair[:, None] + slot[None, :]
+    chosen = tl.load(key_ptr + at, mask=inside, other=0).to(tl.int32) != no_bin
+    each = tl.load(partial_lse_ptr + at, mask=inside & chosen, other=float("-inf"))
+    own = tl.load(lse_at, mask=there, other=float("-inf"))
+    covered = there & (own > float("-inf"))
+    high = tl.maximum(own, tl.max(each, 1))
+    safe = tl.where(covered, high, 0.0)
+    weight = tl.exp2(own - safe)
+    mass = weight + tl.sum(tl.exp2(each - safe[:, None]), 1)
+    mass = tl.where(covered, mass, 1.0)
+    total = tl.load(out_ptr + out_at, mask=covered[:, None] & columns, other=0.0).to(tl.float32)
+    total = total * weight[:, None]
+    if UNROLL:
+        for i in tl.static_range(SLOTS):
+            total += _weighted(
+                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
+            )
+    else:
+        for i in tl.range(0, SLOTS, num_stages=2):
+            total += _weighted(
+                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
+            )
+    result = narrow(total / mass[:, None], out_ptr)
+    tl.store(out_ptr + out_at, result, mask=there[:, None] & columns)
+    natural = (safe + tl.log2(mass)) * 0.6931471805599453
+    tl.store(lse_at, tl.where(covered, natural, float("-inf")), mask=there)
+
+
+@triton.jit
+def _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair, there, no_bin, high, dim, V_DIM: tl.constexpr):
+    """Partial outputs of `pair (M,)` times their weights; zero where the slot is missing."""
+    chosen = there & (tl.load(key_ptr + pair, mask=there, other=0).to(tl.int32) != no_bin)
+    lse = tl.load(partial_lse_ptr + pair, mask=chosen, other=float("-inf"))
+    at = partial_ptr + pair[:, None] * V_DIM + dim[None, :]
+    value = tl.load(at, mask=chosen[:, None] & (dim < V_DIM)[None, :], other=0.0)
+    return value.to(tl.float32) * tl.exp2(lse - high)[:, None]

@@ -1,0 +1,226 @@
+"""Where the tiles of queries and the blocks of keys of each sequence are numbered, without asking the device.
+
+Legend: S sequences, B block size, T flat query rows (batch * q_len), HK kv heads, NB flat blocks.
+
+Queries are cut in *tiles* of at most TILE tokens that never cross a block, aligned to the block: tile
+`block * TILES_PER_BLOCK + part` of a sequence holds positions `[part * TILE, (part + 1) * TILE)` of that
+block, so all its queries share one own block and a tile covers the same tokens in every chunk of queries.
+Blocks that can be chosen by a later query, `(k_len - 1) // B` of each sequence, are numbered through all
+sequences: block `i` of sequence `s` is flat block `block_offset[s] + i`.
+One small kernel writes, per chunk of rows, the running totals `tile_offset (chunks, S + 1)` and
+`block_offset (S + 1)`; other kernels find their sequence by bisection. Grids are host bounds on the totals,
+and programs beyond the device's total return at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import device_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbering of one call.
+
+    Attributes:
+        table: int32 `(S, 5)`, contiguous; see `moba_hf.sequences`.
+        block_offset: int32 `(S + 1,)`, flat number of each sequence's block 0.
+        tile_offset: int32 `(chunks, S + 1)`, number of each sequence's first tile in a chunk.
+        num_seqs: S.
+        block_size: B.
+        tile: tokens of a tile.
+        tiles_per_block: tiles that a block is cut in.
+        num_blocks: host bound on all flat blocks.
+        max_blocks: host bound on the flat blocks of one sequence.
+        chunk_rows: flat query rows in a chunk.
+        num_rows: T.
+        max_seqlen_q: host bound on the queries of one sequence.
+    """
+
+    table: Tensor
+    block_offset: Tensor
+    tile_offset: Tensor
+    num_seqs: int
+    block_size: int
+    tile: int
+    tiles_per_block: int
+    num_blocks: int
+    max_blocks: int
+    chunk_rows: int
+    num_rows: int
+    max_seqlen_q: int
+
+    @property
+    def num_chunks(self) -> int:
+        return self.tile_offset.shape[0]
+
+    @property
+    def max_tiles(self) -> int:
+        """Host bound on a chunk's tiles: each holds a query; a run of n queries has at most n * rate + 3."""
+        rate = self.tiles_per_block
+        whole = self.chunk_rows * rate // self.block_size + 1 + 3 * self.num_seqs
+        each = self.num_seqs * (min(self.max_seqlen_q, self.chunk_rows) * rate // self.block_size + 4)
+        return max(1, min(self.chunk_rows, whole, each))
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_size: int,
+    tile: int,
+    chunk_rows: int | None = None,
+) -> Plan:
+    """The numbering of `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`; one kernel launch.
+
+    Args:
+        table: int32 `(S, 5)`.
+        tile: most tokens of a tile; shrunk so that tiles of a block are even.
+        chunk_rows: flat query rows handled at a time; None: all.
+    """
+    rows, num_seqs = q.shape[0] * q.shape[2], table.shape[0]
+    parts = triton.cdiv(block_size, min(tile, block_size))
+    chunk_rows = max(1, rows if chunk_rows is None else min(chunk_rows, rows))
+    chunks = max(1, triton.cdiv(rows, chunk_rows))
+    max_seqlen_k = min(max_seqlen_k, k.shape[2])
+    max_blocks = max(0, max_seqlen_k - 1) // block_size
+    table = table.contiguous()
+    block_offset = torch.empty(num_seqs + 1, dtype=torch.int32, device=q.device)
+    tile_offset = torch.empty(chunks, num_seqs + 1, dtype=torch.int32, device=q.device)
+    plan = Plan(
+        table=table,
+        block_offset=block_offset,
+        tile_offset=tile_offset,
+        num_seqs=num_seqs,
+        block_size=block_size,
+        tile=triton.cdiv(block_size, parts),
+        tiles_per_block=parts,
+        num_blocks=min(num_seqs * max_blocks, max(0, k.shape[0] * k.shape[2] - 1) // block_size),
+        max_blocks=max_blocks,
+        chunk_rows=chunk_rows,
+        num_rows=rows,
+        max_seqlen_q=min(max_seqlen_q, q.shape[2]),
+    )
+    with device_of(q):
+        _plan_kernel[(chunks,)](
+            table,
+            block_offset,
+            tile_offset,
+            num_seqs,
+            q.shape[2],
+            chunk_rows,
+            block_size,
+            TILE=plan.tile,
+            TILES_PER_BLOCK=parts,
+            BLOCK_S=min(1024, triton.next_power_of_2(max(1, num_seqs))),
+        )
+    return plan
+
+
+@triton.jit(do_not_specialize=["num_seqs", "q_len", "chunk_rows"])
+def _plan_kernel(
+    table_ptr,
+    block_offset_ptr,
+    tile_offset_ptr,
+    num_seqs,
+    q_len,
+    chunk_rows,
+    block_size,
+    TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Running totals of tiles and blocks over sequences, for the chunk of this program."""
+    chunk = tl.program_id(0)
+    tile_offset_ptr += chunk.to(tl.int64) * (num_seqs + 1)
+    num_tiles = tl.zeros([], tl.int32)
+    num_blocks = tl.zeros([], tl.int32)
+    for start in range(0, num_seqs, BLOCK_S):
+        seq = start + tl.arange(0, BLOCK_S)
+        there = seq < num_seqs
+        row = table_ptr + seq * 5
+        batch = tl.load(row, mask=there, other=0)
+        q_begin = tl.load(row + 1, mask=there, other=0)
+        q_end = tl.load(row + 2, mask=there, other=0)
+        k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        low, high = clip_queries(batch, q_begin, q_end, q_len, chunk.to(tl.int64) * chunk_rows, chunk_rows)
+        first = low + k_len - q_end
+        last = high - 1 + k_len - q_end
+        first = first // block_size * TILES_PER_BLOCK + first % block_size // TILE
+        last = last // block_size * TILES_PER_BLOCK + last % block_size // TILE
+        tiles = tl.where(there & (high > low), last - first + 1, 0)
+        blocks = tl.where(there & (k_len > 0), (k_len - 1) // block_size, 0)
+        tl.store(tile_offset_ptr + seq, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=there)
+        tl.store(
+            block_offset_ptr + seq, num_blocks + tl.cumsum(blocks, 0) - blocks, mask=there & (chunk == 0)
+        )
+        num_tiles += tl.sum(tiles, 0)
+        num_blocks += tl.sum(blocks, 0)
+    tl.store(tile_offset_ptr + num_seqs, num_tiles)
+    if chunk == 0:
+        tl.store(block_offset_ptr + num_seqs, num_blocks)
+
+
+@triton.jit
+def clip_queries(batch, q_begin, q_end, q_len, first_row, num_rows):
+    """The queries `[low, high)` of a sequence among flat rows `[first_row, first_row + num_rows)`."""
+    base = first_row - batch.to(tl.int64) * q_len
+    low = tl.maximum(q_begin.to(tl.int64), base).to(tl.int32)
+    high = tl.minimum(q_end.to(tl.int64), base + num_rows).to(tl.int32)
+    return low, high
+
+
+@triton.jit
+def bisect(offset_ptr, num_seqs, number):
+    """The last sequence whose offset is at most `number`: the one that holds it."""
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(offset_ptr + middle) <= number
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def find_tile(
+    table_ptr,
+    tile_offset_ptr,
+    num_seqs,
+    q_len,
+    first_row,
+    num_rows,
+    number,
+    block_size,
+    TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
+):
+    """What query tile `number` of a chunk is.
+
+    Returns its sequence, batch row, own block, first position, query index of position 0 (may be negative),
+    query range `[low, high)`, first key slot, and length in keys. Tokens of the tile are positions
+    `first + i`, `i < TILE`, inside the block and inside the query range.
+    """
+    seq = bisect(tile_offset_ptr, num_seqs, number)
+    row = table_ptr + seq * 5
+    batch = tl.load(row)
+    q_end = tl.load(row + 2)
+    k_begin = tl.load(row + 3)
+    k_len = tl.load(row + 4) - k_begin
+    low, high = clip_queries(batch, tl.load(row + 1), q_end, q_len, first_row, num_rows)
+    position = low + k_len - q_end
+    tile = position // block_size * TILES_PER_BLOCK + position % block_size // TILE
+    tile += number - tl.load(tile_offset_ptr + seq)
+    own = tile // TILES_PER_BLOCK
+    first = own * block_size + tile % TILES_PER_BLOCK * TILE
+    return seq, batch, own, first, q_end - k_len, low, high, k_begin, k_len

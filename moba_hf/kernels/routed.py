@@ -1,0 +1,283 @@
+"""Attention of gathered queries to one earlier block each: partial outputs and their log-sum-exps.
+
+Legend: B block size, D and DV head dims of keys and values, P pairs, S tiles of rows per program.
+
+A program takes a run of pairs that all chose one block of one kv head (see `routing`), gathers their query
+rows, and attends the block; no mask is needed, since the block is complete and earlier than every query.
+Outputs, normalised and in q's dtype, and log-sum-exps in base 2 are scattered to the pairs' own places.
+Two kernels: `_routed_kernel` streams keys past one tile of rows (any B); `_resident_kernel` holds the keys
+and values of a small block and streams S tiles of rows past them, which pipelines the gather.
+A row's result depends on its query and block alone, not on its place in the tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
+from moba_hf.kernels.plan import Plan, bisect
+from moba_hf.kernels.routing import Routes
+from moba_hf.kernels.softmax import accumulate, load_rows
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    routes: Routes,
+    partial: Tensor,
+    partial_lse: Tensor,
+    first_row: int,
+    softmax_scale: float,
+    tile: tuning.Tile,
+    resident: bool,
+) -> None:
+    """Writes `partial (P, DV)` and `partial_lse (P,)` fp32, base 2, for every pair that has a bin.
+
+    Args:
+        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
+        first_row: flat query row at which the chunk begins.
+        tile, resident: as `tuning.routed_tile` gives; `routes.rows` is a multiple of `tile.m`.
+    """
+    kernel = _resident_kernel if resident else _routed_kernel
+    head_dim, v_dim, block_size = q.shape[3], v.shape[3], plan.block_size
+    slots = partial_lse.shape[-1]
+    with device_of(q):
+        kernel[(routes.tile_bin.shape[0],)](
+            q,
+            k,
+            v,
+            partial,
+            partial_lse,
+            routes.pairs,
+            routes.bin_begin,
+            routes.tile_begin,
+            routes.tile_bin,
+            plan.table,
+            plan.block_offset,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            q.shape[2],
+            q.shape[1],
+            first_row,
+            plan.num_seqs,
+            plan.num_blocks,
+            routes.num_bins,
+            softmax_scale,
+            SLOTS=slots,
+            BLOCK_SIZE=block_size,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            ROWS=routes.rows,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def _find_bin(
+    bin_begin_ptr, tile_begin_ptr, table_ptr, block_offset_ptr, bin, num_seqs, num_blocks, BLOCK_SIZE, ROWS
+):
+    """Of this program: range `[begin, end)` of pairs, kv head, batch row and first key slot of its block."""
+    begin = tl.load(bin_begin_ptr + bin) + (tl.program_id(0) - tl.load(tile_begin_ptr + bin)) * ROWS
+    end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + ROWS)
+    number = bin % num_blocks
+    seq = bisect(block_offset_ptr, num_seqs, number)
+    block = number - tl.load(block_offset_ptr + seq)
+    first_key = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * BLOCK_SIZE
+    return begin, end, bin // num_blocks, tl.load(table_ptr + seq * 5), first_key
+
+
+@triton.jit
+def _query_offsets(
+    pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS: tl.constexpr
+):
+    """Element offsets int64 of the pairs' query rows."""
+    row_head = pair // SLOTS
+    row = first_row + row_head // num_heads
+    offset = (row // q_len).to(tl.int64) * q_stride_b + (row % q_len).to(tl.int64) * q_stride_n
+    return offset + (row_head % num_heads).to(tl.int64) * q_stride_h
+
+
+@triton.jit
+def _store_partial(
+    out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM: tl.constexpr, PADDED_V: tl.constexpr
+):
+    """Scatters normalised outputs `total / mass` and their base-2 log-sum-exp to `pair (M,)`."""
+    dim = tl.arange(0, PADDED_V)
+    out = narrow(total / mass[:, None], out_ptr)
+    at = out_ptr + pair.to(tl.int64)[:, None] * V_DIM + dim[None, :]
+    tl.store(at, out, mask=there[:, None] & (dim < V_DIM)[None, :])
+    tl.store(lse_ptr + pair, high + tl.log2(mass), mask=there)
+
+
+@triton.jit(do_not_specialize=["q_len", "first_row", "num_seqs", "num_blocks", "num_bins"])
+def _routed_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    pair_ptr,
+    bin_begin_ptr,
+    tile_begin_ptr,
+    tile_bin_ptr,
+    table_ptr,
+    block_offset_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    q_len,
+    num_heads,
+    first_row,
+    num_seqs,
+    num_blocks,
+    num_bins,
+    softmax_scale,
+    SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of BLOCK_M pairs against its block, BLOCK_N keys at a time; ROWS = BLOCK_M."""
+    bin = tl.load(tile_bin_ptr + tl.program_id(0))
+    if bin < num_bins:
+        begin, end, kv_head, batch, first_key = _find_bin(
+            bin_begin_ptr,
+            tile_begin_ptr,
+            table_ptr,
+            block_offset_ptr,
+            bin,
+            num_seqs,
+            num_blocks,
+            BLOCK_SIZE,
+            ROWS,
+        )
+        place = begin + tl.arange(0, BLOCK_M)
+        there = place < end
+        pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
+        q_offset = _query_offsets(
+            pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS
+        )
+        q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
+        k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
+        v_ptr += batch.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
+        scale = softmax_scale * 1.4426950408889634
+        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+        for start in tl.range(0, BLOCK_SIZE, BLOCK_N, num_stages=STAGES):
+            key = start + tl.arange(0, BLOCK_N)
+            inside = key < BLOCK_SIZE
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+            scores = dot(q, tl.trans(keys))
+            if not EVEN:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+        _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)
+
+
+@triton.jit(do_not_specialize=["q_len", "first_row", "num_seqs", "num_blocks", "num_bins"])
+def _resident_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    pair_ptr,
+    bin_begin_ptr,
+    tile_begin_ptr,
+    tile_bin_ptr,
+    table_ptr,
+    block_offset_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    q_len,
+    num_heads,
+    first_row,
+    num_seqs,
+    num_blocks,
+    num_bins,
+    softmax_scale,
+    SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A block of at most BLOCK_N keys held, ROWS pairs streamed past it, BLOCK_M at a time."""
+    bin = tl.load(tile_bin_ptr + tl.program_id(0))
+    if bin < num_bins:
+        begin, end, kv_head, batch, first_key = _find_bin(
+            bin_begin_ptr,
+            tile_begin_ptr,
+            table_ptr,
+            block_offset_ptr,
+            bin,
+            num_seqs,
+            num_blocks,
+            BLOCK_SIZE,
+            ROWS,
+        )
+        k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
+        v_ptr += batch.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
+        EVEN: tl.constexpr = BLOCK_SIZE == BLOCK_N
+        key = tl.arange(0, BLOCK_N)
+        inside = key < BLOCK_SIZE
+        keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
+        values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+        keys = tl.trans(keys)
+        if _UPCAST:
+            values = values.to(tl.float32)
+        scale = softmax_scale * 1.4426950408889634
+        for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+            place = at + tl.arange(0, BLOCK_M)
+            there = place < end
+            pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
+            q_offset = _query_offsets(
+                pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS
+            )
+            q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
+            scores = dot(q, keys)
+            if not EVEN:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+            high = tl.max(scores, 1) * scale
+            weight = tl.exp2(scores * scale - high[:, None])
+            mass = tl.sum(weight, 1)
+            total = dot(narrow(weight, v_ptr), values)
+            _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)

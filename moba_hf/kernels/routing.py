@@ -1,0 +1,171 @@
+"""Regroups the chosen (query, head, slot) pairs by (kv head, block), without asking the device for sizes.
+
+Legend: H query heads, HK kv heads, K topk, K1 = K - 1 routed slots, NB flat blocks (see `plan`), P pairs.
+
+1. A pair's key is `kv_head * NB + flat block`, or a last value for "none": missing slots, padding queries.
+   The own block is left out here, wherever it stands among the slots; the others close up to K1 slots, so
+   pair `(row * H + head) * K1 + slot` is also where its partial output goes.
+2. One stable radix sort of the keys, 16 bits wide where they fit, with the permutation; then each bin's
+   first pair by bisection. A stable sort makes the order, and so every sum, the same in every run.
+3. Each bin is cut in tiles of `rows` pairs. A tile's bin is found by bisection of the running totals; the
+   grid is the bound P / rows + bins, and the tiles beyond the true number hold bin `num_bins`: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.gate import head_split
+from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.plan import Plan, find_tile
+
+# Rows of a program of the key kernel: (tokens of a tile) x (query heads).
+ROUTE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Pairs of one chunk, grouped.
+
+    Attributes:
+        pairs: int64 `(P,)`, pairs sorted by bin; those of no bin last.
+        bin_begin: int32 `(num_bins + 1,)`, first place in `pairs` of each bin.
+        tile_begin: int32 `(num_bins + 1,)`, first tile of each bin.
+        tile_bin: int32 `(tiles,)`, bin of each tile, or `num_bins`.
+        num_bins: `HK * NB`; bin = kv head * NB + flat block.
+        rows: pairs of a tile.
+    """
+
+    pairs: Tensor
+    bin_begin: Tensor
+    tile_begin: Tensor
+    tile_bin: Tensor
+    num_bins: int
+    rows: int
+
+
+def key_format(num_bins: int) -> tuple[torch.dtype, int]:
+    """The narrowest integer type that holds `num_bins + 1` keys, and the key of bin 0."""
+    return (torch.int16, -(2**15)) if num_bins < 2**16 else (torch.int32, 0)
+
+
+def pair_keys(choice: Tensor, plan: Plan, chunk: int, num_kv_heads: int) -> Tensor:
+    """Keys `(rows of the chunk, H, K1)` of `choice (batch, q_len, H, K)`; `key_format` says the dtype."""
+    _, q_len, num_heads, topk = choice.shape
+    first_row = chunk * plan.chunk_rows
+    rows = min(plan.chunk_rows, plan.num_rows - first_row)
+    num_bins = num_kv_heads * plan.num_blocks
+    dtype, bias = key_format(num_bins)
+    keys = torch.full((rows, num_heads, topk - 1), num_bins + bias, dtype=dtype, device=choice.device)
+    heads, _ = head_split(num_heads // num_kv_heads, ROUTE_ROWS)
+    splits = triton.cdiv(num_heads // num_kv_heads, heads)
+    with device_of(choice):
+        _pair_key_kernel[(plan.max_tiles, num_kv_heads * splits)](
+            choice,
+            keys,
+            plan.table,
+            plan.block_offset,
+            plan.tile_offset[chunk],
+            plan.num_seqs,
+            q_len,
+            first_row,
+            rows,
+            num_heads,
+            num_heads // num_kv_heads,
+            splits,
+            plan.num_blocks,
+            bias,
+            plan.block_size,
+            TOPK=topk,
+            PADDED_TOPK=triton.next_power_of_2(topk),
+            TILE=plan.tile,
+            TILES_PER_BLOCK=plan.tiles_per_block,
+            HEADS=heads,
+            BLOCK_M=triton.next_power_of_2(plan.tile * heads),
+            num_warps=4,
+        )
+    return keys
+
+
+def route(keys: Tensor, num_bins: int, rows: int) -> Routes:
+    """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
+    dtype, bias = key_format(num_bins)
+    device, num_pairs = keys.device, keys.numel()
+    in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
+    bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=device).to(dtype)
+    bin_begin = torch.searchsorted(in_order, bins, out_int32=True)
+    tiles = (bin_begin[1:] - bin_begin[:-1] + (rows - 1)) // rows
+    tile_begin = torch.zeros(num_bins + 1, dtype=torch.int32, device=device)
+    torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_begin[1:])
+    bound = max(1, min(num_pairs, num_pairs // rows + num_bins))
+    number = torch.arange(bound, dtype=torch.int32, device=device)
+    tile_bin = torch.searchsorted(tile_begin[1:], number, right=True, out_int32=True)
+    return Routes(pairs, bin_begin, tile_begin, tile_bin, num_bins, rows)
+
+
+@triton.jit(
+    do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "num_blocks", "bias", "block_size"]
+)
+def _pair_key_kernel(
+    choice_ptr,
+    key_ptr,
+    table_ptr,
+    block_offset_ptr,
+    tile_offset_ptr,
+    num_seqs,
+    q_len,
+    first_row,
+    num_rows,
+    num_heads,
+    group_size,
+    splits,
+    num_blocks,
+    bias,
+    block_size,
+    TOPK: tl.constexpr,
+    PADDED_TOPK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    number = tl.program_id(0)
+    kv_head = tl.program_id(1) // splits
+    if number < tl.load(tile_offset_ptr + num_seqs):
+        seq, batch, own, first, origin, low, high, k_begin, k_len = find_tile(
+            table_ptr,
+            tile_offset_ptr,
+            num_seqs,
+            q_len,
+            first_row,
+            num_rows,
+            number,
+            block_size,
+            TILE,
+            TILES_PER_BLOCK,
+        )
+        row = tl.arange(0, BLOCK_M)
+        slot = tl.arange(0, PADDED_TOPK)
+        token = row // HEADS
+        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
+        query = first + token + origin
+        there = (token < TILE) & (first + token < (own + 1) * block_size) & (query >= low) & (query < high)
+        there = there & (in_group < group_size)
+        flat = (batch.to(tl.int64) * q_len + query) * num_heads + kv_head * group_size + in_group
+        source = choice_ptr + flat[:, None] * TOPK
+        block = tl.load(source + slot[None, :], mask=there[:, None] & (slot < TOPK)[None, :], other=-1)
+        own_slot = tl.min(tl.where(block == own, slot[None, :], TOPK - 1), 1)
+        shifted = slot[None, :] + (slot[None, :] >= own_slot[:, None]).to(tl.int32)
+        kept = there[:, None] & (slot < TOPK - 1)[None, :]
+        block = tl.load(source + shifted, mask=kept, other=-1)
+        # a block that is no earlier one has no place in memory: never let it become an address
+        valid = (block >= 0) & (block < own)
+        key = kv_head * num_blocks + tl.load(block_offset_ptr + seq) + block
+        key = tl.where(valid, key, tl.num_programs(1) // splits * num_blocks) + bias
+        target = key_ptr + (flat - first_row.to(tl.int64) * num_heads)[:, None] * (TOPK - 1) + slot[None, :]
+        tl.store(target, key.to(key_ptr.dtype.element_ty), mask=kept)

@@ -1,0 +1,186 @@
+"""Tile choices, in one table, and the predicate that says whether a choice can run.
+
+A choice depends on what is known before the launch only (head dims, block size, dtype width, topk,
+capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 were
+measured there in bf16 at head_dim 128; the others keep the shared memory and registers of a tile alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import comb
+
+import torch
+from torch import Tensor
+
+# Shared memory a program may use, in bytes, by compute capability; others get the smallest.
+_SHARED_MEMORY = {
+    (8, 0): 163 << 10,
+    (8, 7): 163 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (10, 3): 227 << 10,
+    (11, 0): 227 << 10,
+}
+_LEAST_SHARED_MEMORY = 99 << 10
+# Stored rows of a partial output, its lse, the pair's key, and the sort's keys and permutation, in bytes.
+_PAIR_OVERHEAD = 4 + 2 + 2 + 8 + 8
+# Most memory for partial outputs of a chunk of queries, in bytes; larger runs a few per cent faster.
+WORKSPACE = 4 << 30
+# Calls with at most this many queries in a sequence, and partial outputs in all, take the decode kernel.
+DECODE_QUERIES = 16
+DECODE_PARTIALS = 1 << 20
+# Keys that one program of the decode kernel attends; longer blocks are split.
+DECODE_SEGMENT = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's shape.
+
+    Attributes:
+        m: query rows (tokens x heads, or pairs) of a tile.
+        n: keys (or blocks, in the gate) of a tile.
+        warps: warps of a program.
+        stages: software pipeline depth.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, dims: tuple[int, int], itemsize: int) -> int:
+        """Bytes that queries and `stages` tiles of keys and values take; `dims`: padded D and DV."""
+        return (self.m * dims[0] + self.stages * self.n * sum(dims)) * itemsize
+
+    def resident_memory(self, dims: tuple[int, int], itemsize: int) -> int:
+        """Bytes that one tile of keys and values, held, and `stages - 1` tiles of queries take."""
+        return (self.n * sum(dims) + (self.stages - 1) * self.m * max(dims)) * itemsize
+
+
+# H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
+GATE = Tile(m=64, n=64, warps=4, stages=3)
+_WIDE = (
+    Tile(64, 64, 8, 2),
+    Tile(64, 32, 8, 2),
+    Tile(32, 32, 4, 2),
+    Tile(16, 16, 4, 1),
+)  # head dims above 128
+_OWN = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+_ROUTED = (
+    Tile(64, 64, 4, 3),
+    Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 2),
+    Tile(32, 32, 4, 2),
+    Tile(16, 16, 4, 1),
+)
+_ROUTED_LONG = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED)
+_RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
+# Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
+RESIDENT_TILES = 16
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (9, 0) for the interpreter."""
+    if device.type != "cuda":
+        return (9, 0)
+    properties = torch.cuda.get_device_properties(device)  # unlike get_device_capability, dynamo folds it
+    return properties.major, properties.minor
+
+
+def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> bool:
+    """Whether `programs` programs of `memory` bytes of shared memory each fit a processor."""
+    return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
+
+
+def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
+    return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
+
+
+def routed_tile(
+    dims: tuple[int, int],
+    itemsize: int,
+    block_size: int,
+    device_capability: tuple[int, int],
+    resident: bool | None = None,
+) -> tuple[Tile, bool]:
+    """The tile of the routed kernel, and whether a block's keys stay resident while rows stream past.
+
+    H200: resident wins at blocks of 128 keys (275 against 209 TFLOP/s); from 1,024 keys on 128 rows and 128
+    keys with 8 warps do (481 against 455 to 485 for 64 x 64, which spills).
+
+    Args:
+        resident: True or False forces the answer where the block fits.
+    """
+    keys = 1 << max(4, (block_size - 1).bit_length())
+    if block_size <= 128 and resident is not False:
+        for m, warps, stages in _RESIDENT:
+            tile = Tile(m, keys, warps, stages)
+            # two programs to a processor hide the gather; one is taken only when asked for
+            if fits(tile.resident_memory(dims, itemsize), device_capability, 1 if resident else 2):
+                return tile, True
+    choices: tuple[Tile, ...] = _ROUTED
+    if max(dims) > 128:
+        choices = _WIDE
+    elif block_size >= 1024:
+        choices = _ROUTED_LONG
+    tile = _first(choices, dims, itemsize, device_capability)
+    return Tile(tile.m, min(tile.n, keys), tile.warps, tile.stages), False
+
+
+def _first(
+    choices: tuple[Tile, ...], dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]
+) -> Tile:
+    for tile in choices:
+        if fits(tile.shared_memory(dims, itemsize), device_capability):
+            return tile
+    return choices[-1]
+
+
+def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
+    """How many entries the gate keeps per class, and whether that alone is always exact.
+
+    A class is the columns equal modulo `width`. Keeping R per class is exact when no row can take more than R
+    from a class; otherwise R is the least for which under 1 % of random rows would need the second kernel:
+    the `count` best fall on classes at random, and `comb(count, R) / width ** (R - 1)` bounds the chance that
+    R of them share one.
+    """
+    exact = min(count, -(-max_blocks // width))
+    if exact <= 4:
+        return max(1, exact), True
+    levels = 3
+    while levels < exact and levels < 8 and comb(count, levels) >= 0.01 * width ** (levels - 1):
+        levels += 1
+    return levels, levels == exact
+
+
+def chunk_rows(rows: int, num_heads: int, routed_slots: int, v_dim: int, itemsize: int, budget: int) -> int:
+    """Query rows of a chunk so that its partial outputs and pairs stay within `budget` bytes."""
+    row_bytes = num_heads * routed_slots * (v_dim * itemsize + _PAIR_OVERHEAD)
+    pairs = num_heads * routed_slots  # numbered in int32 within a chunk
+    chunk = max(1, min(budget // max(1, row_bytes), (2**31 - 1) // max(1, pairs)))
+    if chunk >= rows:
+        return max(1, rows)
+    even = -(-rows // -(-rows // chunk))  # chunks of equal size
+    return min(chunk, -(-even // 64) * 64)
+
+
+def unsupported_device(x: Tensor) -> str | None:
+    """Why kernels cannot run where `x` lives, or None."""
+    from moba_hf.kernels.launch import INTERPRETED
+
+    if x.device.type == "cuda":
+        if INTERPRETED:
+            return None
+        if torch.version.hip is not None:
+            return "it is tuned for NVIDIA GPUs; AMD is not supported"
+        if capability(x.device) < (8, 0):
+            return f"it needs compute capability 8.0 or later, this GPU has {capability(x.device)}"
+        return None
+    if x.device.type == "cpu" and INTERPRETED:
+        return None
+    return f"it needs a CUDA device, or TRITON_INTERPRET=1 on CPU tensors; q is on {x.device}"

@@ -1,0 +1,180 @@
+"""Compiles the kernels that a call would launch, for any GPU, on a machine without one.
+
+`compiled(call, capability)` runs the host code on CPU tensors with launches recorded instead of done, and
+compiles each distinct kernel with the arguments it was given. What comes back are registers, spills and
+shared memory as `ptxas` reports them. `python tests/kernels/kernel_aot.py` prints the table of main variants.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moba_hf.kernels import attend, select_blocks, tuning
+from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.sequences import batched_table
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `ptxas` says of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes."""
+
+    kernel: str
+    capability: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def recorded(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, keywords) of the launches that `call` makes; none is done."""
+    launches = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        call()
+    return launches
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
+    """A launch as Triton would specialise it: dtypes, divisibility by 16, ones as constants."""
+    signature, constants, attributes = {}, {}, {}
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Report:
+    """Compiles one launch for compute capability `capability`, as 80, 90, 100."""
+    source, options = source_of(*launch)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills = _ptxas(built.asm["ptx"], capability)
+    return Report(
+        launch[0].__name__, capability, options.get("num_warps", 4), registers, spills, built.metadata.shared
+    )
+
+
+def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers per thread and bytes spilled, from the `ptxas` that triton bundles."""
+    program = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / program
+    target = re.search(r"\.target (\S+)", ptx).group(1).rstrip(",")  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [str(binary), "-v", f"--gpu-name={target}", str(file), "-o", str(Path(folder) / "out")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(x) for x in re.findall(r"Used (\d+) registers", said))
+    return registers, sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", said))
+
+
+def forward_call(
+    *,
+    length: int = 4096,
+    num_heads: int = 4,
+    num_kv_heads: int = 1,
+    head_dim: int = 128,
+    v_dim: int | None = None,
+    block_size: int = 128,
+    topk: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    queries: int | None = None,
+    packed: bool = True,
+    levels: int | None = None,
+    resident: bool | None = None,
+) -> Callable[[], object]:
+    """A call that selects and attends; values are never computed."""
+    queries = length if queries is None else queries
+
+    def tensor(rows: int, heads: int, dim: int) -> Tensor:
+        if packed:
+            return torch.empty(rows, heads, dim, dtype=dtype).transpose(0, 1)[None]
+        return torch.empty(1, heads, rows, dim, dtype=dtype)
+
+    def call() -> None:
+        q = tensor(queries, num_heads, head_dim)
+        k, v = tensor(length, num_kv_heads, head_dim), tensor(length, num_kv_heads, v_dim or head_dim)
+        table = batched_table(1, queries, length, q.device)
+        rule = (block_size, topk, 0, 0)
+        choice = select_blocks(q, k, table, queries, length, *rule, levels=levels)
+        attend(q, k, v, choice, table, queries, length, block_size, head_dim**-0.5, resident=resident)
+
+    return call
+
+
+def compiled(call: Callable[[], object], capability: int) -> list[Report]:
+    """A report per distinct kernel that `call` launches."""
+    assert not INTERPRETED, "unset TRITON_INTERPRET"
+    with mock.patch.object(tuning, "capability", return_value=divmod(capability, 10)):
+        launches = recorded(call)
+    return [compile_launch(launch, capability) for launch in launches]
+
+
+MAIN: dict[str, dict[str, Any]] = {
+    "128/8": {},
+    "128/8 long gate": {"length": 1 << 20, "queries": 64, "levels": 3, "num_heads": 4},
+    "64/16 long gate": {"block_size": 64, "topk": 16, "length": 1 << 17, "queries": 64},
+    "512/3": {"block_size": 512, "topk": 3},
+    "4096/12": {"block_size": 4096, "topk": 12, "length": 1 << 17, "queries": 64},
+    "128/8 streaming": {"resident": False},
+    "128/8 fp16 d64": {"head_dim": 64, "dtype": torch.float16},
+    "96/5 d96 g3": {"head_dim": 96, "block_size": 96, "topk": 5, "num_heads": 3},
+    "128/8 d256": {"head_dim": 256},
+    "128/8 d192 v128": {"head_dim": 192, "v_dim": 128},
+    "decode 128/8": {"queries": 1},
+    "topk 64": {"topk": 64, "length": 1 << 17, "queries": 64},
+}
+
+
+def main() -> None:
+    capabilities = [int(x) for x in sys.argv[1:]] or [90]
+    print("| variant | sm | kernel | warps | registers | spills B | shared B |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for capability in capabilities:
+        for name, variant in MAIN.items():
+            for r in compiled(forward_call(**variant), capability):
+                cells = (r.capability, r.kernel, r.warps, r.registers, r.spills, r.shared)
+                print(f"| {name} |", " | ".join(map(str, cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

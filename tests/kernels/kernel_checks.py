@@ -1,0 +1,201 @@
+"""What kernels are held to, on any device: the rules of "how paths are compared".
+
+Gate: scores gathered at the chosen blocks. Attention: under one given choice, with an error against fp32 of
+at most twice that of plain attention in the same low precision, plus rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf import portable
+from moba_hf.backends import load_backend
+from moba_hf.kernels import attend, select_blocks
+from moba_hf.reference import block_mean_ref, gate_ref
+from moba_hf.sequences import packed_table
+
+
+@dataclass
+class Case:
+    """Random packed inputs.
+
+    Attributes:
+        lengths: (queries, keys) of each sequence.
+        spare: rows of the tensors that no sequence covers, in front and behind.
+        kind: "normal", "integer" (exact, many ties), "periodic", "constant" or "skewed" (one block wins).
+    """
+
+    lengths: list[tuple[int, int]]
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    head_dim: int = 16
+    v_dim: int | None = None
+    block_size: int = 16
+    topk: int = 3
+    sink: int = 0
+    local: int = 0
+    dtype: torch.dtype = torch.float32
+    kind: str = "normal"
+    spare: int = 0
+    device: str = "cpu"
+    seed: int = 0
+    q: Tensor = field(init=False)
+    k: Tensor = field(init=False)
+    v: Tensor = field(init=False)
+    table: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        total_q, total_k = (sum(x[i] for x in self.lengths) + 2 * self.spare for i in (0, 1))
+        q = torch.randn(total_q, self.num_heads, self.head_dim)
+        k = torch.randn(total_k, self.num_kv_heads, self.head_dim)
+        v = torch.randn(total_k, self.num_kv_heads, self.v_dim or self.head_dim)
+        if self.kind == "integer":
+            q = torch.randint(-2, 3, q.shape).float()
+            # whole blocks of small integers: means and scores are exact
+            k = torch.randint(-1, 2, (-(-total_k // self.block_size), *k.shape[1:])).float()
+            k = k.repeat_interleave(self.block_size, 0)[:total_k]
+        elif self.kind == "periodic":
+            k = k[torch.arange(total_k) % (64 * self.block_size)]
+        elif self.kind == "constant":
+            k = k[:1].expand(k.shape).clone()
+        elif self.kind == "skewed":
+            q = q.abs()
+            k[: self.block_size] = k[: self.block_size].abs() + 3
+
+        def batch(x: Tensor) -> Tensor:
+            return x.to(self.device, self.dtype).transpose(0, 1)[None]
+
+        self.q, self.k, self.v = batch(q), batch(k), batch(v)
+        edges = torch.tensor([(0, 0), *self.lengths]).cumsum(0).to(torch.int32) + self.spare
+        self.table = packed_table(edges[:, 0], edges[:, 1]).to(self.device)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Longest run of queries and of keys."""
+        return max(a for a, _ in self.lengths), max(b for _, b in self.lengths)
+
+    @property
+    def rule(self) -> tuple[int, int, int, int]:
+        return self.block_size, self.topk, self.sink, self.local
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def select(self, **kwargs: Any) -> Tensor:
+        return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
+
+    def expected_choice(self) -> Tensor:
+        block_size, topk, sink, local = self.rule
+        return portable.select(
+            self.q,
+            self.k,
+            self.table,
+            block_size=block_size,
+            topk=topk,
+            sink_blocks=sink,
+            local_blocks=local,
+        )
+
+    def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return attend(
+            self.q,
+            self.k,
+            self.v,
+            choice,
+            self.table,
+            *self.longest,
+            self.block_size,
+            self.scale,
+            **kwargs,
+        )
+
+
+def assert_choice(case: Case, choice: Tensor) -> None:
+    """`choice` obeys the rule, and its scores are those of the best blocks."""
+    expected = case.expected_choice()
+    if case.kind in ("integer", "constant"):
+        assert torch.equal(choice.sort(3).values, expected.sort(3).values)
+    assert torch.equal(choice[..., 0], expected[..., 0]), "own block first"
+    assert torch.equal((choice >= 0).sum(3), (expected >= 0).sum(3)), "as many blocks as there are"
+    assert not ((choice[..., 1:] >= 0) & (choice[..., :-1] < 0)).any(), "-1 last"
+    ordered = choice.sort(3).values
+    assert not ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(), "no block twice"
+    covered = torch.zeros(choice.shape[:2], dtype=torch.bool, device=choice.device)
+    for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
+        covered[row, q_begin:q_end] = True
+        q = case.q[row, :, q_begin:q_end].transpose(0, 1)
+        means = block_mean_ref(case.k[row, :, k_begin:k_end].transpose(0, 1), case.block_size)
+        if q_end == q_begin or len(means) == 0:
+            continue
+        scores = gate_ref(q, means)
+        room = 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
+        own = expected[row, q_begin:q_end, :, :1]
+        ours, theirs = (_gathered(scores, x[row, q_begin:q_end], own) for x in (choice, expected))
+        slack = _gathered(room, expected[row, q_begin:q_end], own).clamp(min=0).amax(2, keepdim=True)
+        assert ((ours - theirs).abs() <= slack).all(), (ours - theirs).abs().max()
+        forced = {*range(case.sink), *(-1 - i for i in range(case.local))}
+        for block in forced:
+            wanted = own[..., 0] + block if block < 0 else torch.full_like(own[..., 0], block)
+            there = (choice[row, q_begin:q_end] == wanted[..., None]).any(2)
+            assert (there | (wanted < 0) | (wanted > own[..., 0])).all(), f"forced block {block}"
+    assert (choice[~covered] == -1).all(), "padding"
+
+
+def _gathered(scores: Tensor, choice: Tensor, own: Tensor) -> Tensor:
+    """Scores of the chosen earlier blocks, sorted; -1e30 elsewhere."""
+    taken = scores.gather(2, choice.clamp(0, scores.shape[2] - 1).long())
+    return taken.masked_fill((choice < 0) | (choice == own), -1e30).sort(2).values
+
+
+def plain_attention(case: Case, choice: Tensor) -> Tensor:
+    """Masked attention in the inputs' own precision, as eager PyTorch code writes it."""
+    out = case.q.new_zeros(case.q.shape[0], case.q.shape[2], case.q.shape[1], case.v.shape[3])
+    group = case.num_heads // case.num_kv_heads
+    for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
+        q = case.q[row, :, q_begin:q_end]
+        k, v = (x[row, :, k_begin:k_end].repeat_interleave(group, 0) for x in (case.k, case.v))
+        key = torch.arange(k_end - k_begin, device=q.device)
+        position = torch.arange(q_end - q_begin, device=q.device) + (k_end - k_begin) - (q_end - q_begin)
+        part = choice[row, q_begin:q_end].transpose(0, 1)
+        mask = torch.zeros(*part.shape[:2], len(key), dtype=torch.bool, device=q.device)
+        for slot in range(part.shape[2]):
+            mask |= part[:, :, slot, None] == key // case.block_size
+        mask &= key <= position[:, None]
+        scores = (q @ k.transpose(1, 2)) * case.scale
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.float().softmax(2).to(q.dtype)
+        out[row, q_begin:q_end] = (weights @ v).transpose(0, 1)
+    return out
+
+
+def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Attention under `choice` holds the tolerance rule; padding is zeros and -inf. Returns `(out, lse)`."""
+    out, lse = case.attend(choice, **kwargs)
+    truth, truth_lse = load_backend("reference").forward(
+        case.q.float(),
+        case.k.float(),
+        case.v.float(),
+        choice,
+        case.table,
+        *case.longest,
+        case.block_size,
+        case.scale,
+    )
+    assert (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32)
+    assert torch.isfinite(out).all()
+    low = (plain_attention(case, choice).float() - truth).abs().max()
+    # one rounding of the output; in fp32 the orders of summation differ, not the precision
+    eps = torch.finfo(case.dtype).eps * (8 if case.dtype == torch.float32 else 0.5)
+    error = (out.float() - truth).abs().max()
+    assert error <= 2 * low + eps * truth.abs().max(), (float(error), float(low))
+    covered = truth_lse > -torch.inf
+    assert torch.equal(lse > -torch.inf, covered)
+    assert torch.allclose(lse[covered], truth_lse[covered], rtol=1e-5, atol=2e-5)
+    assert (out.transpose(1, 2)[~covered] == 0).all()
+    return out, lse

@@ -1,0 +1,35 @@
+"""Runs `interpreted/` in a process in which Triton was imported with its interpreter on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def run_interpreted(*arguments: str) -> str:
+    """What a Python process with Triton's interpreter on prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels() -> None:
+    folder = str(TESTS / "kernels" / "interpreted")
+    assert " passed" in run_interpreted("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder)
+
+
+def test_benchmark_runs() -> None:
+    script = str(TESTS / "benchmarks" / "bench_kernels.py")
+    assert "gate: green" in run_interpreted(script, "--tiny")
+    assert "--rows" in run_interpreted(script, "--help")
