@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu check format clean
+.PHONY: demo test test-matrix test-gpu check format clean
 
 # torch first and pinned: a range would fetch the newest CUDA build
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,22 @@ demo: $(VENV)/.smollm2
 test: $(VENV)/.smollm2
 	$(BIN)/python -m pytest -q
 
+# both ends of the range of transformers that is supported
+MATRIX := 5.17.0 5.23.0
+
+.matrix/%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
+	$(@D)/bin/python -m pip install --quiet -e ".[dev]" "transformers==$*"
+	touch $@
+
+test-matrix: $(MATRIX:%=.matrix/%/.installed)
+	set -e; for version in $(MATRIX); do \
+	  echo "transformers $$version"; \
+	  .matrix/$$version/bin/python -m pytest -q tests/patches tests/test_attention.py; \
+	done
+
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu
 
@@ -40,4 +56,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) .matrix out build dist *.egg-info

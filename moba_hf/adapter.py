@@ -7,7 +7,8 @@ may use MoBA and why the others may not. Third parties ship theirs under the ent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,11 +21,42 @@ if TYPE_CHECKING:
 # model_type of a text config -> "module:class" under moba_hf.patches
 _BUILT_IN = {
     "llama": "llama:LlamaAdapter",
+    "ministral": "mistral:MinistralAdapter",
+    "ministral3": "mistral:MistralAdapter",
     "mistral": "mistral:MistralAdapter",
+    "mistral3": "mistral:Mistral3Adapter",
+    "mixtral": "mixtral:MixtralAdapter",
     "qwen2": "qwen:QwenAdapter",
+    "qwen2_5_vl": "qwen_vl:QwenVLAdapter",
+    "qwen2_5_vl_text": "qwen_vl:QwenVLAdapter",
+    "qwen2_moe": "qwen:QwenAdapter",
+    "qwen2_vl": "qwen_vl:QwenVLAdapter",
+    "qwen2_vl_text": "qwen_vl:QwenVLAdapter",
     "qwen3": "qwen:QwenAdapter",
+    "qwen3_5": "qwen_vl:QwenVLAdapter",
+    "qwen3_5_moe": "qwen_vl:QwenVLAdapter",
+    "qwen3_5_moe_text": "qwen_vl:QwenVLAdapter",
+    "qwen3_5_text": "qwen_vl:QwenVLAdapter",
+    "qwen3_moe": "qwen:Qwen3MoeAdapter",
+    "qwen3_next": "qwen:QwenAdapter",
+    "qwen3_vl": "qwen_vl:QwenVLAdapter",
+    "qwen3_vl_moe": "qwen_vl:QwenVLAdapter",
+    "qwen3_vl_moe_text": "qwen_vl:QwenVLAdapter",
+    "qwen3_vl_text": "qwen_vl:QwenVLAdapter",
+}
+# model_type -> why MoBA cannot run there, now or with any adapter
+_MLA = "it uses multi-head latent attention, whose cache holds no keys to take block means of"
+_SPARSE = "its attention is sparse already: its own indexer chooses the keys of every query"
+_REFUSED = {
+    "mistral4": _MLA,
+    "mistral_large4": _SPARSE,
+    "mistral_large4_text": _SPARSE,
+    "qwen4_exp": _SPARSE,
+    "qwen4_exp_text": _SPARSE,
 }
 ENTRY_POINTS = "moba_hf.patches"
+# model_type -> adapter that comes before every other, see `trying`
+_TRYING: dict[str, Adapter] = {}
 
 
 class Adapter:
@@ -32,9 +64,12 @@ class Adapter:
 
     Attributes:
         text_config_key: name of the text config inside the model's config; None: it is the config itself.
+            A text config has a model_type of its own, under which its adapter is looked up as well.
+        window_everywhere: a `sliding_window` in the config holds for every layer.
     """
 
     text_config_key: ClassVar[str | None] = None
+    window_everywhere: ClassVar[bool] = False
 
     def text_config(self, config: Any) -> Any:
         """The text config inside `config`, which may be a dict; that config itself where it is one."""
@@ -47,22 +82,51 @@ class Adapter:
         """Why layer `layer_idx` keeps the stock implementation; None: MoBA may run there.
 
         Answered from the text config alone, so without loading a model. The base class reads `layer_types`:
-        everything but "full_attention" stays stock.
+        everything but "full_attention" stays stock; with `window_everywhere` it reads `sliding_window` too.
         """
+        window = getattr(config, "sliding_window", None) if self.window_everywhere else None
+        if window is not None:
+            return f"sliding window of {window}"
         layer_types = getattr(config, "layer_types", None)
         kind = "full_attention" if layer_types is None else layer_types[layer_idx]
         return None if kind == "full_attention" else str(kind).replace("_", " ")
+
+    def key_limit(self, config: Any, layer_idx: int) -> int | None:
+        """The most keys that a query of a stock layer attends; None: all. 0: the layer attends no keys.
+
+        Used for counting only. The base class knows windows and layers without attention.
+        """
+        layer_types = getattr(config, "layer_types", None)
+        kind = "full_attention" if layer_types is None else str(layer_types[layer_idx])
+        if "sliding" in kind or (self.window_everywhere and layer_types is None):
+            return int(getattr(config, "sliding_window", None) or 0) or None
+        return None if "attention" in kind and "linear" not in kind else 0
 
     def attention_layers(self, model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         """Layer index and attention module of every decoder layer that calls the attention interface.
 
         The base class takes modules with a `layer_idx` and a `q_proj` whose config is the text config.
         """
+        text_config = self.text_config(model.config)
         for module in model.modules():
-            if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
-                config = getattr(module, "config", None)
-                if config is self.text_config(config):
-                    yield int(module.layer_idx), module  # type: ignore[arg-type]
+            attends = hasattr(module, "layer_idx") and hasattr(module, "q_proj")
+            if attends and getattr(module, "config", None) is text_config:
+                yield int(module.layer_idx), module  # type: ignore[arg-type]
+
+    def packing_refusal(self, config: Any, given: Collection[str]) -> str | None:
+        """Why the model mixes the documents of a packed call, whatever attention does; None: it does not.
+
+        Args:
+            config: the text config.
+            given: names of the keyword arguments that reach the attention layers.
+        """
+        linear = "linear_attention" in (getattr(config, "layer_types", None) or ())
+        if not linear or {"cu_seq_lens_q", "seq_idx"} <= set(given):
+            return None
+        return (
+            "its linear-attention layers carry their state from one document to the next, unless "
+            "flash-linear-attention is installed and cu_seq_lens_q and seq_idx are given"
+        )
 
     def num_layers(self, config: Any) -> int:
         """Layers of the text model."""
@@ -82,13 +146,23 @@ def known_families() -> list[str]:
     return sorted({*_BUILT_IN, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
 
 
+def has_adapter(model_type: str) -> bool:
+    """Whether `find_adapter` would find one."""
+    return model_type in known_families()
+
+
 @cache
 def find_adapter(model_type: str) -> Adapter:
     """The adapter of `model_type`: built in, else from the entry points.
 
     Raises:
-        ValueError: no adapter; the message names the known families and shows how to write one.
+        ValueError: no adapter; the message names the known families and shows how to write one, or says why
+            the architecture cannot use MoBA.
     """
+    if model_type in _TRYING:
+        return _TRYING[model_type]
+    if model_type in _REFUSED:
+        raise ValueError(f"MoBA cannot be used in {model_type!r} models: {_REFUSED[model_type]}")
     if model_type in _BUILT_IN:
         module, name = _BUILT_IN[model_type].split(":")
         adapter: type[Adapter] = getattr(import_module(f"moba_hf.patches.{module}"), name)
@@ -105,3 +179,17 @@ def find_adapter(model_type: str) -> Adapter:
         "To add one, subclass moba_hf.adapter.Adapter and publish it under the entry-point group "
         f"{ENTRY_POINTS!r} (patches/README.md shows how)"
     )
+
+
+@contextmanager
+def trying(adapter: Adapter, model_types: Collection[str]) -> Iterator[None]:
+    """Inside the `with` block `adapter` is the one of `model_types`, installed or not."""
+    previous = dict(_TRYING)
+    _TRYING.update(dict.fromkeys(model_types, adapter))
+    find_adapter.cache_clear()
+    try:
+        yield
+    finally:
+        _TRYING.clear()
+        _TRYING.update(previous)
+        find_adapter.cache_clear()

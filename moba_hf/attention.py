@@ -5,7 +5,8 @@ or the position ids say where each sequence lies; below, `ops` knows nothing of 
 
 The mask function gives a compact mask `(batch, 1, 1, kv_len)`: 0 not written yet, 1 a real token, 2 padding;
 int8 from a 2-D mask, uint8 where none was given. Its shape depends on nothing but the cache, so it works for
-static caches, under compile, and costs `kv_len` bytes.
+static caches, under compile, and costs `kv_len` bytes. Where it learns of packed rows, it gives int16 of that
+shape instead: 1 where a document begins.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
 from moba_hf.adapter import find_adapter
@@ -26,7 +27,14 @@ from moba_hf.cache import LAYER_ATTRIBUTE
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
 from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
-from moba_hf.packing import Packing, check_separated, find_packing
+from moba_hf.packing import (
+    DOCUMENTS,
+    Packing,
+    begins_in_forward,
+    check_separated,
+    document_begins,
+    find_packing,
+)
 from moba_hf.sequences import RowBounds
 
 NAME = "moba"
@@ -142,6 +150,9 @@ def moba_attention_forward(
     plan = layer_plan(module)
     batch, _, q_len, head_dim = query.shape
     kv_len = key.shape[2]
+    documents = attention_mask if attention_mask is not None and attention_mask.dtype == DOCUMENTS else None
+    if documents is not None:
+        attention_mask = None
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
     _refuse_keywords(kwargs, ("cache",) if stock is not None else tuple(_REFUSED))
@@ -150,7 +161,7 @@ def moba_attention_forward(
     padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
     if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
         padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
-    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given)
+    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given, documents=documents)
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)
@@ -158,12 +169,13 @@ def moba_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if packing is not None:
+        _check_packing(module.config, kwargs)
     bounds = None if attention_mask is None else _bounds_of(attention_mask, q_len)
     means = None if packing is not None else _cached_means(plan, key, bounds, q_len)
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    if means is not None and means.dtype != key.dtype:  # of keys before autocast
-        means = None
+    means = means if means is not None and means.dtype == key.dtype else None  # of keys before autocast
     scale = head_dim**-0.5 if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
     return _attend(query, key, value, scale, bounds, packing, plan, backend, means), None
@@ -180,8 +192,7 @@ def _cached_means(plan: LayerPlan, key: Tensor, bounds: RowBounds | None, q_len:
     if q_len <= plan.full_len and not layer.is_compileable:
         return None
     kv_start = None if bounds is None else bounds.kv_start
-    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
-    return means
+    return layer.moba_means(key, kv_start, plan.rule.block_size)  # type: ignore[no-any-return]
 
 
 def _attend(
@@ -252,13 +263,19 @@ def moba_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The compact mask `(batch_size, 1, 1, kv_length)`; None when nothing is padded or unwritten.
+    """The compact mask `(batch_size, 1, 1, kv_length)`; None when nothing is padded, packed or unwritten.
 
-    Window and chunk layers (`local_size`), custom overlays (`use_vmap`) and bidirectional models get
-    transformers' own dense mask. Called by transformers with keywords only, once per forward.
+    Window and chunk layers (`local_size`), custom overlays and bidirectional models get transformers' own
+    dense mask. Called by transformers with keywords only, once per forward.
     """
     bidirectional = kwargs.get("allow_is_bidirectional_skip") or not getattr(config, "is_causal", True)
-    if local_size is not None or use_vmap or bidirectional:
+    stock = local_size is not None or use_vmap or bidirectional
+    if not stock and mask_function not in (None, causal_mask_function) and not torch.compiler.is_compiling():
+        begins = document_begins(mask_function, batch_size, kv_length, device)
+        stock = begins is None or attention_mask is not None
+        if not stock and begins is not None and begins.any():
+            return begins[:, None, None, :].to(DOCUMENTS)
+    if stock:
         if mask_function is not None:
             kwargs["mask_function"] = mask_function
         return sdpa_mask(
@@ -275,7 +292,10 @@ def moba_mask(
             **kwargs,
         )
     if attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
-        return None
+        if q_length < 2 or q_offset > 0 or torch.compiler.is_compiling():
+            return None
+        begins = begins_in_forward(batch_size, q_length)
+        return None if begins is None else begins[:, None, None, :].to(DOCUMENTS)
     slot = torch.arange(kv_length, device=device) + kv_offset
     real = written = (slot < q_offset + q_length)[None].expand(batch_size, -1)
     if attention_mask is not None:
@@ -322,6 +342,19 @@ def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     if mask is None or mask.dtype not in COMPACT:
         return mask
     return causal_mask(_bounds_of(mask, q_len), 0, q_len, mask.shape[3])
+
+
+def _check_packing(config: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError when the model around the attention layers mixes packed documents."""
+    given = tuple(name for name, value in kwargs.items() if value is not None)
+    reason = _packing_refusal(config, given)
+    if reason is not None:
+        raise ValueError(f"{config.model_type} cannot take packed sequences: {reason}")
+
+
+@torch._dynamo.assume_constant_result
+def _packing_refusal(config: Any, given: tuple[str, ...]) -> str | None:
+    return find_adapter(config.model_type).packing_refusal(config, list(given))
 
 
 def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -5,12 +5,17 @@ Every error is one plain line on stderr and exit code 2. What a command needs is
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from moba_hf.config import MobaConfig
 
 # typer carries its own copy of click in newer versions; this is its base class of usage errors in all.
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -24,6 +29,15 @@ app = typer.Typer(
 )
 
 
+class LoadDtype(str, Enum):
+    """What a model may be loaded as; "auto" is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Dtype(str, Enum):
     """What a GGUF file may be saved as."""
 
@@ -32,25 +46,31 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+Preset = Annotated[str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+Topk = Annotated[int | None, typer.Option(help="Blocks a query attends, its own included.")]
+SinkBlocks = Annotated[
+    int | None, typer.Option(help="First blocks that are always attended; they count in topk.")
+]
+LocalBlocks = Annotated[
+    int | None, typer.Option(help="Blocks just before one's own, always attended; they count in topk.")
+]
+FullLayers = Annotated[
+    str | None,
+    typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
+]
+
+
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
     dst: Annotated[str, typer.Argument(help="Folder to make.")],
-    preset: Annotated[
-        str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")
-    ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens in a block.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Blocks a query attends, its own included.")] = None,
-    sink_blocks: Annotated[
-        int | None, typer.Option(help="First blocks that are always attended; they count in topk.")
-    ] = None,
-    local_blocks: Annotated[
-        int | None, typer.Option(help="Blocks just before one's own, always attended; they count in topk.")
-    ] = None,
-    full_attention_layers: Annotated[
-        str | None,
-        typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
-    ] = None,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    full_attention_layers: FullLayers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a checkpoint.")
     ] = False,
@@ -65,22 +85,11 @@ def convert(
     ] = None,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
-    from moba_hf.config import MobaConfig
     from moba_hf.convert import convert_checkpoint
 
-    numbers: dict[str, object] = {
-        "block_size": block_size,
-        "topk": topk,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-        "full_attention_layers": _layer_list(full_attention_layers),
-    }
-    given = {name: value for name, value in numbers.items() if value is not None}
-    if preset is not None and given:
-        raise ValueError(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
-    if preset is None and (block_size is None or topk is None):
-        raise ValueError("give --preset NAME, or both --block-size and --topk")
-    config = MobaConfig.from_dict(given) if preset is None else MobaConfig.from_preset(preset)
+    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, full_attention_layers)
+    if config is None:
+        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
     _quiet()
     chosen = None if dtype is None else dtype.value
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
@@ -120,6 +129,58 @@ def verify(
         raise ValueError(f"verify failed at {failed.name}: {failed.detail}")
 
 
+@app.command("inspect")
+def inspect_model(
+    src: Annotated[str, typer.Argument(help="Folder with config.json, or that file; no weights are read.")],
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    full_attention_layers: FullLayers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what each layer would do and cost; settings from the config unless options give others."""
+    from moba_hf.inspection import describe, inspect_checkpoint
+
+    _quiet()
+    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, full_attention_layers)
+    result = inspect_checkpoint(src, config)
+    print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
+
+
+@app.command()
+def generate(
+    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
+    prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
+    dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
+    chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+) -> None:
+    """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
+    from moba_hf import generation
+
+    text = generation.read_prompt(prompt_file, prompt)
+    _quiet()
+    model, tokenizer = generation.load(dst, dtype.value)
+    ids = generation.encode(model, tokenizer, text)
+    runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
+    results = []
+    for name, function in runs.items():
+        if compare:
+            print(f"--- {name} ---", flush=True)
+        with _progress(ids.shape[1] - 1) as advance:
+            streamer = generation.text_streamer(tokenizer)
+            result = function(model, ids, max_new_tokens, chunk=chunk, streamer=streamer, on_prefill=advance)
+        results.append(result)
+    if compare:
+        print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))
+    else:
+        print(generation.summary(results[0], ids.shape[1]), file=sys.stderr)
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line `args` (default: the program's own) and exits."""
     try:
@@ -148,6 +209,49 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def _settings(
+    preset: str | None,
+    block_size: int | None,
+    topk: int | None,
+    sink_blocks: int | None,
+    local_blocks: int | None,
+    full_attention_layers: str | None,
+) -> MobaConfig | None:
+    """The settings that options give; None: no option is given."""
+    from moba_hf.config import MobaConfig
+
+    numbers: dict[str, object] = {
+        "block_size": block_size,
+        "topk": topk,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+        "full_attention_layers": _layer_list(full_attention_layers),
+    }
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if preset is not None and given:
+        raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
+    if preset is not None:
+        return MobaConfig.from_preset(preset)
+    if given and (block_size is None or topk is None):
+        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
+    return MobaConfig.from_dict(given) if given else None
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="prefill", unit=" tokens", disable=None, file=sys.stderr, leave=False) as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+            if bar.n >= total:
+                bar.close()  # before the first token is printed
+
+        yield advance
 
 
 def _layer_list(text: str | None) -> list[int] | None:

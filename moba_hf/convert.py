@@ -142,7 +142,10 @@ def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: 
     if inside := [path for path in files if target in (source / path).resolve().parents]:
         raise ValueError(f"{target}: holds the file that {source / inside[0]} links to")
     check_target(target, overwrite=overwrite)
-    converted = with_moba(values, moba, text_config_key(adapter, config))
+    key = text_config_key(adapter, config)
+    if key is not None and not values.get(key):  # published flat: the text model's values at the top level
+        values = {**values, key: adapter.text_config(config).to_dict()}
+    converted = with_moba(values, moba, key)
     with new_folder(target, overwrite=overwrite) as folder:
         for path in files:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)

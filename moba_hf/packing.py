@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,11 @@ from torch import Tensor
 
 from moba_hf.ops import check_values
 from moba_hf.sequences import packed_table
+
+# The dtype of a mask that says where documents begin.
+DOCUMENTS = torch.int16
+# How far above the mask function the forward of a model is looked for.
+_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,23 @@ class Packing:
 
 
 def find_packing(
-    kwargs: dict[str, Any], batch: int, q_len: int, kv_len: int, *, padding_given: bool
+    kwargs: dict[str, Any],
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    *,
+    padding_given: bool,
+    documents: Tensor | None = None,
 ) -> Packing | None:
     """The packing of a call, or None when each row is one sequence.
 
-    `cu_seq_lens_q` counts first. Else position ids that do not rise by one mark a new sequence, as in
-    transformers: only where no 2-D attention mask is given, and only outside `torch.compile`, since looking
-    at them waits for the device (once per forward: the answer is kept for the layers that follow).
+    `cu_seq_lens_q` counts first, then `documents`. Else position ids that do not rise by one mark a new
+    sequence, as in transformers: only where no 2-D attention mask is given, and only outside `torch.compile`,
+    since looking at them waits for the device (once per forward: the answer is kept for the layers that
+    follow).
+
+    Args:
+        documents: mask `(batch, 1, 1, kv_len)` of dtype `DOCUMENTS`, 1 where a document begins.
 
     Raises:
         ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`,
@@ -54,6 +71,8 @@ def find_packing(
         bound = kwargs.get("max_length_q")
         table = packed_table(cu_seqlens, cu_seqlens if other is None else other)
         return Packing(table, q_len if bound is None else int(bound))
+    if documents is not None:
+        return _remembered(documents, batch)
     position_ids = kwargs.get("position_ids")
     if padding_given or position_ids is None or q_len < 2 or torch.compiler.is_compiling():
         return None
@@ -87,6 +106,65 @@ def check_separated(attention_mask: Tensor | None, packing: Packing, what: str) 
     )
 
 
+def document_begins(
+    mask_function: Callable[..., Tensor], batch: int, length: int, device: torch.device | str
+) -> Tensor | None:
+    """Where documents begin after the first in `batch` packed rows, bool `(batch, length)`.
+
+    Args:
+        mask_function: transformers' rule of who may attend whom, `(batch, head, query, key) -> bool`.
+
+    Returns:
+        None where the rule is not causal: something else than packing lies over it.
+    """
+    row, index = torch.arange(batch, device=device)[:, None], torch.arange(1, length, device=device)
+    if bool(mask_function(row, 0, index - 1, index).any()):
+        return None
+    begins = ~mask_function(row, 0, index, index - 1).expand(batch, -1)
+    return torch.nn.functional.pad(begins, (1, 0))
+
+
+def begins_in_forward(batch: int, length: int) -> Tensor | None:
+    """As `document_begins`, from the position ids of the model that asks for a mask; None: not packed.
+
+    With a cache transformers does not look for packing, and some models give their attention layers no
+    position ids, so only the model's `forward` knows: its frame is looked at.
+
+    Raises:
+        ValueError: ids of three M-RoPE axes that start again. Vision-language models keep such ids to
+            themselves, so their stock layers would mix the documents.
+    """
+    known = _forward_locals()
+    position_ids, given = known.get("position_ids"), known.get("kwargs") or {}
+    if not isinstance(position_ids, Tensor) or given.get("cu_seq_lens_q") is not None:
+        return None
+    if known.get("text_position_ids") is None and position_ids.ndim == 3 and position_ids.shape[0] == 3:
+        step = position_ids.diff(dim=2)
+        # inside a document time never goes back, and no two tokens stand at the same place
+        if bool(((step[0] < 0) | (step == 0).all(dim=0)).any()):
+            raise ValueError(
+                "packed sequences: the position ids start again inside a row, but this model gives its "
+                "attention layers no text positions, so the documents would be mixed; pass position ids of "
+                "four axes (text first) and use_cache=False, or one document per row"
+            )
+    if position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    begins = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+    return torch.nn.functional.pad(begins, (1, 0)) if bool(begins.any()) else None
+
+
+def _forward_locals() -> dict[str, Any]:
+    """Variables of the transformers model whose `forward` asks for a mask; empty: another function asks."""
+    frame = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame.f_code.co_name == "forward" and "inputs_embeds" in frame.f_locals:
+            return frame.f_locals
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return {}
+
+
 def _check_offsets(cu_seqlens: Tensor, q_len: int) -> None:
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends != sorted(ends) or ends[-1] > q_len:
@@ -103,33 +181,42 @@ def _check_no_cache(q_len: int, kv_len: int) -> None:
         )
 
 
-# The last position ids looked at: (weak reference, version, batch, answer). A weak reference cannot be
-# mistaken for a later tensor at the same address, the version changes with every edit in place, and
+# The last position ids or mask looked at: (weak reference, version, batch, answer). A weak reference cannot
+# be mistaken for a later tensor at the same address, the version changes with every edit in place, and
 # nothing is kept alive but the answer.
 _last: tuple[weakref.ref[Tensor], int, int, Packing | None] | None = None
 
 
-def _remembered(position_ids: Tensor, batch: int) -> Packing | None:
+def _remembered(source: Tensor, batch: int) -> Packing | None:
     global _last
-    version = None if position_ids.is_inference() else position_ids._version
+    version = None if source.is_inference() else source._version
     last = _last
     if version is not None and last is not None:
         ref, seen_version, seen_batch, answer = last
-        if ref() is position_ids and seen_version == version and seen_batch == batch:
+        if ref() is source and seen_version == version and seen_batch == batch:
             return answer
-    answer = _from_position_ids(position_ids, batch)
+    answer = _from_mask(source) if source.dtype == DOCUMENTS else _from_position_ids(source, batch)
     if version is not None:
-        _last = (weakref.ref(position_ids), version, batch, answer)
+        _last = (weakref.ref(source), version, batch, answer)
     return answer
 
 
+def _from_mask(mask: Tensor) -> Packing:
+    starts = mask[:, 0, 0].bool()
+    starts[:, 0] = True
+    return _from_starts(starts)
+
+
 def _from_position_ids(position_ids: Tensor, batch: int) -> Packing | None:
-    length = position_ids.shape[1]
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if int(starts.sum()) == position_ids.shape[0]:
-        return None
-    row, begin = starts.expand(batch, -1).nonzero().unbind(1)
+    return None if int(starts.sum()) == position_ids.shape[0] else _from_starts(starts.expand(batch, -1))
+
+
+def _from_starts(starts: Tensor) -> Packing:
+    """The packing of rows whose sequences begin where `starts (batch, length)`, bool, is set."""
+    length = starts.shape[1]
+    row, begin = starts.nonzero().unbind(1)
     end = torch.full_like(begin, length)
     end[:-1] = torch.where(row[1:] == row[:-1], begin[1:], length)
     table = torch.stack([row, begin, end, begin, end], dim=1).to(torch.int32)

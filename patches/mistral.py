@@ -1,13 +1,31 @@
-"""Mistral: with `sliding_window` set (v0.1), every layer is a window layer and caches the window only."""
+"""Mistral, Ministral, and the vision-language Mistral3 around them."""
 
 from typing import Any
 
-from moba_hf.adapter import Adapter
+from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.config import MobaConfig
 
 
 class MistralAdapter(Adapter):
-    """Mistral 7B and Nemo; layers of a model with a window stay stock."""
+    """Mistral 7B, Nemo and Ministral 3; with `sliding_window` (v0.1) all layers keep the window only."""
+
+    window_everywhere = True
+
+
+class MinistralAdapter(Adapter):
+    """Ministral 8B: `layer_types` mixes window and full layers."""
+
+
+class Mistral3Adapter(Adapter):
+    """Mistral3 and Ministral 3 with vision: the facts are those of the text model inside."""
+
+    text_config_key = "text_config"
 
     def stock_reason(self, config: Any, layer_idx: int) -> str | None:
-        window = getattr(config, "sliding_window", None)
-        return None if window is None else f"sliding window of {window}"
+        return find_adapter(config.model_type).stock_reason(config, layer_idx)
+
+    def key_limit(self, config: Any, layer_idx: int) -> int | None:
+        return find_adapter(config.model_type).key_limit(config, layer_idx)
+
+    def check(self, config: Any, moba: MobaConfig) -> None:
+        find_adapter(config.model_type).check(config, moba)

@@ -126,7 +126,7 @@ class TestLoading:
             vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
         )
         model = AutoModelForCausalLM.from_config(config)
-        message = "no MoBA adapter for model_type 'gpt_neox'; known: llama, mistral, qwen2, qwen3.*subclass"
+        message = "no MoBA adapter for model_type 'gpt_neox'; known: llama, mini.*, qwen3_vl.*subclass"
         with pytest.raises(ValueError, match=message):
             patch_model(model, SMALL)
         model.set_attn_implementation("moba")

@@ -20,9 +20,10 @@ PACKAGE = ROOT / "moba_hf"
 LAYERS = [
     {"cli"},
     {"evaluate", "calibrate", "plots", "testing", "__init__"},
-    {"verify"},
+    {"verify", "inspection", "generation"},
     {"convert"},
     {"patching", "prefill"},
+    {"probes"},
     {"attention"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},

@@ -1,0 +1,229 @@
+"""Long prompts for the command line: load, read the prompt in chunks, stream, compare with dense."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from moba_hf.adapter import find_adapter
+from moba_hf.attention import NAME
+from moba_hf.config import MobaConfig
+from moba_hf.convert import read_model_config
+from moba_hf.patching import patch_model, unpatch_model
+
+CHUNK = 2048
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generation.
+
+    Attributes:
+        tokens: the new token ids.
+        prefill_seconds: reading the prompt but for its last token.
+        decode_seconds: from there to the last new token.
+    """
+
+    tokens: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second after the prefill."""
+        return len(self.tokens) / max(self.decode_seconds, 1e-9)
+
+
+def read_prompt(file: str | Path | None, text: str | None) -> str:
+    """The contents of `file`, followed by `text` on a new paragraph where both are given.
+
+    Raises:
+        ValueError: neither is given, the file cannot be read as UTF-8, or nothing but blanks is in them.
+    """
+    parts = []
+    if file is not None:
+        try:
+            parts.append(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    if text is not None:
+        parts.append(text)
+    prompt = "\n\n".join(parts)
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give --prompt-file, --prompt or both")
+    return prompt
+
+
+def load(folder: str | Path, dtype: str = "auto", moba: MobaConfig | None = None) -> tuple[Any, Any]:
+    """The model of `folder` with MoBA on, over the GPUs there are, and its tokenizer.
+
+    Args:
+        folder: a checkpoint, converted or not.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        moba: the settings; None: those of the checkpoint, else the preset "default".
+
+    Raises:
+        ValueError: no checkpoint, no tokenizer, or an architecture without MoBA.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder with a config.json")
+    _, config = read_model_config(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: its tokenizer does not load ({error})") from error
+    nested = config.get_text_config() is not config
+    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
+    return patch_model(model.eval(), moba), tokenizer
+
+
+def encode(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """Token ids `(1, length)` of `text`.
+
+    Raises:
+        ValueError: an id that the model has no embedding for: the tokenizer is another model's.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    size = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= size:
+        raise ValueError(f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens")
+    return ids
+
+
+def text_streamer(tokenizer: Any) -> BaseStreamer:
+    """Prints new tokens on stdout as they come."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    chunk: int = CHUNK,
+    streamer: BaseStreamer | None = None,
+    on_prefill: Callable[[int], None] | None = None,
+) -> Generated:
+    """Greedy continuation of one prompt, read in chunks through the cache up to its last token.
+
+    Args:
+        model: a loaded model, with or without MoBA.
+        ids: `(1, length)` token ids.
+        max_new_tokens: at most this many; an end-of-sequence token ends earlier.
+        chunk: tokens of the prompt read at a time, which bounds memory.
+        streamer: gets the tokens as they come.
+        on_prefill: called with the number of tokens just read.
+
+    Raises:
+        ValueError: an empty prompt, or `max_new_tokens` or `chunk` too small.
+    """
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be (1, length) and not empty, got {tuple(ids.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if chunk < 3:
+        raise ValueError(f"chunk must be at least 3, so that no call is a single token, got {chunk}")
+    ids = ids.to(model.device)
+    length = ids.shape[1]
+    cache = DynamicCache(config=model.config)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    start = time.perf_counter()
+    begin = 0
+    for size in _chunk_sizes(length - 1, chunk):
+        positions = torch.arange(begin, begin + size, device=ids.device)[None]
+        part = ids[:, begin : begin + size]
+        model(input_ids=part, position_ids=positions, past_key_values=cache, use_cache=True, **last)
+        begin += size
+        if on_prefill is not None:
+            _wait(model)
+            on_prefill(size)
+    _wait(model)
+    middle = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+    )
+    _wait(model)
+    return Generated(out[0, length:].tolist(), middle - start, time.perf_counter() - middle)
+
+
+def generate_dense(model: Any, ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Generated:
+    """The same with the stock attention; the model runs MoBA before and after."""
+    text_config = find_adapter(model.config.model_type).text_config(model.config)
+    if text_config._attn_implementation != NAME:
+        raise ValueError("the model does not run MoBA")
+    moba = MobaConfig.from_dict(text_config.moba)
+    unpatch_model(model)
+    try:
+        return generate(model, ids, max_new_tokens, **kwargs)
+    finally:
+        patch_model(model, moba)
+
+
+def common_tokens(first: list[int], second: list[int]) -> int:
+    """How many tokens two continuations share before they part."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def summary(run: Generated, prompt_tokens: int) -> str:
+    """One line about a generation."""
+    return (
+        f"prompt of {prompt_tokens:,} tokens read in {run.prefill_seconds:.2f} s; "
+        f"{len(run.tokens)} new tokens, {run.tokens_per_second:.1f} per second"
+    )
+
+
+def compare_table(moba: Generated, dense: Generated, prompt_tokens: int) -> str:
+    """A text table of two generations, and where they part."""
+    lines = [f"{'':<10}{'prefill s':>10}{'tokens/s':>10}{'new tokens':>12}"]
+    lines += [
+        f"{name:<10}{run.prefill_seconds:>10.2f}{run.tokens_per_second:>10.1f}{len(run.tokens):>12}"
+        for name, run in (("MoBA", moba), ("dense", dense))
+    ]
+    same = common_tokens(moba.tokens, dense.tokens)
+    if moba.tokens == dense.tokens:
+        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations are the same, {same} tokens")
+    else:
+        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations part after {same} tokens")
+    return "\n".join(lines)
+
+
+def _chunk_sizes(length: int, chunk: int) -> list[int]:
+    """Nearly equal parts of at most `chunk` tokens; none is a single token, which would be decoding."""
+    if length == 0:
+        return []
+    count = -(-length // chunk)
+    return [length * (i + 1) // count - length * i // count for i in range(count)]
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

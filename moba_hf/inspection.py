@@ -1,0 +1,251 @@
+"""What a model would do with MoBA and what it would cost, from its config alone: no weights are read.
+
+Counted is attention between queries and keys over a prompt of N tokens, batch 1: scores, softmax-weighted
+values and MoBA's gate. Projections, MLPs and linear-attention layers cost the same with and without MoBA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.convert import read_model_config
+
+LENGTHS = (8192, 32768, 131072, 1048576)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One decoder layer.
+
+    Attributes:
+        index: from 0.
+        kind: "moba", "full" (full attention by the settings) or "stock" (the family's own, not MoBA).
+        rule: what MoBA computes there; None: it does not run.
+        why: the rule in words, or the reason why MoBA does not run.
+        key_limit: the most keys a query attends; None: all. 0: the layer attends no keys.
+    """
+
+    index: int
+    kind: str
+    rule: LayerConfig | None
+    why: str
+    key_limit: int | None
+
+    def pairs(self, length: int) -> int:
+        """(query, key) pairs over a prompt of `length` tokens."""
+        if self.rule is not None:
+            return self.rule.pairs(length)
+        return _window_pairs(length, self.key_limit)
+
+    def stock_pairs(self, length: int) -> int:
+        """The same without MoBA."""
+        return _window_pairs(length, self.key_limit if self.kind == "stock" else None)
+
+    def gate_pairs(self, length: int) -> int:
+        """(query, block) scores that the gate takes; 0 where the rule covers the prompt."""
+        if self.rule is None or self.rule.max_keys >= length:
+            return 0
+        blocks, rest = divmod(length, self.rule.block_size)
+        return self.rule.block_size * (blocks * (blocks - 1) // 2) + rest * blocks
+
+
+@dataclass(frozen=True)
+class LengthRow:
+    """Costs of one prompt.
+
+    Attributes:
+        tokens: its length.
+        key_budget: mean over the layers that attend keys of the share of `tokens` that a query may attend.
+        pair_share: attended (query, key) pairs over those of dense causal attention in the same layers.
+        dense_flops, moba_flops: attention FLOPs of the whole prefill without and with MoBA, 2 per
+            multiply-add; `moba_flops` counts the gate.
+        kv_cache_bytes: keys and values after the prefill; MoBA keeps them all.
+    """
+
+    tokens: int
+    key_budget: float
+    pair_share: float
+    dense_flops: int
+    moba_flops: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect_config`.
+
+    Attributes:
+        model_type: of the config; text_model_type: of its text config.
+        moba: the settings; moba_source: where they come from.
+        num_heads, num_kv_heads, head_dim: of the attention layers.
+        dtype: of keys and values in the cache.
+        layers, lengths: the rows.
+    """
+
+    model_type: str
+    text_model_type: str
+    moba: MobaConfig
+    moba_source: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    layers: tuple[LayerRow, ...]
+    lengths: tuple[LengthRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "moba": self.moba.to_dict()}
+
+
+def inspect_config(
+    config: Any, moba: MobaConfig | None = None, lengths: tuple[int, ...] = LENGTHS
+) -> Inspection:
+    """What a model of `config` does in every layer, and its costs.
+
+    Args:
+        config: a transformers config.
+        moba: the settings; None: those in the config, else the preset "default".
+        lengths: prompts to count, in tokens.
+
+    Raises:
+        ValueError: unknown or unsupported architecture, or settings that do not fit it.
+    """
+    adapter = find_adapter(config.model_type)
+    text = adapter.text_config(config)
+    source = "as asked"
+    if moba is None:
+        stored = getattr(text, "moba", None)
+        source = f"preset {DEFAULT_PRESET}" if stored is None else "config.moba"
+        moba = MobaConfig.from_preset(DEFAULT_PRESET) if stored is None else MobaConfig.from_dict(stored)
+    adapter.check(text, moba)
+    layers = tuple(_layer_row(adapter, text, moba, i) for i in range(adapter.num_layers(text)))
+    num_heads = int(text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
+    shape = _Shape(
+        num_heads, int(getattr(text, "num_key_value_heads", None) or num_heads), int(head_dim), dtype
+    )
+    return Inspection(
+        model_type=config.model_type,
+        text_model_type=text.model_type,
+        moba=moba,
+        moba_source=source,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=layers,
+        lengths=tuple(_length_row(layers, shape, length) for length in lengths),
+    )
+
+
+def inspect_checkpoint(src: str | Path, moba: MobaConfig | None = None) -> Inspection:
+    """`inspect_config` of a folder with config.json, or of that file; nothing else in it is read.
+
+    Raises:
+        ValueError: config.json is missing or damaged, or what `inspect_config` raises.
+    """
+    path = Path(src)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder with a config.json")
+    folder = path.parent if path.name == "config.json" and path.is_file() else path
+    _, config = read_model_config(folder)
+    try:
+        return inspect_config(config, moba)
+    except TypeError as error:  # settings in config.json of a wrong type
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def _layer_row(adapter: Adapter, config: Any, moba: MobaConfig, index: int) -> LayerRow:
+    stock = adapter.stock_reason(config, index)
+    if stock is not None:
+        return LayerRow(index, "stock", None, stock, adapter.key_limit(config, index))
+    rule = moba.for_layer(index, adapter.num_layers(config))
+    if rule is None:
+        return LayerRow(index, "full", None, "in full_attention_layers", None)
+    kept = [("sink", rule.sink_blocks), ("local", rule.local_blocks)]
+    words = "".join(f", {count} {name}" for name, count in kept if count)
+    why = f"{rule.topk} blocks of {rule.block_size}{words}"
+    return LayerRow(index, "moba", rule, why, rule.max_keys)
+
+
+def _length_row(layers: tuple[LayerRow, ...], shape: _Shape, length: int) -> LengthRow:
+    attending = [layer for layer in layers if layer.key_limit != 0]
+    shares = [min(1.0, (layer.key_limit or length) / length) for layer in attending]
+    pairs = sum(layer.pairs(length) for layer in attending)
+    stock_pairs = sum(layer.stock_pairs(length) for layer in attending)
+    gate_pairs = sum(layer.gate_pairs(length) for layer in attending)
+    means = length * sum(layer.gate_pairs(length) > 0 for layer in attending)
+    held = sum(min(length, (layer.kind == "stock" and layer.key_limit) or length) for layer in attending)
+    per_pair = 4 * shape.num_heads * shape.head_dim  # q.k and weight * v, a multiply and an add each
+    return LengthRow(
+        tokens=length,
+        key_budget=sum(shares) / max(1, len(attending)),
+        pair_share=pairs / max(1, len(attending) * _window_pairs(length, None)),
+        dense_flops=per_pair * stock_pairs,
+        moba_flops=per_pair * pairs
+        + 2 * shape.num_heads * shape.head_dim * gate_pairs
+        + shape.num_kv_heads * shape.head_dim * means,
+        kv_cache_bytes=2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize * held,
+    )
+
+
+def _window_pairs(length: int, window: int | None) -> int:
+    """Causal (query, key) pairs when a query sees at most `window` keys, itself included; None: all."""
+    seen = length if window is None else min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def describe(inspection: Inspection) -> str:
+    """The inspection as text: a row per layer, then a row per length."""
+    kinds = {kind: sum(row.kind == kind for row in inspection.layers) for kind in ("moba", "full", "stock")}
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    lines = [
+        f"{inspection.model_type}: {len(inspection.layers)} layers ({counts}), {inspection.num_heads} heads, "
+        f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
+        f"MoBA settings: {inspection.moba_source}",
+        "",
+        *_table([("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]),
+        "",
+        *_table(
+            [
+                ("TOKENS", "KEY BUDGET", "OF DENSE PAIRS", "DENSE FLOPS", "MOBA FLOPS", "KV CACHE"),
+                *(
+                    (
+                        f"{row.tokens:,}",
+                        f"{row.key_budget:.1%}",
+                        f"{row.pair_share:.1%}",
+                        f"{row.dense_flops:.3g}",
+                        f"{row.moba_flops:.3g}",
+                        f"{row.kv_cache_bytes / 2**30:,.2f} GiB",
+                    )
+                    for row in inspection.lengths
+                ),
+            ],
+            right=True,
+        ),
+    ]
+    if inspection.model_type != inspection.text_model_type:
+        lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
+    return "\n".join(lines)
+
+
+def _table(rows: list[tuple[str, ...]], *, right: bool = False) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = str.rjust if right else str.ljust
+    return ["  ".join(map(align, row, widths)).rstrip() for row in rows]
