@@ -192,7 +192,7 @@ def _cached_means(plan: LayerPlan, key: Tensor, bounds: RowBounds | None, q_len:
     if q_len <= plan.full_len and not layer.is_compileable:
         return None
     kv_start = None if bounds is None else bounds.kv_start
-    return layer.moba_means(key, kv_start, plan.rule.block_size)  # type: ignore[no-any-return]
+    return layer.moba_means(key, kv_start, plan.rule.block_size)
 
 
 def _attend(
