@@ -96,7 +96,7 @@ def _load_reference() -> Backend:
             (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
         )
         with reference.full_precision(q.device):
-            for at, (queries, keys) in _each_sequence(table, q, k):
+            for at, (queries, keys) in each_sequence(table, q, k):
                 result[at] = reference.select_blocks_ref(
                     queries, keys, block_size=block_size, topk=topk, sink_blocks=sink, local_blocks=local
                 )
@@ -109,7 +109,7 @@ def _load_reference() -> Backend:
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
         with reference.full_precision(q.device):
-            for (row, part), (queries, keys, values) in _each_sequence(table, q, k, v):
+            for (row, part), (queries, keys, values) in each_sequence(table, q, k, v):
                 out[row, part], lse[row, :, part] = reference.attend_ref(
                     queries, keys, values, choice[row, part], block_size=block_size, softmax_scale=scale
                 )
@@ -121,7 +121,7 @@ def _load_reference() -> Backend:
     return Backend(select, forward, backward, _takes_all)
 
 
-def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
+def each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
     """Per sequence: (batch row, query slice), and q, k, v of it as `(length, heads, dim)`."""
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         parts = [q[row, :, q_begin:q_end], *(x[row, :, k_begin:k_end] for x in kv)]
