@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,8 @@ def calibrate(
         name = json.dumps(found.config, sort_keys=True)
         rises = []
         for i, ids in enumerate(texts):
-            dense = known.get(f"dense {i}", lambda ids=ids: _tail(model, ids, None, trailing))
-            rises.append(
-                known.get(f"{i} {name}", lambda ids=ids: _tail(model, ids, config, trailing)) - dense
-            )
+            dense = known.get(f"dense {i}", partial(_tail, model, ids, None, trailing))
+            rises.append(known.get(f"{i} {name}", partial(_tail, model, ids, config, trailing)) - dense)
         return Point(found.keys, found.cost, found.config, tuple(rises))
 
     if keys is not None:

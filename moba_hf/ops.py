@@ -12,10 +12,17 @@ import os
 import torch
 from torch import Tensor
 
-from moba_hf.backends import attend_op, choose_backend, decode_op, load_backend, select_op
+from moba_hf.backends import (
+    attend_op,
+    choose_backend,
+    decode_op,
+    gate_backend,
+    load_backend,
+    select_by_mass_op,
+    select_op,
+)
 from moba_hf.block_means import block_means_of
 from moba_hf.config import check_rule
-from moba_hf.gates import gate_backend, select_by_mass_op
 from moba_hf.sequences import batched_table, packed_table
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

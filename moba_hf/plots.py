@@ -31,8 +31,8 @@ def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
-    with matplotlib.rc_context({**style, "axes.edgecolor": _INK, "font.size": 10}):
+    style: Any = {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
+    with matplotlib.rc_context(style | {"axes.edgecolor": _INK, "font.size": 10}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, columns)
