@@ -6,15 +6,19 @@ their own and mid-tone colours, so that they read on light and on dark pages.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moba_hf.config import LayerConfig
+from moba_hf.evaluate.passes import family_of, watch
 from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
+from moba_hf.evaluate.run import load, read_ids
 from moba_hf.evaluate.tasks import TaskScore
 from moba_hf.ops import select_blocks
 
@@ -189,3 +193,51 @@ def plot_positions(results: Mapping[str, Perplexity]) -> Any:
     ax.set_ylabel("loss (nats per token)")
     _legend(ax)
     return figure
+
+
+def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
+    """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
+    from moba_hf.attention import moba_config
+
+    model, tokenizer = load(checkpoint)
+    adapter, text_config = family_of(model)
+    rule = moba_config(text_config).for_layer(layer, adapter.num_layers(text_config))
+    if rule is None:
+        raise ValueError(f"layer {layer} keeps full attention")
+    seen: list[Tensor] = []
+
+    def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, _scale: float) -> None:
+        if index == layer:
+            seen.extend((q, k))
+
+    watch(model, read_ids(tokenizer, text, length), probe)
+    if not seen or not 0 <= head < seen[0].shape[0]:
+        raise ValueError(f"layer {layer} with head {head} does not run MoBA in this model")
+    return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
+
+
+def from_json(kind: str, path: str) -> Any:
+    """The figure `kind` from a JSON file that `moba-hf eval` or `calibrate` wrote.
+
+    Raises:
+        ValueError: unknown kind, or a file without such results.
+    """
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        if kind == "budget":
+            curve = {"local cost": [(p["keys"], p["cost"]) for p in values["curve"]]}
+            measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
+            return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
+        if kind == "positions":
+            by_setting = next(iter(values["perplexity"].values()))
+            return plot_positions({name: Perplexity(**one) for name, one in by_setting.items()})
+        if kind == "recall":
+            return plot_recall(Recall(**next(iter(next(iter(values["recall"].values())).values()))))
+        if kind == "needles":
+            names = {k for t in values["tasks"] for k in t} - {"setting"}
+            setting = values["tasks"][-1]["setting"]
+            chosen = [t for t in values["tasks"] if t["setting"] == setting]
+            return plot_needles([TaskScore(**{k: t[k] for k in names}) for t in chosen])
+    except (KeyError, StopIteration, IndexError):
+        raise ValueError(f"{path} holds no results for {kind!r}") from None
+    raise ValueError(f"unknown kind {kind!r}; known are routing, recall, needles, budget, positions")
