@@ -149,7 +149,8 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5) -> Any:
         for j in range(len(lengths)):
             if counts[i, j]:
                 text = f"{float(means[i, j]):.0%}\nn={int(counts[i, j])}"
-                ax.text(j, i, text, ha="center", va="center", color="#202428", fontsize=8)
+                ink = "#202428" if 0.15 < means[i, j] < 0.85 else "#f4f6f8"
+                ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
     _colorbar(figure, image, ax, "score")
     return figure
 
@@ -176,6 +177,7 @@ def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets:
     values = [y for points in curves.values() for _, y in points]
     marks = [t for t in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1) if t <= 1.5 * max([*values, 0.01])]
     ax.set_yticks(marks, [f"{t:g}" for t in marks])
+    ax.set_ylim(bottom=min(-0.002, *values))
     ax.set_xlabel("key budget")
     ax.set_ylabel("rise of the loss (nats)")
     _legend(ax)
