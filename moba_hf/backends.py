@@ -272,7 +272,12 @@ def select_by_mass_op(
     """The choice by the mass gate (`moba_hf.gates`), as `select_op` gives that by the mean."""
     from moba_hf import portable, reference
 
-    rule = {"block_size": block_size, "topk": topk, "sink_blocks": sink_blocks, "local_blocks": local_blocks}
+    rule: dict[str, Any] = {
+        "block_size": block_size,
+        "topk": topk,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+    }
     if backend != "reference":
         return portable.select(q, k, table, mass_scale=softmax_scale, **rule)
     result = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)

@@ -194,10 +194,10 @@ def evaluate(
     text: _Texts = None,
     length: _Length = 8192,
     preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens in a block.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Blocks a query attends.")] = None,
-    sink_blocks: Annotated[int, typer.Option(help="First blocks always attended.")] = 0,
-    local_blocks: Annotated[int, typer.Option(help="Neighbour blocks always attended.")] = 0,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
     gate: _Gate = None,
     measure: Annotated[
         list[str] | None, typer.Option(help="perplexity, agreement, recall; may be given again.")
@@ -212,10 +212,7 @@ def evaluate(
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
 ) -> None:
     """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
-    from moba_hf.attention import moba_config
-    from moba_hf.config import MobaConfig
     from moba_hf.evaluate import run
-    from moba_hf.evaluate.passes import family_of
 
     _quiet()
     numbers = {
@@ -223,15 +220,10 @@ def evaluate(
         "topk": topk,
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
+        "gate": gate,
     }
     loaded, tokenizer = run.load(model)
-    settings: dict[str, MobaConfig | None] = {"dense": None}
-    settings |= {name: MobaConfig.from_preset(name) for name in preset or ()}
-    if block_size is not None or topk is not None:
-        given = {name: value for name, value in numbers.items() if value is not None}
-        settings["given"] = MobaConfig.from_dict({**given, "gate": gate or "mean"})
-    if len(settings) == 1:
-        settings["moba"] = moba_config(family_of(loaded)[1])
+    settings = run.settings_of(loaded, preset or [], numbers)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
     result = run.evaluate(
         loaded,
@@ -316,17 +308,9 @@ def plot(
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with "moba" registered; all arguments go to it (extra 'eval')."""
-    import moba_hf  # noqa: F401  registers "moba"
+    from moba_hf.evaluate.harness import run_lm_eval
 
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError as error:
-        raise ImportError('lm-evaluation-harness is missing: pip install "moba-hf[eval]"') from error
-    previous, sys.argv = sys.argv, ["lm-eval", *context.args]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = previous
+    run_lm_eval(context.args)
 
 
 def _write_json(path: str | None, values: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.attention import moba_config
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.passes import family_of
@@ -28,6 +29,20 @@ def load(path: str, device: str | None = None) -> tuple[Any, Any]:
     dtype = torch.float32 if device == "cpu" else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def settings_of(
+    model: Any, presets: Sequence[str], numbers: Mapping[str, Any]
+) -> dict[str, MobaConfig | None]:
+    """Named settings to measure: dense, the presets, the given `numbers`; else what `model` holds."""
+    settings: dict[str, MobaConfig | None] = {"dense": None}
+    settings |= {name: MobaConfig.from_preset(name) for name in presets}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if given:
+        settings["given"] = MobaConfig.from_dict(given)
+    if len(settings) == 1:
+        settings["moba"] = moba_config(family_of(model)[1])
+    return settings
 
 
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
@@ -116,7 +131,16 @@ def tables(result: Mapping[str, Any]) -> str:
     """The numbers of `evaluate` as markdown tables."""
     parts = []
     for text, by_setting in result.get("perplexity", {}).items():
-        head = ["setting", "keys", "of dense pairs", "loss", "trailing loss", "rise", "KL", "top-1"]
+        head: list[object] = [
+            "setting",
+            "keys",
+            "of dense pairs",
+            "loss",
+            "trailing loss",
+            "rise",
+            "KL",
+            "top-1",
+        ]
         rows: list[list[object]] = [head]
         dense = by_setting.get("dense")
         for name, one in by_setting.items():

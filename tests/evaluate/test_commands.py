@@ -1,13 +1,15 @@
 """The commands eval, calibrate and plot, end to end on a tiny checkpoint."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig
 from moba_hf.cli import main
@@ -73,6 +75,24 @@ def test_calibrate_writes_the_checkpoint(
         ("routing", checkpoint, ("--text", text, "--length", 256, "--layer", 1)),
     ):
         run(capsys, "plot", kind, source, "--out", tmp_path / "x.png", *more)
+
+
+def test_lm_eval_gets_its_arguments_and_finds_moba(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for the harness: what reaches its command line, and what is registered by then."""
+    harness, seen = types.ModuleType("lm_eval.__main__"), []
+
+    def cli_evaluate() -> None:
+        seen.append((sys.argv, "moba" in AttentionInterface()))
+
+    harness.cli_evaluate = cli_evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", harness)
+    before = sys.argv
+    run(capsys, "lm-eval", "--model", "hf", "--tasks", "mine", "--limit", 2)
+    assert seen == [(["lm-eval", "--model", "hf", "--tasks", "mine", "--limit", "2"], True)]
+    assert sys.argv == before
 
 
 def test_errors_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
