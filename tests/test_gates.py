@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moba_hf import MobaConfig, moba_attention, select_blocks, use_moba
+from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
 from moba_hf.gates import MassGate
 from moba_hf.reference import mass_gate_ref
 
@@ -117,6 +118,11 @@ def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
             left = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
         with use_moba(model, MobaConfig(8, 3)):
             mean = model(ids).logits
+        with use_moba(model, dataclasses.replace(mass, decode="sparse")):
+            cache = MobaCache(model.config)
+            model(ids[:, :100], past_key_values=cache)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+    assert torch.allclose(torch.cat(steps, 1), out[:, 100:], atol=1e-4)
     assert torch.allclose(left[:, 9:], out, atol=1e-4)
     assert not torch.allclose(out, mean, atol=1e-4)
 
