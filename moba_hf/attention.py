@@ -219,6 +219,7 @@ def _attend(
         "topk": rule.topk,
         "sink_blocks": rule.sink_blocks,
         "local_blocks": rule.local_blocks,
+        "gate": rule.gate,
     }
     if packing is not None:
         return attention_over(

@@ -257,6 +257,58 @@ def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
+@torch.library.custom_op("moba_hf::select_blocks_by_mass", mutates_args=())
+def select_by_mass_op(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    """The choice by the mass gate (`moba_hf.gates`), as `select_op` gives that by the mean."""
+    from moba_hf import portable, reference
+
+    rule: dict[str, Any] = {
+        "block_size": block_size,
+        "topk": topk,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+    }
+    if backend != "reference":
+        return portable.select(q, k, table, mass_scale=softmax_scale, **rule)
+    result = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
+    for at, (queries, keys) in _each_sequence(table, q, k):
+        result[at] = reference.select_blocks_ref(
+            queries, keys, gate="mass", softmax_scale=softmax_scale, **rule
+        )
+    return result
+
+
+@select_by_mass_op.register_fake
+def _(q, k, table, block_size, topk, sink_blocks, local_blocks, softmax_scale, backend):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
+
+
+def gate_backend(gate: str, backend: str) -> str:
+    """The backend that can run `gate` where `backend` is asked for.
+
+    Raises:
+        ValueError: a backend that has no kernel for this gate.
+    """
+    if gate == "mean" or backend in ("portable", "reference"):
+        return backend
+    if backend == "auto":
+        return "portable"
+    raise ValueError(
+        f'backend "{backend}" has no kernel for gate="{gate}" yet; use backend="auto" or "portable", '
+        'or gate="mean"'
+    )
+
+
 @torch.library.custom_op("moba_hf::attend", mutates_args=())
 def _attend(
     q: Tensor,

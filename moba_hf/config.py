@@ -12,7 +12,9 @@ from typing import Any
 # Names of the original MoBA release, read by `from_dict`.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
-_LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks")
+_LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
+# How blocks are scored: "mean" is the paper's MoBA, "mass" is not (`moba_hf.gates`).
+GATES = ("mean", "mass")
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
@@ -27,15 +29,17 @@ class LayerConfig:
         topk: blocks a query attends in all, its own included.
         sink_blocks: first blocks of the sequence that are always attended; they count in `topk`.
         local_blocks: blocks just before a query's own that are always attended; they count in `topk`.
+        gate: how blocks are scored, one of `GATES`.
     """
 
     block_size: int
     topk: int
     sink_blocks: int = 0
     local_blocks: int = 0
+    gate: str = "mean"
 
     def __post_init__(self) -> None:
-        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
 
     @property
     def max_keys(self) -> int:
@@ -69,7 +73,9 @@ class MobaConfig:
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name of `moba_hf.ops.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
-            `sink_blocks`, `local_blocks` for that layer. Mappings are accepted and normalised.
+            `sink_blocks`, `local_blocks`, `gate` for that layer. Mappings are accepted and normalised.
+        gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
+            mass, see `moba_hf.gates`; better for models never trained with MoBA).
 
     Raises:
         ValueError: a value out of range. TypeError: a value of the wrong type.
@@ -83,10 +89,11 @@ class MobaConfig:
     decode: str = "full"
     decode_max_len: int = 1
     backend: str = "auto"
-    layers: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = field(default=())
+    layers: tuple[tuple[int, tuple[tuple[str, int | str], ...]], ...] = field(default=())
+    gate: str = "mean"
 
     def __post_init__(self) -> None:
-        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         if self.decode not in _DECODE:
@@ -103,10 +110,11 @@ class MobaConfig:
 
     @property
     def _base(self) -> LayerConfig:
-        return LayerConfig(self.block_size, self.topk, self.sink_blocks, self.local_blocks)
+        return LayerConfig(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
 
-    def _override(self, pairs: tuple[tuple[str, int], ...]) -> LayerConfig:
-        return dataclasses.replace(self._base, **dict(pairs))
+    def _override(self, pairs: tuple[tuple[str, int | str], ...]) -> LayerConfig:
+        values: dict[str, Any] = dict(pairs)
+        return dataclasses.replace(self._base, **values)
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError when a layer index does not exist in a model of `num_layers` layers."""
@@ -192,6 +200,7 @@ class MobaConfig:
             "topk": self.topk,
             "sink_blocks": self.sink_blocks,
             "local_blocks": self.local_blocks,
+            "gate": self.gate,
             "full_attention_layers": list(self.full_attention_layers),
             "decode": self.decode,
             "decode_max_len": self.decode_max_len,
@@ -199,8 +208,8 @@ class MobaConfig:
         }
 
 
-def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int) -> None:
-    """Raises TypeError or ValueError unless the four numbers make a rule."""
+def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int, gate: str = "mean") -> None:
+    """Raises TypeError or ValueError unless the four numbers make a rule and the gate is known."""
     _check_int("block_size", block_size, minimum=1)
     _check_int("topk", topk, minimum=1)
     _check_int("sink_blocks", sink_blocks, minimum=0)
@@ -210,6 +219,8 @@ def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int) 
             f"topk={topk} is too small: it counts the query's own block, {sink_blocks} sink_blocks and "
             f"{local_blocks} local_blocks, so it must be at least {1 + sink_blocks + local_blocks}"
         )
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
 
 
 def preset_names() -> list[str]:
@@ -244,7 +255,7 @@ def _int_tuple(values: object) -> tuple[int, ...]:
     return result
 
 
-def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
+def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int | str], ...]], ...]:
     """Sorted `(index, ((name, value), ...))` pairs from a mapping (JSON keys are strings) or pairs."""
     try:
         pairs_of = layers.items() if isinstance(layers, Mapping) else [*layers]

@@ -12,7 +12,15 @@ import os
 import torch
 from torch import Tensor
 
-from moba_hf.backends import attend_op, choose_backend, decode_op, load_backend, select_op
+from moba_hf.backends import (
+    attend_op,
+    choose_backend,
+    decode_op,
+    gate_backend,
+    load_backend,
+    select_by_mass_op,
+    select_op,
+)
 from moba_hf.block_means import block_means_of
 from moba_hf.config import check_rule
 from moba_hf.sequences import batched_table, packed_table
@@ -29,6 +37,7 @@ def moba_attention(
     topk: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    gate: str = "mean",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -51,6 +60,7 @@ def moba_attention(
         topk: blocks a query attends, its own and the forced ones included.
         sink_blocks: first blocks of each sequence that are always attended.
         local_blocks: blocks just before the own one that are always attended.
+        gate: "mean", the paper's score, or "mass" (`moba_hf.gates`), which is not the paper's MoBA.
         cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
             (keys take those of the queries when only these are given). A sequence with fewer queries than
             keys is aligned at its end. Sequences may be empty.
@@ -82,6 +92,7 @@ def moba_attention(
         topk=topk,
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
+        gate=gate,
         max_seqlen_q=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=k.shape[0] if max_seqlen_k is None else max_seqlen_k,
         softmax_scale=softmax_scale,
@@ -99,10 +110,12 @@ def select_blocks(
     topk: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    gate: str = "mean",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The blocks each query attends, int32 `(total_q, num_heads, topk)`, relative to its sequence.
@@ -111,14 +124,18 @@ def select_blocks(
     Arguments and errors are those of `moba_attention`. The choice carries no gradient.
     """
     _check_packed(q, k, k)
-    check_rule(block_size, topk, sink_blocks, local_blocks)
+    check_rule(block_size, topk, sink_blocks, local_blocks, gate)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
     lengths = (
         q.shape[0] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0] if max_seqlen_k is None else max_seqlen_k,
     )
-    name = choose_backend(backend, q4, k4, k4, block_size)
+    name = choose_backend(gate_backend(gate, backend), q4, k4, k4, block_size)
+    if gate == "mass":
+        scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        rule = (block_size, topk, sink_blocks, local_blocks)
+        return select_by_mass_op(q4, k4, table, *rule, scale, name)[0]
     return select_op(q4, k4, table, *lengths, block_size, topk, sink_blocks, local_blocks, name)[0]
 
 
@@ -131,6 +148,7 @@ def batched_moba_attention(
     topk: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    gate: str = "mean",
     kv_start: Tensor | None = None,
     kv_end: Tensor | None = None,
     q_offset: Tensor | None = None,
@@ -155,8 +173,8 @@ def batched_moba_attention(
     """
     check_tensors(q, k, v)
     table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
-    name = choose_backend(backend, q, k, v, block_size)
-    few = q.shape[2] <= load_backend(name).max_decode_queries
+    name = choose_backend(gate_backend(gate, backend), q, k, v, block_size)
+    few = gate == "mean" and q.shape[2] <= load_backend(name).max_decode_queries
     if few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         check_rule(block_size, topk, sink_blocks, local_blocks)
         scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -172,6 +190,7 @@ def batched_moba_attention(
         topk=topk,
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
+        gate=gate,
         max_seqlen_q=q.shape[2],
         max_seqlen_k=k.shape[2],
         softmax_scale=softmax_scale,
@@ -196,11 +215,16 @@ def attention_over(
     block_indices: Tensor | None = None,
     backend: str = "auto",
     block_means: Tensor | None = None,
+    gate: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Select, then attend, over checked batched tensors and a sequence table; returns `(out, lse)`."""
-    check_rule(block_size, topk, sink_blocks, local_blocks)
-    name = choose_backend(backend, q, k, v, block_size)
-    if block_indices is None:
+    check_rule(block_size, topk, sink_blocks, local_blocks, gate)
+    name = choose_backend(gate_backend(gate, backend), q, k, v, block_size)
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if block_indices is None and gate == "mass":
+        rule = (block_size, topk, sink_blocks, local_blocks)
+        block_indices = select_by_mass_op(q.detach(), k.detach(), table, *rule, scale, name)
+    elif block_indices is None:
         block_indices = select_op(
             q.detach(),
             k.detach(),
@@ -218,7 +242,6 @@ def attention_over(
         _check_choice(block_indices, q, topk)
         if check_values(q):
             _check_choice_values(block_indices, table, block_size)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
     return attend_op(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, scale, name)
 
 

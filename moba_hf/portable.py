@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moba_hf.gates import MassGate
 from moba_hf.reference import accumulate_dtype, full_precision
 
 # Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles.
@@ -47,12 +48,14 @@ def select(
     sink_blocks: int,
     local_blocks: int,
     block_means: Tensor | None = None,
+    mass_scale: float | None = None,
 ) -> Tensor:
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.sequences`.
         block_means: `(batch, HK, >= complete blocks, D)` of a cache, one sequence per row; None: taken here.
+        mass_scale: score by the mass gate, with this softmax scale; None: by block means.
     """
     batch, num_heads, q_len, _ = q.shape
     result = torch.full((batch, q_len, num_heads, topk), -1, dtype=torch.int32, device=q.device)
@@ -66,18 +69,26 @@ def select(
             else:
                 means = block_means[row, :, : keys.shape[1] // block_size]
             means = means.to(accumulate_dtype(q.dtype))
+            mass = None if mass_scale is None else MassGate(keys, block_size, mass_scale)
             chunk = max(1, _SCORE_BUDGET // (num_heads * max(1, means.shape[1])))
             first = keys.shape[1] - queries.shape[1]
             for start in range(0, queries.shape[1], chunk):
                 part = queries[:, start : start + chunk]
                 position = torch.arange(part.shape[1], device=q.device) + first + start
-                chosen = _select_chunk(part, means, position // block_size, topk, sink_blocks, local_blocks)
+                own = position // block_size
+                chosen = _select_chunk(part, means, own, topk, sink_blocks, local_blocks, mass)
                 result[row, q_begin + start : q_begin + start + part.shape[1]] = chosen.transpose(0, 1)
     return result
 
 
 def _select_chunk(
-    q: Tensor, means: Tensor, own: Tensor, topk: int, sink_blocks: int, local_blocks: int
+    q: Tensor,
+    means: Tensor,
+    own: Tensor,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    mass: MassGate | None = None,
 ) -> Tensor:
     """`(H, M, topk)` choice of `q (H, M, D)` whose own blocks are `own (M,)`; means `(HK, blocks, D)`."""
     num_heads, length, _ = q.shape
@@ -88,8 +99,11 @@ def _select_chunk(
     slots = torch.cat(head, 1).to(torch.int32).expand(num_heads, -1, -1)
     count = min(topk - 1, columns)
     if count > 0 and int(free.max()) > 0:
-        queries = q.to(means.dtype).reshape(means.shape[0], -1, q.shape[-1])
-        scores = (queries @ means[:, :columns].transpose(1, 2)).view(num_heads, length, columns)
+        if mass is None:
+            queries = q.to(means.dtype).reshape(means.shape[0], -1, q.shape[-1])
+            scores = (queries @ means[:, :columns].transpose(1, 2)).view(num_heads, length, columns)
+        else:
+            scores = mass.scores(q, columns)
         column = torch.arange(columns, device=q.device)
         excluded = column >= own[:, None]
         for j in range(forced.shape[1]):

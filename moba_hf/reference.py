@@ -8,6 +8,7 @@ autograd, and holds a full `q_len x kv_len` score matrix per head: it is for che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,15 +69,55 @@ def gate_ref(q: Tensor, block_mean: Tensor) -> Tensor:
     return torch.einsum("qhd,bhd->qhb", q.to(dtype), means)
 
 
+def part_size(block_size: int) -> int:
+    """Keys in one part of a block under the mass gate: 16 where that divides the block, else all of it."""
+    return 16 if block_size % 16 == 0 else block_size
+
+
+def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | None = None) -> Tensor:
+    """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.gates`."""
+    dtype = accumulate_dtype(q.dtype)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    group_size, size = q.shape[1] // k.shape[1], part_size(block_size)
+    keys = k.to(dtype).repeat_interleave(group_size, dim=1)
+    reach = 2 * math.log(size)
+    columns = []
+    for block in keys.split(block_size)[: k.shape[0] // block_size]:
+        smallest = block.square().sum(2).argmin(0)
+        terms = [torch.einsum("qhd,hd->qh", q.to(dtype), block[smallest, torch.arange(q.shape[1])]) * scale]
+        for part in block.split(size):
+            mean, var = part.mean(0), part.var(0, unbiased=False)
+            spread = torch.einsum("qhd,hd->qh", q.to(dtype).square(), var) * scale**2
+            normal, far = spread / 2, (reach * spread).sqrt() - reach / 2
+            gain = torch.where(spread <= reach, normal, far)
+            terms.append(torch.einsum("qhd,hd->qh", q.to(dtype), mean) * scale + gain + reach / 2)
+        columns.append(torch.stack(terms).logsumexp(0))
+    if not columns:
+        return q.new_zeros(q.shape[0], q.shape[1], 0, dtype=dtype)
+    return torch.stack(columns, dim=2)
+
+
 def select_blocks_ref(
-    q: Tensor, k: Tensor, *, block_size: int, topk: int, sink_blocks: int = 0, local_blocks: int = 0
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    gate: str = "mean",
+    softmax_scale: float | None = None,
 ) -> Tensor:
     """The blocks each query attends, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
 
     Own block, then forced blocks, then the best-scoring earlier blocks; ties go to the lower index.
+    `gate`: "mean", the paper's, or "mass", which also needs the `softmax_scale` (None: `head_dim ** -0.5`).
     """
     q_len, kv_len = q.shape[0], k.shape[0]
-    scores = gate_ref(q.detach(), block_mean_ref(k.detach(), block_size))
+    if gate == "mass":
+        scores = mass_gate_ref(q.detach(), k.detach(), block_size, softmax_scale)
+    else:
+        scores = gate_ref(q.detach(), block_mean_ref(k.detach(), block_size))
     own = (torch.arange(q_len, device=q.device) + kv_len - q_len) // block_size
     result = torch.full((q_len, q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
     for i in range(q_len):
@@ -137,10 +178,18 @@ def moba_attention_ref(
     topk: int,
     sink_blocks: int = 0,
     local_blocks: int = 0,
+    gate: str = "mean",
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA of one sequence: select, then attend. Returns `(out, lse)` as `attend_ref`."""
     block_indices = select_blocks_ref(
-        q, k, block_size=block_size, topk=topk, sink_blocks=sink_blocks, local_blocks=local_blocks
+        q,
+        k,
+        block_size=block_size,
+        topk=topk,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+        softmax_scale=softmax_scale,
     )
     return attend_ref(q, k, v, block_indices, block_size=block_size, softmax_scale=softmax_scale)

@@ -165,7 +165,11 @@ def _check_sparse(case: _Case) -> None:
     with use_moba(case.model, SMALL), capture(NAME) as calls:
         distance = _distance(case.logits(case.ids[:1]), dense)
     _require(distance > _DIFFERENT, "sparse", "a small topk changes nothing: MoBA did not run")
-    rule = {"block_size": SMALL.block_size, "topk": SMALL.topk, "sink_blocks": SMALL.sink_blocks}
+    rule: dict[str, Any] = {
+        "block_size": SMALL.block_size,
+        "topk": SMALL.topk,
+        "sink_blocks": SMALL.sink_blocks,
+    }
     for call in calls:
         if call.module.layer_idx not in case.eligible:
             continue

@@ -1,0 +1,181 @@
+"""Layer-local costs from one dense pass: what each layer would lose at each topk, without running the model.
+
+For sampled queries of a layer, the blocks are ranked once as the rule ranks them; the outputs at every topk
+are then running sums over that ranking. The error of a layer's output (after its output projection), squared
+and averaged over queries, times half the mean squared gradient of the log-likelihood of the model's own
+predictions at that output, is the rise in nats that a random error of this size would cause to second order
+(the Fisher information, taken as isotropic per layer). It ranks layers and settings; it is not a prediction
+of the loss, so a setting is confirmed by whole passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moba_hf.config import LayerConfig
+from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
+from moba_hf.evaluate.results import progress
+from moba_hf.gates import MassGate
+from moba_hf.portable import block_mean
+
+
+@dataclass(frozen=True)
+class LocalCosts:
+    """Costs in nats of one rule, by layer and topk.
+
+    Attributes:
+        rule: block size, forced blocks and gate.
+        length: tokens of the texts.
+        costs: layer index -> topk -> cost, averaged over texts.
+    """
+
+    rule: LayerConfig
+    length: int
+    costs: dict[int, dict[int, float]]
+
+
+def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scale: float) -> Tensor:
+    """Blocks of sampled queries from first to last taken, `(H, M, blocks)`; later blocks come last.
+
+    Args:
+        q: `(H, M, D)`, the queries at `positions (M,)`. k: `(HK, N, D)`.
+    """
+    blocks = -(-k.shape[1] // rule.block_size)
+    complete = k.shape[1] // rule.block_size
+    if rule.gate == "mass":
+        scores = MassGate(k, rule.block_size, scale).scores(q, complete)
+    else:
+        means = block_mean(k, rule.block_size).float()
+        queries = q.float().reshape(k.shape[0], -1, q.shape[2])
+        scores = (queries @ means.transpose(1, 2)).view(q.shape[0], q.shape[1], complete)
+    scores = F.pad(scores, (0, blocks - complete), value=-torch.inf)
+    own = (positions // rule.block_size)[:, None]
+    column = torch.arange(blocks, device=q.device)
+    forced = (column <= own) & ((column < rule.sink_blocks) | (column >= own - rule.local_blocks))
+    scores = scores.masked_fill(column > own, -torch.inf).masked_fill(forced, torch.inf)
+    return scores.sort(dim=2, descending=True, stable=True).indices
+
+
+def output_errors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    rule: LayerConfig,
+    topks: Sequence[int],
+    scale: float,
+    project: Any,
+) -> list[float]:
+    """Mean squared error of a layer's projected output at each of `topks`.
+
+    Args:
+        q: `(H, M, D)`, the queries at `positions (M,)`. k: `(HK, N, D)`. v: `(HK, N, Dv)`.
+        project: the layer's output projection, `(M, H * Dv)` -> `(M, width)`.
+    """
+    order = rank_blocks(q, k, positions, rule, scale)
+    blocks = order.shape[2]
+    missing = blocks * rule.block_size - k.shape[1]
+    weights = F.pad(attention_rows(q, k, positions, scale), (0, missing)).unflatten(2, (blocks, -1))
+    values = F.pad(v.float(), (0, 0, 0, missing)).unflatten(1, (blocks, -1))
+    groups = q.shape[0] // k.shape[0]
+    masses = weights.sum(3).gather(2, order).cumsum(2)
+    parts = torch.einsum("gnqbk,gbkd->gnqbd", weights.unflatten(0, (-1, groups)), values).flatten(0, 1)
+    sums = parts.gather(2, order[..., None].expand(-1, -1, -1, v.shape[2])).cumsum(2)
+    full = sums[:, :, -1]
+    errors = []
+    for topk in topks:
+        at = min(topk, blocks) - 1
+        wrong = sums[:, :, at] / masses[:, :, at, None] - full
+        out = project(wrong.transpose(0, 1).flatten(1).to(v.dtype)).float()
+        errors.append(float(out.square().sum(1).mean()))
+    return errors
+
+
+def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]:
+    """Half the mean squared gradient at every attention layer's output, of labels the model itself draws.
+
+    One forward and one backward pass over `ids (1, length)`, dense; keep it short (2,048 tokens).
+    """
+    adapter, _ = family_of(model)
+    outputs: dict[int, Tensor] = {}
+    hooks = []
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+            out = out if out.requires_grad else out.detach().requires_grad_()
+            out.retain_grad()
+            outputs[layer] = out
+            return out
+
+        return hook
+
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        for layer, module in adapter.attention_layers(model):
+            hooks.append(module.o_proj.register_forward_hook(keep(layer)))  # type: ignore[union-attr]
+        with torch.enable_grad():
+            hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
+            scores = model.get_output_embeddings()(hidden[-1024:]).float()
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        F.cross_entropy(scores, labels.to(scores.device), reduction="sum").backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+    found = {}
+    for layer, out in outputs.items():
+        assert out.grad is not None
+        found[layer] = 0.5 * float(out.grad[0].float().square().sum(1).mean())
+    return found
+
+
+def topk_grid(rule: LayerConfig, length: int, shares: Sequence[float]) -> list[int]:
+    """The topk of `rule` that attend about `shares` of `length` keys; at least what the rule needs."""
+    least = 1 + rule.sink_blocks + rule.local_blocks
+    return sorted({max(least, round(share * length / rule.block_size)) for share in shares})
+
+
+def local_costs(
+    model: Any,
+    texts: Sequence[Tensor],
+    rules: Sequence[LayerConfig],
+    shares: Sequence[float],
+    weights: dict[int, float],
+    *,
+    samples: int = 48,
+    seed: int = 0,
+) -> list[LocalCosts]:
+    """Costs of every eligible layer at every topk, for each rule: one dense pass per text, nothing kept.
+
+    Args:
+        texts: `(1, length)` token ids each, all of one length.
+        rules: block size, forced blocks and gate; their topk is not used.
+        shares: of the length, which topk to look at.
+        weights: nats per squared error of each layer, from `sensitivities`.
+    """
+    length = texts[0].shape[1]
+    positions = sample_positions(length, samples, seed)
+    found = [LocalCosts(rule, length, {}) for rule in rules]
+
+    def probe(layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        at = positions.to(q.device)
+        for result in found:
+            topks = topk_grid(result.rule, length, shares)
+            errors = output_errors(q[:, at], k, v, at, result.rule, topks, scale, module.o_proj)
+            known = result.costs.setdefault(layer, dict.fromkeys(topks, 0.0))
+            for topk, error in zip(topks, errors, strict=True):
+                known[topk] += weights[layer] * error / len(texts)
+
+    for ids in progress(texts, "dense passes"):
+        watch(model, ids, probe)
+    return found

@@ -1,0 +1,100 @@
+"""Forward passes that evaluations share: dense or MoBA, hidden states, and a dense pass that is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.config import MobaConfig
+from moba_hf.patching import use_moba
+
+_PROBED = "moba_probe"
+
+# (layer index, attention module, q (H, N, D), k (HK, N, D), v (HK, N, Dv), softmax scale)
+Probe = Callable[[int, nn.Module, Tensor, Tensor, Tensor, float], None]
+
+
+def family_of(model: Any) -> tuple[Adapter, Any]:
+    """The adapter of `model` and its text config."""
+    adapter = find_adapter(model.config.model_type)
+    return adapter, adapter.text_config(model.config)
+
+
+@contextmanager
+def attention(model: Any, config: MobaConfig | None) -> Iterator[Any]:
+    """`model` with MoBA as `config` says, or dense for None; afterwards it is as it was."""
+    if config is not None:
+        with use_moba(model, config):
+            yield model
+        return
+    previous = family_of(model)[1]._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(previous)
+
+
+@torch.no_grad()
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """Last hidden states `(length, width)` of `ids (1, length)`, in one pass without a cache."""
+    return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits `(n, vocabulary)` in fp32 of `hidden (n, width)`."""
+    return model.get_output_embeddings()(hidden).float()
+
+
+def _probed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    probe: Probe | None = module.__dict__.get("_moba_probe")
+    if probe is not None:
+        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        probe(int(module.layer_idx), module, query[0], key[0], value[0], float(scale))  # type: ignore[arg-type]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.no_grad()
+def watch(model: Any, ids: Tensor, probe: Probe) -> None:
+    """One dense pass over `ids (1, length)`; `probe` sees q, k, v of every layer that MoBA may run in."""
+    adapter, text_config = family_of(model)
+    eligible = set(adapter.eligible_layers(text_config))
+    modules = [m for i, m in adapter.attention_layers(model) if i in eligible]
+    AttentionInterface.register(_PROBED, _probed_attention)
+    AttentionMaskInterface.register(_PROBED, sdpa_mask)
+    previous = text_config._attn_implementation
+    model.set_attn_implementation(_PROBED)
+    try:
+        for module in modules:
+            module.__dict__["_moba_probe"] = probe
+        hidden_states(model, ids)
+    finally:
+        for module in modules:
+            module.__dict__.pop("_moba_probe", None)
+        model.set_attn_implementation(previous)
+
+
+def sample_positions(length: int, count: int, seed: int) -> Tensor:
+    """`count` sorted positions of the last three quarters of a text, without repetition."""
+    first = length // 4
+    order = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))
+    return (order[:count] + first).sort().values
+
+
+def attention_rows(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Causal attention weights `(H, M, N)` in fp32 of the queries `q (H, M, D)` at `positions (M,)`."""
+    queries = q.float().reshape(k.shape[0], -1, q.shape[2])
+    scores = (queries @ k.float().transpose(1, 2) * scale).view(q.shape[0], q.shape[1], k.shape[1])
+    later = torch.arange(k.shape[1], device=q.device) > positions[:, None]
+    return scores.masked_fill_(later, -torch.inf).softmax(2)

@@ -1,0 +1,82 @@
+"""Perplexity by position: what a setting costs, and where in the text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba_hf.config import MobaConfig
+from moba_hf.evaluate.passes import attention, hidden_states, logits
+
+_CHUNK = 1024  # rows of logits held at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean losses of one text, in nats per token.
+
+    Attributes:
+        tokens: predicted tokens, one less than the text has.
+        loss: mean over all of them.
+        trailing: mean over the last `trailing_tokens`.
+        buckets: `(first position, position after the last, mean loss)`; positions of predicted tokens.
+    """
+
+    tokens: int
+    loss: float
+    trailing: float
+    trailing_tokens: int
+    buckets: tuple[tuple[int, int, float], ...]
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def token_losses(model: Any, ids: Tensor, config: MobaConfig | None = None) -> Tensor:
+    """Losses `(length - 1,)` in nats, fp32: entry i is that of token i + 1.
+
+    Args:
+        ids: `(1, length)` token ids.
+        config: MoBA settings; None: dense.
+    """
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise ValueError(f"ids must be (1, length) with at least two tokens, got {tuple(ids.shape)}")
+    with attention(model, config):
+        hidden = hidden_states(model, ids)
+        targets = ids[0, 1:].to(hidden.device)
+        parts = zip(hidden[:-1].split(_CHUNK), targets.split(_CHUNK), strict=True)
+        return torch.cat([F.cross_entropy(logits(model, x), y, reduction="none") for x, y in parts]).cpu()
+
+
+def summarize(losses: Tensor, buckets: int = 8, trailing: int = 2048) -> Perplexity:
+    """Means of `losses (length - 1,)` over all, the last `trailing`, and `buckets` ranges of equal length."""
+    count = len(losses)
+    trailing = min(trailing, count)
+    edges = [count * i // buckets for i in range(buckets + 1)]
+    means = [
+        (begin + 1, end + 1, float(losses[begin:end].double().mean()))
+        for begin, end in itertools.pairwise(edges)
+        if end > begin
+    ]
+    tail = float(losses[count - trailing :].double().mean())
+    return Perplexity(count, float(losses.double().mean()), tail, trailing, tuple(means))
+
+
+def perplexity(
+    model: Any, ids: Tensor, config: MobaConfig | None = None, *, buckets: int = 8, trailing: int = 2048
+) -> Perplexity:
+    """Perplexity of `ids (1, length)` under `config` (None: dense)."""
+    return summarize(token_losses(model, ids, config), buckets, trailing)

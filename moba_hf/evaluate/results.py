@@ -1,0 +1,73 @@
+"""Results on disk and on screen: JSON, a store that lets a long run go on where it stopped, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+class Store:
+    """Answers kept in a JSON file as they come, by key; a run that was stopped finds them again.
+
+    Args:
+        path: the file; None: nothing is kept. An existing file made by other `settings` is refused.
+        settings: what the answers depend on besides their keys, JSON-ready.
+
+    Raises:
+        ValueError: the file is no such store, or its settings differ.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]):
+        self.path = None if path is None else Path(path)
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.answers: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                known = json.loads(self.path.read_text(encoding="utf-8"))
+                settings_there, self.answers = known["settings"], known["answers"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.path} holds no earlier results") from None
+            if settings_there != self.settings:
+                raise ValueError(f"{self.path} was made with other settings; remove it or name another file")
+
+    def get(self, key: str, compute: Callable[[], T]) -> T:
+        """The answer for `key`, computed and written down if it is not known."""
+        if key not in self.answers:
+            self.answers[key] = compute()
+            self.write()
+        answer: T = self.answers[key]
+        return answer
+
+    def write(self) -> None:
+        """Writes the file anew, beside it first, so that it is never half written."""
+        if self.path is None:
+            return
+        text = json.dumps({"settings": self.settings, "answers": self.answers}, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".part")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """`items` with a progress bar on a terminal, none elsewhere."""
+    bar: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
+    return bar
+
+
+def format_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a markdown table, the first one its head; floats with four digits."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    head, *body = [[cell(value) for value in row] for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

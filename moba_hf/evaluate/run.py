@@ -1,0 +1,170 @@
+"""Everything that `moba-hf eval` measures, as one JSON-ready result that a stopped run completes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.attention import moba_config
+from moba_hf.config import MobaConfig
+from moba_hf.evaluate.agreement import agreement
+from moba_hf.evaluate.passes import family_of
+from moba_hf.evaluate.perplexity import perplexity
+from moba_hf.evaluate.recall import recall
+from moba_hf.evaluate.results import Store, format_table
+from moba_hf.evaluate.tasks import run_task
+
+
+def load(path: str, device: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint folder; fp32 on a CPU, the stored dtype elsewhere."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def settings_of(
+    model: Any, presets: Sequence[str], numbers: Mapping[str, Any]
+) -> dict[str, MobaConfig | None]:
+    """Named settings to measure: dense, the presets, the given `numbers`; else what `model` holds."""
+    settings: dict[str, MobaConfig | None] = {"dense": None}
+    settings |= {name: MobaConfig.from_preset(name) for name in presets}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if given:
+        settings["given"] = MobaConfig.from_dict(given)
+    if len(settings) == 1:
+        settings["moba"] = moba_config(family_of(model)[1])
+    return settings
+
+
+def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
+    """`(1, length)` token ids of the start of a text file.
+
+    Raises:
+        ValueError: the file holds fewer tokens.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    ids: Tensor = tokenizer(text[: 16 * length], return_tensors="pt").input_ids[:, :length]
+    if ids.shape[1] < length:
+        raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
+    return ids
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Tensor],
+    settings: Mapping[str, MobaConfig | None],
+    *,
+    measures: Sequence[str] = ("perplexity",),
+    tasks: Sequence[str] = (),
+    task_lengths: Sequence[int] = (),
+    contexts: int = 4,
+    seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measures every setting on every text and task.
+
+    Args:
+        texts: name -> `(1, length)` token ids.
+        settings: name -> MoBA settings; None: dense.
+        measures: of "perplexity", "agreement" and "recall"; the last two are for MoBA settings.
+        tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
+        store: a JSON file that keeps what is done.
+
+    Returns:
+        `{"perplexity": {text: {setting: ...}}, "agreement": ..., "recall": ..., "tasks": [...],
+        "keys": {text: {setting: (key budget, share of dense pairs)}}}`.
+    """
+    adapter, text_config = family_of(model)
+    layers = adapter.num_layers(text_config)
+    configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
+    sums = {name: [ids.shape[1], int(ids.sum())] for name, ids in texts.items()}
+    known = Store(store, {"texts": sums, "settings": configs, "seed": seed})
+    result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
+    result["keys"] = {}
+    for text, ids in texts.items():
+        for name, config in settings.items():
+            for measure in measures:
+                if config is None and measure != "perplexity":
+                    continue
+                made = known.get(f"{measure}/{text}/{name}", partial(_one, model, measure, ids, config))
+                result[measure][text][name] = made
+            if config is not None:
+                length = ids.shape[1]
+                shares = (config.key_budget(length, layers), config.pair_share(length, layers))
+                result["keys"].setdefault(text, {})[name] = shares
+    result["tasks"] = [
+        {
+            "setting": name,
+            **run_task(
+                model, tokenizer, task, n, config, contexts=contexts, seed=seed, store=known
+            ).to_dict(),
+        }
+        for task in tasks
+        for n in task_lengths
+        for name, config in settings.items()
+    ]
+    return result
+
+
+def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None) -> dict[str, Any]:
+    if measure == "perplexity":
+        return perplexity(model, ids, config).to_dict()
+    assert config is not None
+    if measure == "agreement":
+        return agreement(model, ids, config).to_dict()
+    if measure == "recall":
+        return recall(model, ids, config).to_dict()
+    raise ValueError(f"unknown measure {measure!r}; known are perplexity, agreement, recall")
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The numbers of `evaluate` as markdown tables."""
+    parts = []
+    for text, by_setting in result.get("perplexity", {}).items():
+        head: list[object] = [
+            "setting",
+            "keys",
+            "of dense pairs",
+            "loss",
+            "trailing loss",
+            "rise",
+            "KL",
+            "top-1",
+        ]
+        rows: list[list[object]] = [head]
+        dense = by_setting.get("dense")
+        for name, one in by_setting.items():
+            shares = result["keys"].get(text, {}).get(name)
+            other = result.get("agreement", {}).get(text, {}).get(name)
+            rise = "-" if dense is None or name == "dense" else f"{one['trailing'] - dense['trailing']:+.4f}"
+            keys = ["100 %", "100 %"] if shares is None else [f"{100 * x:.1f} %" for x in shares]
+            near: list[object] = (
+                ["-", "-"] if other is None else [other["kl"], f"{100 * other['top1']:.1f} %"]
+            )
+            rows.append([name, *keys, one["loss"], one["trailing"], rise, *near])
+        parts.append(f"{text}\n{format_table(rows)}")
+    for text, by_setting in result.get("recall", {}).items():
+        rows = [list[object](["setting", "block recall", "mass", "oracle mass"])]
+        for name, one in by_setting.items():
+            rows.append([name, *(float(torch.tensor(one[k]).mean()) for k in ("block", "mass", "oracle"))])
+        parts.append(f"{text}, mean over layers and heads\n{format_table(rows)}")
+    if result.get("tasks"):
+        rows = [
+            list[object](["task (RULER-like)", "tokens", "setting", "score", "95 % interval", "questions"])
+        ]
+        for one in result["tasks"]:
+            interval = f"{one['low']:.2f} - {one['high']:.2f}"
+            score = f"{one['score']:.2f}"
+            rows.append([one["task"], one["length"], one["setting"], score, interval, one["samples"]])
+        parts.append(format_table(rows))
+    return "\n\n".join(parts)

@@ -1,0 +1,246 @@
+"""Synthetic retrieval tasks made on the spot, RULER-like: needles, key-value pairs, variable tracking.
+
+After RULER (arXiv 2404.06654): its wording and its score, the share of expected strings found in the answer;
+the texts and random choices are our own, so numbers are not comparable with published ones. A context is read
+once and asked several questions, each on a copy of the same cache.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.config import MobaConfig
+from moba_hf.evaluate.passes import attention
+from moba_hf.evaluate.results import Store, progress
+
+_NOISE = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+    "The clouds are white and the river is cold. "
+)
+_NAMES = (
+    "amber basil cedar delta ember fjord grove haven iris jade koala lemon maple north ocean pearl quartz",
+    "river sage tulip umber violet willow xenon yarrow zephyr anchor bridge castle dragon eagle forest fern",
+)
+_WORDS = " ".join(_NAMES).split()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context and questions about it.
+
+    Attributes:
+        context: the text that is read.
+        questions: `(question, expected strings, depth)`; depth from 0 (start) to 1, where the answer stands.
+    """
+
+    context: str
+    questions: tuple[tuple[str, tuple[str, ...], float], ...]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean score of a task at one length, over `samples` questions, with a 95 % Wilson interval.
+
+    Attributes:
+        by_depth: `(depth, score)` of every question.
+    """
+
+    task: str
+    length: int
+    samples: int
+    score: float
+    low: float
+    high: float
+    by_depth: tuple[tuple[float, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def score_answer(answer: str, expected: Sequence[str]) -> float:
+    """RULER's `string_match_all`: the share of `expected` found in `answer`, letter case aside."""
+    return sum(text.lower() in answer.lower() for text in expected) / len(expected)
+
+
+def wilson(score: float, samples: int) -> tuple[float, float]:
+    """95 % interval of a share `score` seen in `samples` trials."""
+    z = 1.959964
+    middle = score + z * z / (2 * samples)
+    spread = z * math.sqrt(score * (1 - score) / samples + z * z / (4 * samples * samples))
+    return (max(0.0, (middle - spread) / (1 + z * z / samples)), (middle + spread) / (1 + z * z / samples))
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(100000, 1000000))
+
+
+def _keys(rng: random.Random, count: int) -> list[str]:
+    pairs = [f"{a}-{b}" for a in _WORDS for b in _WORDS if a != b]
+    return rng.sample(pairs, count)
+
+
+def _insert(haystack: Sequence[str], lines: Sequence[tuple[float, str]]) -> str:
+    """Sentences with each of `lines` put in at its depth."""
+    places: dict[int, list[str]] = {}
+    for depth, line in lines:
+        places.setdefault(round(depth * len(haystack)), []).append(line)
+    out: list[str] = []
+    for i in range(len(haystack) + 1):
+        out += places.get(i, [])
+        out += haystack[i : i + 1]
+    return " ".join(out)
+
+
+def _needles(rng: random.Random, haystack: Sequence[str], depths: Sequence[float]) -> Sample:
+    keys, values = _keys(rng, len(depths)), [_number(rng) for _ in depths]
+    lines = [
+        (d, f"One of the special magic numbers for {k} is: {v}.")
+        for d, k, v in zip(depths, keys, values, strict=True)
+    ]
+    text = "Some special magic numbers are hidden within the following text.\n" + _insert(haystack, lines)
+    ask = "\nWhat is the special magic number for {0} mentioned in the text? "
+    ask += "The special magic number for {0} is:"
+    questions = zip(keys, values, depths, strict=True)
+    return Sample(text, tuple((ask.format(k), (v,), d) for k, v, d in questions))
+
+
+def _key_values(rng: random.Random, haystack: Sequence[str], depths: Sequence[float]) -> Sample:
+    count = max(len(depths), len(haystack))
+    keys, values = _keys(rng, min(count, 1000)), [_number(rng) for _ in range(min(count, 1000))]
+    lines = "\n".join(f'"{k}": "{v}",' for k, v in zip(keys, values, strict=True))
+    asked = [min(len(keys) - 1, int(d * len(keys))) for d in depths]
+    ask = '\nThe value of a key in the object above is asked.\nKey: "{0}"\nValue: "'
+    questions = tuple((ask.format(keys[i]), (values[i],), d) for i, d in zip(asked, depths, strict=True))
+    return Sample("A JSON object:\n{\n" + lines + "\n}", questions)
+
+
+def _variables(rng: random.Random, haystack: Sequence[str], depths: Sequence[float]) -> Sample:
+    """Chains of four assignments; the depth is that of the last one."""
+    lines: list[tuple[float, str]] = []
+    questions = []
+    for depth in depths:
+        names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(4)]
+        value = str(rng.randrange(10000, 100000))
+        lines.append((depth * 0.25, f"VAR {names[0]} = {value}."))
+        lines += [
+            (depth * (i + 2) / 5 if i < 3 else depth, f"VAR {names[i]} = VAR {names[i - 1]}.")
+            for i in range(1, 4)
+        ]
+        ask = f"\nFind all variables that are assigned the value {value} in the text. They are: "
+        questions.append((ask, tuple(names), depth))
+    text = "Memorize and track the chains of variable assignment in the following text.\n"
+    return Sample(text + _insert(haystack, sorted(lines)), tuple(questions))
+
+
+_Maker = Callable[[random.Random, Sequence[str], Sequence[float]], Sample]
+# name -> maker and the tokens an answer may take
+TASKS: dict[str, tuple[_Maker, int]] = {
+    "needle": (_needles, 12),
+    "multi-needle": (_needles, 12),
+    "key-value": (_key_values, 12),
+    "variables": (_variables, 30),
+}
+
+
+def make_sample(
+    task: str, tokenizer: Any, length: int, *, questions: int = 8, seed: int = 0, depth: float | None = None
+) -> Sample:
+    """A sample of `task` whose context has at most `length` tokens, and nearly that many.
+
+    Args:
+        questions: asked of it, their answers spread over the depths; "needle" hides and asks one.
+        depth: where the answer of a single question stands; None: spread, or drawn for one.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
+    if task == "needle":
+        questions = 1
+    rng = random.Random(f"{task}/{length}/{seed}")
+    if questions == 1:
+        depths = [rng.random() if depth is None else depth]
+    else:
+        depths = [(i + rng.random()) / questions for i in range(questions)]
+    state = rng.getstate()
+    unit = [s.strip() + "." for s in _NOISE.split(".") if s.strip()]
+
+    def build(sentences: int) -> Sample:
+        rng.setstate(state)
+        return TASKS[task][0](rng, [unit[i % len(unit)] for i in range(sentences)], depths)
+
+    low, high = 0, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = len(tokenizer(build(middle).context).input_ids) <= length
+        low, high = (middle, high) if fits else (low, middle)
+    sample = build(low)
+    if len(tokenizer(sample.context).input_ids) > length:
+        raise ValueError(f"{length} tokens are too few for task {task!r} with {questions} questions")
+    return sample
+
+
+@torch.no_grad()
+def answer_questions(
+    model: Any, tokenizer: Any, sample: Sample, new_tokens: int, config: MobaConfig | None
+) -> list[str]:
+    """Greedy answers: the context is read once, each question on top of it; MoBA in both (None: dense)."""
+    from transformers import DynamicCache
+
+    device = model.device
+    context: Tensor = tokenizer(sample.context, return_tensors="pt").input_ids.to(device)
+    answers = []
+    with attention(model, config):
+        cache = DynamicCache(config=model.config)
+        model.base_model(input_ids=context, past_key_values=cache)
+        for question, _, _ in sample.questions:
+            ids = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+            new: list[int] = []
+            added = 0
+            for _ in range(new_tokens):
+                hidden = model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
+                added += ids.shape[1]
+                new.append(int(model.get_output_embeddings()(hidden).argmax()))
+                if new[-1] == tokenizer.eos_token_id:
+                    break
+                ids = torch.tensor([[new[-1]]], device=device)
+            cache.crop(-added)
+            answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
+
+
+def run_task(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    length: int,
+    config: MobaConfig | None = None,
+    *,
+    contexts: int = 4,
+    questions: int = 8,
+    seed: int = 0,
+    store: Store | None = None,
+) -> TaskScore:
+    """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense)."""
+    store = Store(None, {}) if store is None else store
+    name = "dense" if config is None else str(sorted(config.to_dict().items()))
+    marks: list[list[float]] = []
+    for i in progress(range(contexts), f"{task} {length}"):
+
+        def one(number: int = i) -> list[list[float]]:
+            sample = make_sample(task, tokenizer, length, questions=questions, seed=seed + number)
+            answers = answer_questions(model, tokenizer, sample, TASKS[task][1], config)
+            asked = zip(sample.questions, answers, strict=True)
+            return [[depth, score_answer(answer, expected)] for (_, expected, depth), answer in asked]
+
+        marks += store.get(f"{task}/{length}/{questions}/{seed + i}/{name}", one)
+    score = sum(mark for _, mark in marks) / len(marks)
+    return TaskScore(
+        task, length, len(marks), score, *wilson(score, len(marks)), tuple((d, m) for d, m in marks)
+    )

@@ -1,0 +1,60 @@
+"""The "mass" gate: blocks scored by an estimate of their attention mass. Opt-in, and not the paper's MoBA.
+
+The paper scores a block by `q . mean(keys)`. What a query loses by leaving a block out is its share of the
+softmax, `log sum_k exp(scale * q . k)`, and two things make the mean a poor stand-in for it in a model that
+was not trained with MoBA: keys spread around their mean, and single tokens with small keys and next to no
+value, on which many heads rest ("hidden sinks"), vanish in a mean. So this gate cuts a block in parts of
+`PART` keys and takes
+
+    part  = log n + scale * q . mean + f(scale^2 * sum_d q_d^2 * var_d)     n keys in the part
+    score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key of least norm
+
+where `f(v) = v / 2` is the cumulant of a normal spread and `f(v) = sqrt(2 v log n) - log n` for
+`v > 2 log n`, as n samples cannot reach further (the random energy model). A block costs
+`2 * parts + 1` dot products, held in fp32 (fp64); what they need depends on its keys alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moba_hf.reference import accumulate_dtype, part_size
+
+
+class MassGate:
+    """Scores of the complete blocks of one sequence's keys.
+
+    Legend: H query heads, HK kv heads, D head dim, M queries of a chunk.
+
+    Args:
+        k: `(HK, N, D)`.
+        block_size: tokens in a block.
+        scale: factor of the scores in the softmax.
+    """
+
+    def __init__(self, k: Tensor, block_size: int, scale: float):
+        count, size = k.shape[1] // block_size, part_size(block_size)
+        keys = k[:, : count * block_size].to(accumulate_dtype(k.dtype))
+        parts = keys.unflatten(1, (count, block_size // size, size))
+        self.mean = parts.mean(3).transpose(1, 2) * scale  # (HK, parts, blocks, D)
+        self.var = parts.var(3, unbiased=False).transpose(1, 2) * scale**2
+        blocks = keys.unflatten(1, (count, block_size))
+        least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
+        self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
+        self.log_size = math.log(size)
+
+    def scores(self, q: Tensor, columns: int) -> Tensor:
+        """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
+        queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
+        squares = queries.square()
+        total = queries @ self.smallest[:, :columns].transpose(1, 2)
+        for part in range(self.mean.shape[1]):
+            score = queries @ self.mean[:, part, :columns].transpose(1, 2)
+            spread = squares @ self.var[:, part, :columns].transpose(1, 2)
+            far = (2 * self.log_size * spread).sqrt_() - self.log_size
+            score += torch.where(spread <= 2 * self.log_size, spread / 2, far) + self.log_size
+            total = torch.logaddexp(total, score)
+        return total.view(q.shape[0], q.shape[1], columns)

@@ -1,0 +1,245 @@
+"""Pictures of what MoBA does: chosen blocks, recall, needles, loss against key budget, loss by position.
+
+Each function takes results and returns a matplotlib figure (extra `plot`). Figures have no background of
+their own and mid-tone colours, so that they read on light and on dark pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.config import LayerConfig
+from moba_hf.evaluate.passes import family_of, watch
+from moba_hf.evaluate.perplexity import Perplexity
+from moba_hf.evaluate.recall import Recall, chosen_mask
+from moba_hf.evaluate.run import load, read_ids
+from moba_hf.evaluate.tasks import TaskScore
+from moba_hf.ops import select_blocks
+
+_INK = "#808890"  # text and axes: contrast of about 4 on white and 5 on near-black
+_COLORS = ("#3b8fd4", "#e07b39", "#3fa66a", "#b565c9", "#c9a227", "#d1495b")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "moba-hf[plot]"') from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style: Any = {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
+    with matplotlib.rc_context(style | {"axes.edgecolor": _INK, "font.size": 10}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, columns)
+    figure.patch.set_alpha(0)
+    for ax in [axes] if columns == 1 else axes:
+        ax.patch.set_alpha(0)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+        ax.title.set_color(_INK)
+    return figure, axes
+
+
+def _legend(ax: Any) -> None:
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
+def _colorbar(figure: Any, image: Any, ax: Any, label: str) -> None:
+    bar = figure.colorbar(image, ax=ax)
+    bar.set_label(label, color=_INK)
+    bar.ax.tick_params(colors=_INK)
+    bar.outline.set_visible(False)
+
+
+def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: str = "") -> Any:
+    """Which blocks each query of one head attends; forced blocks, own block and chosen ones in own colours.
+
+    Args:
+        q: `(H, N, D)`, k: `(HK, N, D)` of one layer, as `moba_hf.evaluate.passes.watch` shows them.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    group = q.shape[0] // k.shape[0]
+    choice = select_blocks(
+        q[head : head + 1].transpose(0, 1),
+        k[head // group : head // group + 1].transpose(0, 1),
+        block_size=rule.block_size,
+        topk=rule.topk,
+        sink_blocks=rule.sink_blocks,
+        local_blocks=rule.local_blocks,
+        gate=rule.gate,
+    )
+    blocks = -(-k.shape[1] // rule.block_size)
+    chosen = chosen_mask(choice, blocks)[0].cpu()
+    own = (torch.arange(q.shape[1]) // rule.block_size)[:, None]
+    column = torch.arange(blocks)
+    kind = chosen.int()
+    kind[chosen & ((column < rule.sink_blocks) | (column >= own - rule.local_blocks))] = 2
+    kind[chosen & (column == own)] = 3
+    rows = max(1, q.shape[1] // 512)  # every pixel row is one query
+    figure, ax = _figure(6.6, 5.2)
+    colors = ("#80889018", _COLORS[0], _COLORS[1], _COLORS[2])
+    extent = (-0.5, blocks - 0.5, q.shape[1], 0)
+    ax.imshow(
+        kind[::rows].numpy(),
+        aspect="auto",
+        cmap=ListedColormap(colors),
+        vmin=0,
+        vmax=3,
+        interpolation="nearest",
+        extent=extent,
+    )
+    ax.set_xlabel(f"block of {rule.block_size} keys")
+    ax.set_ylabel("query position")
+    ax.set_title(title or f"Blocks attended by head {head}")
+    names = ("not attended", "chosen by score", "first and neighbour", "own")
+    handles = [Patch(color=c, label=n) for c, n in zip(colors[1:], names[1:], strict=True)]
+    ax.legend(handles=handles, frameon=False, labelcolor=_INK, loc="upper right")
+    return figure
+
+
+def plot_recall(result: Recall) -> Any:
+    """Attention mass reached by layer and head, and the part of the oracle's that is missing."""
+    mass, oracle = torch.tensor(result.mass), torch.tensor(result.oracle)
+    height = max(3.2, 0.17 * len(result.layers) + 1.2)
+    figure, (left, right) = _figure(8.4, height, columns=2)
+    for ax, values, title, cmap in (
+        (left, mass, "mass of the chosen blocks", "viridis"),
+        (right, oracle - mass, "missing to the oracle", "magma"),
+    ):
+        image = ax.imshow(values.numpy(), aspect="auto", cmap=cmap, vmin=0, vmax=1 if ax is left else None)
+        ax.set_title(title)
+        ax.set_xlabel("head")
+        ax.set_xticks(range(values.shape[1]))
+        step = max(1, len(result.layers) // 10)
+        ax.set_yticks(range(0, len(result.layers), step), [str(i) for i in result.layers[::step]])
+        _colorbar(figure, image, ax, "attention mass")
+    left.set_ylabel("layer")
+    return figure
+
+
+def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5) -> Any:
+    """Scores by length and depth; empty cells had no question."""
+    lengths = sorted({s.length for s in scores})
+    sums, counts = torch.zeros(bins, len(lengths)), torch.zeros(bins, len(lengths))
+    for score in scores:
+        for depth, mark in score.by_depth:
+            row = min(bins - 1, int(depth * bins))
+            sums[row, lengths.index(score.length)] += mark
+            counts[row, lengths.index(score.length)] += 1
+    means = sums / counts  # NaN where nothing was asked
+    figure, ax = _figure(1.2 * len(lengths) + 3.2, 3.8)
+    image = ax.imshow(means.numpy(), aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
+    ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    ax.set_yticks(range(bins), [f"{i / bins:.0%} - {(i + 1) / bins:.0%}" for i in range(bins)])
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("depth")
+    ax.set_title(", ".join(sorted({s.task for s in scores})))
+    for i in range(bins):
+        for j in range(len(lengths)):
+            if counts[i, j]:
+                text = f"{float(means[i, j]):.0%}\nn={int(counts[i, j])}"
+                ink = "#202428" if 0.15 < means[i, j] < 0.85 else "#f4f6f8"
+                ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
+    _colorbar(figure, image, ax, "score")
+    return figure
+
+
+def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets: Sequence[float] = ()) -> Any:
+    """Rise of the loss against the key budget, one line per name.
+
+    Args:
+        curves: name -> `(key budget, rise in nats)`.
+        targets: rises to mark with a thin line.
+    """
+    figure, ax = _figure()
+    for i, (name, points) in enumerate(curves.items()):
+        x, y = zip(*sorted(points), strict=True)
+        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        ax.plot([100 * v for v in x], y, label=name, **style)
+    for target in targets:
+        ax.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
+    ax.set_xscale("log")
+    ax.set_yscale("symlog", linthresh=0.01)
+    ticks = [5, 10, 25, 50, 100]
+    ax.set_xticks(ticks, [f"{t} %" for t in ticks])
+    ax.minorticks_off()
+    values = [y for points in curves.values() for _, y in points]
+    marks = [t for t in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1) if t <= 1.5 * max([*values, 0.01])]
+    ax.set_yticks(marks, [f"{t:g}" for t in marks])
+    ax.set_ylim(bottom=min(-0.002, *values))
+    ax.set_xlabel("key budget")
+    ax.set_ylabel("rise of the loss (nats)")
+    _legend(ax)
+    return figure
+
+
+def plot_positions(results: Mapping[str, Perplexity]) -> Any:
+    """Loss by position in the text, one line per name."""
+    figure, ax = _figure()
+    for i, (name, result) in enumerate(results.items()):
+        x = [(begin + end) / 2 for begin, end, _ in result.buckets]
+        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        ax.plot(x, [mean for *_, mean in result.buckets], label=name, **style)
+    ax.set_xlabel("position (tokens)")
+    ax.set_ylabel("loss (nats per token)")
+    _legend(ax)
+    return figure
+
+
+def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
+    """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
+    from moba_hf.attention import moba_config
+
+    model, tokenizer = load(checkpoint)
+    adapter, text_config = family_of(model)
+    rule = moba_config(text_config).for_layer(layer, adapter.num_layers(text_config))
+    if rule is None:
+        raise ValueError(f"layer {layer} keeps full attention")
+    seen: list[Tensor] = []
+
+    def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, _scale: float) -> None:
+        if index == layer:
+            seen.extend((q, k))
+
+    watch(model, read_ids(tokenizer, text, length), probe)
+    if not seen or not 0 <= head < seen[0].shape[0]:
+        raise ValueError(f"layer {layer} with head {head} does not run MoBA in this model")
+    return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
+
+
+def from_json(kind: str, path: str) -> Any:
+    """The figure `kind` from a JSON file that `moba-hf eval` or `calibrate` wrote.
+
+    Raises:
+        ValueError: unknown kind, or a file without such results.
+    """
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        if kind == "budget":
+            curve = {"local cost": [(p["keys"], p["cost"]) for p in values["curve"]]}
+            measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
+            return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
+        if kind == "positions":
+            by_setting = next(iter(values["perplexity"].values()))
+            return plot_positions({name: Perplexity(**one) for name, one in by_setting.items()})
+        if kind == "recall":
+            return plot_recall(Recall(**next(iter(next(iter(values["recall"].values())).values()))))
+        if kind == "needles":
+            names = {k for t in values["tasks"] for k in t} - {"setting"}
+            setting = values["tasks"][-1]["setting"]
+            chosen = [t for t in values["tasks"] if t["setting"] == setting]
+            return plot_needles([TaskScore(**{k: t[k] for k in names}) for t in chosen])
+    except (KeyError, StopIteration, IndexError):
+        raise ValueError(f"{path} holds no results for {kind!r}") from None
+    raise ValueError(f"unknown kind {kind!r}; known are routing, recall, needles, budget, positions")

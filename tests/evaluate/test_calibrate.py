@@ -1,0 +1,151 @@
+"""Calibration finds planted answers, keeps its budget, and a stopped run goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from moba_hf import MobaConfig
+from moba_hf import calibrate as calibration
+from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
+from moba_hf.config import LayerConfig
+from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
+from moba_hf.reference import attend_ref, select_blocks_ref
+
+
+def planted_model() -> Any:
+    """Layers 0 and 2 hardly write to the residual stream, so only layer 1 is worth keys."""
+    model = tiny_model()
+    for layer in (0, 2):
+        model.model.layers[layer].self_attn.o_proj.weight.data *= 1e-3
+    return model
+
+
+def test_calibration_gives_the_keys_to_the_layer_that_matters() -> None:
+    model, texts = planted_model(), [tiny_ids(256, seed) for seed in (1, 2)]
+    found = calibrate(model, texts, keys=0.4, block_sizes=(8, 16), trailing=128, samples=16)
+    share = {
+        i: 1.0 if rule is None else rule.max_keys / 256
+        for i, rule in enumerate(found.config.for_layer(i, 3) for i in range(3))
+    }
+    assert share[1] > 2 * max(share[0], share[2])
+    assert found.config.key_budget(256, 3) <= 0.4
+    even = MobaConfig(found.config.block_size, int(0.4 * 256 / found.config.block_size), 1, 1)
+    tail = [calibration._tail(model, ids, c, 128) for ids in texts for c in (None, even)]
+    assert max(abs(tail[1] - tail[0]), abs(tail[3] - tail[2])) > 3 * max(map(abs, found.chosen.rise))
+
+
+def test_an_allowed_loss_is_kept_with_fewer_than_all_keys() -> None:
+    model, texts = planted_model(), [tiny_ids(256)]
+    found = calibrate(model, texts, max_loss=0.05, block_sizes=(8,), trailing=128, samples=16)
+    assert found.chosen.worst is not None
+    assert found.chosen.worst <= 0.05
+    assert found.chosen.keys < 1
+    assert "local cost" in found.report()
+    assert [p.keys for p in found.curve] == sorted(p.keys for p in found.curve)
+
+
+def test_allocation_is_optimal_on_a_small_table() -> None:
+    table = {0: {2: 4.0, 4: 1.0}, 1: {2: 0.1, 4: 0.05}, 2: {2: 9.0, 4: 8.0}}
+    costs = LocalCosts(LayerConfig(8, 1), 64, table)
+    picked, total = allocate(costs, (2 + 4 + 8) / 24)
+    assert picked == {0: 4, 1: 2, 2: 8}
+    assert total == pytest.approx(1.1)
+    config = config_of(costs, picked, 4)
+    assert config.for_layer(2, 4) is None
+    assert config.for_layer(3, 4) is None  # not measured: it stays full
+    assert config.for_layer(0, 4) == LayerConfig(8, 4)
+    assert allocate(costs, 1.0)[0] == {0: 8, 1: 8, 2: 8}
+    assert allocate(costs, 0.01)[0] == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize("gate", ["mean", "mass"])
+def test_local_errors_are_those_of_the_reference(gate: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(4, 60, 16) * 2, torch.randn(2, 60, 16) * 2, torch.randn(2, 60, 12)
+    project = torch.nn.Linear(48, 20, bias=False)
+    positions = torch.tensor([10, 31, 59])
+    with torch.no_grad():
+        errors = output_errors(
+            q[:, positions], k, v, positions, LayerConfig(8, 3, 1, 1, gate), [3, 5, 99], 0.25, project
+        )
+        packed = [x.transpose(0, 1) for x in (q, k, v)]
+        out = {}
+        for topk in (3, 5, 8):
+            choice = select_blocks_ref(
+                *packed[:2],
+                block_size=8,
+                topk=topk,
+                sink_blocks=1,
+                local_blocks=1,
+                gate=gate,
+                softmax_scale=0.25,
+            )
+            out[topk] = project(
+                attend_ref(*packed, choice, block_size=8, softmax_scale=0.25)[0][positions].flatten(1)
+            )
+        expected = [float((out[topk] - out[8]).square().sum(1).mean()) for topk in (3, 5)]
+    assert errors[:2] == pytest.approx(expected, rel=1e-3)
+    assert errors[2] == pytest.approx(0, abs=1e-9)
+
+
+def test_sensitivities_leave_the_model_alone_and_see_a_deaf_layer() -> None:
+    model = tiny_model()
+    weights = [p.requires_grad for p in model.parameters()]
+    found = sensitivities(model, tiny_ids(64))
+    assert set(found) == {0, 1, 2}
+    assert all(value > 0 for value in found.values())
+    assert [p.requires_grad for p in model.parameters()] == weights
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_stopped_run_goes_on_without_repeating_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts, store = planted_model(), [tiny_ids(128)], tmp_path / "store.json"
+    settings: dict[str, Any] = {"block_sizes": (8,), "trailing": 64, "samples": 8, "store": store}
+    passes = []
+    real = calibration._tail
+
+    def counted(*args: Any) -> float:
+        passes.append(args)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calibration, "_tail", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, texts, keys=0.5, **settings)
+    again = calibrate(model, texts, keys=0.5, **settings)
+    assert len(passes) == 3  # dense, the one that was stopped, the same again
+    monkeypatch.undo()
+    assert again == calibrate(model, texts, keys=0.5, **{**settings, "store": None})
+    with pytest.raises(ValueError, match="other settings"):
+        calibrate(model, [tiny_ids(128, 5)], keys=0.5, **settings)
+
+
+def test_bad_arguments_are_refused() -> None:
+    model, ids = tiny_model(), tiny_ids(64)
+    for settings in ({}, {"keys": 0.5, "max_loss": 0.1}, {"keys": 0.0}, {"keys": 1.5}, {"max_loss": -1.0}):
+        with pytest.raises(ValueError):
+            calibrate(model, [ids], **settings)
+    with pytest.raises(ValueError, match="one length"):
+        calibrate(model, [ids, tiny_ids(32)], keys=0.5)
+
+
+def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    config = MobaConfig(8, 4, 1, 1, layers={"1": {"topk": 6}}, gate="mass")  # type: ignore[arg-type]
+    write_settings(tmp_path, config)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["attn_implementation"] == "moba"
+    assert MobaConfig.from_dict(values["moba"]) == config
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "moba"
+    with pytest.raises(ValueError, match="layer 7"):
+        write_settings(tmp_path, MobaConfig(8, 4, full_attention_layers=(7,)))
+    assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == []

@@ -1,0 +1,88 @@
+"""Tasks are the same for the same seed, hold what they ask for, and are scored as RULER scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from moba_hf import MobaConfig, use_moba
+from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer
+from moba_hf.evaluate.tasks import answer_questions, wilson
+
+
+class Bytes:
+    """A tokenizer of bytes, folded into 97 ids."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> Any:
+        ids = [b % 97 for b in text.encode()]
+        return type("Ids", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(i + 32) for i in ids)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_fit_their_length_and_hold_their_answers(task: str) -> None:
+    sample = make_sample(task, Bytes(), 4000, questions=4, seed=3)
+    assert 3800 < len(sample.context.encode()) <= 4000
+    assert len(sample.questions) == (1 if task == "needle" else 4)
+    for _, expected, depth in sample.questions:
+        assert all(sample.context.count(text) >= 1 for text in expected)
+        if task != "variables":
+            assert sample.context.find(expected[0]) / len(sample.context) == pytest.approx(depth, abs=0.1)
+    assert sample == make_sample(task, Bytes(), 4000, questions=4, seed=3)
+    assert sample != make_sample(task, Bytes(), 4000, questions=4, seed=4)
+
+
+def test_a_needle_stands_where_it_is_put() -> None:
+    for depth in (0.0, 0.5, 1.0):
+        sample = make_sample("needle", Bytes(), 3000, depth=depth)
+        place = sample.context.index(sample.questions[0][1][0]) / len(sample.context)
+        assert place == pytest.approx(depth, abs=0.08)
+
+
+def test_scores_and_intervals() -> None:
+    assert score_answer("they are ABC and def.", ("abc", "DEF")) == 1.0
+    assert score_answer("abc", ("abc", "def")) == 0.5
+    low, high = wilson(0.8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-3)
+    assert wilson(0.0, 5)[0] == 0.0
+
+
+def test_answers_are_those_of_reading_context_and_question_at_once() -> None:
+    model, tokenizer = tiny_model(), Bytes()
+    sample = make_sample("multi-needle", tokenizer, 700, questions=2)
+    answers = answer_questions(model, tokenizer, sample, 3, None)
+    for (question, _, _), answer in zip(sample.questions, answers, strict=True):
+        ids = tokenizer(sample.context + question, return_tensors="pt").input_ids
+        mask = torch.ones_like(ids)  # id 0 is a byte like any other
+        new = model.generate(
+            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert answer == tokenizer.decode(new[0, -3:].tolist())
+
+
+def test_tasks_see_moba_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+    model, tokenizer, config = tiny_model(), Bytes(), MobaConfig(16, 2)
+    sample = make_sample("needle", tokenizer, 600)
+    answer = answer_questions(model, tokenizer, sample, 4, config)
+    assert answer != answer_questions(model, tokenizer, sample, 4, None)
+    with use_moba(model, config):
+        ids = tokenizer(sample.context, return_tensors="pt").input_ids
+        assert model(ids).logits.shape[1] == ids.shape[1]
+    store = Store(tmp_path / "tasks.json", {"model": "tiny"})
+    first = run_task(model, tokenizer, "needle", 600, config, contexts=2, store=store)
+    kept = Store(tmp_path / "tasks.json", {"model": "tiny"})
+    assert run_task(None, tokenizer, "needle", 600, config, contexts=2, store=kept) == first
+    assert first.samples == 2
+
+
+def test_unknown_tasks_and_too_short_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="needle, multi-needle"):
+        make_sample("poem", Bytes(), 100)
+    with pytest.raises(ValueError, match="too few"):
+        make_sample("multi-needle", Bytes(), 100)

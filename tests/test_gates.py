@@ -1,0 +1,137 @@
+"""The mass gate: its scores against brute force, its path against its reference, its place in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
+from moba_hf.gates import MassGate
+from moba_hf.reference import mass_gate_ref
+
+
+def qkv(length: int, heads: int, kv_heads: int, dim: int = 16, dtype: torch.dtype = torch.float32) -> list:
+    torch.manual_seed(0)
+    return [2 * torch.randn(length, h, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize(("block_size", "kv_heads"), [(1, 2), (7, 1), (16, 4), (32, 2), (48, 1)])
+def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> None:
+    q, k, _ = qkv(100, 4, kv_heads, dtype=torch.float64)
+    scores = MassGate(k.transpose(0, 1), block_size, 0.3).scores(q.transpose(0, 1), 100 // block_size)
+    assert torch.allclose(scores.transpose(0, 1), mass_gate_ref(q, k, block_size, 0.3))
+    size = 16 if block_size % 16 == 0 else block_size
+    for head, t, block in ((0, 99, 0), (3, 57, 1), (2, 98, 100 // block_size - 1)):
+        keys = k[block * block_size : (block + 1) * block_size, head * kv_heads // 4]
+        x = q[t, head]
+        terms = [math.exp(0.3 * float(x @ min(keys, key=lambda key: float(key @ key))))]
+        for part in keys.split(size):
+            center = part.mean(0)
+            spread = 0.09 * float((x**2 * ((part - center) ** 2).mean(0)).sum())
+            reach = math.log(size)
+            gain = spread / 2 if spread <= 2 * reach else math.sqrt(2 * spread * reach) - reach
+            terms.append(size * math.exp(0.3 * float(x @ center) + gain))
+        assert float(scores[head, t, block]) == pytest.approx(math.log(sum(terms)), rel=1e-9)
+
+
+def test_blocks_of_one_key_are_scored_exactly() -> None:
+    q, k, _ = qkv(30, 2, 1, dtype=torch.float64)
+    scores = MassGate(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
+    exact = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * 0.25 + math.log(
+        2
+    )  # the key counts as mean and as itself
+    assert torch.allclose(scores, exact)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "topk", "sink", "local"), [(7, 3, 0, 0), (16, 4, 1, 1), (32, 3, 0, 1), (1, 6, 2, 1)]
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_portable_is_the_reference(
+    block_size: int, topk: int, sink: int, local: int, heads: int, kv_heads: int
+) -> None:
+    q, k, v = qkv(150, heads, kv_heads, dtype=torch.float64)
+    cu = torch.tensor([0, 40, 40, 150], dtype=torch.int32)
+    rule = {"block_size": block_size, "topk": topk, "sink_blocks": sink, "local_blocks": local}
+    for packing in ({}, {"cu_seqlens_q": cu}):
+        given = {**rule, **packing, "gate": "mass"}
+        chosen = [select_blocks(q, k, **given, backend=b).sort(2).values for b in ("portable", "reference")]
+        assert torch.equal(*chosen)
+        out = [moba_attention(q, k, v, **given, backend=b) for b in ("portable", "reference")]
+        assert torch.allclose(*out)
+    if block_size > 1:  # else both gates rank keys by q . k
+        assert not torch.allclose(out[0], moba_attention(q, k, v, **rule, cu_seqlens_q=cu))
+
+
+def test_what_follows_from_the_rule_holds() -> None:
+    q, k, v = qkv(96, 4, 2)
+    mass = {"block_size": 16, "gate": "mass"}
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
+    assert torch.allclose(moba_attention(q, k, v, topk=6, **mass), dense, atol=1e-5)
+    own = moba_attention(q, k, v, topk=1, block_size=16)
+    assert torch.allclose(moba_attention(q, k, v, topk=1, **mass), own, atol=1e-6)
+    whole = moba_attention(q, k, v, topk=3, **mass)
+    assert torch.allclose(moba_attention(q[50:], k, v, topk=3, **mass), whole[50:], atol=1e-5)
+    changed = k.clone()
+    changed[70] += 5
+    assert torch.equal(moba_attention(q, changed, v, topk=3, **mass)[:70], whole[:70])
+
+
+def test_a_hidden_sink_is_found_where_the_mean_misses_it() -> None:
+    """One key near zero that wins against keys which all point away, as in layers 3 to 10 of SmolLM2."""
+    torch.manual_seed(0)
+    q = torch.randn(64, 1, 16) * 0.1 + 3
+    k = torch.randn(64, 1, 16) * 0.1 - 3
+    k[20] = 0.0
+    rule = {"block_size": 8, "topk": 2}
+    assert (select_blocks(q, k, **rule, gate="mass")[32:] == 2).any(2).all()
+    k[20:22] -= 0.5  # the mean of the block is no better than any other now
+    k[22] -= 4
+    assert (select_blocks(q, k, **rule, gate="mass")[32:] == 2).any(2).all()
+    assert not (select_blocks(q, k, **rule)[32:] == 2).any()
+
+
+def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2), dtype=torch.float32
+    )
+    for name, parameter in model.named_parameters():
+        parameter.data *= 20 if "q_proj" in name or "k_proj" in name else 1
+    ids = torch.randint(0, 50, (1, 120))
+    mass = MobaConfig(8, 3, layers={"1": {"gate": "mass"}})  # type: ignore[arg-type]
+    assert MobaConfig.from_dict(mass.to_dict()) == mass
+    assert mass.for_layer(0, 2).gate == "mean"
+    assert mass.for_layer(1, 2).gate == "mass"
+    with torch.no_grad():
+        with use_moba(model, mass):
+            out = model(ids).logits
+            padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], 1)
+            mask = (torch.arange(129) >= 9).long()[None]
+            left = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
+        with use_moba(model, MobaConfig(8, 3)):
+            mean = model(ids).logits
+        with use_moba(model, dataclasses.replace(mass, decode="sparse")):
+            cache = MobaCache(model.config)
+            model(ids[:, :100], past_key_values=cache)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+    assert torch.allclose(torch.cat(steps, 1), out[:, 100:], atol=1e-4)
+    assert torch.allclose(left[:, 9:], out, atol=1e-4)
+    assert not torch.allclose(out, mean, atol=1e-4)
+
+
+def test_what_has_no_kernel_and_what_is_unknown_is_refused() -> None:
+    q, k, v = qkv(32, 2, 1)
+    with pytest.raises(ValueError, match='no kernel for gate="mass"'):
+        moba_attention(q, k, v, block_size=8, topk=2, gate="mass", backend="triton")
+    with pytest.raises(ValueError, match="'mean', 'mass'"):
+        moba_attention(q, k, v, block_size=8, topk=2, gate="max")
+    with pytest.raises(ValueError, match="'mean', 'mass'"):
+        MobaConfig(8, 2, gate="max")
