@@ -68,17 +68,20 @@ def main() -> None:
     ids = document(AutoTokenizer.from_pretrained(OUT), args.tokens)
     length, layers = ids.shape[1], model.config.num_hidden_layers
     print(f"\nSmolLM2-135M-Instruct, {length} tokens of prose, {torch.get_num_threads()} CPU threads, fp32\n")
-    print(
+    header = (
         f"{'attention':<10} {'block/topk':>10} {'ppl':>7} {'ppl last 1/4':>13} {'key budget':>11} "
         f"{'of dense pairs':>15} {'prefill s':>10} {'same greedy tokens':>19}"
     )
     model.set_attn_implementation("sdpa")
+    print("reading with dense attention ...", file=sys.stderr)
     dense = read(model, ids, args.new_tokens)
     rows: list[tuple[str, MobaConfig | None, dict[str, Any]]] = [("dense", None, dense)]
     for name in PRESETS:
         moba = MobaConfig.from_preset(name)
+        print(f"reading with {name} ...", file=sys.stderr)
         with moba_hf.use_moba(model, moba):
             rows.append((name, moba, read(model, ids, args.new_tokens)))
+    print(header)
     for name, config, result in rows:
         losses = result["losses"]
         last = losses[-length // 4 :].mean().exp()

@@ -1,8 +1,9 @@
 """Tile choices, in one table, and the predicate that says whether a choice can run.
 
 A choice depends on what is known before the launch only (head dims, block size, dtype width, topk,
-capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 were
-measured there in bf16 at head_dim 128; the others keep the shared memory and registers of a tile alike.
+capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 come
+from prototypes in bf16 at head_dim 128 and are still to be measured with these kernels; the others keep the
+shared memory and registers of a tile alike.
 """
 
 from __future__ import annotations
