@@ -268,10 +268,14 @@ def _chunks(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, table: Tensor, block_size: int, scale: float
 ) -> Iterator[tuple[int, slice, slice, _Tiles]]:
     """(batch row, query slice, key slice, tiles) of every chunk of every sequence."""
-    num_heads, width = q.shape[1], max(q.shape[3], v.shape[3])
-    chunk = max(1, _PARTIAL_BUDGET // (num_heads * block_indices.shape[3] * width))
+    num_heads, topk, width = q.shape[1], block_indices.shape[3], max(q.shape[3], v.shape[3])
+    chunk = max(1, _PARTIAL_BUDGET // (num_heads * topk * width))
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]
+        if (
+            q_end - q_begin
+        ) * topk >= k_end - k_begin:  # gathers repay a copy with a head's keys side by side
+            keys, values = keys.contiguous(), values.contiguous()
         for start in range(q_begin, q_end, chunk):
             part = slice(start, min(q_end, start + chunk))
             first = (k_end - k_begin) - (q_end - start)
