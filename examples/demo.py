@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import moba_hf
 from moba_hf import MobaConfig
+from moba_hf.generation import common_tokens
 
 PRESETS = ("default", "fine", "paper-8k")
 OUT = Path("out/smollm2-moba")
@@ -48,11 +49,6 @@ def read(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
         step = model(torch.tensor([[continuation[-1]]]), past_key_values=cache)
         continuation.append(int(step.logits[0, -1].argmax()))
     return {"losses": torch.cat(losses), "seconds": seconds, "continuation": continuation}
-
-
-def agreement(first: list[int], second: list[int]) -> int:
-    """How many tokens two continuations share before they part."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first))
 
 
 def main() -> None:
@@ -88,7 +84,7 @@ def main() -> None:
         shape = "-" if config is None else f"{config.block_size}/{config.topk}"
         budget = 1.0 if config is None else config.key_budget(length, layers)
         share = 1.0 if config is None else config.pair_share(length, layers)
-        same = agreement(result["continuation"], dense["continuation"])
+        same = common_tokens(result["continuation"], dense["continuation"])
         print(
             f"{name:<10} {shape:>10} {losses.mean().exp():>7.2f} {last:>13.2f} "
             f"{budget:>11.1%} {share:>15.1%} {result['seconds']:>10.1f} {same:>12} of {args.new_tokens}"

@@ -71,7 +71,7 @@ class MobaConfig:
             rule of prefill, best with a `MobaCache`, which keeps the means of blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
-        backend: "auto" or a name of `moba_hf.ops.BACKENDS`. A choice of the machine: never saved.
+        backend: "auto" or a name of `moba_hf.backends.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
             `sink_blocks`, `local_blocks`, `gate` for that layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
