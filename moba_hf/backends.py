@@ -164,9 +164,8 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-# What "auto" tries, in order. "triton" joins once its GPU tests have been run on the hardware: until then it
-# is there by name, correct under Triton's interpreter and compiled for it, but not run on it.
-_AUTO: tuple[str, ...] = ("portable",)
+# What "auto" tries before "portable", by device type. Triton's interpreter runs on CPU tensors by name only.
+_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
 _loaded: dict[str, Backend] = {}
 
@@ -190,7 +189,8 @@ def _ensure_loaded(name: str) -> bool:
 def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
     """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs."""
     if name == "auto":
-        return next((each for each in _AUTO if _why_not(each, q, k, v, block_size) is None), "portable")
+        tried = _AUTO.get(q.device.type, ())
+        return next((each for each in tried if _why_not(each, q, k, v, block_size) is None), "portable")
     reason = _why_not(name, q, k, v, block_size)
     if reason is not None:
         raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
