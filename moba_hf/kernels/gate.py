@@ -63,7 +63,7 @@ def select_blocks(
     choice = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
     if choice.numel() == 0 or table.shape[0] == 0:
         return choice
-    tile = tuning.GATE
+    tile = tuning.gate_tile(padded(q.shape[3]), tuning.capability(q.device))
     _, tokens = head_split(q.shape[1] // k.shape[1], tile.m)
     plan = make_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens)
     scored = topk > 1 + sink_blocks + local_blocks
@@ -83,7 +83,7 @@ def gate(
 ) -> None:
     """Writes `choice (batch, q_len, H, topk)`, full of -1 before, from `means (HK, NB, D)`."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], means.shape[0]
-    topk, tile = choice.shape[3], tuning.GATE
+    topk, tile = choice.shape[3], tuning.gate_tile(padded(head_dim), tuning.capability(q.device))
     count = topk - 1 - sink_blocks - local_blocks
     known, exact = tuning.gate_levels(count, plan.max_blocks, tile.n)
     if levels is not None:
@@ -309,23 +309,24 @@ def _gate_fwd_kernel(
             mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
             levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             whole = columns // BLOCK_N
+            scanned = 0
             positive = False
             if whole > 0:
-                mean = _load_means(mean_ptr + mean_offset, dim, HEAD_DIM, EVEN_DIM)
-                scores = dot(q, mean)
+                scores = dot(q, _load_means(mean_ptr + mean_offset, dim, HEAD_DIM, EVEN_DIM))
                 levels = _insert(levels, _sortable(scores, 0, TILE_BITS), LEVELS)
                 enough = tl.sum((scores > 0.0).to(tl.int32), 1) >= COUNT
                 positive = tl.min((enough | (there == 0)).to(tl.int32), 0) > 0
-            if positive:  # two loops without masks, which would cost a sixth of the scan
+                scanned = 1
+            if positive:
                 for tile in tl.range(1, whole, num_stages=STAGES):
                     at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
-                    mean = _load_means(at, dim, HEAD_DIM, EVEN_DIM)
-                    levels = _insert(levels, _sortable_positive(dot(q, mean), tile, TILE_BITS), LEVELS)
-            else:
-                for tile in tl.range(1, whole, num_stages=STAGES):
-                    at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
-                    mean = _load_means(at, dim, HEAD_DIM, EVEN_DIM)
-                    levels = _insert(levels, _sortable(dot(q, mean), tile, TILE_BITS), LEVELS)
+                    scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
+                    levels = _insert(levels, _sortable_positive(scores, tile, TILE_BITS), LEVELS)
+                scanned = whole
+            for tile in tl.range(scanned, whole, num_stages=STAGES):  # masks would cost a sixth of the scan
+                at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
+                scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
+                levels = _insert(levels, _sortable(scores, tile, TILE_BITS), LEVELS)
             for tile in range(whole, tl.cdiv(columns, BLOCK_N)):
                 inside = (tile * BLOCK_N + column < columns)[None, :]
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset

@@ -85,7 +85,9 @@ RESIDENT_TILES = 16
 # Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
 HOPPER_OWN = Tile(128, 64, 4, 4)
 HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
-HOPPER_RESIDENT = Tile(192, 128, 4, 2)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
+HOPPER_RESIDENT = Tile(
+    192, 128, 4, 2
+)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
 # What `own` runs beside HOPPER_OWN, for incomplete blocks in the same tiles of queries.
 OWN_PARTIAL = Tile(128, 64, 8, 2)
 
@@ -102,6 +104,15 @@ def capability(device: torch.device) -> tuple[int, int]:
 def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> bool:
     """Whether `programs` programs of `memory` bytes of shared memory each fit a processor."""
     return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
+
+
+def gate_tile(head_dim: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the gate; `head_dim` padded. Fewer stages where shared memory is small."""
+    for stages in range(GATE.stages, 1, -1):
+        tile = Tile(GATE.m, GATE.n, GATE.warps, stages)
+        if fits(tile.shared_memory((head_dim, 0), 2), device_capability):
+            return tile
+    return Tile(GATE.m, GATE.n, GATE.warps, 1)
 
 
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
