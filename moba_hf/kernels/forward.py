@@ -44,6 +44,7 @@ def attend(
     resident: bool | None = None,
     use_decode: bool | None = None,
     use_hopper: bool | None = None,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
 
@@ -57,6 +58,7 @@ def attend(
         resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
         use_decode: use the decode kernel; None: for few queries.
         use_hopper: False: no Gluon kernels; None: where `hopper.available`.
+        by_row: row r of the table is batch row r, for every r: the decode kernel writes every row.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if softmax_scale <= 0:  # kernels take the largest score before scaling
@@ -67,7 +69,9 @@ def attend(
     if use_decode is None:
         use_decode = decode.takes(q, topk, max_seqlen_q, block_size)
     if use_decode and q.numel() > 0:
-        return decode.decode_attention(q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale)
+        return decode.decode_attention(
+            q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale, by_row=by_row
+        )
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
     budget = tuning.WORKSPACE if workspace is None else workspace
     rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)

@@ -34,6 +34,8 @@ DECODE_QUERIES = 16
 DECODE_PARTIALS = 1 << 20
 # Keys that one program of the decode kernel attends; longer blocks are split.
 DECODE_SEGMENT = 512
+# Full attention of a few queries: programs per processor that the keys are split for, and most splits.
+DENSE_DECODE_PROGRAMS, DENSE_DECODE_SPLITS = 2, 128
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ _ROUTED = (
     Tile(16, 16, 4, 1),
 )
 _ROUTED_LONG = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED)
+_DENSE_DECODE = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 _RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
 # Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
 RESIDENT_TILES = 16
@@ -118,6 +121,14 @@ def gate_tile(head_dim: int, device_capability: tuple[int, int]) -> Tile:
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
     return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
+
+
+def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of full attention of a few queries; two programs to a processor hide each other's waits."""
+    for tile in _DENSE_DECODE:
+        if fits(tile.shared_memory(dims, itemsize), device_capability, DENSE_DECODE_PROGRAMS):
+            return tile
+    return _DENSE_DECODE[-1]
 
 
 def routed_tile(
