@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,14 @@ def test_rows_reach_what_the_paper_shows() -> None:
 def test_what_it_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(**options)  # type: ignore[arg-type]
+
+
+def test_time_to_first_token_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "benchmarks" / "bench_ttft.py"
+    command = [sys.executable, str(script), "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| 3,000 | yes |" in (tmp_path / "bench_ttft.md").read_text()
 
 
 class TestTheGate:
