@@ -82,6 +82,13 @@ _RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
 # Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
 RESIDENT_TILES = 16
 
+# Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
+HOPPER_OWN = Tile(128, 64, 4, 4)
+HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
+HOPPER_RESIDENT = Tile(192, 128, 4, 2)  # at most `n` keys in a block
+# What `own` runs beside HOPPER_OWN, for incomplete blocks in the same tiles of queries.
+OWN_PARTIAL = Tile(128, 64, 8, 2)
+
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def check(case: Case, **kwargs: object) -> None:
     assert_choice(case, choice)
     assert_attention(case, case.expected_choice(), **kwargs)
     assert_attention(case, choice, **kwargs)
+    assert_attention(case, choice, **{"use_hopper": False, **kwargs})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
