@@ -310,7 +310,7 @@ def plot_bench_figures(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
                 f"{last['over_fa2']:.1f} x over FA2",
                 (last["tokens"], last["ms"] / 1e3),
                 textcoords="offset points",
-                xytext=(4, -16),
+                xytext=(6, -40),
                 ha="right",
                 color=_INK,
             )

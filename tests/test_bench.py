@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from moba_cases import chosen_keys
 from moba_hf.bench import Options, checks, dense, measure, report
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, ROWS, TINY, Row
+from moba_hf.bench.stages import STAGES, stage_of, totals
 from moba_hf.reference import select_blocks_ref
 
 
@@ -56,6 +58,27 @@ def test_dense_implementations_agree() -> None:
     assert torch.allclose(found["fa2"](q, k, v, True), expected, atol=1e-5)
 
 
+KERNELS = Path(measure.__file__).parents[1] / "kernels"
+
+
+def test_every_kernel_of_the_forward_has_a_stage() -> None:
+    for path in KERNELS.glob("*.py"):
+        if path.stem in ("decode", "backward"):
+            continue
+        for name in re.findall(r"^def (\w*_kernel)\(", path.read_text(), re.MULTILINE):
+            stage = stage_of(name)
+            assert stage != "other", f"{path.name}: {name} belongs to no stage of moba_hf.bench.stages"
+            expected = {"block_mean": "means", "hopper_own": "own", "routed": "routed", "merge": "merge"}
+            assert stage == expected.get(path.stem, stage)
+
+
+def test_stages_add_up() -> None:
+    sort = "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>"
+    fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>"
+    sums = totals([("_gate_fwd_kernel", 2.0), ("_gate_rest_kernel", 0.5), (sort, 1.0), (fill, 0.25)])
+    assert sums == dict.fromkeys(STAGES, 0.0) | {"gate": 2.5, "route": 1.0, "other": 0.25}
+
+
 def made_up(green: bool = True) -> list[report.Result]:
     """Results of all rows: MoBA at its target, dense attention ten times as long."""
     results = []
@@ -74,7 +97,7 @@ def made_up(green: bool = True) -> list[report.Result]:
             "tflops": 300.0,
         }
         result |= {"fa2_ms": 12 * row.reach, "cudnn_ms": 10 * row.reach, "fa4_ms": None}
-        result |= {f"{name}_ms": 0.5 for name in report._STAGES}
+        result |= {f"{name}_ms": 0.5 for name in STAGES}
         result |= {f"{name}_of_ceiling": 0.81 for name in ("means", "gate", "own", "routed", "merge")}
         results.append(result | (measure._speedup(result) if green else {}))
     return results

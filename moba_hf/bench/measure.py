@@ -17,6 +17,7 @@ from torch import Tensor
 from moba_hf.bench import dense, report
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
+from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
 from moba_hf.ops import moba_attention
 
@@ -37,7 +38,7 @@ class Options:
         dense_limit: longest dense baseline, tokens.
         flash: also prove and time the backend "flash_attn".
         workspace: GiB of the forward's workspace; None: `tuning.WORKSPACE`.
-        tiny: only the gate and the stages on a tiny case, on a CPU under Triton's interpreter.
+        tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
         out: folder of the results.
     """
 
@@ -73,7 +74,9 @@ def run(options: Options) -> bool:
     from moba_hf.kernels.launch import INTERPRETED
 
     if options.tiny:
-        return _run_tiny(INTERPRETED)
+        problem = prove(TINY, device="cpu" if INTERPRETED else "cuda", head_dim=16)
+        print("gate: green" if problem is None else f"gate: RED: {problem}")
+        return problem is None
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
     before = tuning.WORKSPACE
@@ -83,16 +86,6 @@ def run(options: Options) -> bool:
         return _run_figure(options) if options.figure is not None else _run_rows(options)
     finally:
         tuning.WORKSPACE = before
-
-
-def _run_tiny(interpreted: bool) -> bool:
-    from moba_hf.bench.stages import stage_times
-
-    device = "cpu" if interpreted else "cuda"
-    problem = prove(TINY, device=device, head_dim=16)
-    stage_times(TINY, *inputs(TINY, device), repeats=1)
-    print("gate: green" if problem is None else f"gate: RED: {problem}")
-    return problem is None
 
 
 def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
@@ -189,7 +182,7 @@ def _measure(
     own, chosen = attended_pairs(row)
     result["tflops"] = 4 * HEAD_DIM * (own + chosen) / result["ms"] / 1e9
     if options.stages:
-        result |= _stage_columns(row, q, k, v, options.repeats, limits)
+        result |= _stage_columns(row, q, k, v, result["ms"], limits)
     if options.dense and row.length <= options.dense_limit:
         shape = (row.length, row.num_heads, row.num_kv_heads)
         if shape not in known:
@@ -216,12 +209,11 @@ def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: 
 
 
 def _stage_columns(
-    row: Row, q: Tensor, k: Tensor, v: Tensor, repeats: int, limits: dict[str, float]
+    row: Row, q: Tensor, k: Tensor, v: Tensor, ms: float, limits: dict[str, float]
 ) -> dict[str, float]:
     """Milliseconds of the stages, and what the larger ones reach of this machine's ceilings."""
-    from moba_hf.bench.stages import stage_times
-
-    times = stage_times(row, q, k, v, repeats)
+    rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": "triton"}
+    times = stage_times(lambda: moba_attention(q, k, v, **rule), 1 if ms > 100 else 4)
     result = {f"{name}_ms": value for name, value in times.items()}
     own, chosen = attended_pairs(row)
     scores = row.num_heads * row.length**2 / 2 / row.block_size
@@ -231,6 +223,8 @@ def _stage_columns(
         "routed": 4 * HEAD_DIM * chosen,
     }
     for name, flops in work.items():
+        if not times[name]:
+            continue
         result[f"{name}_tflops"] = flops / times[name] / 1e9
         result[f"{name}_of_ceiling"] = result[f"{name}_tflops"] / limits["matmul_tflops"]
     moved = {
@@ -238,6 +232,8 @@ def _stage_columns(
         "merge": row.length * row.num_heads * ((row.topk + 1) * HEAD_DIM * 2 + row.topk * 6),
     }
     for name, count in moved.items():
+        if not times[name]:
+            continue
         result[f"{name}_gbps"] = count / times[name] / 1e6
         result[f"{name}_of_ceiling"] = result[f"{name}_gbps"] / 1e3 / limits["copy_tbps"]
     return result

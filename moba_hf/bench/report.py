@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moba_hf.bench.rows import Figure
+from moba_hf.bench.stages import STAGES
 
 Result = dict[str, Any]
 DENSE_NAMES = {
@@ -16,7 +17,6 @@ DENSE_NAMES = {
     "flash_attn": "flash-attn 2",
     "fa4": "flash-attn 4",
 }
-_STAGES = ("plan", "means", "gate", "own", "keys", "route", "routed", "merge")
 
 
 def brief(result: Result) -> str:
@@ -91,12 +91,12 @@ def rows_table(results: Sequence[Result]) -> str:
 def stages_table(results: Sequence[Result]) -> str:
     """Milliseconds of each stage, and the shares of this machine's ceilings."""
     rates = ("means", "gate", "own", "routed", "merge")
-    head = ["row", *(f"{name} ms" for name in _STAGES), *(f"{name} of ceiling" for name in rates)]
+    head = ["row", *(f"{name} ms" for name in STAGES), *(f"{name} of ceiling" for name in rates)]
     lines = [
         [
             result["row"],
-            *(number(result[f"{name}_ms"]) for name in _STAGES),
-            *(f"{result[f'{name}_of_ceiling']:.0%}" for name in rates),
+            *(number(result[f"{name}_ms"]) for name in STAGES),
+            *(_share(result.get(f"{name}_of_ceiling")) for name in rates),
         ]
         for result in results
         if "gate_ms" in result
@@ -134,6 +134,10 @@ def figure_table(lines: Sequence[Result]) -> str:
 
 def _staged(results: Sequence[Result]) -> bool:
     return any("gate_ms" in result for result in results)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
