@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072, 262_144, 524_288])
     parser.add_argument("--sdpa-limit", type=int, default=262_144, help="longest dense prompt")
-    parser.add_argument("--none-limit", type=int, default=262_144, help="longest prompt without attention")
+    parser.add_argument("--none-limit", type=int, default=131_072, help="longest prompt without attention")
     parser.add_argument("--runs", type=int, default=2, help="runs of MoBA, the best counts")
     parser.add_argument("--repeat-limit", type=int, default=131_072, help="longest prompt that runs so often")
     parser.add_argument("--tiny", action="store_true", help="toy sizes; the code runs, nothing is measured")
