@@ -51,8 +51,10 @@ def takes_own(block_size: int) -> bool:
 
 def routed_tile(block_size: int, dims: tuple[int, int]) -> tuple[tuning.Tile, bool] | None:
     """The tile of the routed kernel, and whether the block stays resident; None: no kernel for this size."""
-    if block_size in (32, 64, 128) and dims[0] == dims[1]:
+    if block_size == tuning.HOPPER_RESIDENT.n and dims[0] == dims[1]:
         return tuning.HOPPER_RESIDENT, True
+    if block_size < 2 * tuning.HOPPER_RESIDENT.n:
+        return None
     for tile in tuning.HOPPER_STREAM:
         if block_size % tile.n == 0:
             return tile, False

@@ -126,10 +126,11 @@ def attend_ring(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
+    ORDER: gl.constexpr = 1,
 ):
     """Attends 64 query rows to `num_keys` > 0 keys of the ring, of which the first is seen by every row.
 
-    Scores of tile j + 1 are issued before the weights of tile j meet their values, both asynchronously.
+    Scores of tile j + 1 are computed while the weights of tile j are.
 
     Args:
         last_seen: `(64,)`, the last key that each row sees; heeded (MASKED) in tiles that reach beyond
@@ -157,32 +158,61 @@ def attend_ring(
     s = warpgroup_mma_wait(0, deps=[s])
     gl.thread_barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
-    if MASKED:
-        if seen_by_all < BLOCK_N:
-            s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
-    p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
-    for start in range(BLOCK_N, num_keys, BLOCK_N):
-        later = (step + 1) % STAGES
-        mbarrier.wait(k_ready.index(later), (step + 1) // STAGES & 1)
-        key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
-        s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(stage), phase)
-        acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        gl.thread_barrier()
-        mbarrier.arrive(k_free.index(later), count=1)
+    if ORDER == 1:
         if MASKED:
-            if seen_by_all < start + BLOCK_N:
-                s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
-        new_p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.thread_barrier()
-        mbarrier.arrive(v_free.index(stage), count=1)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-        p = new_p
-        step += 1
-        stage = later
-        phase = step // STAGES & 1
+            if seen_by_all < BLOCK_N:
+                s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
+        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+        for start in range(BLOCK_N, num_keys, BLOCK_N):
+            later = (step + 1) % STAGES
+            later_phase = (step + 1) // STAGES & 1
+            mbarrier.wait(k_ready.index(later), later_phase)
+            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+            s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            if MASKED:
+                if seen_by_all < start + BLOCK_N:
+                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
+            new_p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+            # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+            mbarrier.wait(k_ready.index(later), later_phase)
+            acc, new_p = warpgroup_mma_wait(0, deps=[acc, new_p])
+            gl.thread_barrier()
+            mbarrier.arrive(k_free.index(later), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
+            p = new_p
+            step += 1
+            stage = later
+            phase = later_phase
+    else:
+        last = (num_keys - 1) // BLOCK_N * BLOCK_N
+        for start in range(0, last, BLOCK_N):
+            later = (step + 1) % STAGES
+            mbarrier.wait(k_ready.index(later), (step + 1) // STAGES & 1)
+            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+            next_s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+            # this wait, a branch, keeps the compiler from computing the weights before it issues the product
+            mbarrier.wait(v_ready.index(stage), phase)
+            if MASKED:
+                if seen_by_all < start + BLOCK_N:
+                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
+            p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            acc, s = warpgroup_mma_wait(0, deps=[acc, next_s])
+            gl.thread_barrier()
+            mbarrier.arrive(k_free.index(later), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
+            step += 1
+            stage = later
+            phase = step // STAGES & 1
+        if MASKED:
+            s = gl.where(last + column[None, :] <= last_seen[:, None], s, float("-inf"))
+        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
