@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moba_hf import portable
-from moba_hf.backends import load_backend
+from moba_hf.backends import load_backend, select_op
 from moba_hf.reference import block_mean_ref, gate_ref
 from moba_hf.sequences import packed_table
 
@@ -95,7 +95,7 @@ class Case:
             from moba_hf.kernels import select_blocks
 
             return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
-        return load_backend(self.backend).select(self.q, self.k, self.table, *self.longest, *self.rule, None)
+        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend)
 
     def expected_choice(self) -> Tensor:
         block_size, topk, sink, local = self.rule
