@@ -142,6 +142,7 @@ def _run_rows(options: Options) -> bool:
         if not problems:
             result |= _speedup(result)
         results.append(result)
+        report.write_csv(results, options.out / "bench_kernels.csv")
         print(report.brief(result), flush=True)
         torch.cuda.empty_cache()
     report.write_rows(results, _header(limits, problems), options.out, green=not problems)
@@ -264,6 +265,7 @@ def _run_figure(options: Options) -> bool:
                     if line.get(f"{name}_ms")
                 }
             lines.append(line)
+            report.write_csv(lines, options.out / f"bench_{options.figure}.csv")
             print(report.brief(line), flush=True)
             torch.cuda.empty_cache()
     report.write_figure(options.figure, figures, lines, _header(limits, problems), options.out, not problems)

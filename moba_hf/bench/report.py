@@ -40,7 +40,7 @@ def number(value: Any) -> str:
 
 def write_rows(results: Sequence[Result], header: str, folder: Path, *, green: bool) -> None:
     """`bench_kernels.csv`, `.md` and `.png` in `folder`; no picture where the gate was red."""
-    _write_csv(results, folder / "bench_kernels.csv")
+    write_csv(results, folder / "bench_kernels.csv")
     text = "\n\n".join([header, rows_table(results), *([stages_table(results)] if _staged(results) else [])])
     _write_text(text, folder / "bench_kernels.md")
     if green:
@@ -51,7 +51,7 @@ def write_figure(
     name: str, figures: Sequence[Figure], lines: Sequence[Result], header: str, folder: Path, green: bool
 ) -> None:
     """`bench_NAME.csv`, `.md` and `.png` in `folder`; no picture where the gate was red."""
-    _write_csv(lines, folder / f"bench_{name}.csv")
+    write_csv(lines, folder / f"bench_{name}.csv")
     parts = [header]
     for figure in figures:
         own = [line for line in lines if line["figure"] == figure.name]
@@ -145,7 +145,8 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _write_csv(results: Sequence[Result], path: Path) -> None:
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """All columns of all results; also called after each, so that a run that stops early leaves something."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for result in results for name in result))
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -85,7 +85,9 @@ RESIDENT_TILES = 16
 # Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
 HOPPER_OWN = Tile(128, 64, 4, 4)
 HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
-HOPPER_RESIDENT = Tile(192, 128, 4, 2)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
+HOPPER_RESIDENT = Tile(
+    192, 128, 4, 2
+)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
 # What `own` runs beside HOPPER_OWN, for incomplete blocks in the same tiles of queries.
 OWN_PARTIAL = Tile(128, 64, 8, 2)
 
