@@ -91,6 +91,6 @@ def sliced_times(
 def _ms(name: str, call: Callable[[], Any], repeats: int) -> float | None:
     try:
         return median_ms(call, repeats, budget=5.0, once_above=ONCE_ABOVE)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except Exception as error:  # packages raise what they like
         print(f"  {name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}", flush=True)
         return None

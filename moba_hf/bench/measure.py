@@ -108,7 +108,7 @@ def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: 
         out, _ = assert_attention(case, choice)
         if not torch.equal(case.attend(case.select())[0], out):
             raise AssertionError("two runs differ")
-    except (AssertionError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever stops it: it is not proved
         return f"{row.name}, {backend}: {' '.join(str(error).split())[:300]}"
     return None
 
@@ -200,7 +200,7 @@ def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: 
     before = torch.cuda.memory_allocated()
     try:
         ms = median_ms(lambda: moba_attention(q, k, v, **rule), repeats)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # other packages raise what they like
         if backend == "triton":
             raise
         print(f"  backend {backend} does not run: {(str(error) or type(error).__name__).splitlines()[0]}")
