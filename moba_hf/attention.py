@@ -163,7 +163,15 @@ def moba_attention_forward(
     padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
     if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
         padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
-    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given, documents=documents)
+    packing = find_packing(
+        kwargs,
+        batch,
+        q_len,
+        kv_len,
+        padding_given=padding_given,
+        documents=documents,
+        asker=(module.config, int(module.layer_idx)),  # type: ignore[arg-type]
+    )
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)

@@ -150,10 +150,27 @@ def _load_triton() -> Backend:
     return Backend(select, kernels.attend, backward, kernels.unsupported, decode_step, most)
 
 
+def _load_flash_attn() -> Backend:
+    """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
+    from moba_hf import flash
+
+    varlen, portable = flash.load_varlen(), _load_portable()
+
+    def select(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        gate = portable if _why_not("triton", q, k, k, rest[3]) else load_backend("triton")
+        return gate.select(q, k, *rest)
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return flash.attend(varlen, *args, **kwargs)
+
+    return Backend(select, forward, portable.backward, flash.unsupported)
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "reference": _load_reference,
     "portable": _load_portable,
     "triton": _load_triton,
+    "flash_attn": _load_flash_attn,
 }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import Case, assert_attention, assert_choice
 
 from moba_hf import ops
 from moba_hf.backends import choose_backend
+from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.kernels.routing import key_format, pair_keys, route
 
 pytestmark = pytest.mark.usefixtures("poisoned")
