@@ -14,7 +14,6 @@ one bit. Few queries take `decode` instead. Nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from moba_hf.kernels.merge import merge
 from moba_hf.kernels.own import own_attention
 from moba_hf.kernels.plan import Plan, make_plan
 from moba_hf.kernels.routed import routed_attention
-from moba_hf.kernels.routing import key_format, pair_keys, route
+from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 
 
 def attend(
@@ -142,10 +141,23 @@ class RoutedStage:
         many = self.resident and not self.on_hopper
         return self.tile.m * (tuning.RESIDENT_TILES if many else 1)
 
-    def run(self, *args: Any) -> None:
-        """Writes partial outputs; arguments of `routed.routed_attention` up to `softmax_scale`."""
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        routes: Routes,
+        partial: Tensor,
+        partial_lse: Tensor,
+        first_row: int,
+        softmax_scale: float,
+    ) -> None:
+        """Writes partial outputs; see `routed.routed_attention`."""
         kernel = hopper.routed_attention if self.on_hopper else routed_attention
-        kernel(*args, self.tile, self.resident)
+        kernel(
+            *(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale), self.tile, self.resident
+        )
 
 
 def _own_stage(q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool) -> OwnStage:
