@@ -8,8 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from decode_checks import assert_choice_is_prefill_choice, assert_dense, assert_means_are_prefill_means
-from moba_hf.bench.checks import Case, assert_attention
 
+from moba_hf.bench.checks import Case, assert_attention
 from moba_hf.block_means import BlockMeans, block_means_of
 from moba_hf.dense import dense_attention
 from moba_hf.kernels import choose
