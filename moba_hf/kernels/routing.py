@@ -95,10 +95,19 @@ def pair_keys(choice: Tensor, plan: Plan, chunk: int, num_kv_heads: int) -> Tens
 def route(keys: Tensor, num_bins: int, rows: int) -> Routes:
     """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
     dtype, bias = key_format(num_bins)
-    device, num_pairs = keys.device, keys.numel()
     in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
-    bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=device).to(dtype)
+    bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=keys.device).to(dtype)
     bin_begin = torch.searchsorted(in_order, bins, out_int32=True)
+    return _tiled(pairs, bin_begin, num_bins, rows)
+
+
+def retile(routes: Routes, rows: int) -> Routes:
+    """The same groups in tiles of `rows`."""
+    return _tiled(routes.pairs, routes.bin_begin, routes.num_bins, rows)
+
+
+def _tiled(pairs: Tensor, bin_begin: Tensor, num_bins: int, rows: int) -> Routes:
+    device, num_pairs = pairs.device, pairs.numel()
     tiles = (bin_begin[1:] - bin_begin[:-1] + (rows - 1)) // rows
     tile_begin = torch.zeros(num_bins + 1, dtype=torch.int32, device=device)
     torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_begin[1:])
