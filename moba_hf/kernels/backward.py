@@ -2,8 +2,8 @@
 
 Legend: H query heads, HK kv heads, D and DV head dims, K topk, K1 = K - 1 routed slots.
 
-Kv heads are independent, so they are taken a few at a time, as many as a memory budget holds; only if one does
-not fit are its queries cut in chunks too. For each group of kv heads:
+Kv heads are independent, so they are taken a few at a time, as many as a memory budget holds; only if one
+does not fit are its queries cut in chunks too. For each group of kv heads:
 1. per row: lse and delta side by side (`backward_rows`).
 2. per chunk of rows: pairs grouped by (kv head, block) as in the forward (`routing`); dk and dv of each block
    in fp32 and dq of each pair (`backward_routed`); a row's dq summed over its pairs (`backward_rows`).
@@ -70,7 +70,7 @@ def attend_backward(
         q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=chunk_rows
     )
     routed = slots > 0 and plan.num_blocks > 0
-    # the sum over pairs turns rows that no sequence covers into zeros; without one they are zero from the start
+    # the sum over pairs makes zeros of rows that no sequence covers; without one they are zero from the start
     grad_q = (torch.empty if routed else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     space = _Space(q, v, plan, kv_heads, group_size, slots, tiles) if routed else None
     for first in range(0, num_kv_heads, kv_heads):
@@ -109,9 +109,7 @@ class _Space:
         self.segment = tuning.segment_rows(plan.block_size, head_dim, v.shape[3], tiles.held.m)
         self.partial = torch.empty(shape, dtype=q.dtype, device=q.device)
         self.sums = torch.empty(kv_heads * plan.num_blocks, size, dtype=torch.float32, device=q.device)
-        self.extra = torch.empty(
-            max(1, pairs // self.segment), size, dtype=torch.float32, device=q.device
-        )
+        self.extra = torch.empty(max(1, pairs // self.segment), size, dtype=torch.float32, device=q.device)
 
 
 def _one_group(

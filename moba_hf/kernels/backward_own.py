@@ -3,8 +3,8 @@
 Legend: B block size, D and DV head dims of keys and values, G query heads per kv head.
 
 Every block of every sequence, the incomplete last one too, is numbered: block `i` of sequence `s` is
-`block_offset[s] + s + i` (see `plan`). The queries of a block are rows `token * G + head in the group`, so the
-heads of a group share the keys and are added up where they are.
+`block_offset[s] + s + i` (see `plan`). The queries of a block are rows `token * G + head in the group`, so
+the heads of a group share the keys and are added up where they are.
 - `_own_gradients_kernel` holds a tile of keys and values and streams the rows from its first token to the
   block's last past it. It adds the routed sums of the block and writes dk and dv; if the tile is the whole
   block, also dq.
@@ -40,8 +40,8 @@ def own_gradients(
     Args:
         sums: as `backward_routed.pair_gradients` left them; None: no routed part.
         bin_begin: `routing.Routes.bin_begin` if `sums` holds only bins with pairs; None: it holds all.
-        grad_q: `(batch, H, q_len, D)`, holding the routed part if there is one: completed; None: left out. The
-            block must then fit `tile.n`.
+        grad_q: `(batch, H, q_len, D)`, holding the routed part if there is one: completed; None: left out.
+            If given, the block must fit `tile.n`.
     """
     q, k = rows.q, rows.k
     head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], plan.block_size
@@ -125,7 +125,7 @@ def own_dq(rows: Rows, plan: Plan, grad_q: Tensor, routed: bool, tile: tuning.Ti
 
 @triton.jit
 def _find_own_block(table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE: tl.constexpr):
-    """Sequence, block in it, batch row, query index of token 0, tokens `[low, high)` with queries, first key."""
+    """Sequence, block, batch row, query of token 0, first token with a query, keys, first key slot."""
     low = 0
     high = num_seqs
     while high - low > 1:

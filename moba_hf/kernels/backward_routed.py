@@ -6,8 +6,8 @@ Legend: B block size, D and DV head dims of keys and values, P pairs, R rows of 
 `dk = scale * ds^T q`, `dq = scale * ds k`. No mask is needed: the block is complete and earlier than every
 query. Two kernels:
 - `_pair_gradients_kernel` holds a tile of a block's keys and values, and streams the gathered (query, output
-  gradient) rows of the pairs that chose the block past it, BLOCK_M at a time. It adds up dk and dv, and if the
-  tile is the whole block, also writes each pair's dq.
+  gradient) rows of the pairs that chose the block past it, BLOCK_M at a time. It adds up dk and dv, and if
+  the tile is the whole block, also writes each pair's dq.
 - `_pair_dq_kernel`, for longer blocks: one tile of pairs, the block's keys streamed past it; writes dq.
 A bin's pairs are cut in segments of R pairs, so that a block that everyone chose is many programs. Segment 0
 owns the bin's sums; the others write their own, which `_fold_kernel` adds in order. Sorting is stable, so
@@ -175,9 +175,18 @@ def pair_dq(
 
 @triton.jit
 def _find_segment(
-    bin_begin_ptr, tile_begin_ptr, table_ptr, block_offset_ptr, bin, tile, num_seqs, num_blocks, BLOCK_SIZE, ROWS
+    bin_begin_ptr,
+    tile_begin_ptr,
+    table_ptr,
+    block_offset_ptr,
+    bin,
+    tile,
+    num_seqs,
+    num_blocks,
+    BLOCK_SIZE,
+    ROWS,
 ):
-    """Of segment `tile` in `bin`: its number, range of pairs, kv head, batch row, first key slot of the block."""
+    """Of segment `tile` in `bin`: number, range of pairs, kv head, batch row, first key slot of the block."""
     part = tile - tl.load(tile_begin_ptr + bin)
     begin = tl.load(bin_begin_ptr + bin) + part * ROWS
     end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + ROWS)
@@ -190,9 +199,7 @@ def _find_segment(
 
 
 @triton.jit
-def _row_places(
-    pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.constexpr, ONE_ROW: tl.constexpr
-):
+def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.constexpr, ONE_ROW: tl.constexpr):
     """Batch row, head and query of the pairs, int64, and where their stats are."""
     row_head = pair // SLOTS
     query = first_row + row_head // NUM_HEADS
@@ -330,8 +337,8 @@ def _fold_kernel(
 ):
     """Adds the sums of a bin's segments after the first, in order.
 
-    Those of bin `b` with `n` pairs stand at `bin_begin[b] // R + i`, `i < ceil(n / R) - 1 <= n // R`: bins never
-    overlap, and all lie below `P // R`.
+    Those of bin `b` with `n` pairs stand at `bin_begin[b] // R + i`, `i < ceil(n / R) - 1 <= n // R`: bins
+    never overlap, and all lie below `P // R`.
     """
     bin = tl.program_id(0)
     begin = tl.load(bin_begin_ptr + bin)
@@ -435,6 +442,4 @@ def _pair_dq_kernel(
             dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
         dim = tl.arange(0, PADDED_DIM)
         target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(
-            target, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :]
-        )
+        tl.store(target, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])

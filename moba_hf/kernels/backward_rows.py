@@ -169,9 +169,7 @@ def _sum_partials_kernel(
 
 
 @triton.jit
-def _partial(
-    partial_ptr, key_ptr, pair, there, no_bin, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
-):
+def _partial(partial_ptr, key_ptr, pair, there, no_bin, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
     """Partial gradients of `pair (M,)`, zero where the slot is missing."""
     chosen = there & (tl.load(key_ptr + pair, mask=there, other=0).to(tl.int32) != no_bin)
     return load_rows(partial_ptr, pair * HEAD_DIM, chosen, HEAD_DIM, PADDED_DIM, False).to(tl.float32)

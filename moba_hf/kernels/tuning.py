@@ -199,8 +199,8 @@ class BackwardTiles:
     """Shapes of the backward's kernels.
 
     Attributes:
-        held, own: keys and values held, rows streamed: routed and own blocks. If the block fits `n` it gives dq
-            too.
+        held, own: keys and values held, rows streamed: routed and own blocks. If the block fits `n`, it
+            gives dq too.
         dq, own_dq: rows held, keys streamed; for blocks longer than `held.n`, `own.n`.
     """
 
@@ -234,7 +234,7 @@ def backward_tiles(
 
 
 def segment_rows(block_size: int, head_dim: int, v_dim: int, multiple: int) -> int:
-    """Pairs of a segment: its sums, `block_size * (head_dim + v_dim)` fp32, take `_SEGMENT_BYTES` per pair."""
+    """Pairs of a segment: its fp32 sums, `block_size * (head_dim + v_dim)`, take `_SEGMENT_BYTES` each."""
     rows = max(1024, block_size * (head_dim + v_dim) * 4 // _SEGMENT_BYTES)
     return -(-rows // multiple) * multiple
 

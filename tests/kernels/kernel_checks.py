@@ -211,9 +211,7 @@ def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     return out, lse
 
 
-def assert_gradients(
-    case: Case, choice: Tensor, **kwargs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients under `choice` hold the tolerance rule, that of lse included. Returns dq, dk, dv.
 
     The truth is autograd of the reference in fp64. Keys and queries outside sequences get exact zeros.
@@ -224,7 +222,9 @@ def assert_gradients(
     grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
     grad_lse = torch.randn(lse.shape, device=lse.device)
 
-    def by_autograd(dtype: torch.dtype, attend: Callable[[Case], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    def by_autograd(
+        dtype: torch.dtype, attend: Callable[[Case], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, ...]:
         twin = copy.copy(case)
         twin.q, twin.k, twin.v = (x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
         its_out, its_lse = attend(twin)
