@@ -133,7 +133,7 @@ def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
 
 
 def _load_triton() -> Backend:
-    """Triton kernels; the backward is the portable one, which runs on any device."""
+    """Triton kernels."""
     from moba_hf import kernels
 
     def select(*args: Any) -> Tensor:
@@ -146,8 +146,14 @@ def _load_triton() -> Backend:
         lengths = (q.shape[2], k.shape[2])
         return kernels.attend(q, k, v, choice, table, *lengths, block_size, scale, by_row=True)
 
-    backward, most = _load_portable().backward, kernels.MAX_DECODE_QUERIES
-    return Backend(select, kernels.attend, backward, kernels.unsupported, decode_step, most)
+    return Backend(
+        select,
+        kernels.attend,
+        kernels.attend_backward,
+        kernels.unsupported,
+        decode_step,
+        kernels.MAX_DECODE_QUERIES,
+    )
 
 
 def _load_flash_attn() -> Backend:

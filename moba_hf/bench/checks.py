@@ -7,6 +7,8 @@ AssertionError, also under `python -O`.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,7 @@ class Case:
     device: str = "cpu"
     seed: int = 0
     backend: str = "triton"
+    softmax_scale: float | None = None
     q: Tensor = field(init=False)
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
@@ -87,7 +90,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     def select(self, **kwargs: Any) -> Tensor:
         """The backend's choice; keywords are those of `kernels.select_blocks`."""
@@ -166,6 +169,12 @@ def _gathered(scores: Tensor, choice: Tensor, own: Tensor) -> Tensor:
 
 def plain_attention(case: Case, choice: Tensor) -> Tensor:
     """Masked attention in the inputs' own precision, as eager PyTorch code writes it."""
+    return plain_attention_and_lse(case, choice)[0]
+
+
+def plain_attention_and_lse(case: Case, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """`plain_attention`, and its fp32 log-sum-exp `(batch, H, q_len)`, 0 for padding."""
+    lse = case.q.new_zeros(case.q.shape[:3], dtype=torch.float32)
     out = case.q.new_zeros(case.q.shape[0], case.q.shape[2], case.q.shape[1], case.v.shape[3])
     group = case.num_heads // case.num_kv_heads
     for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
@@ -182,7 +191,8 @@ def plain_attention(case: Case, choice: Tensor) -> Tensor:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.float().softmax(2).to(q.dtype)
         out[row, q_begin:q_end] = (weights @ v).transpose(0, 1)
-    return out
+        lse[row, :, q_begin:q_end] = scores.float().logsumexp(2)
+    return out, lse
 
 
 def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -220,3 +230,52 @@ def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
 def _require(holds: Tensor | bool, what: str) -> None:
     if not holds:
         raise AssertionError(what)
+
+
+def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients under `choice` hold the tolerance rule, that of lse included. Returns dq, dk, dv.
+
+    The truth is autograd of the reference in fp64. Keys and queries outside sequences get exact zeros.
+    """
+    from moba_hf.kernels import attend_backward
+
+    args = (case.table, *case.longest, case.block_size, case.scale)
+    out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *args)
+    covered = lse > -torch.inf
+    grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
+    grad_lse = torch.randn(lse.shape, device=lse.device)
+
+    def by_autograd(
+        dtype: torch.dtype, attend: Callable[[Case], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        twin = copy.copy(case)
+        twin.q, twin.k, twin.v = (x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v))
+        its_out, its_lse = attend(twin)
+        loss = (its_out * grad_out.to(dtype)).sum() + (its_lse.masked_fill(~covered, 0) * grad_lse).sum()
+        return torch.autograd.grad(loss, (twin.q, twin.k, twin.v))
+
+    def exact(twin: Case) -> tuple[Tensor, Tensor]:
+        return load_backend("reference").forward(twin.q, twin.k, twin.v, choice, *args)
+
+    def plain(twin: Case) -> tuple[Tensor, Tensor]:
+        return plain_attention_and_lse(twin, choice)
+
+    grads = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs)
+    truths, lows = by_autograd(torch.float64, exact), by_autograd(case.dtype, plain)
+    for name, x, grad, truth, low in zip("qkv", (case.q, case.k, case.v), grads, truths, lows, strict=True):
+        _require(
+            (grad.shape, grad.dtype, grad.is_contiguous()) == (x.shape, case.dtype, True),
+            f"d{name}: shape, dtype",
+        )
+        _require(torch.isfinite(grad).all(), f"d{name} is not finite")
+        error, theirs = ((y.double() - truth).abs().max() for y in (grad, low))
+        # one rounding of the result; in fp32 the orders of summation differ, not the precision; probabilities
+        # taken from lse are as exact as that is
+        eps = torch.finfo(case.dtype).eps * (8 if case.dtype == torch.float32 else 0.5)
+        eps += torch.finfo(torch.float32).eps * float(lse[covered].abs().max() if covered.any() else 0)
+        bound = 2 * theirs + eps * truth.abs().max()
+        _require(
+            error <= bound, f"d{name}: error {float(error):.3g}, that of plain attention {float(theirs):.3g}"
+        )
+        _require((grad[truth == 0] == 0).all(), f"d{name} where nothing attends")
+    return grads

@@ -1,8 +1,9 @@
-"""MoBA's forward in Triton, one stage per file; imports need triton, and a GPU only to run.
+"""MoBA in Triton, forward and backward, one stage per file; imports need triton, and a GPU only to run.
 
-`select_blocks` and `attend` are the backend's two halves; `unsupported` says what they cannot take. The
+`select_blocks`, `attend` and `attend_backward` are the backend; `unsupported` says what they cannot take. The
 stages, usable alone: `plan` (numbering of tiles and blocks), `block_mean`, `gate`, `routing`, `own`,
-`routed`, `merge`; for a few queries `choose`, `decode`, `dense_decode`; `tuning` holds every tile choice.
+`routed`, `merge`; for a few queries `choose`, `decode`, `dense_decode`; of the backward `backward_rows`,
+`backward_routed`, `backward_own`; `tuning` holds every tile choice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_hf.kernels.backward import attend_backward
 from moba_hf.kernels.block_mean import update_block_means
 from moba_hf.kernels.choose import choose_blocks
 from moba_hf.kernels.dense_decode import dense_decode_attention
@@ -42,6 +44,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
 __all__ = [
     "MAX_DECODE_QUERIES",
     "attend",
+    "attend_backward",
     "choose_blocks",
     "dense_decode_attention",
     "select_blocks",

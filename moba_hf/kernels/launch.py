@@ -47,6 +47,15 @@ def dot(a, b):
 
 
 @triton.jit
+def add_dot(total, a, b):
+    """`total + a @ b`, as `dot`."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
 def narrow(x, like):
     """`x` fp32 rounded to nearest in the dtype that pointer `like` holds; the interpreter would cut bf16."""
     if _UPCAST:

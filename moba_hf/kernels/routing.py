@@ -24,7 +24,8 @@ from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import device_of
 from moba_hf.kernels.plan import Plan, find_tile
 
-# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, two unused.
+# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, its number in the
+# bin, one unused.
 TILE_COLUMNS = 8
 
 # Rows of a program of the key kernel: (tokens of a tile) x (query heads).
@@ -99,16 +100,25 @@ def route(keys: Tensor, plan: Plan, num_kv_heads: int, rows: int) -> Routes:
     """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
     num_bins = num_kv_heads * plan.num_blocks
     dtype, bias = key_format(num_bins)
-    device, num_pairs = keys.device, keys.numel()
     in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
-    bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=device).to(dtype)
+    bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=keys.device).to(dtype)
     bin_begin = torch.searchsorted(in_order, bins, out_int32=True)
+    return _tiled(pairs, bin_begin, plan, num_bins, rows)
+
+
+def retile(routes: Routes, plan: Plan, rows: int) -> Routes:
+    """The same groups in tiles of `rows`."""
+    return _tiled(routes.pairs, routes.bin_begin, plan, routes.num_bins, rows)
+
+
+def _tiled(pairs: Tensor, bin_begin: Tensor, plan: Plan, num_bins: int, rows: int) -> Routes:
+    device, num_pairs = pairs.device, pairs.numel()
     tiles = (bin_begin[1:] - bin_begin[:-1] + (rows - 1)) // rows
     tile_begin = torch.zeros(num_bins + 1, dtype=torch.int32, device=device)
     torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_begin[1:])
     bound = max(1, min(num_pairs, num_pairs // rows + num_bins))
     tile_info = torch.empty(bound, TILE_COLUMNS, dtype=torch.int32, device=device)
-    with device_of(keys):
+    with device_of(pairs):
         _tile_info_kernel[(triton.cdiv(bound, 128),)](
             tile_info,
             bin_begin,
@@ -160,7 +170,8 @@ def _tile_info_kernel(
     inside = tile < num_tiles
     bin = _last_not_above(tile_begin_ptr, num_bins, tile)
     there = inside & (tile < tl.load(tile_begin_ptr + num_bins))
-    begin = tl.load(bin_begin_ptr + bin) + (tile - tl.load(tile_begin_ptr + bin)) * rows
+    part = tile - tl.load(tile_begin_ptr + bin)
+    begin = tl.load(bin_begin_ptr + bin) + part * rows
     end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + rows)
     number = bin % num_blocks
     seq = _last_not_above(block_offset_ptr, num_seqs, number)
@@ -173,6 +184,7 @@ def _tile_info_kernel(
     tl.store(row + 3, bin // num_blocks, mask=inside)
     tl.store(row + 4, first_key, mask=inside)
     tl.store(row + 5, bin, mask=inside)
+    tl.store(row + 6, part, mask=inside)
 
 
 @triton.jit(

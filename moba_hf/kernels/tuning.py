@@ -199,6 +199,93 @@ def chunk_rows(rows: int, num_heads: int, routed_slots: int, v_dim: int, itemsiz
     return min(chunk, -(-even // 64) * 64)
 
 
+# Most memory for pairs and sums of a group of kv heads in the backward, in bytes.
+BACKWARD_WORKSPACE = 3 << 30
+# Bytes per pair of the sums that segments of a block's pairs write apart; fewer mean longer segments.
+_SEGMENT_BYTES = 32
+# Keys held (n), rows streamed past them (m): the sums of dk and dv are n x (D + DV) in registers.
+_HELD = (
+    Tile(64, 128, 8, 3),
+    Tile(64, 128, 8, 2),
+    Tile(64, 64, 4, 2),
+    Tile(32, 64, 4, 2),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
+_HELD_WIDE = (
+    Tile(64, 64, 8, 2),
+    Tile(32, 64, 8, 2),
+    Tile(32, 32, 4, 2),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)  # head dims above 128
+# Rows held (m), keys streamed past them (n).
+_DQ = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """Shapes of the backward's kernels.
+
+    Attributes:
+        held, own: keys and values held, rows streamed: routed and own blocks. If the block fits `n`, it
+            gives dq too.
+        dq, own_dq: rows held, keys streamed; for blocks longer than `held.n`, `own.n`.
+    """
+
+    held: Tile
+    own: Tile
+    dq: Tile
+    own_dq: Tile
+
+
+def backward_tiles(
+    dims: tuple[int, int], itemsize: int, block_size: int, device_capability: tuple[int, int]
+) -> BackwardTiles:
+    """The tiles of a backward; `dims`: padded head dims of keys and values."""
+    keys = 1 << max(4, (block_size - 1).bit_length())
+    wide = max(dims) > 128
+
+    def held(tile: Tile) -> int:
+        return ((tile.n + tile.stages * tile.m) * sum(dims) + tile.m * tile.n) * itemsize
+
+    choices = _HELD_WIDE if wide else _HELD
+    tile = next((x for x in choices if fits(held(x), device_capability)), choices[-1])
+    tile = Tile(tile.m, min(tile.n, keys), tile.warps if keys >= tile.n else 4, tile.stages)
+
+    def streamed(tile: Tile) -> int:
+        return (tile.m + tile.stages * tile.n) * sum(dims) * itemsize
+
+    dq = next((x for x in _DQ if fits(streamed(x), device_capability)), _DQ[-1])
+    if wide:
+        dq = Tile(dq.m, dq.n, 8 if dq.m == 64 else 4, dq.stages)
+    return BackwardTiles(tile, tile, dq, dq)
+
+
+def segment_rows(block_size: int, head_dim: int, v_dim: int, multiple: int) -> int:
+    """Pairs of a segment: its fp32 sums, `block_size * (head_dim + v_dim)`, take `_SEGMENT_BYTES` each."""
+    rows = max(1024, block_size * (head_dim + v_dim) * 4 // _SEGMENT_BYTES)
+    return -(-rows // multiple) * multiple
+
+
+def backward_split(q: Tensor, k: Tensor, v: Tensor, slots: int, budget: int) -> tuple[int, int]:
+    """Kv heads of a group and query rows of a chunk, so that pairs and sums stay within `budget` bytes."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, rows = k.shape[1], max(1, batch * q_len)
+    pairs = num_heads // num_kv_heads * slots  # of a row and kv head
+    row_bytes = max(1, pairs * (head_dim * q.element_size() + _PAIR_OVERHEAD + _SEGMENT_BYTES))
+    sum_bytes = k.shape[0] * k.shape[2] * (head_dim + v.shape[3]) * 4
+    fit = min(budget // (rows * row_bytes + sum_bytes), (2**31 - 1) // max(1, pairs * rows))
+    if fit >= 1:
+        groups = -(-num_kv_heads // min(fit, num_kv_heads))
+        return -(-num_kv_heads // groups), rows
+    chunk = max(1, min(max(budget - sum_bytes, budget // 4) // row_bytes, (2**31 - 1) // max(1, pairs)))
+    if chunk >= rows:
+        return 1, rows
+    even = -(-rows // -(-rows // chunk))
+    return 1, min(chunk, -(-even // 64) * 64)
+
+
 def unsupported_device(x: Tensor) -> str | None:
     """Why kernels cannot run where `x` lives, or None."""
     from moba_hf.kernels.launch import INTERPRETED

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_hf.kernels import attend, select_blocks, tuning
+from moba_hf.kernels import attend, attend_backward, select_blocks, tuning
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.sequences import batched_table
 
@@ -143,6 +143,38 @@ def forward_call(
         rule = (block_size, topk, 0, 0)
         choice = select_blocks(q, k, table, queries, length, *rule, levels=levels)
         attend(q, k, v, choice, table, queries, length, block_size, head_dim**-0.5, resident=resident)
+
+    return call
+
+
+def backward_call(
+    *,
+    length: int = 4096,
+    num_heads: int = 4,
+    num_kv_heads: int = 1,
+    head_dim: int = 128,
+    v_dim: int | None = None,
+    block_size: int = 128,
+    topk: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    tiles: tuning.BackwardTiles | None = None,
+) -> Callable[[], object]:
+    """A call of the backward on packed tensors; values are never computed."""
+
+    def tensor(heads: int, dim: int) -> Tensor:
+        return torch.empty(length, heads, dim, dtype=dtype).transpose(0, 1)[None]
+
+    def call() -> None:
+        q, k, v = (
+            tensor(*x)
+            for x in ((num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, v_dim or head_dim))
+        )
+        out = torch.empty(1, length, num_heads, v_dim or head_dim, dtype=dtype)
+        lse = torch.empty(1, num_heads, length)
+        choice = torch.zeros(1, length, num_heads, topk, dtype=torch.int32)
+        table = batched_table(1, length, length, q.device)
+        rule = (length, length, block_size, head_dim**-0.5)
+        attend_backward(out, lse, q, k, v, out, lse, choice, table, *rule, tiles=tiles)
 
     return call
 

@@ -1,0 +1,158 @@
+"""Gradients of queries, keys and values on the GPU, from the saved choice and log-sum-exps alone.
+
+Legend: H query heads, HK kv heads, D and DV head dims, K topk, K1 = K - 1 routed slots.
+
+Kv heads are independent, so they are taken a few at a time, as many as a memory budget holds; only if one
+does not fit are its queries cut in chunks too. For each group of kv heads:
+1. per row: lse and delta side by side (`backward_rows`).
+2. per chunk of rows: pairs grouped by (kv head, block) as in the forward (`routing`); dk and dv of each block
+   in fp32 and dq of each pair (`backward_routed`); a row's dq summed over its pairs (`backward_rows`).
+3. own blocks add their part and write dq, dk, dv (`backward_own`).
+Every sum has one order, given by the inputs: two runs agree bit for bit. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.backward_own import own_dq, own_gradients
+from moba_hf.kernels.backward_routed import Rows, pair_dq, pair_gradients
+from moba_hf.kernels.backward_rows import row_stats, sum_partials
+from moba_hf.kernels.gate import head_split
+from moba_hf.kernels.launch import padded, rows_contiguous
+from moba_hf.kernels.plan import Plan, make_plan
+from moba_hf.kernels.routing import ROUTE_ROWS, key_format, pair_keys, retile, route
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    tiles: tuning.BackwardTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v with the choice held fixed, contiguous, in their dtypes; 0 where nothing attends.
+
+    Args:
+        grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
+        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale: as
+            `forward.attend` took them. out, lse: what it returned.
+        workspace: bytes that pairs and sums of a group may take, None: `tuning.BACKWARD_WORKSPACE`.
+        tiles: None: by `tuning.backward_tiles`.
+    """
+    q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, v_dim, slots = k.shape[1], v.shape[3], block_indices.shape[3] - 1
+    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)]
+    if q.numel() == 0 or table.shape[0] == 0:
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), grads[0], grads[1]
+    if tiles is None:
+        dims = (padded(head_dim), padded(v_dim))
+        tiles = tuning.backward_tiles(dims, q.element_size(), block_size, tuning.capability(q.device))
+    budget = tuning.BACKWARD_WORKSPACE if workspace is None else workspace
+    kv_heads, chunk_rows = tuning.backward_split(q, k, v, slots, budget)
+    group_size = num_heads // num_kv_heads
+    _, tokens = head_split(group_size, ROUTE_ROWS)
+    plan = make_plan(
+        q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=chunk_rows
+    )
+    routed = slots > 0 and plan.num_blocks > 0
+    # the sum over pairs makes zeros of rows that no sequence covers; without one they are zero from the start
+    grad_q = (torch.empty if routed else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    space = _Space(q, v, plan, kv_heads, group_size, slots, tiles) if routed else None
+    for first in range(0, num_kv_heads, kv_heads):
+        kv = slice(first, min(num_kv_heads, first + kv_heads))
+        heads = slice(kv.start * group_size, kv.stop * group_size)
+        grad = grad_out[:, :, heads]
+        stats = row_stats(out[:, :, heads], grad, lse[:, heads], grad_lse[:, heads])
+        rows = Rows(q[:, heads], k[:, kv], v[:, kv], grad, stats, softmax_scale)
+        choice = block_indices[:, :, heads].contiguous()
+        _one_group(rows, choice, plan, tiles, space, grad_q[:, heads], grads[0][:, kv], grads[1][:, kv])
+    return grad_q, grads[0], grads[1]
+
+
+class _Space:
+    """Memory that every group of kv heads uses anew.
+
+    Attributes:
+        partial: `(rows, H, K1, D)` of a chunk, in q's dtype.
+        sums: fp32 `(bins, B * (D + DV))`. extra: the same per segment; see `backward_routed`.
+        segment: pairs of a segment.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        v: Tensor,
+        plan: Plan,
+        kv_heads: int,
+        group_size: int,
+        slots: int,
+        tiles: tuning.BackwardTiles,
+    ) -> None:
+        head_dim = q.shape[3]
+        shape = (plan.chunk_rows, kv_heads * group_size, slots, head_dim)
+        pairs, size = shape[0] * shape[1] * slots, plan.block_size * (head_dim + v.shape[3])
+        self.segment = tuning.segment_rows(plan.block_size, head_dim, v.shape[3], tiles.held.m)
+        self.partial = torch.empty(shape, dtype=q.dtype, device=q.device)
+        self.sums = torch.empty(kv_heads * plan.num_blocks, size, dtype=torch.float32, device=q.device)
+        self.extra = torch.empty(max(1, pairs // self.segment), size, dtype=torch.float32, device=q.device)
+
+
+def _one_group(
+    rows: Rows,
+    choice: Tensor,
+    plan: Plan,
+    tiles: tuning.BackwardTiles,
+    space: _Space | None,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Writes the gradients of one group of kv heads; `choice (batch, q_len, H, K)` contiguous."""
+    sums = bin_begin = None
+    if space is not None:
+        num_bins = grad_k.shape[1] * plan.num_blocks
+        sums, fresh = space.sums[:num_bins], plan.num_chunks == 1
+        if not fresh:
+            sums.zero_()
+        for chunk in range(plan.num_chunks):
+            keys = pair_keys(choice, plan, chunk, grad_k.shape[1])
+            routes = route(keys, plan, grad_k.shape[1], space.segment)
+            first_row, slots = chunk * plan.chunk_rows, keys.shape[2]
+            partial = space.partial.flatten()[: keys.numel() * grad_q.shape[3]]
+            whole = plan.block_size <= tiles.held.n  # one kernel gives dq too
+            pair_gradients(
+                rows,
+                plan,
+                routes,
+                partial if whole else None,
+                sums,
+                space.extra,
+                slots,
+                first_row,
+                tiles.held,
+                fresh,
+            )
+            if not whole:
+                pair_dq(rows, plan, retile(routes, plan, tiles.dq.m), partial, slots, first_row, tiles.dq)
+            no_bin = num_bins + key_format(num_bins)[1]
+            sum_partials(grad_q, partial, keys, no_bin, first_row)
+            bin_begin = routes.bin_begin if fresh else None
+    whole = plan.block_size <= tiles.own.n
+    own_gradients(rows, plan, sums, bin_begin, grad_q if whole else None, grad_k, grad_v, tiles.own)
+    if not whole:
+        own_dq(rows, plan, grad_q, space is not None, tiles.own_dq)

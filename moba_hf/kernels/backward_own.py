@@ -1,0 +1,370 @@
+"""Gradients through the own blocks; they complete dq, dk and dv, which hold the routed part.
+
+Legend: B block size, D and DV head dims of keys and values, G query heads per kv head.
+
+Every block of every sequence, the incomplete last one too, is numbered: block `i` of sequence `s` is
+`block_offset[s] + s + i` (see `plan`). The queries of a block are rows `token * G + head in the group`, so
+the heads of a group share the keys and are added up where they are.
+- `_own_gradients_kernel` holds a tile of keys and values and streams the rows from its first token to the
+  block's last past it. It adds the routed sums of the block and writes dk and dv; if the tile is the whole
+  block, also dq.
+- `_own_dq_kernel`, for longer blocks: one tile of rows, the keys up to its last token streamed past it.
+See `backward_routed` for the formulas.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.backward_routed import Rows
+from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.plan import Plan
+from moba_hf.kernels.softmax import load_rows
+
+
+def own_gradients(
+    rows: Rows,
+    plan: Plan,
+    sums: Tensor | None,
+    bin_begin: Tensor | None,
+    grad_q: Tensor | None,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    tile: tuning.Tile,
+) -> None:
+    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v`, `(..., DV)`, of the keys of all sequences.
+
+    Args:
+        sums: as `backward_routed.pair_gradients` left them; None: no routed part.
+        bin_begin: `routing.Routes.bin_begin` if `sums` holds only bins with pairs; None: it holds all.
+        grad_q: `(batch, H, q_len, D)`, holding the routed part if there is one: completed; None: left out.
+            If given, the block must fit `tile.n`.
+    """
+    q, k = rows.q, rows.k
+    head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], plan.block_size
+    key_tiles = triton.cdiv(block_size, tile.n)
+    assert grad_q is None or key_tiles == 1
+    blocks = plan.num_blocks + plan.num_seqs
+    with device_of(q):
+        _own_gradients_kernel[(blocks * key_tiles, k.shape[1])](
+            q,
+            k,
+            rows.v,
+            rows.grad_out,
+            rows.stats,
+            q if grad_q is None else grad_q,
+            grad_k,
+            grad_v,
+            rows.stats if sums is None else sums,
+            plan.block_offset if bin_begin is None else bin_begin,
+            plan.table,
+            plan.block_offset,
+            *rows.strides,
+            *(q if grad_q is None else grad_q).stride()[:3],
+            *grad_k.stride()[:3],
+            *grad_v.stride()[:3],
+            q.shape[2],
+            plan.num_seqs,
+            plan.num_blocks,
+            rows.softmax_scale,
+            GROUP=q.shape[1] // k.shape[1],
+            BLOCK_SIZE=block_size,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            KEY_TILES=key_tiles,
+            WITH_DQ=grad_q is not None,
+            ROUTED=sums is not None,
+            GAPS=bin_begin is not None,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+def own_dq(rows: Rows, plan: Plan, grad_q: Tensor, routed: bool, tile: tuning.Tile) -> None:
+    """Completes `grad_q (batch, H, q_len, D)` of covered queries; `routed`: it holds the routed part."""
+    q, k = rows.q, rows.k
+    group_size = q.shape[1] // k.shape[1]
+    row_tiles = triton.cdiv(plan.block_size * group_size, tile.m)
+    blocks = plan.num_blocks + plan.num_seqs
+    with device_of(q):
+        _own_dq_kernel[(blocks * row_tiles, k.shape[1])](
+            q,
+            k,
+            rows.v,
+            rows.grad_out,
+            rows.stats,
+            grad_q,
+            plan.table,
+            plan.block_offset,
+            *rows.strides,
+            *grad_q.stride()[:3],
+            q.shape[2],
+            plan.num_seqs,
+            row_tiles,
+            rows.softmax_scale,
+            GROUP=group_size,
+            BLOCK_SIZE=plan.block_size,
+            HEAD_DIM=q.shape[3],
+            PADDED_DIM=padded(q.shape[3]),
+            V_DIM=rows.v.shape[3],
+            PADDED_V=padded(rows.v.shape[3]),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            ROUTED=routed,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def _find_own_block(table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE: tl.constexpr):
+    """Sequence, block, batch row, query of token 0, first token with a query, keys, first key slot."""
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(block_offset_ptr + middle) + middle <= number
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    block = number - tl.load(block_offset_ptr + low) - low
+    row = table_ptr + low * 5
+    q_end = tl.load(row + 2)
+    k_begin = tl.load(row + 3)
+    k_len = tl.load(row + 4) - k_begin
+    first_query = block * BLOCK_SIZE + q_end - k_len
+    first_token = tl.maximum(0, tl.load(row + 1) - first_query)
+    num_keys = tl.minimum(BLOCK_SIZE, k_len - block * BLOCK_SIZE)
+    first_key = k_begin.to(tl.int64) + block.to(tl.int64) * BLOCK_SIZE
+    return low, block, tl.load(row).to(tl.int64), first_query, first_token, num_keys, first_key
+
+
+@triton.jit(do_not_specialize=["q_len", "num_seqs", "num_blocks"])
+def _own_gradients_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    sums_ptr,
+    bin_begin_ptr,
+    table_ptr,
+    block_offset_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    q_len,
+    num_seqs,
+    num_blocks,
+    softmax_scale,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    WITH_DQ: tl.constexpr,
+    ROUTED: tl.constexpr,
+    GAPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    number = tl.program_id(0) // KEY_TILES
+    kv_head = tl.program_id(1)
+    if number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
+        seq, block, batch, first_query, low, num_keys, first_key = _find_own_block(
+            table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE
+        )
+        first = tl.program_id(0) % KEY_TILES * BLOCK_N
+        key = first + tl.arange(0, BLOCK_N)
+        inside = key < num_keys
+        slot = first_key + key
+        k_ptr += batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+        v_ptr += batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+        keys = load_rows(k_ptr, slot * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
+        scale = softmax_scale * 1.4426950408889634
+        dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+        dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
+        dim = tl.arange(0, PADDED_DIM)
+        v_dim = tl.arange(0, PADDED_V)
+        if ROUTED:
+            chosen = block < tl.load(block_offset_ptr + seq + 1) - tl.load(block_offset_ptr + seq)
+            bin = kv_head * num_blocks + tl.load(block_offset_ptr + seq) + block
+            if GAPS:
+                pairs = bin_begin_ptr + tl.where(chosen, bin, 0)
+                chosen = chosen & (tl.load(pairs + 1) > tl.load(pairs))
+            summed = (inside & chosen)[:, None]
+            sums_ptr += bin.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + V_DIM)
+            at_dk = sums_ptr + key[:, None] * HEAD_DIM + dim[None, :]
+            dk = tl.load(at_dk, mask=summed & (dim < HEAD_DIM)[None, :], other=0.0)
+            at_dv = sums_ptr + BLOCK_SIZE * HEAD_DIM + key[:, None] * V_DIM + v_dim[None, :]
+            dv = tl.load(at_dv, mask=summed & (v_dim < V_DIM)[None, :], other=0.0)
+        end = num_keys * GROUP
+        for at in tl.range(tl.maximum(low, first) * GROUP, end, BLOCK_M, num_stages=STAGES):
+            row = at + tl.arange(0, BLOCK_M)
+            there = row < end
+            row = tl.minimum(row, end - 1)  # rows past the end repeat the last one, silenced
+            token = row // GROUP
+            head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+            query = (first_query + token).to(tl.int64)
+            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * 2
+            lse = tl.where(there, tl.load(stat), float("inf"))
+            delta = tl.load(stat + 1)
+            q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
+            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
+            grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
+            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+            p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+            # key <= token, without a division per row
+            seen = (key * GROUP - at)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+            p = tl.where(seen, p, 0.0)
+            dp = dot(values, tl.trans(grad))
+            dv = add_dot(dv, narrow(p, v_ptr), grad)
+            ds = narrow(p * (dp - delta[None, :]), k_ptr)
+            dk = add_dot(dk, ds, q)
+            if WITH_DQ:
+                dq = dot(tl.trans(ds), keys) * softmax_scale
+                at_dq = batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n
+                _complete(dq_ptr, at_dq, dq, there, HEAD_DIM, PADDED_DIM, ROUTED)
+        at_dk = batch * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h + slot * dk_stride_n
+        at_dv = batch * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h + slot * dv_stride_n
+        result = narrow(dk * softmax_scale, dk_ptr)
+        tl.store(
+            dk_ptr + at_dk[:, None] + dim[None, :], result, mask=inside[:, None] & (dim < HEAD_DIM)[None, :]
+        )
+        result = narrow(dv, dv_ptr)
+        tl.store(
+            dv_ptr + at_dv[:, None] + v_dim[None, :], result, mask=inside[:, None] & (v_dim < V_DIM)[None, :]
+        )
+
+
+@triton.jit
+def _complete(
+    dq_ptr, offset, dq, there, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROUTED: tl.constexpr
+):
+    """Stores `dq (M, D)` at element `offset (M,)`, added to the routed part if there is one."""
+    if ROUTED:
+        dq += load_rows(dq_ptr, offset, there, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
+    dim = tl.arange(0, PADDED_DIM)
+    target = dq_ptr + offset[:, None] + dim[None, :]
+    tl.store(target, narrow(dq, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["q_len", "num_seqs", "row_tiles"])
+def _own_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dq_ptr,
+    table_ptr,
+    block_offset_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    q_len,
+    num_seqs,
+    row_tiles,
+    softmax_scale,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROUTED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    number = tl.program_id(0) // row_tiles
+    kv_head = tl.program_id(1)
+    if number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
+        seq, block, batch, first_query, low, num_keys, first_key = _find_own_block(
+            table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE
+        )
+        begin = tl.program_id(0) % row_tiles * BLOCK_M
+        end = tl.minimum(begin + BLOCK_M, num_keys * GROUP)
+        begin = tl.maximum(begin, low * GROUP)
+        if begin < end:
+            row = begin + tl.arange(0, BLOCK_M)
+            there = row < end
+            row = tl.minimum(row, end - 1)
+            token = row // GROUP
+            head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+            query = (first_query + token).to(tl.int64)
+            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * 2
+            lse = tl.load(stat)
+            delta = tl.load(stat + 1)
+            q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
+            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
+            grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
+            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+            k_ptr += batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
+            v_ptr += batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
+            scale = softmax_scale * 1.4426950408889634
+            dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+            seen_by_all = (begin // GROUP + 1) // BLOCK_N * BLOCK_N
+            for start in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
+                key = start + tl.arange(0, BLOCK_N)
+                keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key >= 0, HEAD_DIM, PADDED_DIM, True)
+                values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key >= 0, V_DIM, PADDED_V, True)
+                p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
+                dp = dot(grad, tl.trans(values))
+                dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
+            last = (end - 1) // GROUP + 1
+            for start in tl.range(seen_by_all, last, BLOCK_N, num_stages=STAGES):
+                key = start + tl.arange(0, BLOCK_N)
+                inside = key < last
+                keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
+                values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, False)
+                p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
+                seen = (key * GROUP)[None, :] <= row[:, None]
+                p = tl.where(seen, p, 0.0)
+                dp = dot(grad, tl.trans(values))
+                dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
+            at_dq = batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n
+            _complete(dq_ptr, at_dq, dq * softmax_scale, there, HEAD_DIM, PADDED_DIM, ROUTED)

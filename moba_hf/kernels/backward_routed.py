@@ -1,0 +1,382 @@
+"""Gradients through the routed blocks: of keys and values per block, of queries per (query, block) pair.
+
+Legend: B block size, D and DV head dims of keys and values, P pairs, R rows of a segment.
+
+`scores = scale * q.k`, `p = exp2(scores - lse)`, `ds = p * (grad_out.v - delta)`; then `dv = p^T grad_out`,
+`dk = scale * ds^T q`, `dq = scale * ds k`. No mask is needed: the block is complete and earlier than every
+query. Two kernels:
+- `_pair_gradients_kernel` holds a tile of a block's keys and values, and streams the gathered (query, output
+  gradient) rows of the pairs that chose the block past it, BLOCK_M at a time. It adds up dk and dv, and if
+  the tile is the whole block, also writes each pair's dq.
+- `_pair_dq_kernel`, for longer blocks: one tile of pairs, the block's keys streamed past it; writes dq.
+A bin's pairs are cut in segments of R pairs, so that a block that everyone chose is many programs. Segment 0
+owns the bin's sums; the others write their own, which `_fold_kernel` adds in order. Sorting is stable, so
+nothing depends on the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.plan import Plan
+from moba_hf.kernels.routing import Routes
+from moba_hf.kernels.softmax import load_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the backward reads, for some of the kv heads and their query heads; last dimensions contiguous.
+
+    Attributes:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        grad_out: `(batch, q_len, H, DV)`.
+        stats: `(batch * q_len, H, 2)` as `backward_rows.row_stats` gives.
+        softmax_scale: of the forward; any sign.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    stats: Tensor
+    softmax_scale: float
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides (batch, head, token) of q, k, v and grad_out."""
+        batch, token, head = self.grad_out.stride()[:3]
+        return *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], batch, head, token
+
+
+def pair_gradients(
+    rows: Rows,
+    plan: Plan,
+    routes: Routes,
+    partial: Tensor | None,
+    sums: Tensor,
+    extra: Tensor,
+    slots: int,
+    first_row: int,
+    tile: tuning.Tile,
+    fresh: bool,
+) -> None:
+    """Adds to `sums (bins, B * (D + DV))` fp32, unscaled dk then dv of each bin; bins without pairs are left.
+
+    Args:
+        routes: with `rows` = R, a multiple of `tile.m`.
+        partial: `(P, D)`, to be written: dq of every pair that has a bin; None: not wanted. The block must
+            then fit `tile.n`.
+        extra: fp32, `P // R` times what `sums` holds per bin: space.
+        slots: K1.
+        first_row: flat query row at which the chunk begins.
+        fresh: `sums` is written, not added to.
+    """
+    head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], plan.block_size
+    key_tiles = triton.cdiv(block_size, tile.n)
+    assert partial is None or key_tiles == 1
+    with device_of(rows.q):
+        _pair_gradients_kernel[(routes.tile_info.shape[0] * key_tiles,)](
+            rows.q,
+            rows.k,
+            rows.v,
+            rows.grad_out,
+            rows.stats,
+            sums if partial is None else partial,
+            sums,
+            extra,
+            routes.pairs,
+            routes.bin_begin,
+            routes.tile_info,
+            *rows.strides,
+            rows.q.shape[2],
+            first_row,
+            rows.softmax_scale,
+            NUM_HEADS=rows.q.shape[1],
+            SLOTS=slots,
+            BLOCK_SIZE=block_size,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            ROWS=routes.rows,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            KEY_TILES=key_tiles,
+            WITH_DQ=partial is not None,
+            FRESH=fresh,
+            ONE_ROW=rows.q.shape[0] == 1,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+        size = sums.shape[1]
+        _fold_kernel[(routes.num_bins, triton.cdiv(size, 1024))](
+            sums, extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=1024, num_warps=4
+        )
+
+
+def pair_dq(
+    rows: Rows,
+    plan: Plan,
+    routes: Routes,
+    partial: Tensor,
+    slots: int,
+    first_row: int,
+    tile: tuning.Tile,
+) -> None:
+    """Writes `partial (P, D)`, dq of every pair that has a bin; `routes.rows` is `tile.m`."""
+    head_dim, v_dim = rows.q.shape[3], rows.v.shape[3]
+    with device_of(rows.q):
+        _pair_dq_kernel[(routes.tile_info.shape[0],)](
+            rows.q,
+            rows.k,
+            rows.v,
+            rows.grad_out,
+            rows.stats,
+            partial,
+            routes.pairs,
+            routes.tile_info,
+            *rows.strides,
+            rows.q.shape[2],
+            first_row,
+            rows.softmax_scale,
+            NUM_HEADS=rows.q.shape[1],
+            SLOTS=slots,
+            BLOCK_SIZE=plan.block_size,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            ONE_ROW=rows.q.shape[0] == 1,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.constexpr, ONE_ROW: tl.constexpr):
+    """Batch row, head and query of the pairs, int64, and where their stats are."""
+    row_head = pair // SLOTS
+    query = first_row + row_head // NUM_HEADS
+    head = (row_head % NUM_HEADS).to(tl.int64)
+    stat = (first_row.to(tl.int64) * NUM_HEADS + row_head) * 2
+    if ONE_ROW:
+        return tl.zeros_like(head), head, query.to(tl.int64), stat
+    else:
+        return (query // q_len).to(tl.int64), head, (query % q_len).to(tl.int64), stat
+
+
+@triton.jit(do_not_specialize=["q_len", "first_row"])
+def _pair_gradients_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dq_ptr,
+    sums_ptr,
+    extra_ptr,
+    pair_ptr,
+    bin_begin_ptr,
+    info_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    q_len,
+    first_row,
+    softmax_scale,
+    NUM_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    WITH_DQ: tl.constexpr,
+    FRESH: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """ROWS pairs of a bin against BLOCK_N of its keys; everything but dq is held transposed, keys first."""
+    tile = tl.program_id(0) // KEY_TILES
+    info = info_ptr + tile * 8
+    begin = tl.load(info)
+    end = tl.load(info + 1)
+    if begin < end:
+        batch = tl.load(info + 2).to(tl.int64)
+        kv_head = tl.load(info + 3).to(tl.int64)
+        first_key = tl.load(info + 4).to(tl.int64)
+        EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+        key = tl.program_id(0) % KEY_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = key < BLOCK_SIZE
+        at = first_key + key
+        k_ptr += batch * k_stride_b + kv_head * k_stride_h
+        v_ptr += batch * v_stride_b + kv_head * v_stride_h
+        keys = load_rows(k_ptr, at * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
+        values = load_rows(v_ptr, at * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+        scale = softmax_scale * 1.4426950408889634
+        dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+        dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
+        for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+            place = at + tl.arange(0, BLOCK_M)
+            there = place < end
+            # rows past the end repeat the last one: real numbers, which a probability of 0 silences
+            pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
+            row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
+            lse = tl.where(there, tl.load(stats_ptr + stat), float("inf"))
+            delta = tl.load(stats_ptr + stat + 1)
+            q_at = row * q_stride_b + head * q_stride_h + query * q_stride_n
+            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
+            grad_at = row * grad_stride_b + head * grad_stride_h + query * grad_stride_n
+            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+            p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+            if not EVEN:
+                p = tl.where(inside[:, None], p, 0.0)
+            dp = dot(values, tl.trans(grad))
+            dv = add_dot(dv, narrow(p, v_ptr), grad)
+            ds = narrow(p * (dp - delta[None, :]), k_ptr)
+            dk = add_dot(dk, ds, q)
+            if WITH_DQ:
+                dq = dot(tl.trans(ds), keys) * softmax_scale
+                dim = tl.arange(0, PADDED_DIM)
+                target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+                tl.store(target, narrow(dq, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+        SIZE: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + V_DIM)
+        bin = tl.load(info + 5)
+        part = tl.load(info + 6)
+        target = sums_ptr + bin.to(tl.int64) * SIZE
+        if part > 0:
+            spare = tl.load(bin_begin_ptr + bin) // ROWS + part - 1  # see `_fold_kernel`
+            target = extra_ptr + spare.to(tl.int64) * SIZE
+        dim = tl.arange(0, PADDED_DIM)
+        dk_at = target + key[:, None] * HEAD_DIM + dim[None, :]
+        dk_there = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        dim = tl.arange(0, PADDED_V)
+        dv_at = target + BLOCK_SIZE * HEAD_DIM + key[:, None] * V_DIM + dim[None, :]
+        dv_there = inside[:, None] & (dim < V_DIM)[None, :]
+        if not FRESH:
+            added = part == 0
+            dk += tl.load(dk_at, mask=dk_there & added, other=0.0)
+            dv += tl.load(dv_at, mask=dv_there & added, other=0.0)
+        tl.store(dk_at, dk, mask=dk_there)
+        tl.store(dv_at, dv, mask=dv_there)
+
+
+@triton.jit
+def _fold_kernel(
+    sums_ptr, extra_ptr, bin_begin_ptr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds the sums of a bin's segments after the first, in order.
+
+    Those of bin `b` with `n` pairs stand at `bin_begin[b] // R + i`, `i < ceil(n / R) - 1 <= n // R`: bins
+    never overlap, and all lie below `P // R`.
+    """
+    bin = tl.program_id(0)
+    begin = tl.load(bin_begin_ptr + bin)
+    count = (tl.load(bin_begin_ptr + bin + 1) - begin + ROWS - 1) // ROWS - 1
+    if count > 0:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < SIZE
+        target = sums_ptr + bin.to(tl.int64) * SIZE + at
+        total = tl.load(target, mask=inside, other=0.0)
+        source = extra_ptr + (begin // ROWS).to(tl.int64) * SIZE + at
+        for _ in range(count):
+            total += tl.load(source, mask=inside, other=0.0)
+            source += SIZE
+        tl.store(target, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_len", "first_row"])
+def _pair_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dq_ptr,
+    pair_ptr,
+    info_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    q_len,
+    first_row,
+    softmax_scale,
+    NUM_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of BLOCK_M pairs against their block, BLOCK_N keys at a time."""
+    tile = tl.program_id(0)
+    info = info_ptr + tile * 8
+    begin = tl.load(info)
+    end = tl.load(info + 1)
+    if begin < end:
+        batch = tl.load(info + 2).to(tl.int64)
+        kv_head = tl.load(info + 3).to(tl.int64)
+        first_key = tl.load(info + 4).to(tl.int64)
+        place = begin + tl.arange(0, BLOCK_M)
+        there = place < end
+        pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
+        row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
+        lse = tl.load(stats_ptr + stat)
+        delta = tl.load(stats_ptr + stat + 1)
+        q_at = row * q_stride_b + head * q_stride_h + query * q_stride_n
+        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
+        grad_at = row * grad_stride_b + head * grad_stride_h + query * grad_stride_n
+        grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+        k_ptr += batch * k_stride_b + kv_head * k_stride_h + first_key * k_stride_n
+        v_ptr += batch * v_stride_b + kv_head * v_stride_h + first_key * v_stride_n
+        scale = softmax_scale * 1.4426950408889634
+        EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+        dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+        for start in tl.range(0, BLOCK_SIZE, BLOCK_N, num_stages=STAGES):
+            key = start + tl.arange(0, BLOCK_N)
+            inside = key < BLOCK_SIZE
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+            p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
+            if not EVEN:
+                p = tl.where(inside[None, :], p, 0.0)
+            dp = dot(grad, tl.trans(values))
+            dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
+        dim = tl.arange(0, PADDED_DIM)
+        target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(target, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
