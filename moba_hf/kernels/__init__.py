@@ -1,8 +1,9 @@
 """MoBA's forward in Triton, one stage per file; imports need triton, and a GPU only to run.
 
-`select_blocks` and `attend` are the backend's two halves; `unsupported` says what they cannot take. The
-stages, usable alone: `plan` (numbering of tiles and blocks), `block_mean`, `gate`, `routing`, `own`,
-`routed`, `merge`, `decode`; `tuning` holds every tile choice.
+`select_blocks` (`select_blocks_by_mass` for the other gate) and `attend` are the backend's two halves;
+`unsupported` says what they cannot take. The stages, usable alone: `plan` (numbering of tiles and blocks),
+`block_mean`, `gate`, `mass_summary`, `mass_gate`, `routing`, `own`, `routed`, `merge`, `decode`; `tuning`
+holds every tile choice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from moba_hf.kernels.forward import attend
 from moba_hf.kernels.gate import select_blocks
 from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.kernels.mass_gate import select_blocks_by_mass
 from moba_hf.kernels.tuning import DECODE_QUERIES as MAX_DECODE_QUERIES
 from moba_hf.kernels.tuning import unsupported_device
 
@@ -36,4 +38,4 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
     return None
 
 
-__all__ = ["MAX_DECODE_QUERIES", "attend", "select_blocks", "unsupported"]
+__all__ = ["MAX_DECODE_QUERIES", "attend", "select_blocks", "select_blocks_by_mass", "unsupported"]

@@ -63,6 +63,14 @@ class Tile:
 
 # H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
 GATE = Tile(m=64, n=64, warps=4, stages=3)
+# Not measured yet: 8 warps leave registers for the levels and two accumulators beside the queries.
+_MASS_GATE = (
+    Tile(64, 64, 8, 2),
+    Tile(64, 32, 8, 2),
+    Tile(64, 32, 8, 1),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
 _WIDE = (
     Tile(64, 64, 8, 2),
     Tile(64, 32, 8, 2),
@@ -100,6 +108,15 @@ def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> 
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
     return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
+
+
+def mass_gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the mass gate; `dim`: padded head dim, `parts` of a block, each two tiles of vectors."""
+    vectors = 2 * min(parts, 4) + 1
+    for tile in _MASS_GATE:
+        if fits((2 * tile.m + tile.stages * vectors * tile.n) * dim * itemsize, device_capability):
+            return tile
+    return _MASS_GATE[-1]
 
 
 def routed_tile(

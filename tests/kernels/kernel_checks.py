@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moba_hf import portable
 from moba_hf.backends import load_backend
-from moba_hf.kernels import attend, select_blocks
-from moba_hf.reference import block_mean_ref, gate_ref
+from moba_hf.kernels import attend, select_blocks, select_blocks_by_mass
+from moba_hf.reference import block_mean_ref, gate_ref, mass_gate_ref
 from moba_hf.sequences import packed_table
 
 
@@ -43,6 +43,7 @@ class Case:
     spare: int = 0
     device: str = "cpu"
     seed: int = 0
+    gate: str = "mean"
     q: Tensor = field(init=False)
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
@@ -88,6 +89,9 @@ class Case:
         return self.head_dim**-0.5
 
     def select(self, **kwargs: Any) -> Tensor:
+        if self.gate == "mass":
+            rule = (*self.longest, *self.rule, self.scale)
+            return select_blocks_by_mass(self.q, self.k, self.table, *rule, **kwargs)
         return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
 
     def expected_choice(self) -> Tensor:
@@ -100,7 +104,19 @@ class Case:
             topk=topk,
             sink_blocks=sink,
             local_blocks=local,
+            mass_scale=self.scale if self.gate == "mass" else None,
         )
+
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Reference scores `(q_len, H, blocks)` of one sequence, and how far accumulation may move them."""
+        if self.gate == "mass":
+            scores = mass_gate_ref(q, k, self.block_size, self.scale)
+            # a part's score is a difference of sums of this size
+            size = mass_gate_ref(q.abs(), k.abs(), self.block_size, self.scale).abs()
+            return scores, 2**-15 * scores.abs() + 2**-18 * size + 2**-16
+        means = block_mean_ref(k, self.block_size)
+        scores = gate_ref(q, means)
+        return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return attend(
@@ -130,11 +146,10 @@ def assert_choice(case: Case, choice: Tensor) -> None:
     for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
         covered[row, q_begin:q_end] = True
         q = case.q[row, :, q_begin:q_end].transpose(0, 1)
-        means = block_mean_ref(case.k[row, :, k_begin:k_end].transpose(0, 1), case.block_size)
-        if q_end == q_begin or len(means) == 0:
+        k = case.k[row, :, k_begin:k_end].transpose(0, 1)
+        if q_end == q_begin or len(k) < case.block_size:
             continue
-        scores = gate_ref(q, means)
-        room = 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
+        scores, room = case.scores(q, k)
         own = expected[row, q_begin:q_end, :, :1]
         ours, theirs = (_gathered(scores, x[row, q_begin:q_end], own) for x in (choice, expected))
         slack = _gathered(room, expected[row, q_begin:q_end], own).clamp(min=0).amax(2, keepdim=True)
