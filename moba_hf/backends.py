@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,9 +141,10 @@ def _load_triton() -> Backend:
 
     def select(*args: Any) -> Tensor:
         *rest, _means, gate, scale = args  # taken again by a kernel, in the layout that the gate reads
+        by_gate: Callable[..., Tensor] = kernels.select_blocks
         if gate == "mass":
-            return kernels.select_blocks_by_mass(*rest, scale)
-        return kernels.select_blocks(*rest)
+            by_gate = partial(kernels.select_blocks_by_mass, softmax_scale=scale)
+        return by_gate(*rest)
 
     def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, means, table, block_size, topk, sink, local, scale = args

@@ -121,7 +121,7 @@ def _key_values(rng: random.Random, haystack: Sequence[str], depths: Sequence[fl
     keys, values = _keys(rng, min(count, 1000)), [_number(rng) for _ in range(min(count, 1000))]
     lines = "\n".join(f'"{k}": "{v}",' for k, v in zip(keys, values, strict=True))
     asked = [min(len(keys) - 1, int(d * len(keys))) for d in depths]
-    ask = '\nThe value of a key in the object above is asked.\nKey: "{0}"\nValue: "'
+    ask = '\nThe line of one key in the object above is asked.\n"{0}": "'
     questions = tuple((ask.format(keys[i]), (values[i],), d) for i, d in zip(asked, depths, strict=True))
     return Sample("A JSON object:\n{\n" + lines + "\n}", questions)
 
@@ -147,9 +147,9 @@ def _variables(rng: random.Random, haystack: Sequence[str], depths: Sequence[flo
 _Maker = Callable[[random.Random, Sequence[str], Sequence[float]], Sample]
 # name -> maker and the tokens an answer may take
 TASKS: dict[str, tuple[_Maker, int]] = {
-    "needle": (_needles, 12),
-    "multi-needle": (_needles, 12),
-    "key-value": (_key_values, 12),
+    "needle": (_needles, 10),
+    "multi-needle": (_needles, 10),
+    "key-value": (_key_values, 10),
     "variables": (_variables, 30),
 }
 
@@ -257,11 +257,11 @@ def _padded_rows(cache: Any, spare: Sequence[int]) -> Any:
 
     copy = DynamicCache()
     for i, layer in enumerate(cache.layers):
-        rows = [
+        keys, values = (
             torch.cat([F.pad(x[:, :, : x.shape[2] - s], (0, 0, s, 0)) for s in spare])
             for x in (layer.keys, layer.values)
-        ]
-        copy.update(*rows, i)
+        )
+        copy.update(keys, values, i)
     return copy
 
 

@@ -67,7 +67,6 @@ def main() -> None:
         "language-reference": "\n".join(topics[name] for name in sorted(topics)),
         "asyncio": package(asyncio),
         "multiprocessing": package(multiprocessing),
-        "vim-options": manual("options.txt"),
         # half of their second halves is copied; the first chooses between settings
         "validate-copy": recurring(manual("usr_4*.txt") + package(unittest), seed=1),
         "copies": recurring(Path(PERL).read_text(encoding="utf-8") + package(json), seed=2),
