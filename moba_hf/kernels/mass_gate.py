@@ -131,7 +131,7 @@ def mass_gate(
                 *sizes,
                 *scales,
                 TILE_BITS=_bits(triton.cdiv(plan.num_blocks, tile.n)),
-                **constants,
+                **{**constants, "LEVELS": min(known, 6)},  # beside the limits of its rounds more would spill
             )
 
 
