@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ class Backend:
 
     Attributes:
         select: `(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks,
-            block_means)` -> int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last. `block_means`
-            is None or what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the means of each row's
-            complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per row, in order.
+            block_means, gate, softmax_scale)` -> int32 `(batch, q_len, num_heads, topk)`, own block first, -1
+            last. `block_means` is None or what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the
+            means of each row's complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per
+            row, in order. `gate`: one of `moba_hf.config.GATES`; only "mass" reads `softmax_scale`.
         forward: `(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)` ->
             `out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32 (fp64).
         backward: `(grad_out, grad_lse, q, k, v, out, lse, *the rest as forward)` -> gradients of q, k, v.
@@ -53,7 +55,7 @@ def _load_portable() -> Backend:
     from moba_hf import decode, portable
 
     def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
-        block_size, topk, sink, local, means = rest
+        block_size, topk, sink, local, means, gate, scale = rest
         return portable.select(
             q,
             k,
@@ -63,6 +65,7 @@ def _load_portable() -> Backend:
             sink_blocks=sink,
             local_blocks=local,
             block_means=means,
+            mass_scale=scale if gate == "mass" else None,
         )
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -91,15 +94,15 @@ def _load_reference() -> Backend:
     from moba_hf import reference
 
     def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
-        block_size, topk, sink, local, _means = rest  # the truth takes its own means
+        block_size, topk, sink, local, _means, gate, scale = rest  # the truth takes its own means
+        rule = {"block_size": block_size, "topk": topk, "sink_blocks": sink, "local_blocks": local}
+        rule |= {"gate": gate, "softmax_scale": scale}
         result = torch.full(
             (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
         )
         with reference.full_precision(q.device):
             for at, (queries, keys) in _each_sequence(table, q, k):
-                result[at] = reference.select_blocks_ref(
-                    queries, keys, block_size=block_size, topk=topk, sink_blocks=sink, local_blocks=local
-                )
+                result[at] = reference.select_blocks_ref(queries, keys, **rule)
         return result
 
     def forward(
@@ -137,8 +140,11 @@ def _load_triton() -> Backend:
     from moba_hf import kernels
 
     def select(*args: Any) -> Tensor:
-        *rest, _means = args  # taken again by a kernel, in the layout that the gate reads
-        return kernels.select_blocks(*rest)
+        *rest, _means, gate, scale = args  # taken again by a kernel, in the layout that the gate reads
+        by_gate: Callable[..., Tensor] = kernels.select_blocks
+        if gate == "mass":
+            by_gate = partial(kernels.select_blocks_by_mass, softmax_scale=scale)
+        return by_gate(*rest)
 
     def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, means, table, block_size, topk, sink, local, scale = args
@@ -235,10 +241,13 @@ def select_op(
     local_blocks: int,
     backend: str,
     block_means: Tensor | None = None,
+    gate: str = "mean",
+    softmax_scale: float = 1.0,
 ) -> Tensor:
     """`Backend.select` as one operator."""
     rule = (block_size, topk, sink_blocks, local_blocks)
-    return load_backend(backend).select(q, k, table, max_seqlen_q, max_seqlen_k, *rule, block_means)
+    rest = (block_means, gate, softmax_scale)
+    return load_backend(backend).select(q, k, table, max_seqlen_q, max_seqlen_k, *rule, *rest)
 
 
 @select_op.register_fake
@@ -271,58 +280,6 @@ def decode_op(
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-
-
-@torch.library.custom_op("moba_hf::select_blocks_by_mass", mutates_args=())
-def select_by_mass_op(
-    q: Tensor,
-    k: Tensor,
-    table: Tensor,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    backend: str,
-) -> Tensor:
-    """The choice by the mass gate (`moba_hf.gates`), as `select_op` gives that by the mean."""
-    from moba_hf import portable, reference
-
-    rule: dict[str, Any] = {
-        "block_size": block_size,
-        "topk": topk,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-    }
-    if backend != "reference":
-        return portable.select(q, k, table, mass_scale=softmax_scale, **rule)
-    result = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
-    for at, (queries, keys) in _each_sequence(table, q, k):
-        result[at] = reference.select_blocks_ref(
-            queries, keys, gate="mass", softmax_scale=softmax_scale, **rule
-        )
-    return result
-
-
-@select_by_mass_op.register_fake
-def _(q, k, table, block_size, topk, sink_blocks, local_blocks, softmax_scale, backend):  # type: ignore[no-untyped-def]
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
-
-
-def gate_backend(gate: str, backend: str) -> str:
-    """The backend that can run `gate` where `backend` is asked for.
-
-    Raises:
-        ValueError: a backend that has no kernel for this gate.
-    """
-    if gate == "mean" or backend in ("portable", "reference"):
-        return backend
-    if backend == "auto":
-        return "portable"
-    raise ValueError(
-        f'backend "{backend}" has no kernel for gate="{gate}" yet; use backend="auto" or "portable", '
-        'or gate="mean"'
-    )
 
 
 @torch.library.custom_op("moba_hf::attend", mutates_args=())

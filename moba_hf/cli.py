@@ -55,6 +55,9 @@ SinkBlocks = Annotated[
 LocalBlocks = Annotated[
     int | None, typer.Option(help="Blocks just before one's own, always attended; they count in topk.")
 ]
+Gate = Annotated[
+    str | None, typer.Option(help="How blocks are scored: mean (MoBA), or mass (not MoBA; better untrained).")
+]
 FullLayers = Annotated[
     str | None,
     typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
@@ -70,6 +73,7 @@ def convert(
     topk: Topk = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
+    gate: Gate = None,
     full_attention_layers: FullLayers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a checkpoint.")
@@ -87,7 +91,7 @@ def convert(
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
     from moba_hf.convert import convert_checkpoint
 
-    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, full_attention_layers)
+    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
     if config is None:
         raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
     _quiet()
@@ -102,12 +106,12 @@ def presets() -> None:
     """List the presets."""
     from moba_hf.config import MobaConfig, preset_names, read_preset
 
-    rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "FULL LAYERS", "DESCRIPTION")]
+    rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
     for name in preset_names():
         moba = MobaConfig.from_preset(name)
         full = ",".join(map(str, moba.full_attention_layers)) or "-"
         numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
-        rows.append((name, *map(str, numbers), full, read_preset(name)["description"]))
+        rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
     _print_table(rows)
 
 
@@ -137,6 +141,7 @@ def inspect_model(
     topk: Topk = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
+    gate: Gate = None,
     full_attention_layers: FullLayers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -144,7 +149,7 @@ def inspect_model(
     from moba_hf.inspection import describe, inspect_checkpoint
 
     _quiet()
-    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, full_attention_layers)
+    config = _settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
     result = inspect_checkpoint(src, config)
     print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
 
@@ -183,9 +188,6 @@ def generate(
 
 _Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
 _Length = Annotated[int, typer.Option(help="Tokens of each text that are read.")]
-_Gate = Annotated[
-    str | None, typer.Option(help="How blocks are scored: mean (MoBA) or mass (better untrained, no kernel).")
-]
 
 
 @app.command("eval")
@@ -198,7 +200,7 @@ def evaluate(
     topk: Topk = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
-    gate: _Gate = None,
+    gate: Gate = None,
     measure: Annotated[
         list[str] | None, typer.Option(help="perplexity, agreement, recall; may be given again.")
     ] = None,
@@ -251,7 +253,7 @@ def calibrate(
     ] = None,
     keys: Annotated[float | None, typer.Option(help="Allowed key budget, e.g. 0.25.")] = None,
     block_size: Annotated[list[int] | None, typer.Option(help="Block sizes to try (32).")] = None,
-    gate: _Gate = None,
+    gate: Gate = None,
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
@@ -397,6 +399,7 @@ def _settings(
     topk: int | None,
     sink_blocks: int | None,
     local_blocks: int | None,
+    gate: str | None,
     full_attention_layers: str | None,
 ) -> MobaConfig | None:
     """The settings that options give; None: no option is given."""
@@ -407,6 +410,7 @@ def _settings(
         "topk": topk,
         "sink_blocks": sink_blocks,
         "local_blocks": local_blocks,
+        "gate": gate,
         "full_attention_layers": _layer_list(full_attention_layers),
     }
     given = {name: value for name, value in numbers.items() if value is not None}

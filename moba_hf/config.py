@@ -160,6 +160,18 @@ class MobaConfig:
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
         return sum(1.0 if r is None else r.pairs(length) / dense for r in rules) / num_layers
 
+    def scaled(self, length: int, new_length: int) -> MobaConfig:
+        """The same key budget at `new_length` tokens as this has at `length`: every topk in proportion.
+
+        Forced blocks stay as many, and no topk falls below what they need.
+        """
+
+        def topk(rule: LayerConfig) -> int:
+            return max(1 + rule.sink_blocks + rule.local_blocks, round(rule.topk * new_length / length))
+
+        layers = {i: {**dict(pairs), "topk": topk(self._override(pairs))} for i, pairs in self.layers}
+        return dataclasses.replace(self, topk=topk(self._base), layers=layers)  # type: ignore[arg-type]
+
     @classmethod
     def from_preset(cls, name: str) -> MobaConfig:
         """The preset `name`, read from `moba_hf/configs`.

@@ -11,7 +11,9 @@ value, on which many heads rest ("hidden sinks"), vanish in a mean. So this gate
 
 where `f(v) = v / 2` is the cumulant of a normal spread and `f(v) = sqrt(2 v log n) - log n` for
 `v > 2 log n`, as n samples cannot reach further (the random energy model). A block costs
-`2 * parts + 1` dot products, held in fp32 (fp64); what they need depends on its keys alone.
+`2 * parts + 1` dot products with vectors that depend on its keys alone. Like block means these are taken in
+fp32 (fp64) and rounded to the key dtype, the variances and the squared queries of fp16 to bf16; products of
+these dtypes are accumulated in fp32, so that a kernel can do the same.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from moba_hf.reference import accumulate_dtype, part_size
+from moba_hf.reference import accumulate_dtype, part_size, spread_dtype
 
 
 class MassGate:
@@ -37,10 +39,12 @@ class MassGate:
 
     def __init__(self, k: Tensor, block_size: int, scale: float):
         count, size = k.shape[1] // block_size, part_size(block_size)
-        keys = k[:, : count * block_size].to(accumulate_dtype(k.dtype))
+        dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
+        keys = k[:, : count * block_size].to(dtype)
         parts = keys.unflatten(1, (count, block_size // size, size))
-        self.mean = parts.mean(3).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        self.var = parts.var(3, unbiased=False).transpose(1, 2) * scale**2
+        self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
+        var = parts.var(3, unbiased=False).to(self.narrow).to(dtype)
+        self.var = var.transpose(1, 2) * scale**2
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
         self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
@@ -49,7 +53,7 @@ class MassGate:
     def scores(self, q: Tensor, columns: int) -> Tensor:
         """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
-        squares = queries.square()
+        squares = queries.square().to(self.narrow).to(queries.dtype)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)
         for part in range(self.mean.shape[1]):
             score = queries @ self.mean[:, part, :columns].transpose(1, 2)

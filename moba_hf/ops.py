@@ -16,9 +16,7 @@ from moba_hf.backends import (
     attend_op,
     choose_backend,
     decode_op,
-    gate_backend,
     load_backend,
-    select_by_mass_op,
     select_op,
 )
 from moba_hf.block_means import block_means_of
@@ -131,12 +129,10 @@ def select_blocks(
         q.shape[0] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0] if max_seqlen_k is None else max_seqlen_k,
     )
-    name = choose_backend(gate_backend(gate, backend), q4, k4, k4, block_size)
-    if gate == "mass":
-        scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        rule = (block_size, topk, sink_blocks, local_blocks)
-        return select_by_mass_op(q4, k4, table, *rule, scale, name)[0]
-    return select_op(q4, k4, table, *lengths, block_size, topk, sink_blocks, local_blocks, name)[0]
+    name = choose_backend(backend, q4, k4, k4, block_size)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    rule = (block_size, topk, sink_blocks, local_blocks)
+    return select_op(q4, k4, table, *lengths, *rule, name, None, gate, scale)[0]
 
 
 def batched_moba_attention(
@@ -176,7 +172,7 @@ def batched_moba_attention(
     check_tensors(q, k, v)
     if table is None:
         table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
-    name = choose_backend(gate_backend(gate, backend), q, k, v, block_size)
+    name = choose_backend(backend, q, k, v, block_size)
     few = gate == "mean" and q.shape[2] <= load_backend(name).max_decode_queries
     if few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         check_rule(block_size, topk, sink_blocks, local_blocks)
@@ -222,12 +218,9 @@ def attention_over(
 ) -> tuple[Tensor, Tensor]:
     """Select, then attend, over checked batched tensors and a sequence table; returns `(out, lse)`."""
     check_rule(block_size, topk, sink_blocks, local_blocks, gate)
-    name = choose_backend(gate_backend(gate, backend), q, k, v, block_size)
+    name = choose_backend(backend, q, k, v, block_size)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if block_indices is None and gate == "mass":
-        rule = (block_size, topk, sink_blocks, local_blocks)
-        block_indices = select_by_mass_op(q.detach(), k.detach(), table, *rule, scale, name)
-    elif block_indices is None:
+    if block_indices is None:
         block_indices = select_op(
             q.detach(),
             k.detach(),
@@ -240,6 +233,8 @@ def attention_over(
             local_blocks,
             name,
             block_means,
+            gate,
+            scale,
         )
     else:
         _check_choice(block_indices, q, topk)

@@ -27,7 +27,7 @@ _COLORS = ("#3b8fd4", "#e07b39", "#3fa66a", "#b565c9", "#c9a227", "#d1495b")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     try:
         import matplotlib
     except ImportError as error:
@@ -39,9 +39,9 @@ def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[
     with matplotlib.rc_context(style | {"axes.edgecolor": _INK, "font.size": 10}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, columns)
+        axes = figure.subplots(rows, columns)
     figure.patch.set_alpha(0)
-    for ax in [axes] if columns == 1 else axes:
+    for ax in figure.axes:
         ax.patch.set_alpha(0)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
@@ -163,10 +163,47 @@ def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets:
         targets: rises to mark with a thin line.
     """
     figure, ax = _figure()
+    _draw_budget(ax, curves, targets)
+    ax.set_ylabel("rise of the loss (nats)")
+    _legend(ax)
+    return figure
+
+
+def plot_budgets(
+    texts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, targets: Sequence[float] = ()
+) -> Any:
+    """`plot_budget` of several texts, side by side on one scale, with one legend.
+
+    Args:
+        texts: text -> name -> `(key budget, rise in nats)`.
+    """
+    columns = min(4, len(texts))
+    rows = -(-len(texts) // columns)
+    figure, axes = _figure(2.9 * columns + 0.6, 2.7 * rows + 0.5, columns, rows)
+    spare = list(axes.flat) if rows * columns > 1 else [axes]
+    values = [y for curves in texts.values() for points in curves.values() for _, y in points]
+    for ax, (text, curves) in zip(spare, texts.items(), strict=False):
+        _draw_budget(ax, curves, targets, values)
+        ax.set_title(text, fontsize=10)
+    for ax in spare[len(texts) :]:
+        ax.set_visible(False)
+    figure.supylabel("rise of the loss (nats)", color=_INK, fontsize=10)
+    names = {h.get_label(): h for ax in spare[: len(texts)] for h in ax.lines if h.get_label()[0] != "_"}
+    figure.legend(names.values(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=_INK)
+    return figure
+
+
+def _draw_budget(
+    ax: Any,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    targets: Sequence[float],
+    values: Sequence[float] = (),
+) -> None:
+    """The lines and scales of `plot_budget`; `values` that the vertical scale must show besides."""
     for i, (name, points) in enumerate(curves.items()):
         x, y = zip(*sorted(points), strict=True)
         style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        ax.plot([100 * v for v in x], y, label=name, **style)
+        ax.plot([100 * v for v in x], y, label=name, markersize=4, **style)
     for target in targets:
         ax.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
     ax.set_xscale("log")
@@ -174,13 +211,39 @@ def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets:
     ticks = [5, 10, 25, 50, 100]
     ax.set_xticks(ticks, [f"{t} %" for t in ticks])
     ax.minorticks_off()
-    values = [y for points in curves.values() for _, y in points]
+    values = [*values, *(y for points in curves.values() for _, y in points)]
     marks = [t for t in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1) if t <= 1.5 * max([*values, 0.01])]
     ax.set_yticks(marks, [f"{t:g}" for t in marks])
-    ax.set_ylim(bottom=min(-0.002, *values))
+    ax.set_ylim(min(-0.002, *values), 1.3 * max([*values, 0.01]))
     ax.set_xlabel("key budget")
-    ax.set_ylabel("rise of the loss (nats)")
-    _legend(ax)
+
+
+def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
+    """Scores of tasks by length with their 95 % intervals: a panel per task, a colour per setting.
+
+    Args:
+        scores: `(setting, score)` pairs.
+    """
+    tasks = list(dict.fromkeys(score.task for _, score in scores))
+    names = list(dict.fromkeys(name for name, _ in scores))
+    lengths = sorted({score.length for _, score in scores})
+    figure, axes = _figure(3.4 * len(tasks) + 0.6, 3.6, len(tasks))
+    for ax, task in zip(axes if len(tasks) > 1 else [axes], tasks, strict=True):
+        for i, name in enumerate(names):
+            cells = [one for setting, one in scores if setting == name and one.task == task]
+            x = [lengths.index(one.length) + 0.8 * ((i + 0.5) / len(names) - 0.5) for one in cells]
+            y = [one.score for one in cells]
+            low = [max(0.0, one.score - one.low) for one in cells]
+            high = [max(0.0, one.high - one.score) for one in cells]
+            style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+            ax.errorbar(x, y, [low, high], label=name, linestyle="none", capsize=3, **style)
+        ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        ax.set_xlabel("tokens")
+        ax.set_ylim(0, 1.02)
+        ax.set_title(task, fontsize=10)
+    figure.supylabel("score", color=_INK, fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK)
     return figure
 
 

@@ -24,11 +24,18 @@ from torch import Tensor
 from moba_hf.gates import MassGate
 from moba_hf.reference import accumulate_dtype, full_precision
 
-# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles.
+# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Elsewhere than
+# on CPUs so many times more, since launches are dear there and pages are not.
 _SCORE_BUDGET = 1 << 24
 _PARTIAL_BUDGET = 1 << 24
 _TILE_BUDGET = 1 << 20
+_DEVICE_FACTOR = 16
 _TILE_ROWS = (16, 128)
+
+
+def _budget(elements: int, x: Tensor) -> int:
+    """`elements`, or more of them where `x` is not on a CPU."""
+    return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
 
 
 def block_mean(k: Tensor, block_size: int) -> Tensor:
@@ -70,7 +77,7 @@ def select(
                 means = block_means[row, :, : keys.shape[1] // block_size]
             means = means.to(accumulate_dtype(q.dtype))
             mass = None if mass_scale is None else MassGate(keys, block_size, mass_scale)
-            chunk = max(1, _SCORE_BUDGET // (num_heads * max(1, means.shape[1])))
+            chunk = max(1, _budget(_SCORE_BUDGET, q) // (num_heads * max(1, means.shape[1])))
             first = keys.shape[1] - queries.shape[1]
             for start in range(0, queries.shape[1], chunk):
                 part = queries[:, start : start + chunk]
@@ -165,7 +172,7 @@ class _Chunk:
 
     def groups(self, block_size: int) -> Iterator[tuple[slice, bool]]:
         """Slices of tiles that fit the tile budget, with whether they need the causal mask."""
-        step = max(1, _TILE_BUDGET // (self.pairs.shape[1] * block_size))
+        step = max(1, _budget(_TILE_BUDGET, self.pairs) // (self.pairs.shape[1] * block_size))
         for begin, end, own in ((0, self.num_own, True), (self.num_own, len(self.block), False)):
             for start in range(begin, end, step):
                 yield slice(start, min(end, start + step)), own
@@ -269,7 +276,7 @@ def _chunks(
 ) -> Iterator[tuple[int, slice, slice, _Tiles]]:
     """(batch row, query slice, key slice, tiles) of every chunk of every sequence."""
     num_heads, topk, width = q.shape[1], block_indices.shape[3], max(q.shape[3], v.shape[3])
-    chunk = max(1, _PARTIAL_BUDGET // (num_heads * topk * width))
+    chunk = max(1, _budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]
         if (

@@ -74,9 +74,15 @@ def part_size(block_size: int) -> int:
     return 16 if block_size % 16 == 0 else block_size
 
 
+def spread_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What variances of keys and squares of queries are rounded to; bf16 for fp16, whose range they leave."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | None = None) -> Tensor:
     """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.gates`."""
-    dtype = accumulate_dtype(q.dtype)
+    dtype, narrow = accumulate_dtype(q.dtype), spread_dtype(q.dtype)
+    squares = q.to(dtype).square().to(narrow).to(dtype)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     group_size, size = q.shape[1] // k.shape[1], part_size(block_size)
     keys = k.to(dtype).repeat_interleave(group_size, dim=1)
@@ -86,8 +92,9 @@ def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | 
         smallest = block.square().sum(2).argmin(0)
         terms = [torch.einsum("qhd,hd->qh", q.to(dtype), block[smallest, torch.arange(q.shape[1])]) * scale]
         for part in block.split(size):
-            mean, var = part.mean(0), part.var(0, unbiased=False)
-            spread = torch.einsum("qhd,hd->qh", q.to(dtype).square(), var) * scale**2
+            mean = part.mean(0).to(k.dtype).to(dtype)
+            var = part.var(0, unbiased=False).to(narrow).to(dtype)
+            spread = torch.einsum("qhd,hd->qh", squares, var) * scale**2
             normal, far = spread / 2, (reach * spread).sqrt() - reach / 2
             gain = torch.where(spread <= reach, normal, far)
             terms.append(torch.einsum("qhd,hd->qh", q.to(dtype), mean) * scale + gain + reach / 2)

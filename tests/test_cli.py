@@ -1,5 +1,6 @@
 """The command line: what it passes on, what it prints, and how it fails."""
 
+import dataclasses
 import json
 import os
 import re
@@ -60,6 +61,12 @@ def test_convert_with_a_preset_and_flags(run, src: Path, tmp_path: Path) -> None
     assert "exists already; --overwrite" in err
     assert run("convert", src, dst, "--preset", "paper-8k", "--overwrite")[0] == 0
     assert settings(dst) == MobaConfig.from_preset("paper-8k")
+    numbers = ["--block-size", "16", "--topk", "5", "--gate", "mass"]
+    assert run("convert", src, dst, *numbers, "--overwrite")[0] == 0
+    assert settings(dst) == MobaConfig(16, 5, gate="mass")
+    assert "16, mass gate" in run("inspect", dst)[1]
+    assert run("convert", src, dst, "--preset", "default-mass", "--overwrite")[0] == 0
+    assert settings(dst) == dataclasses.replace(MobaConfig.from_preset("default"), gate="mass")
     assert os.listdir(tmp_path) == ["dst"]
 
 
@@ -80,7 +87,7 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == preset_names()
-    assert re.search(r"^paper-1m +4096 +12 +0 +0 +-3,-2,-1 +The setting of", out, re.MULTILINE)
+    assert re.search(r"^paper-1m +4096 +12 +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
 
 
 BLOCKS = ("--block-size", "8", "--topk", "2")
@@ -97,7 +104,11 @@ BLOCKS = ("--block-size", "8", "--topk", "2")
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
         (
             ("convert", "SRC", "DST", "--preset", "huge"),
-            "unknown preset 'huge'; valid presets are default, fine",
+            "unknown preset 'huge'; valid presets are default, default-mass, fine",
+        ),
+        (
+            ("convert", "SRC", "DST", *BLOCKS, "--gate", "max"),
+            "gate must be one of 'mean', 'mass', got 'max'",
         ),
         (("convert", "SRC", "DST", "--block-size", "0", "--topk", "2"), "block_size must be at least 1"),
         (("convert", "SRC", "DST", "--block-size", "8", "--topk", "0"), "topk must be at least 1"),

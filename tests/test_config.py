@@ -10,7 +10,7 @@ import pytest
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig, preset_names, read_preset
 
-PRESETS = ("default", "fine", "paper-10m", "paper-1m", "paper-32k", "paper-8k")
+PRESETS = ("default", "default-mass", "fine", "paper-10m", "paper-1m", "paper-32k", "paper-8k")
 
 
 def make(**values: object) -> MobaConfig:
@@ -214,3 +214,23 @@ class TestPresets:
     def test_an_unknown_preset_lists_the_valid_ones(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"valid presets are {', '.join(PRESETS)}"):
             MobaConfig.from_preset(name)
+
+
+def test_scaled_keeps_the_key_budget_and_what_is_forced() -> None:
+    config = MobaConfig(
+        32,
+        64,
+        sink_blocks=1,
+        local_blocks=1,
+        full_attention_layers=(0,),
+        gate="mass",
+        layers={"1": {"topk": 16}, "2": {"topk": 4, "local_blocks": 2}},  # type: ignore[arg-type]
+    )
+    half = config.scaled(8192, 4096)
+    assert [half.for_layer(i, 5).topk for i in (1, 2, 3)] == [8, 4, 32]  # type: ignore[union-attr]
+    assert half.for_layer(0, 5) is None
+    assert half.gate == "mass"
+    assert half.for_layer(2, 5).local_blocks == 2  # type: ignore[union-attr]
+    assert config.scaled(8192, 8192) == config
+    even = MobaConfig(32, 64).scaled(8192, 2048)
+    assert even.key_budget(2048, 3) == MobaConfig(32, 64).key_budget(8192, 3)

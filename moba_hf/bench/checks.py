@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moba_hf import portable
 from moba_hf.backends import load_backend, select_op
-from moba_hf.reference import block_mean_ref, gate_ref
+from moba_hf.reference import block_mean_ref, gate_ref, mass_gate_ref
 from moba_hf.sequences import packed_table
 
 
@@ -48,6 +48,7 @@ class Case:
     seed: int = 0
     backend: str = "triton"
     softmax_scale: float | None = None
+    gate: str = "mean"
     q: Tensor = field(init=False)
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
@@ -93,12 +94,16 @@ class Case:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     def select(self, **kwargs: Any) -> Tensor:
-        """The backend's choice; keywords are those of `kernels.select_blocks`."""
+        """The backend's choice; keywords are those of `kernels.select_blocks` or `select_blocks_by_mass`."""
         if kwargs:
-            from moba_hf.kernels import select_blocks
+            from moba_hf import kernels
 
-            return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
-        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend)
+            args = (self.q, self.k, self.table, *self.longest, *self.rule)
+            if self.gate == "mass":
+                return kernels.select_blocks_by_mass(*args, self.scale, **kwargs)
+            return kernels.select_blocks(*args, **kwargs)
+        gate = {"gate": self.gate, "softmax_scale": self.scale}
+        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend, **gate)
 
     def expected_choice(self) -> Tensor:
         block_size, topk, sink, local = self.rule
@@ -110,7 +115,19 @@ class Case:
             topk=topk,
             sink_blocks=sink,
             local_blocks=local,
+            mass_scale=self.scale if self.gate == "mass" else None,
         )
+
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Reference scores `(q_len, H, blocks)` of one sequence, and how far accumulation may move them."""
+        if self.gate == "mass":
+            scores = mass_gate_ref(q, k, self.block_size, self.scale)
+            # a part's score is a difference of sums of this size
+            size = mass_gate_ref(q.abs(), k.abs(), self.block_size, self.scale).abs()
+            return scores, 2**-15 * scores.abs() + 2**-18 * size + 2**-16
+        means = block_mean_ref(k, self.block_size)
+        scores = gate_ref(q, means)
+        return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The backend's `(out, lse)` under `choice`; keywords are those of `kernels.attend`."""
@@ -141,11 +158,10 @@ def assert_choice(case: Case, choice: Tensor) -> None:
     for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
         covered[row, q_begin:q_end] = True
         q = case.q[row, :, q_begin:q_end].transpose(0, 1)
-        means = block_mean_ref(case.k[row, :, k_begin:k_end].transpose(0, 1), case.block_size)
-        if q_end == q_begin or len(means) == 0:
+        k = case.k[row, :, k_begin:k_end].transpose(0, 1)
+        if q_end == q_begin or len(k) < case.block_size:
             continue
-        scores = gate_ref(q, means)
-        room = 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
+        scores, room = case.scores(q, k)
         own = expected[row, q_begin:q_end, :, :1]
         ours, theirs = (_gathered(scores, x[row, q_begin:q_end], own) for x in (choice, expected))
         slack = _gathered(room, expected[row, q_begin:q_end], own).clamp(min=0).amax(2, keepdim=True)

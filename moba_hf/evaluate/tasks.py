@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moba_hf.config import MobaConfig
@@ -29,6 +31,8 @@ _NAMES = (
     "river sage tulip umber violet willow xenon yarrow zephyr anchor bridge castle dragon eagle forest fern",
 )
 _WORDS = " ".join(_NAMES).split()
+# Cached tokens of all rows of a batch of questions, on a GPU and on a CPU.
+_ROW_TOKENS = (1 << 18, 1 << 15)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _key_values(rng: random.Random, haystack: Sequence[str], depths: Sequence[fl
     keys, values = _keys(rng, min(count, 1000)), [_number(rng) for _ in range(min(count, 1000))]
     lines = "\n".join(f'"{k}": "{v}",' for k, v in zip(keys, values, strict=True))
     asked = [min(len(keys) - 1, int(d * len(keys))) for d in depths]
-    ask = '\nThe value of a key in the object above is asked.\nKey: "{0}"\nValue: "'
+    ask = '\nThe line of one key in the object above is asked.\n"{0}": "'
     questions = tuple((ask.format(keys[i]), (values[i],), d) for i, d in zip(asked, depths, strict=True))
     return Sample("A JSON object:\n{\n" + lines + "\n}", questions)
 
@@ -143,9 +147,9 @@ def _variables(rng: random.Random, haystack: Sequence[str], depths: Sequence[flo
 _Maker = Callable[[random.Random, Sequence[str], Sequence[float]], Sample]
 # name -> maker and the tokens an answer may take
 TASKS: dict[str, tuple[_Maker, int]] = {
-    "needle": (_needles, 12),
-    "multi-needle": (_needles, 12),
-    "key-value": (_key_values, 12),
+    "needle": (_needles, 10),
+    "multi-needle": (_needles, 10),
+    "key-value": (_key_values, 10),
     "variables": (_variables, 30),
 }
 
@@ -190,29 +194,75 @@ def make_sample(
 def answer_questions(
     model: Any, tokenizer: Any, sample: Sample, new_tokens: int, config: MobaConfig | None
 ) -> list[str]:
-    """Greedy answers: the context is read once, each question on top of it; MoBA in both (None: dense)."""
+    """Greedy answers: the context is read once, each question on top of it; MoBA in both (None: dense).
+
+    Questions are asked together, as rows of a batch over copies of the cache.
+    """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     device = model.device
     context: Tensor = tokenizer(sample.context, return_tensors="pt").input_ids.to(device)
-    answers = []
+    asked = [
+        tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids[0].to(device)
+        for question, _, _ in sample.questions
+    ]
+    answers: list[list[int]] = []
     with attention(model, config):
         cache = DynamicCache(config=model.config)
         model.base_model(input_ids=context, past_key_values=cache)
-        for question, _, _ in sample.questions:
-            ids = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-            new: list[int] = []
-            added = 0
-            for _ in range(new_tokens):
-                hidden = model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
-                added += ids.shape[1]
-                new.append(int(model.get_output_embeddings()(hidden).argmax()))
-                if new[-1] == tokenizer.eos_token_id:
-                    break
-                ids = torch.tensor([[new[-1]]], device=device)
-            cache.crop(-added)
-            answers.append(tokenizer.decode(new, skip_special_tokens=True))
+        alike = all(type(layer) is DynamicLayer for layer in cache.layers)
+        rows = max(1, _ROW_TOKENS[device.type == "cpu"] // context.shape[1]) if alike else 1
+        for start in range(0, len(asked), rows):
+            part = asked[start : start + rows]
+            answers += _ask(model, cache, context[0], part, new_tokens, tokenizer.eos_token_id)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def _ask(
+    model: Any, cache: Any, context: Tensor, asked: Sequence[Tensor], new_tokens: int, end: int | None
+) -> list[list[int]]:
+    """Greedy answers to token ids `asked` over copies of `cache`, which holds `context (length,)`.
+
+    A row with a shorter question reads the end of the context again, so that all read as many tokens; what is
+    missing in its cache is padding on the left.
+    """
+    length, longest = len(context), max(map(len, asked))
+    spare = [longest - len(ids) for ids in asked]
+    ids = torch.stack([torch.cat([context[length - s :], q]) for s, q in zip(spare, asked, strict=True)])
+    copy = deepcopy(cache) if len(asked) == 1 else _padded_rows(cache, spare)
+    left = torch.tensor(spare, device=ids.device)[:, None]
+    slots = torch.arange(length + longest + new_tokens, device=ids.device)
+    mask = (slots >= left).long() if any(spare) else None
+    answers: list[list[int]] = [[] for _ in asked]
+    at = length
+    for _ in range(new_tokens):
+        seen = at + ids.shape[1]
+        where = {"position_ids": slots[at:seen] - left}
+        if mask is not None:
+            where["attention_mask"] = mask[:, :seen]
+        hidden = model.base_model(input_ids=ids, past_key_values=copy, **where).last_hidden_state[:, -1]
+        ids, at = model.get_output_embeddings()(hidden).argmax(1, keepdim=True), seen
+        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
+            if not answer or answer[-1] != end:
+                answer.append(token)
+        if all(answer[-1] == end for answer in answers):
+            break
     return answers
+
+
+def _padded_rows(cache: Any, spare: Sequence[int]) -> Any:
+    """A cache with a row for each of `spare`: that of `cache` without its last tokens, padded in front."""
+    from transformers import DynamicCache
+
+    copy = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        keys, values = (
+            torch.cat([F.pad(x[:, :, : x.shape[2] - s], (0, 0, s, 0)) for s in spare])
+            for x in (layer.keys, layer.values)
+        )
+        copy.update(keys, values, i)
+    return copy
 
 
 def run_task(

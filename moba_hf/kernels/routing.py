@@ -24,8 +24,8 @@ from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import device_of
 from moba_hf.kernels.plan import Plan, find_tile
 
-# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, its number in the
-# bin, one unused.
+# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, its number
+# in the bin; one is unused.
 TILE_COLUMNS = 8
 
 # Rows of a program of the key kernel: (tokens of a tile) x (query heads).

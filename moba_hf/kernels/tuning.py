@@ -65,6 +65,13 @@ class Tile:
 
 # H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
 GATE = Tile(m=64, n=64, warps=4, stages=3)
+# Not measured yet; by registers: 64 x 64 spills at the levels that topk 64 needs, this does not.
+_MASS_GATE = (
+    Tile(64, 32, 8, 2),
+    Tile(64, 32, 8, 1),
+    Tile(32, 32, 4, 1),
+    Tile(16, 16, 4, 1),
+)
 _WIDE = (
     Tile(64, 64, 8, 2),
     Tile(64, 32, 8, 2),
@@ -129,6 +136,15 @@ def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: t
         if fits(tile.shared_memory(dims, itemsize), device_capability, DENSE_DECODE_PROGRAMS):
             return tile
     return _DENSE_DECODE[-1]
+
+
+def mass_gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the mass gate; `dim`: padded head dim, `parts` of a block, each two tiles of vectors."""
+    vectors = 2 * min(parts, 4) + 1
+    for tile in _MASS_GATE:
+        if fits((2 * tile.m + tile.stages * vectors * tile.n) * dim * itemsize, device_capability):
+            return tile
+    return _MASS_GATE[-1]
 
 
 def routed_tile(

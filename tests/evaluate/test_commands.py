@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AttentionInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig
 from moba_hf.cli import main
+from moba_hf.evaluate import token_losses
+from moba_hf.evaluate.run import load
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,61 @@ def test_errors_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str
             main([str(a) for a in args])
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_lm_eval_runs_a_local_task_under_moba(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real harness: a local multiple-choice task, whose likelihoods are those that we count."""
+    pytest.importorskip("lm_eval", reason='needs the extra "eval"')
+    questions = [
+        {"text": "The grass is green and the sky is" * n, "a": " blue", "b": " red"} for n in (3, 5, 7)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "colours.yaml").write_text(
+        f"""
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "data.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{[a, b]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    model = tmp_path / "model"
+    run(capsys, "convert", checkpoint, model, "--block-size", 16, "--topk", 2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # the harness wants one
+    tokenizer.save_pretrained(model)
+    found = {}
+    for name in ("moba", "sdpa"):
+        out = tmp_path / name
+        given = f"pretrained={model},dtype=float32,attn_implementation={name}"
+        task = ("--tasks", "colours", "--include_path", tmp_path, "--device", "cpu", "--batch_size", 1)
+        run(
+            capsys,
+            "lm-eval",
+            "--model",
+            "hf",
+            "--model_args",
+            given,
+            *task,
+            "--output_path",
+            out,
+            "--log_samples",
+        )
+        lines = next(out.rglob("samples_*.jsonl")).read_text().splitlines()
+        samples = sorted((json.loads(line) for line in lines), key=lambda one: one["doc_id"])
+        found[name] = [float(one["filtered_resps"][0][0]) for one in samples]
+    loaded, tokenizer = load(str(model), "cpu")
+    for name, config in (("moba", MobaConfig(16, 2)), ("sdpa", None)):
+        expected = []
+        for one in questions:
+            ids = tokenizer(one["text"] + one["a"], return_tensors="pt").input_ids
+            expected.append(-float(token_losses(loaded, ids, config)[-5:].sum()))
+        assert found[name] == pytest.approx(expected, abs=1e-3)
+    assert found["moba"] != pytest.approx(found["sdpa"], abs=1e-2)

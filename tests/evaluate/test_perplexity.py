@@ -1,4 +1,4 @@
-"""Losses against a count by hand; a worse choice of blocks must score worse."""
+"""Losses against a count by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_ids, tiny_model
 
-from moba_hf import MobaConfig, portable, use_moba
+from moba_hf import MobaConfig, use_moba
 from moba_hf.evaluate import agreement, perplexity, summarize, token_losses
 
 
@@ -64,19 +64,3 @@ def test_kl_is_the_one_counted_by_hand() -> None:
         q = model(ids).logits[0, -20:].detach().double().softmax(1)
     by_hand = sum(float((a * (a / b).log()).sum()) for a, b in zip(p, q, strict=True)) / 20
     assert agreement(model, ids, config, trailing=20).kl == pytest.approx(by_hand, rel=1e-3)
-
-
-def test_a_shuffled_choice_scores_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_model(), tiny_ids(256)
-    config = MobaConfig(8, 8)
-    good = agreement(model, ids, config)
-    real = portable._stable_topk
-
-    def shuffled(scores: torch.Tensor, count: int, free: torch.Tensor) -> torch.Tensor:
-        noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-        return real(noise.masked_fill(scores == -torch.inf, -torch.inf), count, free)
-
-    monkeypatch.setattr(portable, "_stable_topk", shuffled)
-    bad = agreement(model, ids, config)
-    assert bad.kl > 1.3 * good.kl
-    assert bad.top1 < good.top1

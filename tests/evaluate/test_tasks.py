@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 from moba_hf import MobaConfig, use_moba
-from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer
+from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer, tasks
 from moba_hf.evaluate.tasks import answer_questions, wilson
 
 
@@ -64,6 +64,19 @@ def test_answers_are_those_of_reading_context_and_question_at_once() -> None:
             ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert answer == tokenizer.decode(new[0, -3:].tolist())
+
+
+@pytest.mark.parametrize("config", [None, MobaConfig(16, 3, 1, 1), MobaConfig(16, 3, gate="mass")])
+def test_questions_asked_together_are_answered_as_alone(
+    config: MobaConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model(), Bytes()
+    sample = make_sample("multi-needle", tokenizer, 900, questions=5)
+    assert len({len(question) for question, _, _ in sample.questions}) > 1  # rows need padding
+    together = answer_questions(model, tokenizer, sample, 4, config)
+    monkeypatch.setattr(tasks, "_ROW_TOKENS", (1, 1))
+    assert answer_questions(model, tokenizer, sample, 4, config) == together
+    assert len(set(together)) > 1
 
 
 def test_tasks_see_moba_and_go_on_where_they_stopped(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_hf.kernels import attend, attend_backward, select_blocks, tuning
+from moba_hf.kernels import attend, attend_backward, select_blocks, select_blocks_by_mass, tuning
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.sequences import batched_table
 
@@ -127,6 +127,7 @@ def forward_call(
     packed: bool = True,
     levels: int | None = None,
     resident: bool | None = None,
+    gate: str = "mean",
 ) -> Callable[[], object]:
     """A call that selects and attends; values are never computed."""
     queries = length if queries is None else queries
@@ -141,7 +142,11 @@ def forward_call(
         k, v = tensor(length, num_kv_heads, head_dim), tensor(length, num_kv_heads, v_dim or head_dim)
         table = batched_table(1, queries, length, q.device)
         rule = (block_size, topk, 0, 0)
-        choice = select_blocks(q, k, table, queries, length, *rule, levels=levels)
+        given = (q, k, table, queries, length, *rule)
+        if gate == "mass":
+            choice = select_blocks_by_mass(*given, head_dim**-0.5, levels=levels)
+        else:
+            choice = select_blocks(*given, levels=levels)
         attend(q, k, v, choice, table, queries, length, block_size, head_dim**-0.5, resident=resident)
 
     return call
@@ -200,6 +205,9 @@ MAIN: dict[str, dict[str, Any]] = {
     "128/8 d192 v128": {"head_dim": 192, "v_dim": 128},
     "decode 128/8": {"queries": 1},
     "topk 64": {"topk": 64, "length": 1 << 17, "queries": 64},
+    "mass 32/64": {"gate": "mass", "block_size": 32, "topk": 64, "length": 1 << 17, "queries": 64},
+    "mass 64/16 d64": {"gate": "mass", "block_size": 64, "topk": 16, "head_dim": 64},
+    "mass 128/8 d256": {"gate": "mass", "head_dim": 256},
 }
 
 

@@ -11,8 +11,9 @@ _SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_one_variant(capability: int) -> None:
-    _check(kernel_aot.forward_call(head_dim=64), capability, 0)
+@pytest.mark.parametrize("gate", ["mean", "mass"])
+def test_one_variant(gate: str, capability: int) -> None:
+    _check(kernel_aot.forward_call(head_dim=64, gate=gate), capability, 0)
 
 
 @pytest.mark.slow

@@ -99,6 +99,37 @@ def test_rows_that_need_the_second_kernel(levels: int) -> None:
     assert torch.equal(case.select(levels=levels), case.select(levels=levels))
 
 
+@pytest.mark.parametrize("block_size", [16, 17, 32, 64, 96, 128, 1000])
+@pytest.mark.parametrize("sharp", [1.0, 6.0])
+def test_mass_gate(block_size: int, sharp: float) -> None:
+    case = case_of([(300, 12 * block_size + 33), (100, 100)], block_size=block_size, topk=4, gate="mass")
+    case.q.mul_(sharp)  # both branches of the spread's estimate
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_mass_gate_dims(head_dim: int, dtype: torch.dtype) -> None:
+    rule = {"block_size": 32, "topk": 6, "sink": 1, "local": 1, "gate": "mass"}
+    case = case_of([(300, 1500)], num_heads=8, head_dim=head_dim, dtype=dtype, **rule)
+    assert_choice(case, case.select())
+
+
+@pytest.mark.parametrize("topk", [2, 8, 33, 64])
+@pytest.mark.parametrize("blocks", [65, 300, 4097])
+def test_mass_gate_of_many_blocks(blocks: int, topk: int) -> None:
+    case = case_of([(64, 32 * blocks)], block_size=32, topk=topk, gate="mass")
+    assert_choice(case, case.select())
+    if topk > 2:
+        assert torch.equal(case.select(levels=2).sort(3).values, case.select(levels=8).sort(3).values)
+
+
+def test_mass_gate_of_ragged_rows_and_ties() -> None:
+    for kind in ("normal", "constant", "periodic"):
+        case = case_of(RAGGED, block_size=16, topk=5, spare=37, sink=1, kind=kind, gate="mass")
+        assert_choice(case, case.select())
+
+
 @pytest.mark.parametrize("batch", [1, 5, 16])
 @pytest.mark.parametrize("block_size", [64, 600, 4096])
 def test_decode(batch: int, block_size: int) -> None:
@@ -146,13 +177,15 @@ def test_compiled_as_one_graph() -> None:
 
 
 def test_never_waits_for_the_device() -> None:
-    case = case_of(RAGGED, topk=4)
+    case, by_mass = case_of(RAGGED, topk=4), case_of(RAGGED, topk=4, gate="mass")
     case.attend(case.select())  # compiled
+    by_mass.select()
     torch.use_deterministic_algorithms(False)
     torch.cuda.set_sync_debug_mode("error")
     try:
         case.attend(case.select(), use_decode=False)
         case.attend(case.select(), use_decode=True)
+        by_mass.select()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

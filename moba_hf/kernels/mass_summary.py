@@ -1,0 +1,113 @@
+"""What the mass gate knows of a block, for the blocks that a later query may choose.
+
+Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `plan`), P parts of a block.
+
+One program per (flat block, kv head). Per part it adds up rows in fp32, in an order that depends on the block
+size only, for the mean, then their squared distances to it for the variance; and it keeps the row of least
+norm in the block, the first of equals. Stored flat, so that a tile of blocks of one vector is one contiguous
+read for the gate: `centers (HK, P + 1, NB, D)` in the key dtype holds the means and then the smallest key,
+`spreads (HK, P, NB, D)` in `spread_dtype` the variances. Reference: `reference.mass_gate_ref`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.plan import Plan, bisect
+from moba_hf.reference import part_size, spread_dtype
+
+
+def mass_summary(k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; spare rows stay unwritten."""
+    num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(plan.block_size)
+    parts, blocks = plan.block_size // size, max(1, plan.num_blocks)
+    shape = (num_kv_heads, parts, blocks, head_dim)
+    centers = torch.empty(shape[0], parts + 1, *shape[2:], dtype=k.dtype, device=k.device)
+    spreads = torch.empty(shape, dtype=spread_dtype(k.dtype), device=k.device)
+    if plan.num_blocks == 0:
+        return centers, spreads
+    with device_of(k):
+        _mass_summary_kernel[(plan.num_blocks, num_kv_heads)](
+            k,
+            centers,
+            spreads,
+            plan.table,
+            plan.block_offset,
+            plan.num_seqs,
+            blocks,
+            k.stride(0),
+            k.stride(1),
+            k.stride(2),
+            PARTS=parts,
+            SIZE=size,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            BLOCK_N=min(64, triton.next_power_of_2(size)),
+            num_warps=4 if size > 16 else 1,
+        )
+    return centers, spreads
+
+
+@triton.jit(do_not_specialize=["num_seqs", "blocks"])
+def _mass_summary_kernel(
+    k_ptr,
+    center_ptr,
+    spread_ptr,
+    table_ptr,
+    block_offset_ptr,
+    num_seqs,
+    blocks,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    number = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    if number < tl.load(block_offset_ptr + num_seqs):
+        seq = bisect(block_offset_ptr, num_seqs, number)
+        block = number - tl.load(block_offset_ptr + seq)
+        first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
+        k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head * k_stride_h
+        k_ptr += first * k_stride_n
+        dim = tl.arange(0, PADDED_DIM)
+        rows = tl.arange(0, BLOCK_N)
+        columns = (dim < HEAD_DIM)[None, :]
+        center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * HEAD_DIM + dim
+        spread_at = spread_ptr + (head * PARTS * blocks + number) * HEAD_DIM + dim
+        least = float("inf")
+        smallest = tl.zeros([PADDED_DIM], tl.float32)
+        for part in range(PARTS):
+            total = tl.zeros([PADDED_DIM], tl.float32)
+            for start in range(0, SIZE, BLOCK_N):
+                there = start + rows < SIZE
+                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
+                keys = tl.load(k_ptr + offset, mask=there[:, None] & columns, other=0.0).to(tl.float32)
+                total += tl.sum(keys, 0)
+                norms = tl.where(there, tl.sum(keys * keys, 1), float("inf"))
+                norm = tl.min(norms, 0)
+                at = tl.min(tl.where(norms == norm, rows, BLOCK_N), 0)
+                row = tl.sum(tl.where((rows == at)[:, None], keys, 0.0), 0)
+                smallest = tl.where(norm < least, row, smallest)
+                least = tl.minimum(norm, least)
+            mean = total / SIZE
+            spread = tl.zeros([PADDED_DIM], tl.float32)
+            for start in range(0, SIZE, BLOCK_N):
+                there = (start + rows < SIZE)[:, None]
+                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
+                keys = tl.load(k_ptr + offset, mask=there & columns, other=0.0).to(tl.float32)
+                away = tl.where(there, keys - mean[None, :], 0.0)
+                spread += tl.sum(away * away, 0)
+            step = tl.cast(part, tl.int64) * blocks * HEAD_DIM
+            tl.store(center_at + step, narrow(mean, center_ptr), mask=dim < HEAD_DIM)
+            tl.store(spread_at + step, narrow(spread / SIZE, spread_ptr), mask=dim < HEAD_DIM)
+        step = tl.cast(blocks, tl.int64) * (PARTS * HEAD_DIM)
+        tl.store(center_at + step, narrow(smallest, center_ptr), mask=dim < HEAD_DIM)

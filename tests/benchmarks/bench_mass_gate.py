@@ -1,0 +1,229 @@
+"""Times the mass gate beside the mean gate, and the operator under both, after proving the choice right.
+
+    python tests/benchmarks/bench_mass_gate.py --out DIR      # about 90 s on a GPU, most of it compiling
+    TRITON_INTERPRET=1 python tests/benchmarks/bench_mass_gate.py --tiny     # the code runs, on a CPU
+
+Rows: 131,072 tokens, 32 query and 8 kv heads, head_dim 128, bf16, random normal, a sink and a local block.
+Gates are timed with what they need of the blocks (`means`: block means or summaries) and without; the tiles
+of the mass gate are tried one by one, each compiled in a process of its own before anything is timed. Nothing
+is printed as a time when the choice is wrong. A table on stdout, mass_gate.csv and mass_gate.md in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from moba_hf.bench.checks import Case, assert_choice
+from moba_hf.evaluate.results import format_table
+from moba_hf.kernels import tuning
+from moba_hf.kernels.block_mean import block_mean
+from moba_hf.kernels.gate import gate, head_split
+from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.kernels.mass_gate import mass_gate
+from moba_hf.kernels.mass_summary import mass_summary
+from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.tuning import Tile
+from moba_hf.ops import moba_attention
+from moba_hf.sequences import batched_table
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HEADS, KV_HEADS, HEAD_DIM, SINK, LOCAL = 32, 8, 128, 1, 1
+TILES = {
+    "64x64 8w 2s": Tile(64, 64, 8, 2),
+    "64x64 8w 1s": Tile(64, 64, 8, 1),
+    "64x32 8w 2s": Tile(64, 32, 8, 2),
+    "64x32 4w 2s": Tile(64, 32, 4, 2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens and rule of one line."""
+
+    name: str
+    length: int
+    block_size: int
+    topk: int
+
+
+ROWS = (Row("131K 32/64", 1 << 17, 32, 64), Row("131K 64/16", 1 << 17, 64, 16))
+TINY = Row("tiny", 300, 32, 4)
+
+
+def prove(row: Row, tile: Tile) -> str | None:
+    """None if the mass gate of `row` holds the tests' rule at a small length, else what failed."""
+    length = min(row.length, 3 * row.topk * row.block_size)
+    case = Case(
+        [(min(length, 200), length), (40, 333)],
+        num_heads=HEADS if DEVICE == "cuda" else 4,
+        num_kv_heads=KV_HEADS if DEVICE == "cuda" else 2,
+        head_dim=HEAD_DIM if DEVICE == "cuda" else 16,
+        block_size=row.block_size,
+        topk=row.topk,
+        sink=SINK,
+        local=LOCAL,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+        gate="mass",
+    )
+    try:
+        with mock.patch.object(tuning, "_MASS_GATE", (tile,)):
+            assert_choice(case, case.select())
+    except AssertionError as error:
+        return f"{row.name}: {error}"
+    return None
+
+
+def median_ms(call: Callable[[], Any], repeats: int, budget: float = 3.0) -> float:
+    """Median milliseconds of `call` by CUDA events, in about `budget` seconds."""
+    call()
+    if DEVICE == "cpu":
+        return 1.0
+    torch.cuda.synchronize()
+    times: list[float] = []
+    start = time.monotonic()
+    while len(times) < repeats and (len(times) < 3 or time.monotonic() - start < budget):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+class Inputs:
+    """Random q, k, v of a row, and the calls that are timed."""
+
+    def __init__(self, row: Row):
+        torch.manual_seed(0)
+        heads = (HEADS, KV_HEADS, KV_HEADS) if DEVICE == "cuda" else (4, 2, 2)
+        dim = HEAD_DIM if DEVICE == "cuda" else 16
+        self.row = row
+        shapes = [(row.length, h, dim) for h in heads]
+        self.q, self.k, self.v = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in shapes)
+        self.batched = [x.transpose(0, 1)[None] for x in (self.q, self.k)]
+        shape = (1, row.length, heads[0], row.topk)
+        self.choice = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
+
+    def plan(self, rows: int) -> Any:
+        q, k = self.batched
+        _, tokens = head_split(q.shape[1] // k.shape[1], rows)
+        table = batched_table(1, self.row.length, self.row.length, q.device)
+        sizes = {"block_size": self.row.block_size, "tile": tokens}
+        return make_plan(q, k, table, self.row.length, self.row.length, **sizes)
+
+    def mean_gate(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """What takes the means, and the gate alone."""
+        (q, k), plan = self.batched, self.plan(tuning.GATE.m)
+        means = block_mean(k, plan)
+        return lambda: block_mean(k, plan), lambda: gate(q, means, plan, self.choice, SINK, LOCAL)
+
+    def mass_gate(self, tile: Tile) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """What takes the summaries, and the gate alone."""
+        (q, k), plan, scale = self.batched, self.plan(tile.m), self.q.shape[2] ** -0.5
+        summary = mass_summary(k, plan)
+
+        def choose() -> None:
+            with mock.patch.object(tuning, "_MASS_GATE", (tile,)):
+                mass_gate(q, summary, plan, self.choice, SINK, LOCAL, scale)
+
+        return lambda: mass_summary(k, plan), choose
+
+    def operator(self, name: str) -> Tensor:
+        row = self.row
+        rule = {"block_size": row.block_size, "topk": row.topk, "sink_blocks": SINK, "local_blocks": LOCAL}
+        out = moba_attention(self.q, self.k, self.v, **rule, gate=name, backend="triton")
+        assert isinstance(out, Tensor)
+        return out
+
+
+def compile_all(rows: tuple[Row, ...]) -> None:
+    """Runs every kernel once in processes of their own, all at once, so that Triton's cache holds them."""
+    jobs = [(row.name, tile) for row in rows for tile in [*TILES, "mean"]]
+    running = [
+        subprocess.Popen([sys.executable, __file__, "--compile", *job], stdout=subprocess.DEVNULL)
+        for job in jobs
+    ]
+    for process in running:
+        process.wait()
+
+
+def measure(row: Row, repeats: int) -> list[dict[str, Any]]:
+    """Lines of one row: both gates, the mass gate's tiles, the whole operator under both."""
+    inputs, lines = Inputs(row), []
+
+    def line(what: str, means: float | None, ms: float) -> None:
+        lines.append({"row": row.name, "what": what, "means_ms": means, "ms": ms})
+        print(lines[-1], flush=True)
+
+    means, choose = inputs.mean_gate()
+    line("mean gate", median_ms(means, repeats), median_ms(choose, repeats))
+    for name, tile in TILES.items():
+        wrong = prove(row, tile)
+        if wrong is not None:
+            print(f"gate: RED: {name}: {wrong}", flush=True)
+            continue
+        try:
+            means, choose = inputs.mass_gate(tile)
+            line(f"mass gate {name}", median_ms(means, repeats), median_ms(choose, repeats))
+        except RuntimeError as error:  # more shared memory than there is
+            print(f"{name} does not run: {str(error).splitlines()[0]}", flush=True)
+    for name in ("mean", "mass"):
+        line(f"operator, {name}", None, median_ms(lambda name=name: inputs.operator(name), repeats))
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15, help="most runs of a median")
+    parser.add_argument("--out", type=Path, default=Path("out/mass_gate"), help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="run everything once on a small case")
+    parser.add_argument("--compile", nargs=2, metavar=("ROW", "TILE"), help="only compile this")
+    args = parser.parse_args()
+    if args.compile is not None:
+        row = next(row for row in ROWS if row.name == args.compile[0])
+        if args.compile[1] == "mean":
+            Inputs(row).operator("mean")
+        else:
+            prove(row, TILES[args.compile[1]])
+            Inputs(row).mass_gate(TILES[args.compile[1]])[1]()
+        return 0
+    rows = (TINY,) if args.tiny else ROWS
+    if DEVICE == "cpu" and not args.tiny:
+        print("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
+        return 2
+    if DEVICE == "cuda":
+        compile_all(rows)
+    lines = [line for row in rows for line in measure(row, args.repeats)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "mass_gate.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "what", "means_ms", "ms"])
+        writer.writeheader()
+        writer.writerows(lines)
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter"
+    head = ["row", "what", "means ms", "ms"]
+    cells = [[x["row"], x["what"], x["means_ms"] or "-", x["ms"]] for x in lines]
+    text = f"{name}, torch {torch.__version__}\n\n{format_table([head, *cells])}"
+    (args.out / "mass_gate.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
