@@ -19,13 +19,14 @@ PACKAGE = ROOT / "moba_hf"
 # Imports point down only: a module may import those on the lines below its own.
 LAYERS = [
     {"cli"},
-    {"calibrate", "plots", "testing", "__init__"},
+    {"calibrate", "plots", "testing", "training", "__init__"},
     {"evaluate"},
     {"verify", "inspection", "generation"},
     {"convert"},
     {"patching", "prefill"},
     {"probes"},
     {"attention"},
+    {"loading"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},
     {"backends", "block_means"},

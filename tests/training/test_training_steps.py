@@ -1,0 +1,125 @@
+"""One training step, in each of the ways that training is done: gradients against a plain step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import HYBRID, RULE, backward, checkpointed, tiny, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import DataCollatorWithFlattening
+
+RULES = pytest.mark.parametrize("rule", [RULE, HYBRID], ids=["moba", "hybrid"])
+DOCUMENTS = (40, 9, 61, 26)
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(got: Any, expected: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(got[0], expected[0], **tolerance)
+    assert set(got[1]) == set(expected[1])
+    for name, grad in expected[1].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(got[1][name], grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def packed(flash: bool, **sizes: Any) -> dict[str, Any]:
+    """One packed batch as transformers' collator makes it."""
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+    ids = tokens(sum(DOCUMENTS))
+    return collate([{"input_ids": part} for part in ids.split(list(DOCUMENTS))])
+
+
+def each_alone(model: Any) -> Any:
+    """Loss and gradients that a packed batch must give: those of its documents, weighted by their tokens."""
+    losses, total = [], sum(DOCUMENTS) - len(DOCUMENTS)
+    for part in tokens(sum(DOCUMENTS)).split(list(DOCUMENTS)):
+        losses.append(model(part[None], labels=part[None], use_cache=False).loss * (len(part) - 1) / total)
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@RULES
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
+@pytest.mark.parametrize("flash", [False, True], ids=["position_ids", "flash-kwargs"])
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_packed_batches(rule: Any, use_cache: bool, flash: bool, checkpointing: bool | None) -> None:
+    model = tiny(rule)
+    expected = each_alone(model)
+    if checkpointing is not None:
+        checkpointed(model, checkpointing)
+    assert_same(backward(model, **packed(flash), use_cache=use_cache), expected)
+
+
+@RULES
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_checkpointing(rule: Any, reentrant: bool, padded: bool) -> None:
+    model, ids = tiny(rule), tokens(2, 80)
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, 60:] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+    expected = backward(model, **inputs)
+    checkpointed(model, reentrant)
+    got = backward(model, **inputs)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][name], expected[1][name]) for name in expected[1])
+
+
+@RULES
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_autocast(rule: Any, reentrant: bool | None) -> None:
+    """fp32 weights under bf16 autocast: fp32 gradients that point where those of fp32 point."""
+    model, ids = tiny(rule), tokens(2, 80)
+    expected = backward(model, input_ids=ids, labels=ids)
+    if reentrant is not None:
+        checkpointed(model, reentrant)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, got = backward(model, input_ids=ids, labels=ids)
+    assert abs(float(loss - expected[0])) < 0.02
+    for name, grad in expected[1].items():
+        assert got[name].dtype == torch.float32
+        assert torch.cosine_similarity(got[name].flatten(), grad.flatten(), dim=0) > 0.97, name
+
+
+@RULES
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_compiled_step_is_one_graph(rule: Any, checkpointing: bool, autocast: bool) -> None:
+    model, ids, counter = tiny(rule), tokens(2, 80), CompileCounterWithBackend("aot_eager")
+    if checkpointing:
+        checkpointed(model, False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = backward(model, input_ids=ids, labels=ids, use_cache=False)
+        model.compile(fullgraph=True, backend=counter)
+        for _ in range(2):
+            got = backward(model, input_ids=ids, labels=ids, use_cache=False)
+            assert_same(got, expected)
+    assert counter.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@RULES
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
+def test_compiled_packed_step_is_one_graph(rule: Any, use_cache: bool) -> None:
+    """Two batches of different documents and lengths."""
+    model, counter = tiny(rule), CompileCounterWithBackend("aot_eager")
+    expected = each_alone(model)
+    model.compile(fullgraph=True, backend=counter)
+    assert_same(backward(model, **packed(True), use_cache=use_cache), expected)
+    assert counter.frame_count == 1
+    assert not counters["graph_break"]
