@@ -26,7 +26,8 @@ from moba_hf.adapter import find_adapter
 from moba_hf.cache import LAYER_ATTRIBUTE
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
-from moba_hf.loading import NAME, watch_loads
+from moba_hf.loading import NAME as NAME
+from moba_hf.loading import watch_loads
 from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
 from moba_hf.packing import (
     DOCUMENTS,

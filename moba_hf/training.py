@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +97,12 @@ class MobaCallback(TrainerCallback):
     loaded model, not of its config; after training the model runs MoBA again, as its checkpoint does.
 
     Adds to each training log line, and to `state.log_history`:
-        moba_key_budget: the key budget (see `moba_hf.inspection`) of the steps since the last line, at the mean
-            length of their rows; 1 while full attention runs.
+        moba_key_budget: the key budget (see `moba_hf.inspection`) at the mean length of the rows since the
+            last line; 1 while full attention runs. Packed documents are shorter: they attend a larger share.
         moba_full: 1.0 while full attention runs, else 0.0.
-        trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have labels,
-            of this process. Evaluations log `eval_trailing_loss`. Missing where the model is not given labels
-            or gives no logits of all positions (fused losses).
+        trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
+            labels, of this process. Evaluations log `eval_trailing_loss`. Where a fused loss makes no logits
+            (TRL), they are made for these positions. Missing where the model is not given labels.
 
     Callbacks that stand before this one, such as reporters named by `report_to`, have seen the line without
     these; `trainer.callback_handler.callbacks.insert(0, callback)` instead of `callbacks=[callback]` puts it
@@ -125,7 +126,8 @@ class MobaCallback(TrainerCallback):
         self._switch = 0
         self._full = False
         self._meters: dict[bool, _Meter] = {}
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._hidden: Tensor | None = None  # at the end of the rows in flight
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Turns MoBA on, and full attention where a resumed run stands behind the switch."""
@@ -134,7 +136,9 @@ class MobaCallback(TrainerCallback):
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)
         self._meters = {training: _Meter(self._model.device) for training in (True, False)}
-        self._hook = self._model.register_forward_hook(self._measure, with_kwargs=True)
+        self._hooks = [self._model.register_forward_hook(self._measure, with_kwargs=True)]
+        if self._model.base_model is not self._model:
+            self._hooks.append(self._model.base_model.register_forward_hook(self._keep))
         self._follow(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -143,7 +147,7 @@ class MobaCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds what this callback measured to a line of losses."""
-        if not logs or self._hook is None:
+        if not logs or not self._hooks:
             return
         if "loss" in logs:
             found = self._training_values()
@@ -169,10 +173,11 @@ class MobaCallback(TrainerCallback):
         suspend_moba(self._model, full)
 
     def _detach(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        if self._hooks:
             suspend_moba(self._model, False)
-        self._hook, self._full = None, False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._hidden, self._full = [], None, False
 
     def _training_values(self) -> dict[str, float | None]:
         loss, length = self._meters[True].read()
@@ -187,15 +192,27 @@ class MobaCallback(TrainerCallback):
             budget = inspect_config(self._model.config, settings, (length,)).lengths[0].key_budget
         return {"moba_key_budget": budget, "moba_full": float(self._full), "trailing_loss": loss}
 
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook of the decoder: keeps the hidden states that trailing positions are predicted from."""
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is not None and not torch.compiler.is_compiling():
+            self._hidden = hidden.detach()[:, -self.trailing_tokens - 1 :]
+
     def _measure(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: adds a batch to the meter of its mode, without waiting for the device."""
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
+        hidden, self._hidden = self._hidden, None
         meter = self._meters[module.training]
         if ids is not None:
             meter.add_length(ids.shape[1])
-        if labels is not None and logits is not None and logits.shape[:2] == labels.shape:
+        if labels is None:
+            return
+        if logits is not None and logits.shape[:2] == labels.shape:
             meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
+        elif logits is None and hidden is not None:
+            head = module.get_output_embeddings()
+            meter.add_loss(*trailing_loss(hidden, labels[:, -hidden.shape[1] :], self.trailing_tokens, head))
 
 
 class _Meter:
@@ -220,18 +237,24 @@ class _Meter:
 
 
 @torch.no_grad()
-def trailing_loss(logits: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def trailing_loss(
+    logits: Tensor, labels: Tensor, count: int, head: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of the losses of the last `count` positions of each row, fp32 nats, and how many have labels.
 
     Args:
-        logits: `(batch, length, vocabulary)`. labels: `(batch, length)`, not shifted; -100: none.
+        logits: `(batch, length, vocabulary)`, or with `head` what it makes them from.
+        labels: `(batch, length)`, not shifted; -100: none.
     """
+    head = head or (lambda given: given)
     count = min(count, labels.shape[1] - 1)
     targets = labels[:, labels.shape[1] - count :].to(logits.device)
     scores = logits[:, logits.shape[1] - count - 1 : -1]
     parts = zip(scores.split(_ROWS, dim=1), targets.split(_ROWS, dim=1), strict=True)
     losses = [
-        F.cross_entropy(part.float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+        F.cross_entropy(
+            head(part).float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
+        )
         for part, target in parts
     ]
     return torch.stack(losses).sum(), (targets != -100).sum()
@@ -267,4 +290,3 @@ def _inner(model: Any) -> Any:
         elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
             model = model.module
     return model
-

@@ -80,7 +80,15 @@ def assert_equal(a: Any, b: Any) -> None:
 class TestRecipe:
     @pytest.mark.parametrize(
         ("share", "steps", "switch"),
-        [(0, 10, 10), (0.1, 10, 9), (0.1, 30, 27), (0.25, 10, 7), (0.01, 5, 4), (0.5, 1, 0), (0.9, 1000, 100)],
+        [
+            (0, 10, 10),
+            (0.1, 10, 9),
+            (0.1, 30, 27),
+            (0.25, 10, 7),
+            (0.01, 5, 4),
+            (0.5, 1, 0),
+            (0.9, 1000, 100),
+        ],
     )
     def test_switch_step(self, share: float, steps: int, switch: int) -> None:
         assert Recipe(full_share=share).switch_step(steps) == switch
@@ -124,7 +132,9 @@ class TestSwitch:
         seen = []
 
         class Evaluate(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            def on_step_end(
+                self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+            ) -> None:
                 attention = model.model.layers[0].self_attn
                 with use_moba(model, MobaConfig(block_size=4, topk=2)):
                     seen.append(layer_plan(attention).rule)
@@ -145,13 +155,20 @@ class TestResume:
         recipe, given = Recipe(full_share=0.5), {"save_strategy": "steps", "save_steps": 2}
         whole = train(tmp_path, recipe, gradient_accumulation_steps=2, **given)
         resumed = train(
-            tmp_path, recipe, tiny(), str(tmp_path / f"checkpoint-{at}"), gradient_accumulation_steps=2, **given
+            tmp_path,
+            recipe,
+            tiny(),
+            str(tmp_path / f"checkpoint-{at}"),
+            gradient_accumulation_steps=2,
+            **given,
         )
         assert_equal(whole.model, resumed.model)
         rule = LayerConfig(8, 2)
         assert resumed.watch.rules == {i: {(rule, rule) if i < 3 else (None, None)} for i in range(at, 6)}
         names = ("loss", "trailing_loss", "moba_key_budget", "moba_full", "grad_norm")
-        lines = [[{n: e[n] for n in names} for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+        lines = [
+            [{n: e[n] for n in names} for e in t.state.log_history if "loss" in e] for t in (whole, resumed)
+        ]
         assert lines[0] == lines[1]
 
 
@@ -255,7 +272,8 @@ class TestTrainerOptions:
     def test_bf16(self, tmp_path: Path) -> None:
         """fp32 weights, and a loss near that of fp32."""
         losses = [
-            train(tmp_path, Recipe(full_share=0.5), steps=4, bf16=bf16).state.log_history for bf16 in (False, True)
+            train(tmp_path, Recipe(full_share=0.5), steps=4, bf16=bf16).state.log_history
+            for bf16 in (False, True)
         ]
         for a, b in zip(*losses, strict=True):
             if "loss" in a:
