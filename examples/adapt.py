@@ -178,10 +178,12 @@ def arguments(args: argparse.Namespace, run: Run) -> TrainingArguments:
     )
 
 
-def train(run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tensor) -> dict[str, Any]:
+def train(
+    run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tensor, dense_before: float
+) -> dict[str, Any]:
     """Trains one run and returns its row of the results."""
     model = load(args, run)
-    before = trailing(model, held_out, run.moba, args.trailing)
+    before = dense_before if run.moba is None else trailing(model, held_out, run.moba, args.trailing)
     curve = HeldOut(held_out[: args.curve_rows], run, args)
     callbacks: list[TrainerCallback] = [curve]
     if run.moba is not None:
@@ -195,6 +197,7 @@ def train(run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tenso
     tokens = steps * args.batch * args.accumulate * args.length
     if args.save:
         trainer.save_model(str(args.out / run.name))
+    after = trailing(model, held_out, run.moba, args.trailing)
     return {
         "name": run.name,
         "moba": None if run.moba is None else run.moba.to_dict(),
@@ -204,8 +207,8 @@ def train(run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tenso
         "tokens_per_second": round(tokens / seconds),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if CUDA else None,
         "before": before,
-        "after": trailing(model, held_out, run.moba, args.trailing),
-        "after_dense": trailing(model, held_out, None, args.trailing),
+        "after": after,
+        "after_dense": after if run.moba is None else trailing(model, held_out, None, args.trailing),
         "curve": curve.points,
         "log": [line for line in trainer.state.log_history if "loss" in line],
     }
@@ -310,7 +313,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     for run in runs_of(args):
         print(f"training {run.name} ...", file=sys.stderr, flush=True)
-        results["runs"].append(train(run, args, data, held_out))
+        results["runs"].append(train(run, args, data, held_out, results["dense_before"]))
         add_gaps(results["runs"], results["dense_before"])
         (args.out / "results.json").write_text(
             json.dumps(results, indent=1)
