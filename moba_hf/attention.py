@@ -43,6 +43,8 @@ UNWRITTEN, REAL, PADDING = 0, 1, 2
 COMPACT = (torch.int8, torch.uint8)
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
+# Attribute by which a compact mask names its bounds.
+_BOUNDS = "_moba_bounds"
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
     "softcap": "soft-capped scores",
@@ -168,7 +170,15 @@ def moba_attention_forward(
     padding_given = attention_mask is not None and attention_mask.dtype != torch.uint8
     if stock is not None and attention_mask is not None and attention_mask.shape[2:] == (q_len, q_len):
         padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
-    packing = find_packing(kwargs, batch, q_len, kv_len, padding_given=padding_given, documents=documents)
+    packing = find_packing(
+        kwargs,
+        batch,
+        q_len,
+        kv_len,
+        padding_given=padding_given,
+        documents=documents,
+        asker=(module.config, int(module.layer_idx)),  # type: ignore[arg-type]
+    )
     if stock is not None:
         if packing is not None and not torch.compiler.is_compiling():
             check_separated(attention_mask, packing, stock)
@@ -244,14 +254,12 @@ def _attend(
         )[0]
     if block_means is None and q_len == 1 and not torch.compiler.is_compiling():
         logger.warning_once(_SPARSE_WITHOUT_CACHE)
-    limits = {} if bounds is None else vars(bounds)
     return batched_moba_attention(
         query,
         key,
         value,
-        kv_start=limits.get("kv_start"),
-        kv_end=limits.get("kv_end"),
-        q_offset=limits.get("q_offset"),
+        kv_start=None if bounds is None else bounds.kv_start,
+        table=None if bounds is None else bounds.table,
         softmax_scale=scale,
         backend=backend,
         block_means=block_means,
@@ -313,7 +321,14 @@ def moba_mask(
         given = nn.functional.pad(attention_mask.to(torch.bool), (0, max(0, missing)))
         real = written & given[:, kv_offset : kv_offset + kv_length]
     dtype = torch.uint8 if attention_mask is None else torch.int8
-    return (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
+    mask = (written.to(dtype) * PADDING - real.to(dtype))[:, None, None, :]
+    if attention_mask is None:
+        begin = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        first = begin + (q_offset - kv_offset)
+        _keep_bounds(mask, RowBounds.of(begin, first + q_length, first, q_length))
+    elif torch.compiler.is_compiling():
+        _keep_bounds(mask, row_bounds(mask, q_length))
+    return mask
 
 
 def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
@@ -333,18 +348,27 @@ def row_bounds(mask: Tensor, q_len: int) -> RowBounds:
                 f"the attention mask of batch row {int(holes[0])} has holes: MoBA takes padding before and "
                 "after a row's tokens, not between them"
             )
-    return RowBounds(kv_start, kv_end, (flat != UNWRITTEN).sum(dim=1) - q_len, q_len)
+    return RowBounds.of(kv_start, kv_end, (flat != UNWRITTEN).sum(dim=1) - q_len, q_len)
 
 
 def _bounds_of(mask: Tensor, q_len: int) -> RowBounds:
     """`row_bounds` of a compact mask, taken once for all layers that get the same mask."""
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return row_bounds(mask, q_len)
-    known: tuple[int, RowBounds] | None = getattr(mask, "_moba_bounds", None)
-    if known is None or known[0] != mask._version or known[1].q_len != q_len:
-        known = (mask._version, row_bounds(mask, q_len))
-        mask._moba_bounds = known  # type: ignore[attr-defined]
-    return known[1]
+    known: tuple[int, RowBounds] | None = getattr(mask, _BOUNDS, None)
+    if known is not None and known[0] == _version(mask) and known[1].q_len == q_len:
+        return known[1]
+    bounds = row_bounds(mask, q_len)
+    if not torch.compiler.is_compiling():  # a graph would have to put the attribute on its input
+        _keep_bounds(mask, bounds)
+    return bounds
+
+
+def _keep_bounds(mask: Tensor, bounds: RowBounds) -> None:
+    setattr(mask, _BOUNDS, (_version(mask), bounds))
+
+
+def _version(mask: Tensor) -> int:
+    """Changes when `mask` is written to, as far as that can be told."""
+    return 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
 
 
 def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:

@@ -134,7 +134,7 @@ def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
 
 def _load_triton() -> Backend:
     """Triton kernels; the backward is the portable one, which runs on any device."""
-    from moba_hf import decode, kernels
+    from moba_hf import kernels
 
     def select(*args: Any) -> Tensor:
         *rest, _means = args  # taken again by a kernel, in the layout that the gate reads
@@ -142,25 +142,35 @@ def _load_triton() -> Backend:
 
     def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, means, table, block_size, topk, sink, local, scale = args
-        choice = decode.choose_blocks(
-            q,
-            means,
-            table,
-            block_size=block_size,
-            topk=topk,
-            sink_blocks=sink,
-            local_blocks=local,
-        )
-        return kernels.attend(q, k, v, choice, table, q.shape[2], k.shape[2], block_size, scale)
+        choice = kernels.choose_blocks(q, means, table, k.shape[2], block_size, topk, sink, local)
+        lengths = (q.shape[2], k.shape[2])
+        return kernels.attend(q, k, v, choice, table, *lengths, block_size, scale, by_row=True)
 
     backward, most = _load_portable().backward, kernels.MAX_DECODE_QUERIES
     return Backend(select, kernels.attend, backward, kernels.unsupported, decode_step, most)
+
+
+def _load_flash_attn() -> Backend:
+    """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
+    from moba_hf import flash
+
+    varlen, portable = flash.load_varlen(), _load_portable()
+
+    def select(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        gate = portable if _why_not("triton", q, k, k, rest[3]) else load_backend("triton")
+        return gate.select(q, k, *rest)
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return flash.attend(varlen, *args, **kwargs)
+
+    return Backend(select, forward, portable.backward, flash.unsupported)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "reference": _load_reference,
     "portable": _load_portable,
     "triton": _load_triton,
+    "flash_attn": _load_flash_attn,
 }
 
 

@@ -3,9 +3,10 @@
 Legend: N cached slots, B block size, HK kv heads, D head dim, NB = capacity // B blocks.
 
 A row's blocks start at its first real token, which only the attention function knows, so the means are
-brought up to date by it, from the stored keys, with the routine that prefill uses (`portable.block_mean`).
-What is computed is what the last calls completed: a decode step reads one block at most. Everything but the
-number of new tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
+brought up to date by it, from the stored keys, with the routine that prefill uses: `portable.block_mean`, or
+the kernel whose bits equal those of the prefill kernel where the backend "auto" runs Triton. What is computed
+is what the last calls completed: a decode step reads one block at most. Everything but the number of new
+tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moba_hf.backends import choose_backend
 from moba_hf.portable import block_mean
 
 # Elements of keys that one step of an update may gather.
@@ -93,7 +95,11 @@ class BlockMeans:
         if self.empty:
             self._set_starts(kv_start)
         if self.behind:
-            if isinstance(length, int) and (kv_start is None or _on_host(keys)):
+            if choose_backend("auto", keys, keys, keys, block_size) == "triton":
+                on_device = length if isinstance(length, Tensor) else None
+                slots = 0 if isinstance(length, Tensor) else length
+                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size)
+            elif isinstance(length, int) and (kv_start is None or _on_host(keys)):
                 self._update_slices(keys, length, kv_start)
             else:
                 self._update_gathered(keys, length, kv_start)
@@ -120,7 +126,8 @@ class BlockMeans:
         """Whether the rows start where they did.
 
         On other devices than the CPU the values are compared when more than one token was added: a start
-        changes with a new prompt, never between decode steps, and a comparison waits for the device.
+        changes with a new prompt, never between decode steps, and a comparison waits for the device. Compiled
+        and captured graphs cannot wait.
         """
         known = self.starts
         if known is None and kv_start is None:
@@ -128,8 +135,8 @@ class BlockMeans:
         if known is None or kv_start is None:
             given = kv_start if known is None else known
             assert given is not None
-            return not torch.compiler.is_compiling() and not bool(given.any())
-        if torch.compiler.is_compiling() or not (_on_host(known) or self.behind > 1):
+            return not _in_graph() and not bool(given.any())
+        if _in_graph() or not (_on_host(known) or self.behind > 1):
             return True
         return torch.equal(known, kv_start)
 
@@ -178,6 +185,28 @@ class BlockMeans:
             self.means.scatter_(2, place[:, None, :, None].expand(-1, heads, -1, dim), new)
 
 
+@torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))
+def update_means_op(
+    means: Tensor,
+    keys: Tensor,
+    kv_start: Tensor | None,
+    length: Tensor | None,
+    slots: int,
+    behind: int,
+    block_size: int,
+) -> None:
+    """Triton's update of `means`: `length`, or `slots` where it is None, slots of `keys` are written."""
+    from moba_hf.kernels import update_block_means
+
+    written = slots if length is None else length
+    update_block_means(means, keys, kv_start, written, behind, block_size)
+
+
+@update_means_op.register_fake
+def _(means, keys, kv_start, length, slots, behind, block_size):  # type: ignore[no-untyped-def]
+    return None
+
+
 def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
     """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start."""
     means = BlockMeans()
@@ -192,6 +221,13 @@ def writable(x: Tensor) -> Tensor:
     if x.is_inference() and not torch.is_inference_mode_enabled():
         return x.clone()
     return x
+
+
+def _in_graph() -> bool:
+    """Whether what runs is traced or captured, so that values cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _on_host(x: Tensor) -> bool:

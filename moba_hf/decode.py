@@ -75,24 +75,6 @@ def decode(
     return out, lse
 
 
-def choose_blocks(
-    q: Tensor,
-    block_means: Tensor,
-    table: Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
-    """The choice as `portable.select` gives it, int32 `(batch, M, H, topk)`; arguments as in `decode`."""
-    position = _positions(table, q.shape[2])
-    with full_precision(q.device):
-        choice = choose(q, block_means, position, block_size, topk, sink_blocks, local_blocks)
-    choice = torch.nn.functional.pad(choice, (0, topk - choice.shape[3]), value=-1)
-    return choice.transpose(1, 2).to(torch.int32).contiguous()
-
-
 def _positions(table: Tensor, length: int) -> Tensor:
     """Where each query stands in its sequence, int64 `(batch, M)`; -1 for padding."""
     _, q_begin, q_end, k_begin, k_end = table.long().unbind(1)

@@ -1,6 +1,7 @@
 """Full causal attention where a model wants it: full layers, decode, and where the rule covers everything.
 
-Torch's own fused attention does the work. Grouped heads are folded into rows instead of repeating keys, and
+Torch's own fused attention does the work, but for a few queries on a GPU, where a kernel splits the keys over
+the device. Grouped heads are folded into rows instead of repeating keys, and
 masks are built for a chunk of queries at a time, so no `q_len x kv_len` mask is held at length.
 """
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.sequences import RowBounds
+from moba_hf.backends import choose_backend, load_backend
+from moba_hf.sequences import RowBounds, batched_table
 
 # Elements of one mask (bool): bounds the memory of a chunk of queries.
 _MASK_BUDGET = 1 << 25
@@ -38,6 +40,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: RowBo
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
+    if _few_on_gpu(q, k, v):
+        table = batched_table(batch, q_len, kv_len, q.device) if bounds is None else bounds.table
+        return dense_decode_op(q, k, v, table, scale)[0]
     if bounds is None and q_len == kv_len:
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
@@ -60,6 +65,33 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: RowBo
             part = part.masked_fill(~bounds.real_queries(start, end)[:, :, None, None], 0.0)
         chunks.append(part)
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def _few_on_gpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this is a decode step that the split-key kernel takes.
+
+    Torch's kernels do not split the keys of a masked call, and the slots of a static cache need a mask.
+    """
+    if q.device.type == "cpu" or q.shape[2] == k.shape[2] or choose_backend("auto", q, k, v, 16) != "triton":
+        return False
+    few = q.shape[2] <= load_backend("triton").max_decode_queries
+    return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+
+
+@torch.library.custom_op("moba_hf::dense_decode", mutates_args=())
+def dense_decode_op(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32, by the Triton kernel."""
+    from moba_hf.kernels import dense_decode_attention
+
+    return dense_decode_attention(q, k, v, table, softmax_scale)
+
+
+@dense_decode_op.register_fake
+def _(q, k, v, table, softmax_scale):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def dense_packed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[list[int]]) -> Tensor:

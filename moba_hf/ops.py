@@ -155,6 +155,7 @@ def batched_moba_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     block_means: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
 
@@ -167,12 +168,14 @@ def batched_moba_attention(
             `[kv_start, kv_end)` are padding: their output is zero.
         block_means: `(batch, num_kv_heads, blocks, head_dim)` from a cache: means of each row's complete
             blocks, counted from `kv_start`, then anything; None: taken here, which reads all keys.
+        table: the sequence table, one row per batch row, in order, instead of `kv_end` and `q_offset`.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
     """
     check_tensors(q, k, v)
-    table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
+    if table is None:
+        table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
     name = choose_backend(gate_backend(gate, backend), q, k, v, block_size)
     few = gate == "mean" and q.shape[2] <= load_backend(name).max_decode_queries
     if few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):

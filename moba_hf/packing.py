@@ -49,6 +49,7 @@ def find_packing(
     *,
     padding_given: bool,
     documents: Tensor | None = None,
+    asker: tuple[Any, int] | None = None,
 ) -> Packing | None:
     """The packing of a call, or None when each row is one sequence.
 
@@ -59,6 +60,7 @@ def find_packing(
 
     Args:
         documents: mask `(batch, 1, 1, kv_len)` of dtype `DOCUMENTS`, 1 where a document begins.
+        asker: config and number of the layer that asks; without it nothing is kept in inference mode.
 
     Raises:
         ValueError: sequences packed on top of a filled cache or in several batch rows of `cu_seq_lens_q`,
@@ -76,7 +78,7 @@ def find_packing(
         table = packed_table(cu_seqlens, cu_seqlens if other is None else other)
         return Packing(table, q_len if bound is None else int(bound))
     if documents is not None:
-        return _remembered(documents, batch)
+        return _remembered(documents, batch, asker)
     position_ids = kwargs.get("position_ids")
     if padding_given or position_ids is None or q_len < 2:
         return None
@@ -86,7 +88,7 @@ def find_packing(
         if torch.compiler.is_dynamo_compiling():
             torch._assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED_UNDER_COMPILE)
         return None
-    packing = _remembered(position_ids, batch)
+    packing = _remembered(position_ids, batch, asker)
     if packing is not None:
         _check_no_cache(q_len, kv_len)
     return packing
@@ -189,23 +191,49 @@ def _check_no_cache(q_len: int, kv_len: int) -> None:
         )
 
 
-# The last position ids or mask looked at: (weak reference, version, batch, answer). A weak reference cannot
-# be mistaken for a later tensor at the same address, the version changes with every edit in place, and
-# nothing is kept alive but the answer.
-_last: tuple[weakref.ref[Tensor], int, int, Packing | None] | None = None
+@dataclass(frozen=True)
+class _Seen:
+    """The last position ids or mask looked at; nothing is kept alive but the answer.
+
+    Attributes:
+        source: a weak reference, which cannot be mistaken for a later tensor at the same address.
+        version: changes with every edit in place; None: an inference tensor, which counts none.
+        asker, layer: whose layer asked last. In inference mode the answer is good for later layers of that
+            model only: its next forward begins at an earlier one.
+    """
+
+    source: weakref.ref[Tensor]
+    version: int | None
+    batch: int
+    asker: weakref.ref[Any] | None
+    layer: int
+    answer: Packing | None
+
+    def covers(self, source: Tensor, version: int | None, batch: int, asker: tuple[Any, int] | None) -> bool:
+        """Whether the answer is that of this call."""
+        if self.source() is not source or (self.version, self.batch) != (version, batch):
+            return False
+        if version is not None:
+            return True
+        if asker is None or self.asker is None:
+            return False
+        return self.asker() is asker[0] and asker[1] > self.layer
 
 
-def _remembered(source: Tensor, batch: int) -> Packing | None:
+_last: _Seen | None = None
+
+
+def _remembered(source: Tensor, batch: int, asker: tuple[Any, int] | None) -> Packing | None:
+    """The packing that position ids or a mask say; looking at them waits for the device."""
     global _last
     version = None if source.is_inference() else source._version
-    last = _last
-    if version is not None and last is not None:
-        ref, seen_version, seen_batch, answer = last
-        if ref() is source and seen_version == version and seen_batch == batch:
-            return answer
-    answer = _from_mask(source) if source.dtype == DOCUMENTS else _from_position_ids(source, batch)
-    if version is not None:
-        _last = (weakref.ref(source), version, batch, answer)
+    known = _last
+    if known is not None and known.covers(source, version, batch, asker):
+        answer = known.answer
+    else:
+        answer = _from_mask(source) if source.dtype == DOCUMENTS else _from_position_ids(source, batch)
+    config, layer = (None, -1) if asker is None or version is not None else (weakref.ref(asker[0]), asker[1])
+    _last = _Seen(weakref.ref(source), version, batch, config, layer, answer)
     return answer
 
 

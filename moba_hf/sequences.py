@@ -69,18 +69,27 @@ class RowBounds:
         kv_start, kv_end: int64 `(batch,)`; slots `[kv_start, kv_end)` hold real keys.
         q_offset: int64 `(batch,)`, slot of the first query of the call.
         q_len: queries of the call.
+        table: int32 `(batch, 5)`, the same as a sequence table.
     """
 
     kv_start: Tensor
     kv_end: Tensor
     q_offset: Tensor
     q_len: int
+    table: Tensor
+
+    @classmethod
+    def of(cls, kv_start: Tensor, kv_end: Tensor, q_offset: Tensor, q_len: int) -> RowBounds:
+        """Bounds with their table, made once for all layers that get them."""
+        limits = {"kv_start": kv_start, "kv_end": kv_end, "q_offset": q_offset}
+        table = batched_table(kv_start.shape[0], q_len, 0, kv_start.device, **limits)
+        return cls(**limits, q_len=q_len, table=table)
 
     @classmethod
     def unpadded(cls, q_len: int, kv_len: int, device: torch.device) -> RowBounds:
         """Bounds of one row whose queries stand at the end of `kv_len` real keys."""
         start, end, offset = torch.tensor([[0], [kv_len], [kv_len - q_len]], device=device).unbind(0)
-        return cls(start, end, offset, q_len)
+        return cls.of(start, end, offset, q_len)
 
     def real_queries(self, begin: int, end: int) -> Tensor:
         """Bool `(batch, end - begin)`: which of queries `[begin, end)` are real tokens."""

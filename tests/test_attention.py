@@ -33,9 +33,11 @@ from transformers import (
 )
 
 import moba_hf.attention
-from moba_hf import MobaConfig, patch_model
+import moba_hf.ops
+from moba_hf import MobaConfig, packing, patch_model
 from moba_hf.attention import moba_attention_forward, moba_mask
 from moba_hf.config import LayerConfig
+from moba_hf.packing import find_packing
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]
@@ -345,6 +347,65 @@ class TestPolicy:
         del positions
         gc.collect()
         assert torch.equal(logits(model, ids, position_ids=torch.arange(LENGTH)[None]), whole)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_packing_is_looked_for_once_per_forward(self, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Looking waits for the device: layers after the first take its answer."""
+        looked: list[str] = []
+        for name in ("_from_position_ids", "_from_mask"):
+            original = getattr(packing, name)
+
+            def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+                looked.append(name)
+                return original(*args)
+
+            monkeypatch.setattr(packing, name, spy)
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        positions = torch.arange(LENGTH)[None].clone()
+        with mode():
+            for split in (False, True, True):
+                here = positions - 20 * (positions >= 20) * split
+                model(ids, position_ids=here, use_cache=False)
+        assert looked == ["_from_position_ids", "_from_mask", "_from_mask"]
+
+    def test_packing_in_inference_mode_is_kept_within_a_forward_only(self) -> None:
+        """Tensors made there count no edits, so an earlier or equal layer, or another model, looks again."""
+        one, two = tiny_model().config, tiny_model().config
+
+        def ends(ids: torch.Tensor, *asker: Any) -> list[int]:
+            found = find_packing(
+                {"position_ids": ids}, 1, 6, 6, padding_given=False, asker=asker if asker else None
+            )
+            return [6] if found is None else [end for _, _, end in found.spans()]
+
+        with torch.inference_mode():
+            ids = torch.arange(6)[None].clone()
+            assert ends(ids, one, 0) == ends(ids, one, 2) == [6]
+            ids[:, 4:] -= 4
+            assert ends(ids, one, 3) == [6]  # still the same forward
+            assert ends(ids, one, 3) == [4, 6]
+            ids[:, 2:4] -= 2
+            assert ends(ids, two, 5) == [2, 4, 6]
+            ids.copy_(torch.arange(6))
+            assert ends(ids) == [6]
+
+    def test_nothing_of_the_size_of_the_queries_is_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The operator gets the tensors that the model made; its output goes back as the model needs it."""
+        inner: list[tuple[Any, Any]] = []
+        original = moba_hf.ops.attend_op
+
+        def spy(*args: Any) -> Any:
+            inner.append((args, original(*args)))
+            return inner[-1][1]
+
+        monkeypatch.setattr(moba_hf.ops, "attend_op", spy)
+        layer = tiny_model().model.layers[0].self_attn
+        given = [torch.randn(2, LENGTH, heads, 8).transpose(1, 2) for heads in (4, 2, 2)]
+        out, _ = moba_attention_forward(layer, *given, None, scaling=0.3)
+        ((args, (attended, _)),) = inner
+        for ours, theirs in zip((*args[:3], out), (*given, attended), strict=True):
+            assert (ours.data_ptr(), ours.stride()) == (theirs.data_ptr(), theirs.stride())
+        assert out.is_contiguous()
 
 
 class TestTraining:

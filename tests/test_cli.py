@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import flip, save_tiny
 
-from moba_hf import MobaConfig, cli, convert
+from moba_hf import MobaConfig, bench, cli, convert
 from moba_hf.config import preset_names
 
 
@@ -115,6 +116,13 @@ BLOCKS = ("--block-size", "8", "--topk", "2")
         (("verify", "SRC"), "Missing option '--source'"),
         (("verify", "DST", "--source", "SRC"), "no such folder"),
         (("verify", "SRC", "--source", "SRC"), "verify failed at config: "),
+        (("bench", "--rows", "1M"), "unknown row '1M'; known are 32K-128/8"),
+        (("bench", "--figure", "1"), "unknown figure '1'; known are paper"),
+        pytest.param(
+            ("bench", "--out", "DST"),
+            "no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
     ],
 )
 def test_errors_are_one_line(run, args, message: str, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -160,6 +168,30 @@ def test_failures_under_way(  # type: ignore[no-untyped-def]
     assert run("convert", "a", "b", "--preset", "fine") == (code, "", f"moba-hf: {message}\n")
 
 
+@pytest.mark.parametrize("green", [True, False])
+def test_bench_passes_its_options_on(run, green: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    seen: list[bench.Options] = []
+    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or green)
+    flags = ("--no-stages", "--no-dense", "--flash", "--tiny", "--workspace", "2", "--dense-limit", "9")
+    rows = ("--rows", "1M-512/3", "--rows", "1M-128/8")
+    code, out, err = run("bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags)
+    assert (code, out, err) == (0 if green else 1, "", "")
+    assert seen == [
+        bench.Options(
+            rows=["1M-512/3", "1M-128/8"],
+            figure="paper",
+            repeats=3,
+            stages=False,
+            dense=False,
+            dense_limit=9,
+            flash=True,
+            workspace=2.0,
+            tiny=True,
+            out=Path("x"),
+        )
+    ]
+
+
 def test_as_a_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moba_hf.cli", "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -172,6 +204,6 @@ def test_as_a_process(tmp_path: Path) -> None:
 def test_help(run) -> None:  # type: ignore[no-untyped-def]
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    assert all(name in out for name in ("convert", "presets", "verify"))
+    assert all(name in out for name in ("bench", "convert", "presets", "verify"))
     assert "╭" not in out
     assert "--block-size" in run("convert", "--help")[1]

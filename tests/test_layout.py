@@ -19,6 +19,7 @@ PACKAGE = ROOT / "moba_hf"
 # Imports point down only: a module may import those on the lines below its own.
 LAYERS = [
     {"cli"},
+    {"bench"},
     {"calibrate", "plots", "testing", "training", "__init__"},
     {"evaluate"},
     {"verify", "inspection", "generation"},
@@ -30,14 +31,14 @@ LAYERS = [
     {"adapter", "cache", "packing", "dense"},
     {"ops"},
     {"backends", "block_means"},
-    {"kernels", "portable", "decode"},
+    {"kernels", "portable", "decode", "flash"},
     {"gates"},
     {"reference", "sequences", "folders", "safetensors_files", "gguf_files"},
     {"config"},
 ]
 WITHOUT_TRANSFORMERS = {
     *("ops", "backends", "block_means", "kernels", "portable", "decode", "gates", "reference", "sequences"),
-    "config",
+    *("config", "flash"),
 }
 MAX_FILE_BYTES = 1_000_000
 

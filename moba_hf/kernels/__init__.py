@@ -2,7 +2,7 @@
 
 `select_blocks` and `attend` are the backend's two halves; `unsupported` says what they cannot take. The
 stages, usable alone: `plan` (numbering of tiles and blocks), `block_mean`, `gate`, `routing`, `own`,
-`routed`, `merge`, `decode`; `tuning` holds every tile choice.
+`routed`, `merge`; for a few queries `choose`, `decode`, `dense_decode`; `tuning` holds every tile choice.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_hf.kernels.block_mean import update_block_means
+from moba_hf.kernels.choose import choose_blocks
+from moba_hf.kernels.dense_decode import dense_decode_attention
 from moba_hf.kernels.forward import attend
 from moba_hf.kernels.gate import select_blocks
 from moba_hf.kernels.launch import INTERPRETED
@@ -36,4 +39,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
     return None
 
 
-__all__ = ["MAX_DECODE_QUERIES", "attend", "select_blocks", "unsupported"]
+__all__ = [
+    "MAX_DECODE_QUERIES",
+    "attend",
+    "choose_blocks",
+    "dense_decode_attention",
+    "select_blocks",
+    "unsupported",
+    "update_block_means",
+]

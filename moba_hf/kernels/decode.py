@@ -5,7 +5,7 @@ Legend: B block size, H query heads, K topk, D and DV head dims of keys and valu
 One program per (query, head, slot, segment of the block) reads its keys and values once, in fp32 without
 matrix units (one query row would waste them), and writes a partial output and log-sum-exp, -inf where there
 is nothing to attend. The own block may stand in any slot: every slot is masked by the query's position. A
-second kernel adds up the P partials of a query, in order.
+second kernel (`merge_parts`) adds up the P partials of a query, in order.
 """
 
 from __future__ import annotations
@@ -41,21 +41,27 @@ def decode_attention(
     max_seqlen_q: int,
     block_size: int,
     softmax_scale: float,
+    *,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` fp32, natural.
 
     Args:
         q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         choice: int32 `(batch, q_len, H, K)`, contiguous, own block in any slot.
+        by_row: row r of the table is batch row r, for every r, which saves a pass over the partials.
     """
     batch, num_heads, q_len, head_dim = q.shape
     topk, v_dim, segments = choice.shape[3], v.shape[3], num_segments(block_size)
     shape, device = (batch, q_len, num_heads, topk * segments), q.device
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=device)
-    partial_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
-    out = torch.empty(batch, q_len, num_heads, v_dim, dtype=q.dtype, device=device)
-    lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=device)
-    queries = max(1, min(max_seqlen_q, q_len))
+    # rows that no sequence covers are never visited: only there the first value stays
+    partial_lse = (
+        torch.empty(shape, dtype=torch.float32, device=device)
+        if by_row
+        else torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+    )
+    queries = q_len if by_row else max(1, min(max_seqlen_q, q_len))
     with device_of(q):
         if table.shape[0] > 0:
             _decode_kernel[(table.shape[0] * queries, num_heads, topk * segments)](
@@ -74,6 +80,7 @@ def decode_attention(
                 queries,
                 block_size,
                 softmax_scale,
+                BY_ROW=by_row,
                 SEGMENTS=segments,
                 SEGMENT=triton.cdiv(block_size, segments),
                 HEAD_DIM=head_dim,
@@ -83,14 +90,28 @@ def decode_attention(
                 BLOCK_N=min(64, triton.next_power_of_2(block_size)),
                 num_warps=4,
             )
+    return merge_parts(partial, partial_lse, q.dtype)
+
+
+def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`out (batch, q_len, H, DV)` in `dtype` and `lse (batch, H, q_len)` fp32, natural, from P partials.
+
+    Args:
+        partial: fp32 `(batch, q_len, H, P, DV)`. partial_lse: fp32 `(batch, q_len, H, P)`, base 2; where it
+            is -inf, `partial` is not read. All -inf gives zeros and -inf.
+    """
+    batch, q_len, num_heads, parts, v_dim = partial.shape
+    out = torch.empty(batch, q_len, num_heads, v_dim, dtype=dtype, device=partial.device)
+    lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=partial.device)
+    with device_of(partial):
         _decode_merge_kernel[(batch * q_len, num_heads)](
             partial,
             partial_lse,
             out,
             lse,
             q_len,
-            PARTS=topk * segments,
-            PADDED_PARTS=triton.next_power_of_2(topk * segments),
+            PARTS=parts,
+            PADDED_PARTS=triton.next_power_of_2(parts),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
             BLOCK_P=16,
@@ -122,6 +143,7 @@ def _decode_kernel(
     queries,
     block_size,
     softmax_scale,
+    BY_ROW: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -134,9 +156,13 @@ def _decode_kernel(
     seq = table_ptr + tl.program_id(0) // queries * 5
     head = tl.program_id(1)
     part = tl.program_id(2)
+    q_begin = tl.load(seq + 1)
     q_end = tl.load(seq + 2)
-    query = tl.load(seq + 1) + tl.program_id(0) % queries
-    if query < q_end:
+    query = tl.program_id(0) % queries
+    if not BY_ROW:
+        query += q_begin
+    real = (query >= q_begin) & (query < q_end)
+    if real | BY_ROW:
         batch = tl.load(seq).to(tl.int64)
         k_begin = tl.load(seq + 3)
         k_end = tl.load(seq + 4)
@@ -145,7 +171,8 @@ def _decode_kernel(
         position = query + (k_end - k_begin) - q_end
         begin = part % SEGMENTS * SEGMENT
         end = tl.minimum(begin + SEGMENT, tl.minimum(block_size, position + 1 - block * block_size))
-        if (block >= 0) & (begin < end):
+        at = row * tl.num_programs(2) + part
+        if real & (block >= 0) & (begin < end):
             dim = tl.arange(0, PADDED_DIM)
             q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
             q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
@@ -170,10 +197,11 @@ def _decode_kernel(
                 mass = mass * shrink + tl.sum(weight, 0)
                 total = total * shrink + tl.sum(weight[:, None] * values.to(tl.float32), 0)
                 high = new_high
-            at = row * tl.num_programs(2) + part
             column = tl.arange(0, PADDED_V)
             tl.store(partial_ptr + at * V_DIM + column, total / mass, mask=column < V_DIM)
             tl.store(partial_lse_ptr + at, high + tl.log2(mass))
+        else:
+            tl.store(partial_lse_ptr + at, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["q_len"])

@@ -13,17 +13,19 @@ one bit. Few queries take `decode` instead. Nothing here waits for the device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import decode, tuning
+from moba_hf.kernels import decode, hopper, tuning
 from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.merge import merge
 from moba_hf.kernels.own import own_attention
 from moba_hf.kernels.plan import Plan, make_plan
 from moba_hf.kernels.routed import routed_attention
-from moba_hf.kernels.routing import key_format, pair_keys, route
+from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 
 
 def attend(
@@ -40,6 +42,8 @@ def attend(
     workspace: int | None = None,
     resident: bool | None = None,
     use_decode: bool | None = None,
+    use_hopper: bool | None = None,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
 
@@ -52,6 +56,8 @@ def attend(
             on it.
         resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
         use_decode: use the decode kernel; None: for few queries.
+        use_hopper: False: no Gluon kernels; None: where `hopper.available`.
+        by_row: row r of the table is batch row r, for every r: the decode kernel writes every row.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if softmax_scale <= 0:  # kernels take the largest score before scaling
@@ -62,13 +68,15 @@ def attend(
     if use_decode is None:
         use_decode = decode.takes(q, topk, max_seqlen_q, block_size)
     if use_decode and q.numel() > 0:
-        return decode.decode_attention(q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale)
+        return decode.decode_attention(
+            q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale, by_row=by_row
+        )
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
-    dims, device = (padded(q.shape[3]), padded(v_dim)), tuning.capability(q.device)
-    own_tile = tuning.own_tile(dims, q.element_size(), device)
     budget = tuning.WORKSPACE if workspace is None else workspace
     rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
-    _, tokens = head_split(num_heads // k.shape[1], own_tile.m)
+    on_hopper = use_hopper is not False and resident is None and hopper.available(q, k, v)
+    own = _own_stage(q, k, v, block_size, on_hopper)
+    _, tokens = head_split(num_heads // k.shape[1], own.tile.m)
     if q.numel() == 0 or table.shape[0] == 0:
         return q.new_zeros(batch, q_len, num_heads, v_dim), lse
     plan = make_plan(
@@ -86,12 +94,88 @@ def attend(
             torch.empty(*shape, v_dim, dtype=q.dtype, device=q.device),
             torch.empty(shape, dtype=torch.float32, device=q.device),
         )
-    tile, held = tuning.routed_tile(dims, q.element_size(), block_size, device, resident)
+    routed = _routed_stage(q, k, v, block_size, on_hopper, resident)
     for chunk in range(plan.num_chunks):
-        own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, own_tile, final)
+        own.run(q, k, v, out, lse, plan, chunk, softmax_scale, final)
         if space is not None:
-            _earlier_blocks(q, k, v, block_indices, out, lse, plan, chunk, softmax_scale, space, tile, held)
+            _earlier_blocks(q, k, v, block_indices, out, lse, plan, chunk, softmax_scale, space, routed)
     return out, lse
+
+
+@dataclass(frozen=True)
+class OwnStage:
+    """The kernels that attend own blocks, and their tile."""
+
+    tile: tuning.Tile
+    on_hopper: bool
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        plan: Plan,
+        chunk: int,
+        softmax_scale: float,
+        final: bool,
+    ) -> None:
+        """Starts `out` and `lse` of a chunk; see `own.own_attention`."""
+        if self.on_hopper:
+            hopper.own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, final)
+        own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, self.tile, final, self.on_hopper)
+
+
+@dataclass(frozen=True)
+class RoutedStage:
+    """The kernel that attends routed blocks: its tile, whether it holds a block's keys, and rows it takes."""
+
+    tile: tuning.Tile
+    resident: bool
+    on_hopper: bool
+
+    @property
+    def rows(self) -> int:
+        """Pairs of a tile of `routing`."""
+        many = self.resident and not self.on_hopper
+        return self.tile.m * (tuning.RESIDENT_TILES if many else 1)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        routes: Routes,
+        partial: Tensor,
+        partial_lse: Tensor,
+        first_row: int,
+        softmax_scale: float,
+    ) -> None:
+        """Writes partial outputs; see `routed.routed_attention`."""
+        kernel = hopper.routed_attention if self.on_hopper else routed_attention
+        kernel(
+            *(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale), self.tile, self.resident
+        )
+
+
+def _own_stage(q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool) -> OwnStage:
+    if on_hopper and hopper.takes_own(block_size):
+        return OwnStage(tuning.OWN_PARTIAL, True)
+    dims = (padded(q.shape[3]), padded(v.shape[3]))
+    return OwnStage(tuning.own_tile(dims, q.element_size(), tuning.capability(q.device)), False)
+
+
+def _routed_stage(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool, resident: bool | None
+) -> RoutedStage:
+    found = hopper.routed_tile(block_size, (q.shape[3], v.shape[3])) if on_hopper else None
+    if found is not None:
+        return RoutedStage(*found, True)
+    dims = (padded(q.shape[3]), padded(v.shape[3]))
+    tile = tuning.routed_tile(dims, q.element_size(), block_size, tuning.capability(q.device), resident)
+    return RoutedStage(*tile, False)
 
 
 def _earlier_blocks(
@@ -105,15 +189,13 @@ def _earlier_blocks(
     chunk: int,
     softmax_scale: float,
     space: tuple[Tensor, Tensor],
-    tile: tuning.Tile,
-    resident: bool,
+    routed: RoutedStage,
 ) -> None:
     """Adds the routed blocks of one chunk to `out` and `lse`, which hold the own blocks' part."""
     num_bins = k.shape[1] * plan.num_blocks
     keys = pair_keys(block_indices, plan, chunk, k.shape[1])
-    rows = tile.m * (tuning.RESIDENT_TILES if resident else 1)
-    routes = route(keys, num_bins, rows)
+    routes = route(keys, plan, k.shape[1], routed.rows)
     first_row = chunk * plan.chunk_rows
     partial, partial_lse = (x[: keys.shape[0]] for x in space)
-    routed_attention(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale, tile, resident)
+    routed.run(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale)
     merge(out, lse, partial, partial_lse, keys, num_bins + key_format(num_bins)[1], first_row)

@@ -6,7 +6,9 @@ modulo the tile width), R levels kept per class.
 1. A program takes one tile of queries (see `plan`; all share the own block c) for G heads of one kv head, as
    up to BLOCK_M rows, and scans the candidates [sinks, c - local) of its sequence, W blocks at a time.
 2. A score becomes an int32 that sorts like it; the number of the tile replaces its lowest bits (reversed: of
-   equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone.
+   equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone. Where the
+   first tile already has K1 positive scores for every row, no negative one can be chosen, and the bits of a
+   float sort as they are.
 3. K1 times, the largest class head (the lower class of equals) is taken and its class moves up: ties go to
    the lower block index, for negative scores too.
 4. A row is exact unless a class had given all its R entries before the last choice was made. Such rows go
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
+from moba_hf.kernels.launch import _UPCAST as INTERPRETED_JIT
 from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_contiguous
 from moba_hf.kernels.plan import Plan, find_tile, make_plan
 
@@ -60,7 +63,7 @@ def select_blocks(
     choice = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
     if choice.numel() == 0 or table.shape[0] == 0:
         return choice
-    tile = tuning.GATE
+    tile = tuning.gate_tile(padded(q.shape[3]), tuning.capability(q.device))
     _, tokens = head_split(q.shape[1] // k.shape[1], tile.m)
     plan = make_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens)
     scored = topk > 1 + sink_blocks + local_blocks
@@ -80,7 +83,7 @@ def gate(
 ) -> None:
     """Writes `choice (batch, q_len, H, topk)`, full of -1 before, from `means (HK, NB, D)`."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], means.shape[0]
-    topk, tile = choice.shape[3], tuning.GATE
+    topk, tile = choice.shape[3], tuning.gate_tile(padded(head_dim), tuning.capability(q.device))
     count = topk - 1 - sink_blocks - local_blocks
     known, exact = tuning.gate_levels(count, plan.max_blocks, tile.n)
     if levels is not None:
@@ -147,6 +150,15 @@ def _bits(count: int) -> int:
 
 
 @triton.jit
+def _load_means(at, dim, HEAD_DIM: tl.constexpr, EVEN_DIM: tl.constexpr):
+    """A whole tile of means, zero beyond HEAD_DIM."""
+    if EVEN_DIM:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(dim < HEAD_DIM)[:, None], other=0.0)
+
+
+@triton.jit
 def _filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """LEVELS tensors int32 `(M, N)` of one value."""
     levels = ()
@@ -158,10 +170,23 @@ def _filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _sortable(scores, tile, TILE_BITS: tl.constexpr):
     """int32 that sorts as `scores` fp32, lowest bits replaced so that earlier tiles are larger."""
-    bits = scores.to(tl.int32, bitcast=True)
     mask: tl.constexpr = (1 << TILE_BITS) - 1
     flip: tl.constexpr = 0x7FFFFFFF - mask
-    return ((bits & (-1 - mask)) | (mask - tile)) ^ ((bits >> 31) & flip)
+    return _sortable_positive(scores, tile, TILE_BITS) ^ ((scores.to(tl.int32, bitcast=True) >> 31) & flip)
+
+
+@triton.jit
+def _sortable_positive(scores, tile, TILE_BITS: tl.constexpr):
+    """`_sortable` for positive scores, in one operation; negative ones become some smaller key."""
+    mask: tl.constexpr = (1 << TILE_BITS) - 1
+    bits = scores.to(tl.int32, bitcast=True)
+    if INTERPRETED_JIT:
+        return (bits & (-1 - mask)) | (mask - tile)
+    else:  # the compiler makes two operations of it
+        asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # a & b | c
+        return tl.inline_asm_elementwise(
+            asm, "=r,r,r,r", [bits, -1 - mask, mask - tile], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -284,10 +309,24 @@ def _gate_fwd_kernel(
             mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
             levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             whole = columns // BLOCK_N
-            for tile in tl.range(0, whole, num_stages=STAGES):  # masks would cost a sixth of the scan
+            scanned = 0
+            positive = False
+            if whole > 0:
+                scores = dot(q, _load_means(mean_ptr + mean_offset, dim, HEAD_DIM, EVEN_DIM))
+                levels = _insert(levels, _sortable(scores, 0, TILE_BITS), LEVELS)
+                enough = tl.sum((scores > 0.0).to(tl.int32), 1) >= COUNT
+                positive = tl.min((enough | (there == 0)).to(tl.int32), 0) > 0
+                scanned = 1
+            if positive:
+                for tile in tl.range(1, whole, num_stages=STAGES):
+                    at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
+                    scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
+                    levels = _insert(levels, _sortable_positive(scores, tile, TILE_BITS), LEVELS)
+                scanned = whole
+            for tile in tl.range(scanned, whole, num_stages=STAGES):  # masks would cost a sixth of the scan
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
-                mean = tl.load(at) if EVEN_DIM else tl.load(at, mask=(dim < HEAD_DIM)[:, None], other=0.0)
-                levels = _insert(levels, _sortable(dot(q, mean), tile, TILE_BITS), LEVELS)
+                scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
+                levels = _insert(levels, _sortable(scores, tile, TILE_BITS), LEVELS)
             for tile in range(whole, tl.cdiv(columns, BLOCK_N)):
                 inside = (tile * BLOCK_N + column < columns)[None, :]
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset

@@ -47,7 +47,7 @@ def merge(
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
             BLOCK_M=block_m,
-            UNROLL=slots <= 16,
+            UNROLL=slots if slots <= 16 else 8,
             num_warps=4,
         )
 
@@ -94,16 +94,14 @@ def _merge_kernel(
     mass = tl.where(covered, mass, 1.0)
     total = tl.load(out_ptr + out_at, mask=covered[:, None] & columns, other=0.0).to(tl.float32)
     total = total * weight[:, None]
-    if UNROLL:
-        for i in tl.static_range(SLOTS):
+    # a few slots at a time, so that several loads are on their way at once
+    for start in range(0, SLOTS - SLOTS % UNROLL, UNROLL):
+        for i in tl.static_range(UNROLL):
             total += _weighted(
-                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
+                partial_ptr, partial_lse_ptr, key_ptr, pair + start + i, there, no_bin, safe, dim, V_DIM
             )
-    else:
-        for i in tl.range(0, SLOTS, num_stages=2):
-            total += _weighted(
-                partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM
-            )
+    for i in tl.static_range(SLOTS - SLOTS % UNROLL, SLOTS):
+        total += _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM)
     result = narrow(total / mass[:, None], out_ptr)
     tl.store(out_ptr + out_at, result, mask=there[:, None] & columns)
     natural = (safe + tl.log2(mass)) * 0.6931471805599453

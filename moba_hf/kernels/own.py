@@ -32,6 +32,7 @@ def own_attention(
     softmax_scale: float,
     tile: tuning.Tile,
     final: bool,
+    only_partial: bool = False,
 ) -> None:
     """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the chunk's covered queries.
 
@@ -39,6 +40,7 @@ def own_attention(
         q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         tile: `m` at least the rows of a tile of `plan`.
         final: no merge follows: lse is the natural logarithm.
+        only_partial: leave complete blocks alone: `hopper` has done them.
     """
     num_heads, num_kv_heads, head_dim, v_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     heads, _ = head_split(num_heads // num_kv_heads, tile.m)
@@ -75,6 +77,7 @@ def own_attention(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             FINAL=final,
+            ONLY_PARTIAL=only_partial,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
@@ -117,6 +120,7 @@ def _own_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FINAL: tl.constexpr,
+    ONLY_PARTIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     number = tl.program_id(0)
@@ -142,6 +146,8 @@ def _own_kernel(
         query = first + token + origin
         there = (token < TILE) & (before + token < block_size) & (query >= low) & (query < high)
         there = there & (in_group < group_size)
+        if ONLY_PARTIAL:
+            there = there & ((own + 1) * block_size > k_len)
         head = kv_head * group_size + in_group
         q_offset = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
         q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, False)
@@ -153,12 +159,16 @@ def _own_kernel(
         mass = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         seen_by_all = (before + 1) // BLOCK_N * BLOCK_N
+        last = tl.minimum(tl.minimum(before + TILE, block_size), k_len - own * block_size)
+        if ONLY_PARTIAL:
+            left = ((own + 1) * block_size > k_len).to(tl.int32)
+            seen_by_all *= left
+            last *= left
         for start in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
             keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key >= 0, HEAD_DIM, PADDED_DIM, True)
             values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key >= 0, V_DIM, PADDED_V, True)
             total, top, mass = accumulate(total, top, mass, dot(q, tl.trans(keys)), values, scale, v_ptr)
-        last = tl.minimum(tl.minimum(before + TILE, block_size), k_len - own * block_size)
         for start in tl.range(seen_by_all, last, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
             inside = key < last

@@ -126,6 +126,32 @@ def make_plan(
     return plan
 
 
+def tile_table(plan: Plan, chunk: int, q_len: int) -> Tensor:
+    """What each query tile of a chunk is, int32 `(max_tiles, 8)`; rows beyond the tiles stay unwritten.
+
+    Columns: batch row, keys of the block before the tile, query index of its first token (may be negative),
+    first and last + 1 of the chunk's queries of the sequence, first key slot of the block, whether the block
+    is complete.
+    """
+    first_row = chunk * plan.chunk_rows
+    result = torch.empty(plan.max_tiles, 8, dtype=torch.int32, device=plan.table.device)
+    with device_of(plan.table):
+        _tile_table_kernel[(plan.max_tiles,)](
+            result,
+            plan.table,
+            plan.tile_offset[chunk],
+            plan.num_seqs,
+            q_len,
+            first_row,
+            min(plan.chunk_rows, plan.num_rows - first_row),
+            plan.block_size,
+            TILE=plan.tile,
+            TILES_PER_BLOCK=plan.tiles_per_block,
+            num_warps=1,
+        )
+    return result
+
+
 @triton.jit(do_not_specialize=["num_seqs", "q_len", "chunk_rows"])
 def _plan_kernel(
     table_ptr,
@@ -224,3 +250,40 @@ def find_tile(
     own = tile // TILES_PER_BLOCK
     first = own * block_size + tile % TILES_PER_BLOCK * TILE
     return seq, batch, own, first, q_end - k_len, low, high, k_begin, k_len
+
+
+@triton.jit(do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "block_size"])
+def _tile_table_kernel(
+    result_ptr,
+    table_ptr,
+    tile_offset_ptr,
+    num_seqs,
+    q_len,
+    first_row,
+    num_rows,
+    block_size,
+    TILE: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
+):
+    number = tl.program_id(0)
+    if number < tl.load(tile_offset_ptr + num_seqs):
+        _, batch, own, first, origin, low, high, k_begin, k_len = find_tile(
+            table_ptr,
+            tile_offset_ptr,
+            num_seqs,
+            q_len,
+            first_row,
+            num_rows,
+            number,
+            block_size,
+            TILE,
+            TILES_PER_BLOCK,
+        )
+        result_ptr += number.to(tl.int64) * 8
+        tl.store(result_ptr, batch)
+        tl.store(result_ptr + 1, first - own * block_size)
+        tl.store(result_ptr + 2, first + origin)
+        tl.store(result_ptr + 3, low)
+        tl.store(result_ptr + 4, high)
+        tl.store(result_ptr + 5, k_begin + own * block_size)
+        tl.store(result_ptr + 6, ((own + 1) * block_size <= k_len).to(tl.int32))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan, bisect
+from moba_hf.kernels.plan import Plan
 from moba_hf.kernels.routing import Routes
 from moba_hf.kernels.softmax import accumulate, load_rows
 
@@ -47,35 +47,28 @@ def routed_attention(
     head_dim, v_dim, block_size = q.shape[3], v.shape[3], plan.block_size
     slots = partial_lse.shape[-1]
     with device_of(q):
-        kernel[(routes.tile_bin.shape[0],)](
+        kernel[(routes.tile_info.shape[0],)](
             q,
             k,
             v,
             partial,
             partial_lse,
             routes.pairs,
-            routes.bin_begin,
-            routes.tile_begin,
-            routes.tile_bin,
-            plan.table,
-            plan.block_offset,
+            routes.tile_info,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             q.shape[2],
-            q.shape[1],
             first_row,
-            plan.num_seqs,
-            plan.num_blocks,
-            routes.num_bins,
             softmax_scale,
             SLOTS=slots,
+            HEADS=q.shape[1],
+            ONE_BATCH=q.shape[0] == 1,
             BLOCK_SIZE=block_size,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            ROWS=routes.rows,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             STAGES=tile.stages,
@@ -84,28 +77,26 @@ def routed_attention(
 
 
 @triton.jit
-def _find_bin(
-    bin_begin_ptr, tile_begin_ptr, table_ptr, block_offset_ptr, bin, num_seqs, num_blocks, BLOCK_SIZE, ROWS
-):
-    """Of this program: range `[begin, end)` of pairs, kv head, batch row and first key slot of its block."""
-    begin = tl.load(bin_begin_ptr + bin) + (tl.program_id(0) - tl.load(tile_begin_ptr + bin)) * ROWS
-    end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + ROWS)
-    number = bin % num_blocks
-    seq = bisect(block_offset_ptr, num_seqs, number)
-    block = number - tl.load(block_offset_ptr + seq)
-    first_key = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * BLOCK_SIZE
-    return begin, end, bin // num_blocks, tl.load(table_ptr + seq * 5), first_key
-
-
-@triton.jit
 def _query_offsets(
-    pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS: tl.constexpr
+    pair,
+    first_row,
+    q_len,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
 ):
-    """Element offsets int64 of the pairs' query rows."""
+    """Element offsets int64 of the pairs' query rows; divisors are constants, for division is dear."""
     row_head = pair // SLOTS
-    row = first_row + row_head // num_heads
-    offset = (row // q_len).to(tl.int64) * q_stride_b + (row % q_len).to(tl.int64) * q_stride_n
-    return offset + (row_head % num_heads).to(tl.int64) * q_stride_h
+    row = first_row + row_head // HEADS
+    offset = (row_head % HEADS).to(tl.int64) * q_stride_h
+    if ONE_BATCH:
+        offset += row.to(tl.int64) * q_stride_n
+    else:
+        offset += (row // q_len).to(tl.int64) * q_stride_b + (row % q_len).to(tl.int64) * q_stride_n
+    return offset
 
 
 @triton.jit
@@ -120,7 +111,7 @@ def _store_partial(
     tl.store(lse_ptr + pair, high + tl.log2(mass), mask=there)
 
 
-@triton.jit(do_not_specialize=["q_len", "first_row", "num_seqs", "num_blocks", "num_bins"])
+@triton.jit(do_not_specialize=["q_len", "first_row"])
 def _routed_kernel(
     q_ptr,
     k_ptr,
@@ -128,11 +119,7 @@ def _routed_kernel(
     out_ptr,
     lse_ptr,
     pair_ptr,
-    bin_begin_ptr,
-    tile_begin_ptr,
-    tile_bin_ptr,
-    table_ptr,
-    block_offset_ptr,
+    info_ptr,
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -143,42 +130,33 @@ def _routed_kernel(
     v_stride_h,
     v_stride_n,
     q_len,
-    num_heads,
     first_row,
-    num_seqs,
-    num_blocks,
-    num_bins,
     softmax_scale,
     SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of BLOCK_M pairs against its block, BLOCK_N keys at a time; ROWS = BLOCK_M."""
-    bin = tl.load(tile_bin_ptr + tl.program_id(0))
-    if bin < num_bins:
-        begin, end, kv_head, batch, first_key = _find_bin(
-            bin_begin_ptr,
-            tile_begin_ptr,
-            table_ptr,
-            block_offset_ptr,
-            bin,
-            num_seqs,
-            num_blocks,
-            BLOCK_SIZE,
-            ROWS,
-        )
+    """One tile of BLOCK_M pairs against its block, BLOCK_N keys at a time."""
+    info = info_ptr + tl.program_id(0) * 8
+    begin = tl.load(info)
+    end = tl.load(info + 1)
+    if begin < end:
+        batch = tl.load(info + 2)
+        kv_head = tl.load(info + 3)
+        first_key = tl.load(info + 4).to(tl.int64)
         place = begin + tl.arange(0, BLOCK_M)
         there = place < end
         pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
         q_offset = _query_offsets(
-            pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS
+            pair, first_row, q_len, q_stride_b, q_stride_h, q_stride_n, SLOTS, HEADS, ONE_BATCH
         )
         q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
         k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
@@ -200,7 +178,7 @@ def _routed_kernel(
         _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)
 
 
-@triton.jit(do_not_specialize=["q_len", "first_row", "num_seqs", "num_blocks", "num_bins"])
+@triton.jit(do_not_specialize=["q_len", "first_row"])
 def _resident_kernel(
     q_ptr,
     k_ptr,
@@ -208,11 +186,7 @@ def _resident_kernel(
     out_ptr,
     lse_ptr,
     pair_ptr,
-    bin_begin_ptr,
-    tile_begin_ptr,
-    tile_bin_ptr,
-    table_ptr,
-    block_offset_ptr,
+    info_ptr,
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -223,37 +197,28 @@ def _resident_kernel(
     v_stride_h,
     v_stride_n,
     q_len,
-    num_heads,
     first_row,
-    num_seqs,
-    num_blocks,
-    num_bins,
     softmax_scale,
     SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block of at most BLOCK_N keys held, ROWS pairs streamed past it, BLOCK_M at a time."""
-    bin = tl.load(tile_bin_ptr + tl.program_id(0))
-    if bin < num_bins:
-        begin, end, kv_head, batch, first_key = _find_bin(
-            bin_begin_ptr,
-            tile_begin_ptr,
-            table_ptr,
-            block_offset_ptr,
-            bin,
-            num_seqs,
-            num_blocks,
-            BLOCK_SIZE,
-            ROWS,
-        )
+    """A block of at most BLOCK_N keys held, a run of pairs streamed past it, BLOCK_M at a time."""
+    info = info_ptr + tl.program_id(0) * 8
+    begin = tl.load(info)
+    end = tl.load(info + 1)
+    if begin < end:
+        batch = tl.load(info + 2)
+        kv_head = tl.load(info + 3)
+        first_key = tl.load(info + 4).to(tl.int64)
         k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
         v_ptr += batch.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
         EVEN: tl.constexpr = BLOCK_SIZE == BLOCK_N
@@ -270,7 +235,7 @@ def _resident_kernel(
             there = place < end
             pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
             q_offset = _query_offsets(
-                pair, first_row, q_len, num_heads, q_stride_b, q_stride_h, q_stride_n, SLOTS
+                pair, first_row, q_len, q_stride_b, q_stride_h, q_stride_n, SLOTS, HEADS, ONE_BATCH
             )
             q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
             scores = dot(q, keys)

@@ -7,8 +7,8 @@ Legend: H query heads, HK kv heads, K topk, K1 = K - 1 routed slots, NB flat blo
    pair `(row * H + head) * K1 + slot` is also where its partial output goes.
 2. One stable radix sort of the keys, 16 bits wide where they fit, with the permutation; then each bin's
    first pair by bisection. A stable sort makes the order, and so every sum, the same in every run.
-3. Each bin is cut in tiles of `rows` pairs. A tile's bin is found by bisection of the running totals; the
-   grid is the bound P / rows + bins, and the tiles beyond the true number hold bin `num_bins`: none.
+3. Each bin is cut in tiles of `rows` pairs; one small kernel writes what each tile is, found by bisection of
+   the running totals. Their number is bounded by P / rows + bins, and tiles beyond the true number are empty.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import device_of
 from moba_hf.kernels.plan import Plan, find_tile
 
+# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, two unused.
+TILE_COLUMNS = 8
+
 # Rows of a program of the key kernel: (tokens of a tile) x (query heads).
 ROUTE_ROWS = 64
 
@@ -35,8 +38,8 @@ class Routes:
     Attributes:
         pairs: int64 `(P,)`, pairs sorted by bin; those of no bin last.
         bin_begin: int32 `(num_bins + 1,)`, first place in `pairs` of each bin.
-        tile_begin: int32 `(num_bins + 1,)`, first tile of each bin.
-        tile_bin: int32 `(tiles,)`, bin of each tile, or `num_bins`.
+        tile_begin: int32 `(num_bins + 1,)`, first tile of each bin; the last is the number of tiles.
+        tile_info: int32 `(tiles, TILE_COLUMNS)`, what each tile is; no pairs beyond their number.
         num_bins: `HK * NB`; bin = kv head * NB + flat block.
         rows: pairs of a tile.
     """
@@ -44,7 +47,7 @@ class Routes:
     pairs: Tensor
     bin_begin: Tensor
     tile_begin: Tensor
-    tile_bin: Tensor
+    tile_info: Tensor
     num_bins: int
     rows: int
 
@@ -92,8 +95,9 @@ def pair_keys(choice: Tensor, plan: Plan, chunk: int, num_kv_heads: int) -> Tens
     return keys
 
 
-def route(keys: Tensor, num_bins: int, rows: int) -> Routes:
+def route(keys: Tensor, plan: Plan, num_kv_heads: int, rows: int) -> Routes:
     """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
+    num_bins = num_kv_heads * plan.num_blocks
     dtype, bias = key_format(num_bins)
     device, num_pairs = keys.device, keys.numel()
     in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
@@ -103,9 +107,72 @@ def route(keys: Tensor, num_bins: int, rows: int) -> Routes:
     tile_begin = torch.zeros(num_bins + 1, dtype=torch.int32, device=device)
     torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_begin[1:])
     bound = max(1, min(num_pairs, num_pairs // rows + num_bins))
-    number = torch.arange(bound, dtype=torch.int32, device=device)
-    tile_bin = torch.searchsorted(tile_begin[1:], number, right=True, out_int32=True)
-    return Routes(pairs, bin_begin, tile_begin, tile_bin, num_bins, rows)
+    tile_info = torch.empty(bound, TILE_COLUMNS, dtype=torch.int32, device=device)
+    with device_of(keys):
+        _tile_info_kernel[(triton.cdiv(bound, 128),)](
+            tile_info,
+            bin_begin,
+            tile_begin,
+            plan.table,
+            plan.block_offset,
+            num_bins,
+            plan.num_blocks,
+            plan.num_seqs,
+            plan.block_size,
+            bound,
+            rows,
+            BLOCK=128,
+        )
+    return Routes(pairs, bin_begin, tile_begin, tile_info, num_bins, rows)
+
+
+@triton.jit
+def _last_not_above(ptr, count, number):
+    """Per element of `number`, the last `i < count` with `ptr[i] <= number`; `ptr` rises, `ptr[0]` is 0."""
+    low = tl.zeros_like(number)
+    high = low + count
+    while tl.max(high - low, 0) > 1:
+        middle = (low + high) // 2
+        below = tl.load(ptr + middle) <= number
+        open = high - low > 1
+        low = tl.where(open & below, middle, low)
+        high = tl.where(open & (below == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_bins", "num_blocks", "num_seqs", "block_size", "num_tiles", "rows"])
+def _tile_info_kernel(
+    info_ptr,
+    bin_begin_ptr,
+    tile_begin_ptr,
+    table_ptr,
+    block_offset_ptr,
+    num_bins,
+    num_blocks,
+    num_seqs,
+    block_size,
+    num_tiles,
+    rows,
+    BLOCK: tl.constexpr,
+):
+    """What each of BLOCK tiles is."""
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tile < num_tiles
+    bin = _last_not_above(tile_begin_ptr, num_bins, tile)
+    there = inside & (tile < tl.load(tile_begin_ptr + num_bins))
+    begin = tl.load(bin_begin_ptr + bin) + (tile - tl.load(tile_begin_ptr + bin)) * rows
+    end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + rows)
+    number = bin % num_blocks
+    seq = _last_not_above(block_offset_ptr, num_seqs, number)
+    first_key = tl.load(table_ptr + seq * 5 + 3)
+    first_key += (number - tl.load(block_offset_ptr + seq)) * block_size
+    row = info_ptr + tile.to(tl.int64) * 8
+    tl.store(row, tl.where(there, begin, 0), mask=inside)
+    tl.store(row + 1, tl.where(there, end, 0), mask=inside)
+    tl.store(row + 2, tl.load(table_ptr + seq * 5), mask=inside)
+    tl.store(row + 3, bin // num_blocks, mask=inside)
+    tl.store(row + 4, first_key, mask=inside)
+    tl.store(row + 5, bin, mask=inside)
 
 
 @triton.jit(

@@ -34,6 +34,8 @@ DECODE_QUERIES = 16
 DECODE_PARTIALS = 1 << 20
 # Keys that one program of the decode kernel attends; longer blocks are split.
 DECODE_SEGMENT = 512
+# Full attention of a few queries: programs per processor that the keys are split for, and most splits.
+DENSE_DECODE_PROGRAMS, DENSE_DECODE_SPLITS = 2, 128
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,19 @@ _ROUTED = (
     Tile(16, 16, 4, 1),
 )
 _ROUTED_LONG = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED)
+_DENSE_DECODE = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 _RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
 # Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
 RESIDENT_TILES = 16
+
+# Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
+HOPPER_OWN = Tile(128, 64, 4, 4)
+HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
+HOPPER_RESIDENT = Tile(
+    192, 128, 4, 2
+)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
+# What `own` runs beside HOPPER_OWN, for incomplete blocks in the same tiles of queries.
+OWN_PARTIAL = Tile(128, 64, 8, 2)
 
 
 @cache
@@ -97,9 +109,26 @@ def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> 
     return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
 
 
+def gate_tile(head_dim: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of the gate; `head_dim` padded. Fewer stages where shared memory is small."""
+    for stages in range(GATE.stages, 1, -1):
+        tile = Tile(GATE.m, GATE.n, GATE.warps, stages)
+        if fits(tile.shared_memory((head_dim, 0), 2), device_capability):
+            return tile
+    return Tile(GATE.m, GATE.n, GATE.warps, 1)
+
+
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
     return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
+
+
+def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of full attention of a few queries; two programs to a processor hide each other's waits."""
+    for tile in _DENSE_DECODE:
+        if fits(tile.shared_memory(dims, itemsize), device_capability, DENSE_DECODE_PROGRAMS):
+            return tile
+    return _DENSE_DECODE[-1]
 
 
 def routed_tile(

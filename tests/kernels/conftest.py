@@ -14,7 +14,12 @@ import torch
 
 collect_ignore: list[str] = []
 if os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore += ["test_interpreted.py", "test_kernels_aot.py", "test_kernels_gpu.py"]
+    collect_ignore += [
+        "test_interpreted.py",
+        "test_kernels_aot.py",
+        "test_kernels_gpu.py",
+        "test_decode_gpu.py",
+    ]
 else:
     collect_ignore += ["interpreted"]
 

@@ -22,6 +22,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moba_hf.kernels import attend, select_blocks, tuning
 from moba_hf.kernels.launch import INTERPRETED
@@ -73,6 +75,9 @@ def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = _TYPES[value.base.dtype]
+            signature[name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -80,7 +85,8 @@ def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
-    return ASTSource(kernel, signature, constants, attributes), options
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes), options
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Report:

@@ -31,5 +31,5 @@ def test_kernels() -> None:
 
 def test_benchmark_runs() -> None:
     script = str(TESTS / "benchmarks" / "bench_kernels.py")
+    assert "--figure" in run_interpreted(script, "--help")
     assert "gate: green" in run_interpreted(script, "--tiny")
-    assert "--rows" in run_interpreted(script, "--help")

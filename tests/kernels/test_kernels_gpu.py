@@ -6,10 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_checks import Case, assert_attention, assert_choice
-
 from moba_hf import ops
 from moba_hf.backends import choose_backend
+from moba_hf.bench.checks import Case, assert_attention, assert_choice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -29,6 +28,7 @@ def check(case: Case, **kwargs: object) -> None:
     assert_choice(case, choice)
     assert_attention(case, case.expected_choice(), **kwargs)
     assert_attention(case, choice, **kwargs)
+    assert_attention(case, choice, **{"use_hopper": False, **kwargs})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import Case, assert_attention, assert_choice
 
 from moba_hf import ops
 from moba_hf.backends import choose_backend
+from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.kernels.routing import key_format, pair_keys, route
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -95,13 +95,22 @@ def test_routes_hold_every_pair_once() -> None:
     plan = make_plan(case.q, case.k, case.table, *case.longest, block_size=16, tile=8)
     keys = pair_keys(choice, plan, 0, 2)
     num_bins = 2 * plan.num_blocks
-    routes = route(keys, num_bins, 16)
+    routes = route(keys, plan, 2, 16)
     bias = key_format(num_bins)[1]
     counts = torch.bincount(keys.flatten().long() - bias, minlength=num_bins + 1)[:num_bins]
     assert torch.equal(routes.bin_begin.diff().long(), counts)
     assert int(counts.sum()) == int((choice[..., 1:] >= 0).sum())
-    tiles = routes.tile_bin[routes.tile_bin < num_bins]
-    assert torch.equal(torch.bincount(tiles, minlength=num_bins), (counts + 15) // 16)
+    info = routes.tile_info[routes.tile_info[:, 0] < routes.tile_info[:, 1]]
+    assert len(info) == int(routes.tile_begin[-1])
+    assert torch.equal(torch.bincount(info[:, 5], minlength=num_bins), (counts + 15) // 16)
+    held = torch.zeros(num_bins, dtype=torch.long).index_add_(0, info[:, 5], (info[:, 1] - info[:, 0]).long())
+    assert torch.equal(held, counts)
+    seq_begin = case.table[:, 3].long()
+    number = info[:, 5] % plan.num_blocks
+    seq = torch.searchsorted(plan.block_offset.long(), number.long(), right=True) - 1
+    first_key = seq_begin[seq] + (number - plan.block_offset[seq]) * 16
+    assert torch.equal(info[:, 4].long(), first_key)
+    assert torch.equal(info[:, 3], info[:, 5] // plan.num_blocks)
     taken = routes.pairs[: int(routes.bin_begin[-1])]
     assert len(taken.unique()) == len(taken)
 

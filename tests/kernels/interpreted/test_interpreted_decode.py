@@ -1,10 +1,19 @@
-"""Decode steps on the Triton backend: chosen from cached means, attended by the decode kernel."""
+"""Decode steps on the Triton backend: prefill's means and choice bit for bit, rows equal to the reference."""
 
+from __future__ import annotations
+
+import pytest
 import torch
+from decode_checks import assert_choice_is_prefill_choice, assert_dense, assert_means_are_prefill_means
 from torch import Tensor
 
 from moba_hf.block_means import block_means_of
+from moba_hf.kernels import choose
+from moba_hf.kernels.tuning import Tile
 from moba_hf.ops import batched_moba_attention
+from moba_hf.sequences import RowBounds
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_rows_equal_the_reference() -> None:
@@ -23,3 +32,58 @@ def test_rows_equal_the_reference() -> None:
         expected = run("reference", None)
         for means in (None, block_means_of(k, starts, 16)):
             torch.testing.assert_close(run("triton", means), expected)
+
+
+def test_padding_rows_are_zero() -> None:
+    """Queries before a row's first token and after its last one, in one call of five."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 5, 16), *(torch.randn(2, 1, 60, 16) for _ in range(2))
+    limits = {"kv_start": torch.tensor([0, 57]), "kv_end": torch.tensor([58, 60])}
+    rule = {"block_size": 16, "topk": 2}
+    out, lse = batched_moba_attention(q, k, v, backend="triton", **limits, **rule)
+    torch.testing.assert_close(
+        (out, lse), batched_moba_attention(q, k, v, backend="reference", **limits, **rule)
+    )
+    assert (out[0, 3:] == 0).all()
+    assert (out[1, :2] == 0).all()
+
+
+@pytest.mark.parametrize(("block_size", "dim"), [(16, 16), (17, 24), (100, 16)])
+@pytest.mark.parametrize("steps", [[210], [100, 1, 40, 69], [209, 1]])
+def test_means(block_size: int, dim: int, steps: list[int]) -> None:
+    k = torch.randn(2, 2, 210, dim).bfloat16()
+    assert_means_are_prefill_means(k, torch.tensor([0, 13]), block_size, steps)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rule", "count"),
+    [((4, 2), (16, 5, 0, 0), 1), ((3, 1), (17, 7, 1, 2), 5), ((2, 1), (16, 20, 1, 0), 16),
+     ((2, 1), (16, 3, 1, 1), 3), ((70, 1), (32, 3, 0, 0), 1), ((2, 2), (16, 1, 0, 0), 2)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["normal", "integer"])
+def test_choice(heads: tuple[int, int], rule: tuple[int, int, int, int], count: int, kind: str) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, heads[0], 20, 16), torch.randn(2, heads[1], 230, 16)
+    if kind == "integer":  # exact scores, many ties, of both signs
+        q = torch.randint(-1, 2, q.shape).float()
+        k = torch.randint(-1, 2, k.shape).float()[:, :, torch.arange(230) // rule[0]]
+    assert_choice_is_prefill_choice(q.bfloat16(), k.bfloat16(), torch.tensor([0, 226]), rule, count)
+
+
+def test_choice_of_more_blocks_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_MOST_HELD", 64)
+    for kind in (torch.randn(1, 1, 3300, 16), torch.randint(0, 2, (1, 1, 3300, 16)).float()):
+        q = torch.randn(1, 2, 2, 16).bfloat16()
+        assert_choice_is_prefill_choice(q, kind.bfloat16(), torch.tensor([0]), (16, 6, 1, 1), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "q_len"), [((4, 2), 1), ((6, 2), 5), ((8, 1), 16)])
+def test_dense(heads: tuple[int, int], q_len: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, heads[0], q_len, 16).to(dtype)
+    k, v = torch.randn(2, heads[1], 90, 16).to(dtype), torch.randn(2, heads[1], 90, 24).to(dtype)
+    limits = ([0, 88 - q_len // 2], [87, 90], [87 - q_len, 90 - q_len])
+    bounds = RowBounds.of(*(torch.tensor(x) for x in limits), q_len)
+    for tile in (None, Tile(16, 16, 4, 2)):
+        assert_dense(q, k, v, bounds, tile)

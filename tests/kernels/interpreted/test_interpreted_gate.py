@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import Case, assert_choice
 
+from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.plan import make_plan
 from moba_hf.reference import block_mean_ref

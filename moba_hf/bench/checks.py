@@ -1,7 +1,8 @@
-"""What kernels are held to, on any device: the rules of "how paths are compared".
+"""What a backend is held to, on any device, before it is timed: the tests of kernels use the same.
 
 Gate: scores gathered at the chosen blocks. Attention: under one given choice, with an error against fp32 of
-at most twice that of plain attention in the same low precision, plus rounding.
+at most twice that of plain attention in the same low precision, plus rounding. What does not hold raises
+AssertionError, also under `python -O`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moba_hf import portable
-from moba_hf.backends import load_backend
-from moba_hf.kernels import attend, select_blocks
+from moba_hf.backends import load_backend, select_op
 from moba_hf.reference import block_mean_ref, gate_ref
 from moba_hf.sequences import packed_table
 
@@ -27,6 +27,7 @@ class Case:
         lengths: (queries, keys) of each sequence.
         spare: rows of the tensors that no sequence covers, in front and behind.
         kind: "normal", "integer" (exact, many ties), "periodic", "constant" or "skewed" (one block wins).
+        backend: what `select` and `attend` run.
     """
 
     lengths: list[tuple[int, int]]
@@ -43,6 +44,7 @@ class Case:
     spare: int = 0
     device: str = "cpu"
     seed: int = 0
+    backend: str = "triton"
     q: Tensor = field(init=False)
     k: Tensor = field(init=False)
     v: Tensor = field(init=False)
@@ -88,7 +90,12 @@ class Case:
         return self.head_dim**-0.5
 
     def select(self, **kwargs: Any) -> Tensor:
-        return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
+        """The backend's choice; keywords are those of `kernels.select_blocks`."""
+        if kwargs:
+            from moba_hf.kernels import select_blocks
+
+            return select_blocks(self.q, self.k, self.table, *self.longest, *self.rule, **kwargs)
+        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend)
 
     def expected_choice(self) -> Tensor:
         block_size, topk, sink, local = self.rule
@@ -103,7 +110,8 @@ class Case:
         )
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return attend(
+        """The backend's `(out, lse)` under `choice`; keywords are those of `kernels.attend`."""
+        return load_backend(self.backend).forward(
             self.q,
             self.k,
             self.v,
@@ -120,12 +128,12 @@ def assert_choice(case: Case, choice: Tensor) -> None:
     """`choice` obeys the rule, and its scores are those of the best blocks."""
     expected = case.expected_choice()
     if case.kind in ("integer", "constant"):
-        assert torch.equal(choice.sort(3).values, expected.sort(3).values)
-    assert torch.equal(choice[..., 0], expected[..., 0]), "own block first"
-    assert torch.equal((choice >= 0).sum(3), (expected >= 0).sum(3)), "as many blocks as there are"
-    assert not ((choice[..., 1:] >= 0) & (choice[..., :-1] < 0)).any(), "-1 last"
+        _require(torch.equal(choice.sort(3).values, expected.sort(3).values), "ties go to the lower block")
+    _require(torch.equal(choice[..., 0], expected[..., 0]), "own block first")
+    _require(torch.equal((choice >= 0).sum(3), (expected >= 0).sum(3)), "as many blocks as there are")
+    _require(not ((choice[..., 1:] >= 0) & (choice[..., :-1] < 0)).any(), "-1 last")
     ordered = choice.sort(3).values
-    assert not ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(), "no block twice"
+    _require(not ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(), "no block twice")
     covered = torch.zeros(choice.shape[:2], dtype=torch.bool, device=choice.device)
     for row, q_begin, q_end, k_begin, k_end in case.table.tolist():
         covered[row, q_begin:q_end] = True
@@ -138,13 +146,16 @@ def assert_choice(case: Case, choice: Tensor) -> None:
         own = expected[row, q_begin:q_end, :, :1]
         ours, theirs = (_gathered(scores, x[row, q_begin:q_end], own) for x in (choice, expected))
         slack = _gathered(room, expected[row, q_begin:q_end], own).clamp(min=0).amax(2, keepdim=True)
-        assert ((ours - theirs).abs() <= slack).all(), (ours - theirs).abs().max()
+        worst = float((ours - theirs).abs().max())
+        _require(
+            ((ours - theirs).abs() <= slack).all(), f"scores of the chosen blocks are off by {worst:.3g}"
+        )
         forced = {*range(case.sink), *(-1 - i for i in range(case.local))}
         for block in forced:
             wanted = own[..., 0] + block if block < 0 else torch.full_like(own[..., 0], block)
             there = (choice[row, q_begin:q_end] == wanted[..., None]).any(2)
-            assert (there | (wanted < 0) | (wanted > own[..., 0])).all(), f"forced block {block}"
-    assert (choice[~covered] == -1).all(), "padding"
+            _require((there | (wanted < 0) | (wanted > own[..., 0])).all(), f"forced block {block}")
+    _require((choice[~covered] == -1).all(), "padding is -1")
 
 
 def _gathered(scores: Tensor, choice: Tensor, own: Tensor) -> Tensor:
@@ -187,15 +198,25 @@ def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
         case.block_size,
         case.scale,
     )
-    assert (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32)
-    assert torch.isfinite(out).all()
+    _require(
+        (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32), "shape and dtypes"
+    )
+    _require(torch.isfinite(out).all(), "output is finite")
     low = (plain_attention(case, choice).float() - truth).abs().max()
     # one rounding of the output; in fp32 the orders of summation differ, not the precision
     eps = torch.finfo(case.dtype).eps * (8 if case.dtype == torch.float32 else 0.5)
     error = (out.float() - truth).abs().max()
-    assert error <= 2 * low + eps * truth.abs().max(), (float(error), float(low))
+    limit = 2 * low + eps * truth.abs().max()
+    _require(
+        error <= limit, f"error {float(error):.3g} above {float(limit):.3g}, plain attention {float(low):.3g}"
+    )
     covered = truth_lse > -torch.inf
-    assert torch.equal(lse > -torch.inf, covered)
-    assert torch.allclose(lse[covered], truth_lse[covered], rtol=1e-5, atol=2e-5)
-    assert (out.transpose(1, 2)[~covered] == 0).all()
+    _require(torch.equal(lse > -torch.inf, covered), "lse of padding")
+    _require(torch.allclose(lse[covered], truth_lse[covered], rtol=1e-5, atol=2e-5), "lse")
+    _require((out.transpose(1, 2)[~covered] == 0).all(), "padding is zero")
     return out, lse
+
+
+def _require(holds: Tensor | bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)

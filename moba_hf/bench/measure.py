@@ -1,0 +1,298 @@
+"""The benchmark: correctness gate, ceilings of this machine in this run, then every row.
+
+Medians of CUDA-event times; dense calls above a second are timed once. TFLOP/s count 4 * head_dim per
+attended (query, key) pair and head, masked work not included. Without a green gate no speedup is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.bench import dense, report
+from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
+from moba_hf.bench.stages import stage_times
+from moba_hf.bench.timing import GIB, ceilings, median_ms
+from moba_hf.ops import moba_attention
+
+# Dense attention too long to be measured whole is measured on this part of the queries.
+PARTS = 32
+_ATTENTION = {"triton": "ms", "flash_attn": "flash_backend_ms"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        rows: names out of `ROWS`; empty: all.
+        figure: a name of `FIGURES`, drawn instead of the rows; None: the rows.
+        repeats: most runs of a median.
+        stages, dense: also time the stages, the dense baselines.
+        dense_limit: longest dense baseline, tokens.
+        flash: also prove and time the backend "flash_attn".
+        workspace: GiB of the forward's workspace; None: `tuning.WORKSPACE`.
+        tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
+        out: folder of the results.
+    """
+
+    rows: Sequence[str] = ()
+    figure: str | None = None
+    repeats: int = 20
+    stages: bool = True
+    dense: bool = True
+    dense_limit: int = M
+    flash: bool = False
+    workspace: float | None = None
+    tiny: bool = False
+    out: Path = Path("bench_results")
+
+    def __post_init__(self) -> None:
+        known = [row.name for row in ROWS]
+        for name in self.rows:
+            if name not in known:
+                raise ValueError(f"unknown row {name!r}; known are {', '.join(known)}")
+        if self.figure is not None and self.figure not in FIGURES:
+            raise ValueError(f"unknown figure {self.figure!r}; known are {', '.join(FIGURES)}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+
+def run(options: Options) -> bool:
+    """Runs the benchmark, prints and writes its results; whether the correctness gate was green.
+
+    Raises:
+        ValueError: no GPU, and not the tiny case.
+    """
+    from moba_hf.kernels import tuning
+    from moba_hf.kernels.launch import INTERPRETED
+
+    if options.tiny:
+        problem = prove(TINY, device="cpu" if INTERPRETED else "cuda", head_dim=16)
+        print("gate: green" if problem is None else f"gate: RED: {problem}")
+        return problem is None
+    if not torch.cuda.is_available() or INTERPRETED:
+        raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
+    before = tuning.WORKSPACE
+    if options.workspace is not None:
+        tuning.WORKSPACE = int(options.workspace * GIB)
+    try:
+        return _run_figure(options) if options.figure is not None else _run_rows(options)
+    finally:
+        tuning.WORKSPACE = before
+
+
+def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
+    """None if gate and attention under the row's rule pass `checks` at a small length, else what failed."""
+    length = min(row.length, max(4096, 3 * row.topk * row.block_size // 2))
+    case = Case(
+        [(min(length, 1024), length), (100, 333)],
+        num_heads=row.num_heads,
+        num_kv_heads=row.num_kv_heads,
+        head_dim=head_dim,
+        block_size=row.block_size,
+        topk=row.topk,
+        dtype=torch.bfloat16,
+        device=device,
+        backend=backend,
+    )
+    try:
+        choice = case.select()
+        assert_choice(case, choice)
+        out, _ = assert_attention(case, choice)
+        if not torch.equal(case.attend(case.select())[0], out):
+            raise AssertionError("two runs differ")
+    except Exception as error:  # whatever stops it: it is not proved
+        return f"{row.name}, {backend}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def inputs(row: Row, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    """Packed bf16 q, k, v, random normal."""
+    torch.manual_seed(0)
+    shapes = [(row.length, heads, HEAD_DIM) for heads in (row.num_heads, row.num_kv_heads, row.num_kv_heads)]
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+    return q, k, v
+
+
+def attended_pairs(row: Row) -> tuple[int, int]:
+    """(query, key) pairs attended in the own blocks and in the chosen ones, all heads together."""
+    full, rest = divmod(row.length, row.block_size)
+    own = full * row.block_size * (row.block_size + 1) // 2 + rest * (rest + 1) // 2
+    chosen = sum(min(i, row.topk - 1) * row.block_size for i in range(full))
+    chosen += min(full, row.topk - 1) * rest
+    return own * row.num_heads, chosen * row.block_size * row.num_heads
+
+
+def _run_rows(options: Options) -> bool:
+    rows = [row for row in ROWS if not options.rows or row.name in options.rows]
+    backends = ("triton", "flash_attn") if options.flash else ("triton",)
+    problems = _gate(rows, backends)
+    limits = ceilings(options.repeats)
+    known: dict[tuple[int, int, int], dict[str, float | None]] = {}
+    results = []
+    for row in rows:
+        result = _measure(row, options, limits, backends, known)
+        if not problems:
+            result |= _speedup(result)
+        results.append(result)
+        report.write_csv(results, options.out / "bench_kernels.csv")
+        print(report.brief(result), flush=True)
+        torch.cuda.empty_cache()
+    report.write_rows(results, _header(limits, problems), options.out, green=not problems)
+    return not problems
+
+
+def _gate(rows: Sequence[Row], backends: Sequence[str]) -> list[str]:
+    """What the correctness gate found, each printed."""
+    found = [problem for row in rows for name in backends if (problem := prove(row, name)) is not None]
+    for problem in found:
+        print(f"gate: RED: {problem}")
+    torch.cuda.empty_cache()
+    return found
+
+
+def _header(limits: dict[str, float], problems: Sequence[str]) -> str:
+    return (
+        f"{torch.cuda.get_device_name()}, {', '.join(dense.versions())}; bf16, head_dim {HEAD_DIM}, batch 1; "
+        f"ceilings {limits['matmul_tflops']:.0f} TFLOP/s, {limits['copy_tbps']:.2f} TB/s; "
+        f"correctness gate {'RED' if problems else 'green'}"
+    )
+
+
+def _measure(
+    row: Row,
+    options: Options,
+    limits: dict[str, float],
+    backends: Sequence[str],
+    known: dict[tuple[int, int, int], dict[str, float | None]],
+) -> dict[str, Any]:
+    """One line of the results; `known`: dense times of shapes measured before."""
+    q, k, v = inputs(row)
+    result: dict[str, Any] = {"row": row.name, "tokens": row.length}
+    result |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
+    result |= {"reach_ms": row.reach, "aim_ms": row.aim}
+    for backend in backends:
+        result |= _operator(row, backend, q, k, v, options.repeats)
+    own, chosen = attended_pairs(row)
+    result["tflops"] = 4 * HEAD_DIM * (own + chosen) / result["ms"] / 1e9
+    if options.stages:
+        result |= _stage_columns(row, q, k, v, result["ms"], limits)
+    if options.dense and row.length <= options.dense_limit:
+        shape = (row.length, row.num_heads, row.num_kv_heads)
+        if shape not in known:
+            repeats = max(2, options.repeats // 4)
+            known[shape] = dense.times(q, k, v, dense.implementations(), repeats)
+        result |= {f"{name}_ms": value for name, value in known[shape].items()}
+    return result
+
+
+def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> dict[str, Any]:
+    """Milliseconds of the whole operator, and for the Triton one its memory beyond q, k, v and out."""
+    rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": backend}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        ms = median_ms(lambda: moba_attention(q, k, v, **rule), repeats)
+    except Exception as error:  # other packages raise what they like
+        if backend == "triton":
+            raise
+        print(f"  backend {backend} does not run: {(str(error) or type(error).__name__).splitlines()[0]}")
+        return {_ATTENTION[backend]: None}
+    extra = torch.cuda.max_memory_allocated() - before - q.numel() * q.element_size()
+    return {_ATTENTION[backend]: ms} | ({"peak_gib": extra / GIB} if backend == "triton" else {})
+
+
+def _stage_columns(
+    row: Row, q: Tensor, k: Tensor, v: Tensor, ms: float, limits: dict[str, float]
+) -> dict[str, float]:
+    """Milliseconds of the stages, and what the larger ones reach of this machine's ceilings."""
+    rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": "triton"}
+    times = stage_times(lambda: moba_attention(q, k, v, **rule), 1 if ms > 100 else 4)
+    result = {f"{name}_ms": value for name, value in times.items()}
+    own, chosen = attended_pairs(row)
+    scores = row.num_heads * row.length**2 / 2 / row.block_size
+    work = {
+        "gate": 2 * HEAD_DIM * scores,
+        "own": 4 * HEAD_DIM * own,
+        "routed": 4 * HEAD_DIM * chosen,
+    }
+    for name, flops in work.items():
+        if not times[name]:
+            continue
+        result[f"{name}_tflops"] = flops / times[name] / 1e9
+        result[f"{name}_of_ceiling"] = result[f"{name}_tflops"] / limits["matmul_tflops"]
+    moved = {
+        "means": k.numel() * 2,
+        "merge": row.length * row.num_heads * ((row.topk + 1) * HEAD_DIM * 2 + row.topk * 6),
+    }
+    for name, count in moved.items():
+        if not times[name]:
+            continue
+        result[f"{name}_gbps"] = count / times[name] / 1e6
+        result[f"{name}_of_ceiling"] = result[f"{name}_gbps"] / 1e3 / limits["copy_tbps"]
+    return result
+
+
+def _speedup(result: dict[str, Any]) -> dict[str, Any]:
+    """The best dense time over the operator's, where there is one."""
+    names = [name for name in ("fa2", "cudnn", "flash_attn", "fa4") if result.get(f"{name}_ms")]
+    if not names:
+        return {}
+    best = min(names, key=lambda name: float(result[f"{name}_ms"]))
+    return {"best_dense": best, "speedup": result[f"{best}_ms"] / result["ms"]}
+
+
+def _run_figure(options: Options) -> bool:
+    assert options.figure is not None
+    figures = FIGURES[options.figure]
+    problems = _gate([row for figure in figures for row in (figure.rows[0], figure.rows[-1])], ("triton",))
+    limits = ceilings(options.repeats)
+    lines = []
+    for figure in figures:
+        for row in figure.rows:
+            line = _figure_line(figure, row, options)
+            if not problems:
+                line |= {
+                    f"over_{name}": line[f"{name}_ms"] / line["ms"]
+                    for name in ("fa2", "cudnn")
+                    if line.get(f"{name}_ms")
+                }
+            lines.append(line)
+            report.write_csv(lines, options.out / f"bench_{options.figure}.csv")
+            print(report.brief(line), flush=True)
+            torch.cuda.empty_cache()
+    report.write_figure(options.figure, figures, lines, _header(limits, problems), options.out, not problems)
+    return not problems
+
+
+def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
+    """One point of a figure: the operator, and dense attention whole or on its last queries."""
+    q, k, v = inputs(row)
+    line: dict[str, Any] = {"figure": figure.name, "row": row.name, "tokens": row.length}
+    line |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
+    rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": "triton"}
+    line["ms"] = median_ms(lambda: moba_attention(q, k, v, **rule), options.repeats, budget=1.0)
+    own, chosen = attended_pairs(row)
+    line["tflops"] = 4 * HEAD_DIM * (own + chosen) / line["ms"] / 1e9
+    if not options.dense:
+        return line
+    found = dense.implementations(packages=False)
+    repeats = max(2, options.repeats // 4)
+    if row.length < figure.slice_from:
+        line["dense"] = "whole"
+        line |= {f"{name}_ms": ms for name, ms in dense.times(q, k, v, found, repeats).items()}
+    if row.length >= figure.slice_from or (row.length * 2 >= figure.slice_from and row.num_heads == 1):
+        sliced = dense.sliced_times(q, k, v, found, 1, PARTS)
+        if row.length >= figure.slice_from:
+            line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
+            line |= {f"{name}_ms": ms for name, ms in sliced.items()}
+        else:  # how well scaling does where the whole is known
+            line |= {f"{name}_scaled_ms": ms for name, ms in sliced.items()}
+    return line

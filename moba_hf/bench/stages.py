@@ -1,0 +1,53 @@
+"""Where the Triton forward's time goes: GPU time of its kernels in whole calls, by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# What a kernel's name holds, by stage, the first that fits; the rest is "other": fills and small sums.
+_NAMES = {
+    "plan": ("_plan_kernel", "_tile_table_kernel"),
+    "means": ("_block_mean_kernel", "_update_means_kernel"),
+    "gate": ("_gate_fwd_kernel", "_gate_rest_kernel"),
+    "own": ("own_kernel",),
+    "keys": ("_pair_key_kernel",),
+    "route": ("_tile_info_kernel", "sort", "Sort", "searchsorted", "scan", "Scan"),
+    "routed": ("routed_kernel", "resident_kernel", "stream_kernel"),
+    "merge": ("_merge_kernel",),
+}
+STAGES = (*_NAMES, "other")
+
+
+def stage_of(kernel: str) -> str:
+    """The stage that a kernel of this name belongs to."""
+    return next((stage for stage, parts in _NAMES.items() if any(part in kernel for part in parts)), "other")
+
+
+def totals(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Sums by stage of `(name, time)`; every stage is there."""
+    sums = dict.fromkeys(STAGES, 0.0)
+    for name, time in kernels:
+        sums[stage_of(name)] += time
+    return sums
+
+
+def stage_times(call: Callable[[], Any], runs: int) -> dict[str, float]:
+    """Milliseconds of each stage in one run of `call`, which is compiled; means of `runs` runs.
+
+    What the GPU idles between kernels is in none of them.
+    """
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(runs):
+            call()
+        torch.cuda.synchronize()
+    kernels = (
+        (event.key, event.self_device_time_total / 1e3 / runs)
+        for event in found.key_averages()
+        if str(event.device_type).endswith("CUDA")
+    )
+    return totals(kernels)

@@ -1,0 +1,362 @@
+"""Attention over chosen blocks through flash-attn's public varlen function: the paper's Algorithm 1.
+
+1. Own blocks: one causal varlen call, a segment per (sequence, block).
+2. Chosen blocks: (query, head, slot) pairs are regrouped by block, one varlen call per kv head, a segment per
+   block, chunk of queries by chunk of queries. Keys and values are read where they lie.
+3. Both are merged by their log-sum-exps.
+
+flash-attn 2 (`flash_attn.flash_attn_varlen_func`) is taken where it is installed, else flash-attn 4
+(`flash_attn.cute`). Segments are counted on the host, as these functions want them, so calls wait for the
+device and cannot be captured in a CUDA graph; backend "triton" never waits and is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)` -> out, lse.
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool], tuple[Tensor, Tensor]]
+
+# Device types that flash-attn runs on.
+DEVICES = ("cuda",)
+MAX_HEAD_DIM = 256
+# Head dims are padded to a multiple of this; flash-attn reads 16 bytes at a time.
+_DIM_STEP = 8
+# Bytes of gathered queries and partial outputs of one chunk of queries.
+_WORKSPACE = 2 << 30
+
+
+def load_varlen() -> Varlen:
+    """flash-attn's varlen function in one form.
+
+    Raises:
+        ImportError: neither flash-attn 2 nor flash-attn 4 is installed.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return _load_varlen_4()
+
+    def varlen(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        mq: int,
+        mk: int,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, _ = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=mq,
+            max_seqlen_k=mk,
+            softmax_scale=scale,
+            causal=causal,
+            return_attn_probs=True,
+        )
+        return out, lse
+
+    return varlen
+
+
+def _load_varlen_4() -> Varlen:
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
+
+    def varlen(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        mq: int,
+        mk: int,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=mq,
+            max_seqlen_k=mk,
+            softmax_scale=scale,
+            causal=causal,
+            return_lse=True,
+        )
+        return out, lse
+
+    return varlen
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+    """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
+    if q.device.type not in DEVICES:
+        return f"flash-attn needs a CUDA device; q is on {q.device}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "flash-attn needs compute capability 8.0 or later"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn computes bf16 and fp16, not {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"head dims are at most {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence with queries, in rows of the flattened `(batch * length)` tensors.
+
+    Attributes:
+        q_begin, q_end: its query rows.
+        k_begin, k_end: its key rows.
+        first_bin: number of its first block among the blocks of all sequences.
+    """
+
+    q_begin: int
+    q_end: int
+    k_begin: int
+    k_end: int
+    first_bin: int
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first query."""
+        return (self.k_end - self.k_begin) - (self.q_end - self.q_begin)
+
+
+def attend(
+    varlen: Varlen,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, q_len, num_heads, v_dim)` in q's dtype and `lse (batch, num_heads, q_len)` fp32, natural.
+
+    Args:
+        varlen: what `load_varlen` gives.
+        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
+        block_indices: int32 `(batch, q_len, num_heads, topk)`, own block in any slot, -1 for none.
+        table: see `moba_hf.sequences`; rows in order.
+        max_seqlen_q, max_seqlen_k: not needed: the table is read on the host.
+        workspace: bytes that gathered queries and partial outputs may take; None: 2 GiB.
+    """
+    batch, num_heads, q_len, _ = q.shape
+    v_dim = v.shape[3]
+    if softmax_scale <= 0:  # flash-attn takes the largest score before scaling
+        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, k, v = _padded(q, k, v)
+    rows = tuple(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (batch * length, heads, dim)
+    sequences = _sequences(table, q_len, k.shape[2], block_size)
+    out = q.new_zeros(batch * q_len, num_heads, v.shape[3])
+    lse = torch.full((num_heads, batch * q_len), -torch.inf, dtype=torch.float32, device=q.device)
+    if sequences:
+        _own_blocks(varlen, rows, sequences, out, lse, block_size, softmax_scale)
+        choice = block_indices.flatten(0, 1)
+        _chosen_blocks(
+            varlen, rows, sequences, choice, out, lse, block_size, softmax_scale, workspace or _WORKSPACE
+        )
+    out = out.view(batch, q_len, num_heads, v.shape[3])[..., :v_dim].contiguous()
+    return out, lse.view(num_heads, batch, q_len).transpose(0, 1).contiguous()
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with one head dim that flash-attn takes: zeros change neither scores nor other columns."""
+    dim = max(q.shape[3], v.shape[3])
+    dim = -(-dim // _DIM_STEP) * _DIM_STEP
+    q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
+
+
+def _sequences(table: Tensor, q_len: int, kv_len: int, block_size: int) -> list[_Sequence]:
+    """The sequences that have queries; waits for the device."""
+    found: list[_Sequence] = []
+    number = 0
+    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        if q_end > q_begin:
+            q_at, k_at = row * q_len, row * kv_len
+            found.append(_Sequence(q_at + q_begin, q_at + q_end, k_at + k_begin, k_at + k_end, number))
+            number += _num_bins(k_end - k_begin, block_size)
+    return found
+
+
+def _num_bins(length: int, block_size: int) -> int:
+    """Blocks that a later query may choose, and one for the keys that none may."""
+    return (length - 1) // block_size + 1
+
+
+def _own_blocks(
+    varlen: Varlen,
+    rows: tuple[Tensor, ...],
+    sequences: list[_Sequence],
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> None:
+    """Writes what every query gets from its own block, causally."""
+    q, k, v = rows
+    q_lengths, k_lengths = [], []
+    q_spans, k_spans = [], []
+    for seq in sequences:
+        length, first = seq.k_end - seq.k_begin, seq.first_position
+        edges = torch.arange(first // block_size, (length - 1) // block_size + 2) * block_size
+        edges = edges.clamp(max=length)
+        k_lengths.append(edges.diff())
+        q_lengths.append(edges.clamp(min=first).diff())
+        q_spans.append((seq.q_begin, seq.q_end))
+        k_spans.append((seq.k_begin + int(edges[0]), seq.k_end))
+    all_q, all_k = torch.cat(q_lengths), torch.cat(k_lengths)
+    part, part_lse = varlen(
+        _take(q, q_spans),
+        _take(k, k_spans),
+        _take(v, k_spans),
+        _offsets(all_q, q.device),
+        _offsets(all_k, q.device),
+        int(all_q.max()),
+        int(all_k.max()),
+        softmax_scale,
+        True,
+    )
+    at = 0
+    for begin, end in q_spans:
+        out[begin:end] = part[at : at + end - begin]
+        lse[:, begin:end] = part_lse[:, at : at + end - begin]
+        at += end - begin
+
+
+def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Rows of the spans one after the other: a view where they touch."""
+    if all(a[1] == b[0] for a, b in pairwise(spans)):
+        return x[spans[0][0] : spans[-1][1]]
+    return torch.cat([x[begin:end] for begin, end in spans])
+
+
+def _offsets(lengths: Tensor, device: torch.device) -> Tensor:
+    """int32 running totals of `lengths`, from 0."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+
+
+def _chosen_blocks(
+    varlen: Varlen,
+    rows: tuple[Tensor, ...],
+    sequences: list[_Sequence],
+    choice: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    workspace: int,
+) -> None:
+    """Adds the chosen blocks before their own to what `out` and `lse` hold of every query's own block.
+
+    Args:
+        choice: int32 `(rows, num_heads, topk)`, relative to each sequence.
+    """
+    q, k, v = rows
+    num_heads, dim = q.shape[1:]
+    topk, num_kv_heads = choice.shape[2], k.shape[1]
+    group = num_heads // num_kv_heads
+    bins, num_bins = _bins(choice, sequences, block_size)
+    k_edges = _key_edges(sequences, block_size)
+    k_rows = slice(int(k_edges[0]), int(k_edges[-1]))
+    cu_k, longest = (k_edges - k_edges[0]).to(q.device, torch.int32), int(k_edges.diff().max())
+    step = max(1, workspace // (2 * group * topk * dim * q.element_size()))
+    for kv_head in range(num_kv_heads):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        keys, values = (x[k_rows, kv_head : kv_head + 1] for x in (k, v))
+        for begin in range(0, q.shape[0], step):
+            part = slice(begin, min(q.shape[0], begin + step))
+            pairs = bins[part, heads].flatten()
+            order = pairs.sort(stable=True).indices
+            counts = torch.bincount(pairs, minlength=num_bins + 1)[:num_bins]
+            total, most = torch.stack([counts.sum(), counts.max()]).tolist()
+            if total == 0:
+                continue
+            query = order[:total] // topk
+            gathered = q[begin + query // group, heads.start + query % group][:, None]
+            cu_q = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            partial, partial_lse = varlen(
+                gathered, keys, values, cu_q, cu_k, most, longest, softmax_scale, False
+            )
+            _merge(out, lse, part, heads, partial[:, 0], partial_lse[0], order, topk)
+
+
+def _bins(choice: Tensor, sequences: list[_Sequence], block_size: int) -> tuple[Tensor, int]:
+    """Number of each chosen block among those of all sequences, int64 as `choice`; own and none come last."""
+    last = sequences[-1]
+    num_bins = last.first_bin + _num_bins(last.k_end - last.k_begin, block_size)
+    bins = torch.full(choice.shape, num_bins, dtype=torch.int64, device=choice.device)
+    for seq in sequences:
+        part = choice[seq.q_begin : seq.q_end]
+        position = torch.arange(part.shape[0], device=choice.device) + seq.first_position
+        earlier = (part >= 0) & (part != (position // block_size)[:, None, None])
+        bins[seq.q_begin : seq.q_end] = torch.where(earlier, part + seq.first_bin, num_bins)
+    return bins, num_bins
+
+
+def _key_edges(sequences: list[_Sequence], block_size: int) -> Tensor:
+    """Where the bins' keys begin, int64 `(num_bins + 1,)`; a sequence's last one to the next."""
+    starts = [
+        seq.k_begin + torch.arange(_num_bins(seq.k_end - seq.k_begin, block_size)) * block_size
+        for seq in sequences
+    ]
+    return torch.cat([*starts, torch.tensor([sequences[-1].k_end])])
+
+
+def _merge(
+    out: Tensor,
+    lse: Tensor,
+    rows: slice,
+    heads: slice,
+    partial: Tensor,
+    partial_lse: Tensor,
+    order: Tensor,
+    topk: int,
+) -> None:
+    """Weighs `partial (pairs, dim)` and what `out` holds by their softmax masses, slot by slot in fp32.
+
+    Args:
+        order: the pair `(row, head, slot)`, flattened, that each partial output belongs to; those beyond
+            the pairs have none.
+    """
+    count = partial.shape[0]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    there = (place < count).view(-1, topk)
+    place = place.clamp(max=count - 1).view(-1, topk)
+    own, own_lse = out[rows, heads], lse[heads, rows].T
+    shape = own.shape
+    own_lse = own_lse.reshape(-1)
+    masses = torch.where(there, partial_lse[place], -torch.inf)
+    total = torch.logaddexp(own_lse, masses.logsumexp(1))
+    safe = torch.where(total > -torch.inf, total, 0.0)
+    result = own.reshape(-1, shape[-1]).float() * (own_lse - safe).exp()[:, None]
+    for slot in range(topk):
+        result.addcmul_(partial[place[:, slot]].float(), (masses[:, slot] - safe).exp()[:, None])
+    out[rows, heads] = result.view(shape).to(out.dtype)
+    lse[heads, rows] = total.view(shape[:2]).T

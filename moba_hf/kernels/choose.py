@@ -1,0 +1,248 @@
+"""The choice of blocks for a few queries, from the means that a cache keeps: what the gate would choose.
+
+Legend: B block size, D head dim, G query heads per kv head, M queries per row, C block columns, K topk.
+
+1. score: one program per (64 rows of M x G, kv head, 128 columns). Scores come from the dot product that the
+   gate runs, in tiles of the same shape, and become the same int32 that sorts like them (`_sortable`, lowest
+   bits zero): a decode step and a prefill choose alike, near ties included. Columns that cannot be chosen
+   get the least number.
+2. choose: one program per (query, head). The COUNT-th largest key is found bit by bit, counting how many keys
+   reach a trial value; then larger keys are taken, and of those equal to it the first ones: ties go to the
+   lower block. The cost depends on C, not on K.
+One batch row is one sequence, row r of the table. Nothing waits for the device: grids come from shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.gate import _bits, _sortable
+from moba_hf.kernels.launch import device_of, dot, padded, rows_contiguous
+
+_LEAST = tl.constexpr(-(2**31))
+# Columns of a program of the first kernel, and keys that one of the second holds in registers.
+_COLUMNS, _MOST_HELD = 128, 8192
+
+
+def choose_blocks(
+    q: Tensor,
+    block_means: Tensor,
+    table: Tensor,
+    kv_len: int,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Chosen blocks, int32 `(batch, M, H, topk)`: own first, -1 last, -1 throughout for padding.
+
+    Args:
+        q: `(batch, H, M, D)`.
+        block_means: `(batch, HK, C, D)`, means of each row's complete blocks, then anything finite.
+        table: int32 `(batch, 5)`, one sequence per batch row, in order.
+        kv_len: slots of the keys, written or not.
+    """
+    q, means = rows_contiguous(q), block_means
+    if means.stride(3) != 1 or means.stride(2) != means.shape[3]:
+        means = means.contiguous()
+    table = table.contiguous()
+    batch, num_heads, length, head_dim = q.shape
+    num_kv_heads, columns = means.shape[1:3]
+    group_size = num_heads // num_kv_heads
+    choice = torch.empty(batch, length, num_heads, topk, dtype=torch.int32, device=q.device)
+    if choice.numel() == 0:
+        return choice
+    count = topk - 1 - sink_blocks - local_blocks
+    scored = count > 0 and columns > 0
+    room = 16 * triton.cdiv(columns, 16) if scored else 16
+    keys = torch.empty(batch, length, num_heads, room, dtype=torch.int32, device=q.device)
+    bits = _bits(triton.cdiv(max(0, kv_len - 1) // block_size, tuning.GATE.n))
+    held = min(_MOST_HELD, max(64, triton.next_power_of_2(columns)))
+    with device_of(q):
+        if scored:
+            tiles = triton.cdiv(length * group_size, tuning.GATE.m)
+            _score_kernel[(triton.cdiv(columns, _COLUMNS), num_kv_heads, batch * tiles)](
+                q,
+                means,
+                keys,
+                table,
+                *q.stride()[:3],
+                *means.stride()[:2],
+                length,
+                group_size,
+                columns,
+                room,
+                block_size,
+                tiles,
+                SINK=sink_blocks,
+                LOCAL=local_blocks,
+                HEAD_DIM=head_dim,
+                PADDED_DIM=padded(head_dim),
+                BLOCK_M=tuning.GATE.m,
+                BLOCK_N=tuning.GATE.n,
+                COLUMNS=_COLUMNS,
+                BITS=bits,
+                num_warps=tuning.GATE.warps,
+            )
+        _choose_kernel[(batch * length, num_heads)](
+            keys,
+            choice,
+            table,
+            length,
+            room,
+            columns,
+            block_size,
+            TOPK=topk,
+            SINK=sink_blocks,
+            LOCAL=local_blocks,
+            BITS=bits,
+            HELD=held,
+            ALL_HELD=columns <= held,
+            num_warps=8 if held >= 4096 else 4,
+        )
+    return choice
+
+
+@triton.jit(do_not_specialize=["length", "columns", "block_size", "tiles"])
+def _score_kernel(
+    q_ptr,
+    mean_ptr,
+    key_ptr,
+    table_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    mean_stride_b,
+    mean_stride_h,
+    length,
+    group_size,
+    columns,
+    room,
+    block_size,
+    tiles,
+    SINK: tl.constexpr,
+    LOCAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Keys of BLOCK_M rows for COLUMNS columns; those beyond every candidate stay unwritten."""
+    batch = tl.program_id(2) // tiles
+    kv_head = tl.program_id(1)
+    seq = table_ptr + batch * 5
+    q_begin = tl.load(seq + 1)
+    q_end = tl.load(seq + 2)
+    shift = tl.load(seq + 4) - tl.load(seq + 3) - q_end
+    row = tl.program_id(2) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = row // group_size
+    head = kv_head * group_size + row % group_size
+    there = (query >= q_begin) & (query < q_end) & (query < length)
+    own = tl.where(there, (query + shift) // block_size, 0)
+    end = tl.minimum(tl.max(own, 0) - LOCAL, columns)
+    first = tl.program_id(0) * COLUMNS
+    if first < end:
+        dim = tl.arange(0, PADDED_DIM)
+        wide = batch.to(tl.int64)
+        q_row = wide * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
+        q = tl.load(
+            q_ptr + q_row[:, None] + dim[None, :],
+            mask=there[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        mean_ptr += wide * mean_stride_b + kv_head.to(tl.int64) * mean_stride_h
+        out = key_ptr + (wide * length + query) * (tl.num_programs(1) * group_size * room) + head * room
+        for start in tl.static_range(0, COLUMNS, BLOCK_N):
+            column = first + start + tl.arange(0, BLOCK_N)
+            mean = tl.load(
+                mean_ptr + column[None, :] * HEAD_DIM + dim[:, None],
+                mask=(column < end)[None, :] & (dim < HEAD_DIM)[:, None],
+                other=0.0,
+            )
+            key = _sortable(dot(q, mean), (1 << BITS) - 1, BITS)
+            candidate = (column[None, :] >= SINK) & (column[None, :] < (own - LOCAL)[:, None])
+            key = tl.where(candidate, key, _LEAST)
+            tl.store(out[:, None] + column[None, :], key, mask=there[:, None] & (column < end)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "columns", "block_size"])
+def _choose_kernel(
+    key_ptr,
+    choice_ptr,
+    table_ptr,
+    length,
+    room,
+    columns,
+    block_size,
+    TOPK: tl.constexpr,
+    SINK: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BITS: tl.constexpr,
+    HELD: tl.constexpr,
+    ALL_HELD: tl.constexpr,
+):
+    """The choice of one (query, head)."""
+    COUNT: tl.constexpr = TOPK - 1 - SINK - LOCAL
+    PADDED_TOPK: tl.constexpr = triton.next_power_of_2(TOPK)
+    query = tl.program_id(0) % length
+    seq = table_ptr + tl.program_id(0) // length * 5
+    q_begin = tl.load(seq + 1)
+    q_end = tl.load(seq + 2)
+    position = query + tl.load(seq + 4) - tl.load(seq + 3) - q_end
+    flat = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    out = choice_ptr + flat * TOPK
+    slot = tl.arange(0, PADDED_TOPK)
+    own = position // block_size
+    # forced blocks: sinks, then those just before the own one; candidates lie between
+    sinks = tl.minimum(SINK, own)
+    local = tl.maximum(sinks, own - LOCAL)
+    free = 1 + sinks + own - local
+    block = tl.where(slot == 0, own, tl.where(slot <= sinks, slot - 1, local + slot - 1 - sinks))
+    # as many candidates as slots, or fewer: all of them
+    block = tl.where(slot < free, block, sinks + slot - free)
+    real = (query >= q_begin) & (query < q_end)
+    there = (slot < free) | (slot - free < local - sinks)
+    tl.store(out + slot, tl.where(there & real, block, -1), mask=slot < TOPK)
+    found = local - sinks
+    if COUNT > 0:
+        if real & (found > COUNT):
+            key_ptr += flat * room + sinks
+            at = tl.arange(0, HELD)
+            held = tl.load(key_ptr + at, mask=at < found, other=_LEAST)
+            limit = tl.full([], _LEAST, tl.int32)
+            step = tl.full([], _LEAST, tl.int32)  # the sign first: from the least number to zero
+            for _ in range(32 - BITS):
+                trial = limit ^ step
+                reach = tl.sum((held >= trial).to(tl.int32), 0)
+                if not ALL_HELD:
+                    for start in range(HELD, found, HELD):
+                        more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
+                        reach += tl.sum((more >= trial).to(tl.int32), 0)
+                limit = tl.where(reach >= COUNT, trial, limit)
+                step = (step >> 1) & 0x7FFFFFFF
+            above = tl.sum((held > limit).to(tl.int32), 0)
+            if not ALL_HELD:
+                for start in range(HELD, found, HELD):
+                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
+                    above += tl.sum((more > limit).to(tl.int32), 0)
+            tl.debug_barrier()  # the slots written above are written again
+            larger = tl.zeros([], tl.int32)
+            equal = above
+            for start in range(0, found if not ALL_HELD else HELD, HELD):
+                more = held
+                if not ALL_HELD:
+                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
+                is_equal = (more == limit) & (start + at < found)
+                # both running totals in one scan: 16 bits each hold HELD
+                total = tl.cumsum((more > limit).to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
+                place = tl.where(is_equal, equal + (total >> 16), larger + (total & 0xFFFF)) - 1
+                taken = ((more > limit) | is_equal) & (place < COUNT)
+                tl.store(out + free + place, sinks + start + at, mask=taken)
+                larger += tl.sum((more > limit).to(tl.int32), 0)
+                equal += tl.sum(is_equal.to(tl.int32), 0)

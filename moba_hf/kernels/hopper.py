@@ -1,0 +1,158 @@
+"""Where the Gluon kernels for Hopper are used, and how they are launched.
+
+They need warpgroup matrix units and the tensor memory accelerator of compute capability 9.0, and the Triton
+they were written for: Gluon's API is young and changes from release to release. Everywhere else, and wherever
+`takes_*` say no, `own` and `routed` compute the same in plain Triton.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from moba_hf.kernels import tuning
+from moba_hf.kernels.launch import INTERPRETED, device_of, num_processors
+from moba_hf.kernels.plan import Plan, tile_table
+from moba_hf.kernels.routing import Routes
+
+_TRITON = ("3.6.",)  # releases whose Gluon these kernels are tested with
+_DIMS = (64, 128)
+
+
+@cache
+def _kernels(name: str) -> Any:
+    """A module of Gluon kernels."""
+    return import_module(f"moba_hf.kernels.hopper_{name}")
+
+
+def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these `(batch, heads, length, dim)` tensors, and this machine, suit the Gluon kernels."""
+    if INTERPRETED or tuning.capability(q.device) != (9, 0) or not triton.__version__.startswith(_TRITON):
+        return False
+    if q.shape[3] not in _DIMS or v.shape[3] not in _DIMS or 128 % (q.shape[1] // k.shape[1]):
+        return False
+    return all(_addressable(x) for x in (k, v)) and all(s % 8 == 0 for s in q.stride()[:3])
+
+
+def _addressable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read `x`: 16-byte steps, last dimension contiguous."""
+    steps = [x.stride(i) for i in range(3)]
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps)
+
+
+def takes_own(block_size: int) -> bool:
+    """Whether blocks of this size go to `hopper_own`."""
+    return block_size % tuning.HOPPER_OWN.n == 0
+
+
+def routed_tile(block_size: int, dims: tuple[int, int]) -> tuple[tuning.Tile, bool] | None:
+    """The tile of the routed kernel, and whether the block stays resident; None: no kernel for this size."""
+    if block_size == tuning.HOPPER_RESIDENT.n and dims[0] == dims[1]:
+        return tuning.HOPPER_RESIDENT, True
+    if block_size < 2 * tuning.HOPPER_RESIDENT.n:
+        return None
+    for tile in tuning.HOPPER_STREAM:
+        if block_size % tile.n == 0:
+            return tile, False
+    return None
+
+
+def own_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    chunk: int,
+    softmax_scale: float,
+    final: bool,
+) -> None:
+    """What `own.own_attention` does, for complete blocks only; arguments as there."""
+    tile, group = tuning.HOPPER_OWN, q.shape[1] // k.shape[1]
+    with device_of(q):
+        _kernels("own").own_kernel[(num_processors(q),)](
+            q,
+            _descriptor(k, tile.n),
+            _descriptor(v, tile.n),
+            out,
+            lse,
+            tile_table(plan, chunk, q.shape[2]),
+            plan.tile_offset[chunk],
+            plan.num_seqs,
+            k.shape[1],
+            q.shape[2],
+            *q.stride()[:3],
+            softmax_scale,
+            G=group,
+            TILE=plan.tile,
+            BLOCK_SIZE=plan.block_size,
+            BLOCK_N=tile.n,
+            D=q.shape[3],
+            DV=v.shape[3],
+            STAGES=tile.stages,
+            FINAL=final,
+            num_warps=4,
+        )
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    routes: Routes,
+    partial: Tensor,
+    partial_lse: Tensor,
+    first_row: int,
+    softmax_scale: float,
+    tile: tuning.Tile,
+    resident: bool,
+) -> None:
+    """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
+    keys = plan.block_size if resident else tile.n
+    constants: dict[str, Any] = {
+        "SLOTS": partial_lse.shape[-1],
+        "HEADS": q.shape[1],
+        "ONE_BATCH": q.shape[0] == 1,
+        "BLOCK_SIZE": plan.block_size,
+        "D": q.shape[3],
+    }
+    if resident:
+        kernel = _kernels("resident").resident_kernel
+        constants |= {"CONSUMERS": tile.m // 64, "REGISTERS": 160 if tile.m == 192 else 232}
+    else:
+        kernel = _kernels("stream").stream_kernel
+        constants |= {"BLOCK_N": tile.n, "DV": v.shape[3], "STAGES": tile.stages}
+    with device_of(q):
+        kernel[(num_processors(q),)](
+            q,
+            _descriptor(k, keys),
+            _descriptor(v, keys),
+            partial,
+            partial_lse,
+            routes.pairs,
+            routes.tile_info,
+            routes.tile_begin,
+            routes.num_bins,
+            first_row,
+            q.shape[2],
+            *q.stride()[:3],
+            softmax_scale,
+            **constants,
+            num_warps=4,
+        )
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    """`x (batch, heads, length, dim)` as the tensor memory accelerator reads it, `rows` tokens at a time."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [1, 1, rows, x.shape[3]]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

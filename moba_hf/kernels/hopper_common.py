@@ -1,0 +1,221 @@
+"""What the Gluon kernels for Hopper share: finding rows, and attending a ring of key tiles.
+
+A *ring* holds STAGES tiles of BLOCK_N keys and of their values in shared memory. A producer warp fills it by
+TMA, in the order in which the consumers ask for tiles; `ready` barriers say that a tile has come, `free`
+barriers that every consumer has done with it. Both sides count tiles in `step`, on through all their work.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def run_of_tiles(total):
+    """The tiles `[first, last)` of this program: neighbours, as many for every program but for one."""
+    each = total // gl.num_programs(0)
+    rest = total % gl.num_programs(0)
+    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), rest)
+    return first, first + each + (gl.program_id(0) < rest).to(gl.int32)
+
+
+@gluon.jit
+def tile_rows(info_ptr, tile, total):
+    """Range of pairs of a tile of `routing`; beyond the end, that of the last one."""
+    info = info_ptr + gl.minimum(tile, total - 1) * 8
+    return gl.load(info), gl.load(info + 1)
+
+
+@gluon.jit
+def load_pairs(pair_ptr, row, begin, end):
+    """The pairs int32 of rows `begin + row`; beyond the end of the tile, its last one."""
+    return gl.load(pair_ptr + gl.minimum(begin + row, end - 1)).to(gl.int32)
+
+
+@gluon.jit
+def query_offsets(
+    pair,
+    first_row,
+    q_len,
+    q_strides,
+    SLOTS: gl.constexpr,
+    HEADS: gl.constexpr,
+    ONE_BATCH: gl.constexpr,
+):
+    """Element offsets int64 of the pairs' query rows."""
+    row_head = pair // SLOTS
+    row = first_row + row_head // HEADS
+    offset = (row_head % HEADS).to(gl.int64) * q_strides[1]
+    if ONE_BATCH:
+        return offset + row.to(gl.int64) * q_strides[2]
+    else:
+        offset += (row // q_len).to(gl.int64) * q_strides[0]
+        return offset + (row % q_len).to(gl.int64) * q_strides[2]
+
+
+@gluon.jit
+def allocate_ring(k_desc, v_desc, dtype: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Shared memory and barriers of a ring: keys, values, then ready and free of each."""
+    keys = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=CONSUMERS)
+        mbarrier.init(v_free.index(i), count=CONSUMERS)
+    fence_async_shared()
+    return keys, values, k_ready, v_ready, k_free, v_free
+
+
+@gluon.jit
+def fill_ring(
+    k_desc, v_desc, ring, batch, head, first, num_keys, step, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """Copies tiles of keys `first` to `first + num_keys` and their values; returns the next step."""
+    keys, values, k_ready, v_ready, k_free, v_free = ring
+    for start in range(0, num_keys, BLOCK_N):
+        stage = step % STAGES
+        phase = (step // STAGES & 1) ^ 1
+        mbarrier.wait(k_free.index(stage), phase)
+        mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_desc, [batch, head, first + start, 0], k_ready.index(stage), keys.index(stage)
+        )
+        mbarrier.wait(v_free.index(stage), phase)
+        mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v_desc, [batch, head, first + start, 0], v_ready.index(stage), values.index(stage)
+        )
+        step += 1
+    return step
+
+
+@gluon.jit
+def _weights(s, high, mass, scale, dtype: gl.constexpr, p_layout: gl.constexpr):
+    """Softmax weights of a tile of scores, the factor of what came before, new `high` and `mass`."""
+    new_high = gl.maximum(high, gl.max(s, 1) * scale)
+    weight = gl.exp2(s * scale - new_high[:, None])
+    shrink = gl.exp2(high - new_high)
+    mass = mass * shrink + gl.sum(weight, 1)
+    return gl.convert_layout(weight.to(dtype), p_layout), shrink, new_high, mass
+
+
+@gluon.jit
+def attend_ring(
+    q_smem,
+    ring,
+    step,
+    num_keys,
+    seen_by_all,
+    last_seen,
+    scale,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+    ORDER: gl.constexpr = 1,
+):
+    """Attends 64 query rows to `num_keys` > 0 keys of the ring, of which the first is seen by every row.
+
+    Scores of tile j + 1 are computed while the weights of tile j are.
+
+    Args:
+        last_seen: `(64,)`, the last key that each row sees; heeded (MASKED) in tiles that reach beyond
+            `seen_by_all`.
+
+    Returns:
+        `acc (64, DV)` fp32, not normalised, `high` and `mass` `(64,)` in base 2, and the next step.
+    """
+    keys, values, k_ready, v_ready, k_free, v_free = ring
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = q_smem.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    high = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    mass = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
+    zeros = gl.full([M, BLOCK_N], 0.0, gl.float32, s_layout)
+    stage = step % STAGES
+    phase = step // STAGES & 1
+    mbarrier.wait(k_ready.index(stage), phase)
+    key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
+    s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    gl.thread_barrier()
+    mbarrier.arrive(k_free.index(stage), count=1)
+    if ORDER == 1:
+        if MASKED:
+            if seen_by_all < BLOCK_N:
+                s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
+        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+        for start in range(BLOCK_N, num_keys, BLOCK_N):
+            later = (step + 1) % STAGES
+            later_phase = (step + 1) // STAGES & 1
+            mbarrier.wait(k_ready.index(later), later_phase)
+            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+            s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            if MASKED:
+                if seen_by_all < start + BLOCK_N:
+                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
+            new_p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+            # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+            mbarrier.wait(k_ready.index(later), later_phase)
+            acc, new_p = warpgroup_mma_wait(0, deps=[acc, new_p])
+            gl.thread_barrier()
+            mbarrier.arrive(k_free.index(later), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
+            p = new_p
+            step += 1
+            stage = later
+            phase = later_phase
+    else:
+        last = (num_keys - 1) // BLOCK_N * BLOCK_N
+        for start in range(0, last, BLOCK_N):
+            later = (step + 1) % STAGES
+            mbarrier.wait(k_ready.index(later), (step + 1) // STAGES & 1)
+            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+            next_s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+            # this wait, a branch, keeps the compiler from computing the weights before it issues the product
+            mbarrier.wait(v_ready.index(stage), phase)
+            if MASKED:
+                if seen_by_all < start + BLOCK_N:
+                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
+            p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+            acc, s = warpgroup_mma_wait(0, deps=[acc, next_s])
+            gl.thread_barrier()
+            mbarrier.arrive(k_free.index(later), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
+            step += 1
+            stage = later
+            phase = step // STAGES & 1
+        if MASKED:
+            s = gl.where(last + column[None, :] <= last_seen[:, None], s, float("-inf"))
+        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    mbarrier.wait(v_ready.index(stage), phase)
+    acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    gl.thread_barrier()
+    mbarrier.arrive(v_free.index(stage), count=1)
+    return acc, high, mass, step + 1

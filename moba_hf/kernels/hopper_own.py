@@ -1,0 +1,181 @@
+"""Attention of queries to their own blocks for Hopper, in Gluon: what `own` computes, for complete blocks.
+
+Legend: D and DV head dims of keys and values, G query heads of a kv head, S stages of the ring.
+
+A persistent program takes every n-th (query tile, kv head): up to 128 / G tokens of one block times G heads
+(see `plan`). A producer warp streams the block's keys and values, up to the tile's last token, through the
+ring (`hopper_common`); two consumer warpgroups hold 64 rows each. Key tiles that reach beyond the first
+token are masked by position. Incomplete blocks are left to `own`: keys behind their end must not be read.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from moba_hf.kernels.hopper_common import allocate_ring, attend_ring, fill_ring
+
+
+@gluon.jit
+def _produce(
+    k_desc,
+    v_desc,
+    ring,
+    info_ptr,
+    tiles,
+    work,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fills the ring with the keys that each tile can see."""
+    step = 0
+    for item in range(gl.program_id(0), work, gl.num_programs(0)):
+        info = info_ptr + item % tiles * 8
+        batch = gl.load(info)
+        seen = gl.minimum(gl.load(info + 1) + TILE, BLOCK_SIZE)
+        first = gl.load(info + 5)
+        if gl.load(info + 6) != 0:
+            step = fill_ring(k_desc, v_desc, ring, batch, item // tiles, first, seen, step, BLOCK_N, STAGES)
+
+
+@gluon.jit
+def _tile(info_ptr, item, tiles, work):
+    """Batch row, keys of its block before it, query index of its first token, query range, completeness."""
+    info = info_ptr + gl.minimum(item, work - 1) % tiles * 8
+    whole = gl.load(info + 6)
+    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), gl.load(info + 4), whole
+
+
+@gluon.jit
+def _rows(batch, origin, low, high, head, row, q_strides, G: gl.constexpr):
+    """Element offsets int64 of the query rows of a tile; those beyond it are some row inside."""
+    query = gl.minimum(gl.maximum(origin + row // G, low), high - 1)
+    offset = batch.to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
+    return offset + (head * G + row % G).to(gl.int64) * q_strides[1]
+
+
+@gluon.jit
+def _consume(
+    q_smem,
+    ring,
+    data,
+    PART: gl.constexpr,
+    G: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    FINAL: gl.constexpr,
+):
+    """Attends rows `[64 * PART, 64 * PART + 64)` of every tile."""
+    q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_heads, q_len, q_strides, scale = data
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
+    v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
+    s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
+    q_column = gl.arange(0, D, gl.SliceLayout(0, q_layout))[None, :]
+    v_column = gl.arange(0, DV, gl.SliceLayout(0, v_layout))[None, :]
+    each = gl.num_programs(0)
+    first = gl.program_id(0)
+    step = 0
+    batch, before, origin, low, high, whole = _tile(info_ptr, first, tiles, work)
+    at = _rows(batch, origin, low, high, gl.minimum(first, work - 1) // tiles, q_row, q_strides, G)
+    q = gl.load(q_ptr + at[:, None] + q_column)
+    next_batch, next_before, next_origin, next_low, next_high, next_whole = _tile(
+        info_ptr, first + each, tiles, work
+    )
+    for item in range(first, work, each):
+        gl.thread_barrier()  # all warps have done with the queries before
+        q_smem.store(q)
+        fence_async_shared()
+        gl.thread_barrier()
+        next_head = gl.minimum(item + each, work - 1) // tiles
+        at = _rows(next_batch, next_origin, next_low, next_high, next_head, q_row, q_strides, G)
+        q = gl.load(q_ptr + at[:, None] + q_column)
+        later = _tile(info_ptr, item + 2 * each, tiles, work)
+        if whole != 0:
+            seen = gl.minimum(before + TILE, BLOCK_SIZE)
+            last_seen = before + s_row // G
+            acc, top, mass, step = attend_ring(
+                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True
+            )
+            head = item // tiles
+            out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
+            lse = top + gl.log2(mass)
+            if FINAL:
+                lse = lse * 0.6931471805599453
+            v_query = origin + v_row // G
+            v_there = (v_row // G < seen - before) & (v_query >= low) & (v_query < high)
+            target = (batch.to(gl.int64) * q_len + v_query) * num_heads + head * G + v_row % G
+            target = out_ptr + target[:, None] * DV + v_column
+            gl.store(target, gl.convert_layout(out.to(dtype), v_layout), mask=v_there[:, None])
+            s_query = origin + s_row // G
+            s_there = (s_row // G < seen - before) & (s_query >= low) & (s_query < high)
+            row = (batch.to(gl.int64) * num_heads + head * G + s_row % G) * q_len + s_query
+            gl.store(lse_ptr + row, lse, mask=s_there)
+        batch, before, origin, low, high, whole = (
+            next_batch,
+            next_before,
+            next_origin,
+            next_low,
+            next_high,
+            next_whole,
+        )
+        next_batch, next_before, next_origin, next_low, next_high, next_whole = later
+
+
+@gluon.jit(do_not_specialize=["num_seqs", "q_len"])
+def own_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    info_ptr,
+    tile_offset_ptr,
+    num_seqs,
+    num_kv_heads,
+    q_len,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    softmax_scale,
+    G: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    FINAL: gl.constexpr,
+):
+    tiles = gl.load(tile_offset_ptr + num_seqs)
+    work = tiles * num_kv_heads
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    scale = softmax_scale * 1.4426950408889634
+    q_strides = (q_stride_b, q_stride_h, q_stride_n)
+    data = (q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_kv_heads * G, q_len, q_strides, scale)
+    if work > 0:
+        gl.warp_specialize(
+            [
+                (_consume, (q0, ring, data, 0, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL)),
+                (_consume, (q1, ring, data, 1, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL)),
+                (_produce, (k_desc, v_desc, ring, info_ptr, tiles, work, TILE, BLOCK_SIZE, BLOCK_N, STAGES)),
+            ],
+            [4, 1],
+            [232, 24],
+        )

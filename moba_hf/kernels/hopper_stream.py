@@ -1,0 +1,153 @@
+"""Routed attention for Hopper, in Gluon, for long blocks: what `routed` computes, bound by matrix units.
+
+Legend: D and DV head dims of keys and values, S stages of the ring (see `hopper_common`).
+
+A persistent program takes every n-th tile of 128 pairs that chose one block (see `routing`). A producer warp
+streams the block's keys and values through the ring; two consumer warpgroups hold 64 rows each, so that one's
+softmax runs beside the other's matrix products. The next tile's query rows are gathered into registers, and
+the pairs of the one after it loaded, while the present tile is attended. Outputs, normalised and in q's
+dtype, and base-2 log-sum-exps are scattered to the pairs' own places.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from moba_hf.kernels.hopper_common import (
+    allocate_ring,
+    attend_ring,
+    fill_ring,
+    load_pairs,
+    query_offsets,
+    tile_rows,
+)
+
+
+@gluon.jit
+def _produce(
+    k_desc,
+    v_desc,
+    ring,
+    info_ptr,
+    total,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fills the ring with each tile's block."""
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        info = info_ptr + tile * 8
+        batch = gl.load(info + 2)
+        head = gl.load(info + 3)
+        first = gl.load(info + 4)
+        step = fill_ring(k_desc, v_desc, ring, batch, head, first, BLOCK_SIZE, step, BLOCK_N, STAGES)
+
+
+@gluon.jit
+def _consume(
+    q_smem,
+    ring,
+    data,
+    PART: gl.constexpr,
+    SLOTS: gl.constexpr,
+    HEADS: gl.constexpr,
+    ONE_BATCH: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attends rows `[64 * PART, 64 * PART + 64)` of every tile."""
+    q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale = data
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
+    v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
+    s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
+    q_column = gl.arange(0, D, gl.SliceLayout(0, q_layout))[None, :]
+    v_column = gl.arange(0, DV, gl.SliceLayout(0, v_layout))[None, :]
+    each = gl.num_programs(0)
+    first = gl.program_id(0)
+    step = 0
+    begin, end = tile_rows(info_ptr, first, total)
+    pair = load_pairs(pair_ptr, q_row, begin, end)
+    offset = query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
+    q = gl.load(q_ptr + offset[:, None] + q_column)
+    next_begin, next_end = tile_rows(info_ptr, first + each, total)
+    pair = load_pairs(pair_ptr, q_row, next_begin, next_end)
+    for tile in range(first, total, each):
+        gl.thread_barrier()  # all warps have done with the queries before
+        q_smem.store(q)
+        fence_async_shared()
+        gl.thread_barrier()
+        offset = query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
+        q = gl.load(q_ptr + offset[:, None] + q_column)
+        later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)
+        pair = load_pairs(pair_ptr, q_row, later_begin, later_end)
+        acc, high, mass, step = attend_ring(
+            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False
+        )
+        v_pair = load_pairs(pair_ptr, v_row, begin, end)
+        s_pair = load_pairs(pair_ptr, s_row, begin, end)
+        out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
+        out = gl.convert_layout(out.to(dtype), v_layout)
+        at = out_ptr + v_pair.to(gl.int64)[:, None] * DV + v_column
+        gl.store(at, out, mask=(begin + v_row < end)[:, None])
+        gl.store(lse_ptr + s_pair, high + gl.log2(mass), mask=begin + s_row < end)
+        begin, end = next_begin, next_end
+        next_begin, next_end = later_begin, later_end
+
+
+@gluon.jit(do_not_specialize=["first_row", "num_bins", "q_len"])
+def stream_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    pair_ptr,
+    info_ptr,
+    tile_begin_ptr,
+    num_bins,
+    first_row,
+    q_len,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    softmax_scale,
+    SLOTS: gl.constexpr,
+    HEADS: gl.constexpr,
+    ONE_BATCH: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    total = gl.load(tile_begin_ptr + num_bins)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    scale = softmax_scale * 1.4426950408889634
+    q_strides = (q_stride_b, q_stride_h, q_stride_n)
+    data = (q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale)
+    if total > 0:
+        gl.warp_specialize(
+            [
+                (_consume, (q0, ring, data, 0, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES)),
+                (_consume, (q1, ring, data, 1, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES)),
+                (_produce, (k_desc, v_desc, ring, info_ptr, total, BLOCK_SIZE, BLOCK_N, STAGES)),
+            ],
+            [4, 1],
+            [232, 24],
+        )

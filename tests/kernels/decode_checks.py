@@ -1,0 +1,95 @@
+"""What the kernels of a decode step are held to, on any device: prefill's choice and means, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.dense import causal_mask
+from moba_hf.kernels import choose_blocks, dense_decode_attention, select_blocks, update_block_means
+from moba_hf.kernels.block_mean import block_mean
+from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.tuning import Tile
+from moba_hf.sequences import RowBounds, batched_table
+
+
+def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Tensor:
+    """Means `(batch, HK, blocks, D)` of `k`, as a cache takes them that grows by `steps`; NaN elsewhere."""
+    batch, heads, length, dim = k.shape
+    means = torch.full(
+        (batch, heads, length // block_size + 1, dim), torch.nan, dtype=k.dtype, device=k.device
+    )
+    written = 0
+    for i, count in enumerate(steps):
+        written += count
+        at = torch.tensor(written, device=k.device) if i % 2 else written
+        update_block_means(means, k, starts, at, count, block_size)
+    assert written == length
+    return means
+
+
+def assert_means_are_prefill_means(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> None:
+    """Bit for bit, for complete blocks a later query can choose; others stay unwritten."""
+    batch, _, length, _ = k.shape
+    means = means_of(k, starts, block_size, steps)
+    table = batched_table(batch, length, length, k.device, kv_start=starts)
+    layouts = [k, k.transpose(1, 2).contiguous().transpose(1, 2)]
+    for keys in layouts:
+        q = keys[:, :1]
+        plan = make_plan(q, keys, table, length, length, block_size=block_size, tile=16)
+        flat, offset = block_mean(keys, plan), plan.block_offset.tolist()
+        for row in range(batch):
+            complete = (length - int(starts[row])) // block_size
+            assert torch.isfinite(means[row, :, :complete]).all()
+            assert means[row, :, complete:].isnan().all()
+            prefill = flat[:, offset[row] : offset[row + 1]]
+            assert complete >= prefill.shape[1] >= complete - 1
+            assert torch.equal(means[row, :, : prefill.shape[1]], prefill)
+
+
+def assert_choice_is_prefill_choice(
+    q: Tensor, k: Tensor, starts: Tensor, rule: tuple[int, int, int, int], count: int
+) -> None:
+    """The last `count` queries choose from cached means the blocks that a prefill of all chooses."""
+    batch, _, q_len, _ = q.shape
+    length = k.shape[2]
+    table = batched_table(batch, q_len, length, k.device, kv_start=starts)
+    whole = select_blocks(q, k, table, q_len, length, *rule)[:, -count:]
+    means = means_of(k, starts, rule[0], [length]).nan_to_num(3.0)
+    table = batched_table(batch, count, length, k.device, kv_start=starts)
+    choice = choose_blocks(q[:, :, -count:], means, table, length, *rule)
+    assert torch.equal(choice[..., 0], whole[..., 0])
+    assert torch.equal(choice.sort(3).values, whole.sort(3).values)
+    assert not ((choice[..., 1:] >= 0) & (choice[..., :-1] < 0)).any(), "-1 last"
+
+
+def assert_dense(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds, tile: Tile | None = None) -> None:
+    """Within twice the error of plain attention in the same precision; slots out of bounds are not read."""
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[3] ** -0.5
+    mask = causal_mask(bounds, 0, q.shape[2], k.shape[2])
+    slot = torch.arange(k.shape[2], device=k.device)
+    real = (slot >= bounds.kv_start[:, None]) & (slot < bounds.kv_end[:, None])
+    k, v = (x.masked_fill(~real[:, None, :, None], 0.0) for x in (k, v))
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+        scores = (q.to(dtype) @ keys.transpose(2, 3) * scale).masked_fill(
+            ~mask, torch.finfo(dtype).min if dtype != torch.float32 else -torch.inf
+        )
+        out = scores.float().softmax(3).to(dtype) @ values
+        queries = bounds.real_queries(0, q.shape[2])[:, None, :, None]
+        return out.masked_fill(~queries, 0.0).transpose(1, 2), scores.float().logsumexp(3)
+
+    truth, truth_lse = plain(torch.float32)
+    low = (plain(q.dtype)[0].float() - truth).abs().max()
+    k, v = (x.masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v))
+    out, lse = dense_decode_attention(q, k, v, bounds.table, scale, tile)
+    assert (out.shape, out.dtype) == (truth.shape, q.dtype)
+    eps = torch.finfo(q.dtype).eps * (8 if q.dtype == torch.float32 else 0.5)
+    error = (out.float() - truth).abs().max()
+    assert error <= 2 * low + eps * truth.abs().max(), (float(error), float(low))
+    queries = bounds.real_queries(0, q.shape[2])[:, None].expand(lse.shape)
+    assert torch.allclose(lse[queries], truth_lse[queries], rtol=1e-5, atol=2e-5)
+    assert (lse[~queries] == -torch.inf).all()
+    assert (out.transpose(1, 2)[~queries] == 0).all()

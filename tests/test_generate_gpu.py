@@ -1,0 +1,146 @@
+"""Generation on a GPU: compiled steps in CUDA graphs, offloaded caches, long sparse decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_compile import FULL, SPARSE, padded, tiny, tokens
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache
+
+import moba_hf
+from moba_hf import MobaCache, MobaConfig
+
+pytestmark = pytest.mark.gpu
+
+RULES = {"sparse": SPARSE, "full": FULL}
+BF16_RULES = {"sparse": MobaConfig(16, 3, decode="sparse"), "full": MobaConfig(16, 3)}
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def generate(model: Any, cache: Any, **kwargs: Any) -> torch.Tensor:
+    settings = {"do_sample": False, "max_new_tokens": 64, "suppress_tokens": [0]} | kwargs
+    return model.generate(past_key_values=cache, **settings)
+
+
+def static(model: Any) -> MobaCache:
+    return MobaCache(model.config, static=True, max_cache_len=128)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_generate_compiles_equals_eager(rule: str) -> None:
+    """fp32: transformers' own setting (reduce-overhead, CUDA graphs), 64 tokens of a left-padded batch."""
+    model, ids = tiny(RULES[rule]).cuda(), tokens(2, 50).cuda()
+    kwargs = {"input_ids": ids, "attention_mask": padded(ids)}
+    expected = generate(model, DynamicCache(config=model.config), **kwargs)
+    assert torch.equal(generate(model, MobaCache(model.config), **kwargs), expected)
+    assert torch.equal(generate(model, static(model), disable_compile=True, **kwargs), expected)
+    settings = CompileConfig(fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(generate(model, static(model), compile_config=settings, **kwargs), expected)
+    assert not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert len(set(expected[0, -64:].tolist())) > 3
+
+
+def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph: bool) -> torch.Tensor:
+    """64 greedy tokens of a static cache, each step run eagerly or replayed from one captured graph."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    token = logits[:, -1:].argmax(2)
+    given = torch.nn.functional.pad(mask, (0, 128 - mask.shape[1]), value=1)
+    position = positions[:, -1:] + 1
+
+    def step() -> None:
+        out = model(token, attention_mask=given, position_ids=position, past_key_values=cache)
+        token.copy_(out.logits.argmax(2))
+        position.add_(1)
+
+    run: Any = step
+    if graph:
+        state = [token, position, *(layer.cumulative_length for layer in cache.layers)]
+        before = [x.clone() for x in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step()
+        for x, value in zip(state, before, strict=True):  # what was decoded is decoded again
+            x.copy_(value)
+        run = captured.replay
+    found = [token.clone()]
+    for _ in range(63):
+        run()
+        found += [token.clone()]
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", BF16_RULES)
+def test_triton_steps_in_a_graph_equal_eager(rule: str) -> None:
+    """bf16: 64 tokens of a left-padded batch, one graph replayed, token for token."""
+    model, ids = tiny(BF16_RULES[rule]).cuda().bfloat16(), tokens(2, 50).cuda()
+    mask = padded(ids)
+    runs = [greedy(model, ids, mask, static(model), graph) for graph in (False, True)]
+    assert torch.equal(*runs)
+    assert len(set(runs[0][0].tolist())) > 3
+
+
+def test_triton_steps_under_reduce_overhead() -> None:
+    """bf16 with fusion: the logits of 40 steps, fed the same tokens, within rounding of eager."""
+    model, ids = tiny(BF16_RULES["sparse"]).cuda().bfloat16(), tokens(1, 90).cuda()
+    logits = []
+    for mode in (None, "reduce-overhead"):
+        cache = static(model)
+        run = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
+        with torch.no_grad():
+            model(ids[:, :50], past_key_values=cache)
+            steps = (run(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(50, 90))
+            logits.append(torch.stack([row.float().clone() for row in steps]))
+    error = (logits[0] - logits[1]).abs().amax((1, 2)) / logits[0].abs().amax()
+    assert error.median() < 2**-6  # a step may choose another block after another rounding
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", BF16_RULES)
+def test_offloading(rule: str, dtype: torch.dtype) -> None:
+    """Layers that wait on the CPU: the same tokens, and only what is in use on the GPU."""
+    model, ids = tiny(BF16_RULES[rule]).cuda().to(dtype), tokens(2, 50).cuda()
+    for kwargs in ({"attention_mask": padded(ids)}, {"num_beams": 2}, {"prefill_chunk_size": 20}):
+        kept, away = MobaCache(model.config), MobaCache(model.config, offloading=True)
+        expected = generate(model, kept, input_ids=ids, **kwargs)
+        assert torch.equal(generate(model, away, input_ids=ids, **kwargs), expected)
+        assert any(layer.keys.device.type == "cpu" for layer in away.layers)
+    cache = moba_hf.prefill(
+        model, ids, 20, past_key_values=MobaCache(model.config, offloading=True), progress=False
+    )
+    expected = generate(model, moba_hf.prefill(model, ids, 20, progress=False), input_ids=ids)
+    assert torch.equal(generate(model, cache, input_ids=ids), expected)
+
+
+def test_sparse_decode_rows_equal_prefill_rows() -> None:
+    """bf16 on Triton: the keys, and so the choices, of decode steps and of one call come from other matmul
+    shapes, so rows are compared where they must agree: most of them, within bf16 rounding."""
+    rule = MobaConfig(16, 4, decode="sparse")
+    model, ids = tiny(rule).cuda().bfloat16(), tokens(1, 250).cuda()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[0, 200:].float()
+        cache = MobaCache(model.config)
+        model(ids[:, :200], past_key_values=cache)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(200, 250)]
+    error = (torch.stack(steps).float() - expected).abs().amax(1) / expected.abs().amax()
+    assert error.median() < 2**-5
