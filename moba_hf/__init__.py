@@ -1,6 +1,7 @@
 """MoBA (Mixture of Block Attention, arXiv 2502.13189) for Hugging Face Transformers.
 
-Importing registers "moba" as an attention implementation of transformers, and does nothing else.
+Importing registers "moba" as an attention implementation of transformers, and lets `from_pretrained` warn
+where a checkpoint with `config.moba` would run dense; it does nothing else.
 """
 
 from moba_hf.attention import register

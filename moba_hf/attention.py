@@ -26,6 +26,8 @@ from moba_hf.adapter import find_adapter
 from moba_hf.cache import LAYER_ATTRIBUTE
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.dense import causal_mask, dense_attention, dense_packed_attention
+from moba_hf.loading import NAME as NAME
+from moba_hf.loading import watch_loads
 from moba_hf.ops import attention_over, batched_moba_attention, check_tensors, check_values
 from moba_hf.packing import (
     DOCUMENTS,
@@ -37,9 +39,10 @@ from moba_hf.packing import (
 )
 from moba_hf.sequences import RowBounds
 
-NAME = "moba"
 UNWRITTEN, REAL, PADDING = 0, 1, 2
 COMPACT = (torch.int8, torch.uint8)
+# Attribute of an attention module that turns its rule off for a while.
+SUSPENDED = "moba_suspended"
 # Attribute by which a compact mask names its bounds.
 _BOUNDS = "_moba_bounds"
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
@@ -70,6 +73,7 @@ class LayerPlan:
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
         max_keys: the most keys a query attends under the rule.
+        suspended: full attention for a while, whatever the rule, see `moba_hf.patching.suspend_moba`.
     """
 
     raw: Any
@@ -77,6 +81,7 @@ class LayerPlan:
     stock: str | None
     full_len: int
     max_keys: int = 0
+    suspended: bool = False
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -101,16 +106,18 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     """
     config: Any = module.config
     raw = getattr(config, "moba", None)
+    suspended = bool(getattr(module, SUSPENDED, False))
     if torch.compiler.is_dynamo_compiling():
-        return _resolve(config, raw, module.layer_idx)
+        return _resolve(config, raw, module.layer_idx, suspended)
     known: LayerPlan | None = module.__dict__.get("_moba_plan")
-    if known is None or known.raw != raw:
-        known = module.__dict__["_moba_plan"] = _resolve(config, copy.deepcopy(raw), module.layer_idx)
+    if known is None or known.raw != raw or known.suspended != suspended:
+        known = _resolve(config, copy.deepcopy(raw), module.layer_idx, suspended)
+        module.__dict__["_moba_plan"] = known
     return known
 
 
 @torch._dynamo.assume_constant_result
-def _resolve(config: Any, raw: Any, layer_idx: Any) -> LayerPlan:
+def _resolve(config: Any, raw: Any, layer_idx: Any, suspended: bool) -> LayerPlan:
     """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it."""
     adapter = find_adapter(config.model_type)
     moba = moba_config(config)
@@ -118,9 +125,9 @@ def _resolve(config: Any, raw: Any, layer_idx: Any) -> LayerPlan:
     stock = adapter.stock_reason(config, int(layer_idx))
     if not adapter.eligible_layers(config):
         logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
-    rule = moba.for_layer(int(layer_idx), adapter.num_layers(config))
+    rule = None if suspended else moba.for_layer(int(layer_idx), adapter.num_layers(config))
     full_len = moba.decode_max_len if moba.decode == "full" else 0
-    return LayerPlan(raw, rule, stock, full_len, 0 if rule is None else rule.max_keys)
+    return LayerPlan(raw, rule, stock, full_len, 0 if rule is None else rule.max_keys, suspended)
 
 
 def moba_attention_forward(
@@ -221,9 +228,11 @@ def _attend(
     longest = kv_len if packing is None else packing.max_seqlen
     rule = plan.rule
     if rule is None or q_len <= plan.full_len or plan.max_keys >= longest:
-        if packing is not None:
+        if packing is None:
+            return dense_attention(query, key, value, scale, bounds)
+        if not torch.compiler.is_compiling():
             return dense_packed_attention(query, key, value, scale, packing.spans())
-        return dense_attention(query, key, value, scale, bounds)
+        rule = LayerConfig(q_len, 1)  # one block holds any sequence: the same, as an operator that is traced
     settings: dict[str, Any] = {
         "block_size": rule.block_size,
         "topk": rule.topk,
@@ -418,6 +427,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    """Registers "moba" with transformers: the attention function and its mask function."""
+    """Registers "moba" with transformers: attention and mask function, and a look at what it loads."""
     AttentionInterface.register(NAME, moba_attention_forward)
     AttentionMaskInterface.register(NAME, moba_mask)
+    watch_loads()

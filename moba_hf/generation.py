@@ -23,6 +23,7 @@ from moba_hf.adapter import find_adapter
 from moba_hf.attention import NAME
 from moba_hf.config import MobaConfig
 from moba_hf.convert import read_model_config
+from moba_hf.loading import dense_on_purpose
 from moba_hf.patching import patch_model, unpatch_model
 
 CHUNK = 2048
@@ -95,7 +96,8 @@ def load(folder: str | Path, dtype: str = "auto", moba: MobaConfig | None = None
     nested = config.get_text_config() is not config
     auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
+    with dense_on_purpose():
+        model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
     return patch_model(model.eval(), moba), tokenizer
 
 

@@ -136,6 +136,8 @@ def inspect_config(
     num_heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
     dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
+    if isinstance(dtype, str):  # what saving makes of it
+        dtype = getattr(torch, dtype.removeprefix("torch."))
     shape = _Shape(
         num_heads, int(getattr(text, "num_key_value_heads", None) or num_heads), int(head_dim), dtype
     )

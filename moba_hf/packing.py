@@ -16,6 +16,10 @@ from moba_hf.sequences import packed_table
 
 # The dtype of a mask that says where documents begin.
 DOCUMENTS = torch.int16
+_PACKED_UNDER_COMPILE = (
+    "packed sequences under torch.compile: the position ids start again inside a row, which a compiled graph "
+    "cannot look at; pass cu_seq_lens_q too (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
+)
 # How far above the mask function the forward of a model is looked for.
 _FRAMES = 8
 
@@ -52,7 +56,7 @@ def find_packing(
     `cu_seq_lens_q` counts first, then `documents`. Else position ids that do not rise by one mark a new
     sequence, as in transformers: only where no 2-D attention mask is given, and only outside `torch.compile`,
     since looking at them waits for the device (once per forward: the answer is kept for the layers that
-    follow).
+    follow). A compiled graph fails at run time on such position ids instead.
 
     Args:
         documents: mask `(batch, 1, 1, kv_len)` of dtype `DOCUMENTS`, 1 where a document begins.
@@ -76,9 +80,13 @@ def find_packing(
     if documents is not None:
         return _remembered(documents, batch, asker)
     position_ids = kwargs.get("position_ids")
-    if padding_given or position_ids is None or q_len < 2 or torch.compiler.is_compiling():
+    if padding_given or position_ids is None or q_len < 2:
         return None
     if position_ids.ndim != 2 or position_ids.shape[1] != q_len:
+        return None
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            torch._assert_async((position_ids.diff(dim=1) == 1).all(), _PACKED_UNDER_COMPILE)
         return None
     packing = _remembered(position_ids, batch, asker)
     if packing is not None:

@@ -8,28 +8,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from moba_hf.adapter import Adapter, find_adapter
-from moba_hf.attention import NAME, moba_config
+from moba_hf.attention import NAME, SUSPENDED, moba_config
 from moba_hf.backends import load_backend
 from moba_hf.config import MobaConfig
 
 # Name of the attribute that keeps a patched model's state from before.
 _PREVIOUS = "_moba_previous"
 _MISSING = object()
+# Attributes of attention modules that say how they run, and are no part of a checkpoint.
+_ON_MODULES = ("moba_backend", SUSPENDED)
 
 
 @dataclass(frozen=True)
 class _State:
-    """What switching changes: the text config's attention implementation and `moba`, the modules' backend."""
+    """What switching changes: the text config's attention implementation and `moba`, and how modules run."""
 
     implementation: str
     moba: Any
-    backends: list[tuple[Any, Any]]
+    modules: list[tuple[Any, dict[str, Any]]]
 
     @classmethod
     def of(cls, model: Any, adapter: Adapter, text_config: Any) -> _State:
-        layers = [module for _, module in adapter.attention_layers(model)]
-        backends = [(module, module.__dict__.get("moba_backend", _MISSING)) for module in layers]
-        return cls(text_config._attn_implementation, getattr(text_config, "moba", _MISSING), backends)
+        modules = [
+            (module, {name: module.__dict__[name] for name in _ON_MODULES if name in module.__dict__})
+            for _, module in adapter.attention_layers(model)
+        ]
+        return cls(text_config._attn_implementation, getattr(text_config, "moba", _MISSING), modules)
 
     def restore(self, model: Any, adapter: Adapter, text_config: Any) -> None:
         if self.moba is not _MISSING:
@@ -38,11 +42,10 @@ class _State:
             del text_config.moba
         if text_config._attn_implementation != self.implementation:
             _set_implementation(model, adapter, self.implementation)
-        for module, backend in self.backends:
-            module.__dict__.pop("_moba_plan", None)
-            module.__dict__.pop("moba_backend", None)
-            if backend is not _MISSING:
-                module.moba_backend = backend
+        for module, attributes in self.modules:
+            for name in ("_moba_plan", *_ON_MODULES):
+                module.__dict__.pop(name, None)
+            module.__dict__.update(attributes)
 
 
 def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
@@ -73,6 +76,7 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
         raise
     for _, module in adapter.attention_layers(model):
         module.moba_backend = moba.backend  # type: ignore[assignment]
+        module.__dict__.pop(SUSPENDED, None)
     model.__dict__.setdefault(_PREVIOUS, before)
     return model
 
@@ -108,6 +112,26 @@ def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
         model.__dict__.pop(_PREVIOUS, None)
         if outer is not None:
             model.__dict__[_PREVIOUS] = outer
+
+
+def suspend_moba(model: Any, suspended: bool = True) -> Any:
+    """Lets every MoBA layer of `model` run full attention, in place, or its rule again; returns `model`.
+
+    The attention implementation and `config.moba` stay as they are, so what is saved meanwhile is a MoBA
+    checkpoint, and packed and padded batches mean what they meant before.
+
+    Raises:
+        ValueError: the model does not run MoBA.
+    """
+    adapter, text_config = _family(model)
+    if text_config._attn_implementation != NAME:
+        raise ValueError(f"the model does not run MoBA but {text_config._attn_implementation!r}")
+    for _, module in adapter.attention_layers(model):
+        if suspended:
+            setattr(module, SUSPENDED, True)
+        else:
+            module.__dict__.pop(SUSPENDED, None)
+    return model
 
 
 def _family(model: Any) -> tuple[Adapter, Any]:

@@ -20,13 +20,14 @@ PACKAGE = ROOT / "moba_hf"
 LAYERS = [
     {"cli"},
     {"bench"},
-    {"calibrate", "plots", "testing", "__init__"},
+    {"calibrate", "plots", "testing", "training", "__init__"},
     {"evaluate"},
     {"verify", "inspection", "generation"},
     {"convert"},
     {"patching", "prefill"},
     {"probes"},
     {"attention"},
+    {"loading"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},
     {"backends", "block_means"},
@@ -139,7 +140,7 @@ def test_public_names() -> None:
 
 
 def test_importing_registers_moba_and_changes_nothing_else() -> None:
-    """In a fresh process: the tables of transformers, cache layers and torch's settings before and after."""
+    """In a fresh process: the tables of transformers, its methods, and torch's settings before and after."""
     program = """
 import json, warnings
 import torch
@@ -156,6 +157,7 @@ def tables():
         "precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "sdpa": id(torch.nn.functional.scaled_dot_product_attention),
+        "model": {k: id(v) for k, v in vars(transformers.PreTrainedModel).items()},
     }
 
 before = tables()
@@ -171,6 +173,8 @@ print(json.dumps([before, tables()]))
     for name in ("attention", "mask"):
         assert set(after[name]) == {*before[name], "moba"}
         del after[name]["moba"]
+    for methods in (before["model"], after["model"]):
+        del methods["from_pretrained"]  # watched, see moba_hf.loading
     assert after == before
 
 

@@ -1,0 +1,292 @@
+"""Training with MoBA: recipes, and the callback that carries them out in transformers' Trainer.
+
+    Trainer(model=model, args=args, train_dataset=data, callbacks=[MobaCallback("hybrid-time")]).train()
+
+Everything else of training (gradients, checkpointing, mixed precision, packing, PEFT, TRL, compile) needs no
+code: the attention function is differentiable as it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from moba_hf.adapter import find_adapter
+from moba_hf.attention import NAME, moba_config
+from moba_hf.config import MobaConfig
+from moba_hf.inspection import inspect_config
+from moba_hf.loading import runs_dense
+from moba_hf.patching import patch_model, suspend_moba
+
+_ROWS = 512  # rows of logits turned to fp32 at a time
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How MoBA and full attention share a training run (arXiv 2502.13189, section 3.2).
+
+    Attributes:
+        full_share: share of the optimizer steps, the last ones, that run full attention in every layer, from
+            0 (none) up to but without 1.
+        full_layers: indices of layers that run full attention all the time, negative ones from the last
+            layer; None: as the model's settings say.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+
+    full_share: float = 0.0
+    full_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.full_share < 1.0:
+            raise ValueError(f"full_share must be at least 0 and below 1, got {self.full_share}")
+        if self.full_layers is not None:
+            object.__setattr__(self, "full_layers", tuple(self.full_layers))
+
+    def switch_step(self, max_steps: int) -> int:
+        """Optimizer steps done with MoBA before full attention begins; `max_steps` where it never does.
+
+        A share above zero is at least one step, and a share of a step counts as a whole one.
+        """
+        full = math.ceil(round(self.full_share * max_steps, 6))  # 0.1 * 30 is 3.0000000000000004
+        return max_steps - min(full, max_steps)
+
+    def settings(self, config: MobaConfig) -> MobaConfig:
+        """`config` with the layers of this recipe."""
+        if self.full_layers is None:
+            return config
+        return dataclasses.replace(config, full_attention_layers=self.full_layers)
+
+
+# The paper's: 90 % of the tokens with MoBA and the rest full (3.2); the last three layers full (3.3).
+RECIPES: dict[str, Recipe] = {
+    "moba": Recipe(),
+    "hybrid-time": Recipe(full_share=0.1),
+    "hybrid-depth": Recipe(full_layers=(-3, -2, -1)),
+    "hybrid-time-depth": Recipe(full_share=0.1, full_layers=(-3, -2, -1)),
+}
+
+
+def recipe_of(recipe: Recipe | str) -> Recipe:
+    """`recipe`, looked up in `RECIPES` by its name. Raises ValueError for an unknown one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
+    return RECIPES[recipe]
+
+
+class MobaCallback(TrainerCallback):
+    """Carries out a `Recipe` in transformers' Trainer, or one made from it (TRL's).
+
+    At the start of training MoBA is turned on in the model and noted in its config, so that every checkpoint
+    has `config.moba` and loads with MoBA. Which attention a step runs follows from its number alone, so a
+    resumed run switches where an uninterrupted one does. Full attention of the last steps is a state of the
+    loaded model, not of its config; after training the model runs MoBA again, as its checkpoint does.
+
+    Adds to each training log line, and to `state.log_history`:
+        moba_key_budget: the key budget (see `moba_hf.inspection`) at the mean length of the rows since the
+            last line; 1 while full attention runs. Packed documents are shorter: they attend a larger share.
+        moba_full: 1.0 while full attention runs, else 0.0.
+        trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
+            labels, of this process. Evaluations log `eval_trailing_loss`. Where a fused loss makes no logits
+            (TRL), they are made for these positions. Missing where the model is not given labels.
+
+    Callbacks that stand before this one, such as reporters named by `report_to`, have seen the line without
+    these; `trainer.callback_handler.callbacks.insert(0, callback)` instead of `callbacks=[callback]` puts it
+    first.
+
+    Args:
+        recipe: a `Recipe`, or a name of `RECIPES`.
+        config: the MoBA settings; None: the model's own, else the preset "default".
+        trailing_tokens: positions at the end of each row that `trailing_loss` covers.
+    """
+
+    def __init__(
+        self, recipe: Recipe | str = "moba", config: MobaConfig | None = None, *, trailing_tokens: int = 2048
+    ) -> None:
+        if trailing_tokens < 1:
+            raise ValueError(f"trailing_tokens must be at least 1, got {trailing_tokens}")
+        self.recipe = recipe_of(recipe)
+        self.config = config
+        self.trailing_tokens = trailing_tokens
+        self._model: Any = None
+        self._switch = 0
+        self._full = False
+        self._meters: dict[bool, _Meter] = {}
+        self._hooks: list[Any] = []
+        self._hidden: Tensor | None = None  # at the end of the rows in flight
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Turns MoBA on, and full attention where a resumed run stands behind the switch."""
+        self._detach()
+        self._model = _inner(model)
+        turn_on(self._model, self.recipe, self.config)
+        self._switch = self.recipe.switch_step(state.max_steps)
+        self._meters = {training: _Meter(self._model.device) for training in (True, False)}
+        self._hooks = [self._model.register_forward_hook(self._measure, with_kwargs=True)]
+        if self._model.base_model is not self._model:
+            self._hooks.append(self._model.base_model.register_forward_hook(self._keep))
+        self._follow(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Switches before the first step that runs full attention."""
+        self._follow(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds what this callback measured to a line of losses."""
+        if not logs or not self._hooks:
+            return
+        if "loss" in logs:
+            found = self._training_values()
+        elif name := next((n for n in logs if n.endswith("_loss") and n != "train_loss"), None):
+            found = {f"{name.removesuffix('loss')}trailing_loss": self._meters[False].read()[0]}
+        else:
+            return
+        found = {name: value for name, value in found.items() if value is not None}
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the model as its checkpoint is: running MoBA."""
+        self._detach()
+
+    def _follow(self, step: int) -> None:
+        """Runs full attention from step `self._switch` on, MoBA before it."""
+        full = step >= self._switch
+        if full != self._full:
+            logger.info(f"step {step}: {'full attention' if full else 'MoBA'} from here on")
+        self._full = full
+        suspend_moba(self._model, full)
+
+    def _detach(self) -> None:
+        if self._hooks:
+            suspend_moba(self._model, False)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._hidden, self._full = [], None, False
+
+    def _training_values(self) -> dict[str, float | None]:
+        loss, length = self._meters[True].read()
+        budget: float | None = None
+        if length:
+            adapter = find_adapter(self._model.config.model_type)
+            text = adapter.text_config(self._model.config)
+            settings = moba_config(text)
+            if self._full:
+                every = tuple(range(adapter.num_layers(text)))
+                settings = dataclasses.replace(settings, full_attention_layers=every)
+            budget = inspect_config(self._model.config, settings, (length,)).lengths[0].key_budget
+        return {"moba_key_budget": budget, "moba_full": float(self._full), "trailing_loss": loss}
+
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook of the decoder: keeps the hidden states that trailing positions are predicted from."""
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is not None and not torch.compiler.is_compiling():
+            self._hidden = hidden.detach()[:, -self.trailing_tokens - 1 :]
+
+    def _measure(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: adds a batch to the meter of its mode, without waiting for the device."""
+        ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
+        hidden, self._hidden = self._hidden, None
+        meter = self._meters[module.training]
+        if ids is not None:
+            meter.add_length(ids.shape[1])
+        if labels is None:
+            return
+        if logits is not None and logits.shape[:2] == labels.shape:
+            meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
+        elif logits is None and hidden is not None:
+            head = module.get_output_embeddings()
+            meter.add_loss(*trailing_loss(hidden, labels[:, -hidden.shape[1] :], self.trailing_tokens, head))
+
+
+class _Meter:
+    """Sums on the device: losses, the tokens they are of, lengths of rows, their number."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float32, device=device)
+
+    def add_length(self, length: int) -> None:
+        self.sums[2].add_(length)
+        self.sums[3].add_(1)
+
+    def add_loss(self, loss: Tensor, count: Tensor) -> None:
+        self.sums[0].add_(loss.to(self.sums.device))
+        self.sums[1].add_(count.to(self.sums.device))
+
+    def read(self) -> tuple[float | None, int]:
+        """Mean loss (None: no token) and mean length (0: none seen) since the last reading."""
+        loss, tokens, lengths, batches = self.sums.tolist()
+        self.sums.zero_()
+        return (loss / tokens if tokens else None), (round(lengths / batches) if batches else 0)
+
+
+@torch.no_grad()
+def trailing_loss(
+    logits: Tensor, labels: Tensor, count: int, head: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of the last `count` positions of each row, fp32 nats, and how many have labels.
+
+    Args:
+        logits: `(batch, length, vocabulary)`, or with `head` what it makes them from.
+        labels: `(batch, length)`, not shifted; -100: none.
+    """
+    head = head or (lambda given: given)
+    count = min(count, labels.shape[1] - 1)
+    targets = labels[:, labels.shape[1] - count :].to(logits.device)
+    scores = logits[:, logits.shape[1] - count - 1 : -1]
+    parts = zip(scores.split(_ROWS, dim=1), targets.split(_ROWS, dim=1), strict=True)
+    losses = [
+        F.cross_entropy(
+            head(part).float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
+        )
+        for part, target in parts
+    ]
+    return torch.stack(losses).sum(), (targets != -100).sum()
+
+
+def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> None:
+    """MoBA on in `model`, in place, with the settings of `recipe`, and in what it saves.
+
+    Args:
+        config: the settings; None: the model's own, else the preset "default".
+    """
+    adapter = find_adapter(model.config.model_type)
+    text = adapter.text_config(model.config)
+    if (running := runs_dense(model)) is not None:
+        logger.warning(f"The model has config.moba but ran {running!r}: training turns MoBA on.")
+    if config is None:
+        modules = [module for _, module in adapter.attention_layers(model)]
+        backend = getattr(modules[0], "moba_backend", "auto") if modules else "auto"
+        config = dataclasses.replace(moba_config(text), backend=backend)
+    patch_model(model, recipe.settings(config))
+    # transformers writes this public field, and reads it on a plain load; its own private one is not saved
+    nested = adapter.text_config_key is not None and text is not model.config
+    model.config.attn_implementation = {adapter.text_config_key: NAME} if nested else NAME
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside what a Trainer trains: PEFT's, a compiled one, a wrapped one."""
+    for _ in range(4):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
+            model = model.module
+    return model

@@ -1,0 +1,77 @@
+"""Tiny models and token data for the tests of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moba_hf import MobaConfig
+
+RULE = MobaConfig(block_size=8, topk=2)
+HYBRID = MobaConfig(block_size=8, topk=2, full_attention_layers=(-1,))
+VOCABULARY = 97
+
+
+def tiny(rule: MobaConfig | None = RULE, model_type: str = "llama", attention: str = "moba") -> Any:
+    """A random model of two layers in training mode, the same at every call."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    if rule is not None:
+        config.moba = rule.to_dict()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCABULARY - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """`count` rows of `length` tokens, labels included."""
+
+    def __init__(self, count: int = 64, length: int = 64) -> None:
+        self.rows = tokens(count, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def grads(model: Any) -> dict[str, Tensor]:
+    """Gradients by parameter name, then cleared."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def backward(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one step."""
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), grads(model)
+
+
+def checkpointed(model: Any, reentrant: bool) -> Any:
+    """`model` with gradient checkpointing, by the name that its release of transformers gives it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    return model
