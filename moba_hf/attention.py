@@ -12,6 +12,7 @@ shape instead: 1 where a document begins.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,25 +69,25 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        raw: a copy of the `config.moba` that this was resolved from, which may be edited in place.
-        rule: the MoBA rule; None: full attention.
+        rule: the MoBA rule; None: full attention, also where `moba_hf.patching.suspend_moba` says so.
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
         max_keys: the most keys a query attends under the rule.
-        suspended: full attention for a while, whatever the rule, see `moba_hf.patching.suspend_moba`.
     """
 
-    raw: Any
     rule: LayerConfig | None
     stock: str | None
     full_len: int
     max_keys: int = 0
-    suspended: bool = False
 
 
 def moba_config(config: Any) -> MobaConfig:
     """The MoBA settings of a text config: its `moba`, else the preset "default", which is said once."""
-    raw = getattr(config, "moba", None)
+    return _settings_of(getattr(config, "moba", None))
+
+
+def _settings_of(raw: Any) -> MobaConfig:
+    """`config.moba` read, or the preset where it is None."""
     if raw is not None:
         return MobaConfig.from_dict(raw)
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
@@ -107,27 +108,76 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     config: Any = module.config
     raw = getattr(config, "moba", None)
     suspended = bool(getattr(module, SUSPENDED, False))
+    layer_idx: Any = module.layer_idx
     if torch.compiler.is_dynamo_compiling():
-        return _resolve(config, raw, module.layer_idx, suspended)
-    known: LayerPlan | None = module.__dict__.get("_moba_plan")
-    if known is None or known.raw != raw or known.suspended != suspended:
-        known = _resolve(config, copy.deepcopy(raw), module.layer_idx, suspended)
+        return _resolve(config, raw, int(layer_idx), suspended)
+    known: tuple[Any, bool, LayerPlan] | None = module.__dict__.get("_moba_plan")
+    if known is None or known[0] != raw or known[1] != suspended:
+        known = (copy.deepcopy(raw), suspended, _resolve(config, raw, int(layer_idx), suspended))
         module.__dict__["_moba_plan"] = known
-    return known
+    return known[2]
+
+
+class _Kept:
+    """What compiled graphs look up by name instead of computing it, see `_resolve`.
+
+    An object, not a dict: a graph that is being traced sees attributes that are set meanwhile.
+    """
+
+
+_kept: Any = _Kept()
+
+
+def _keep(kind: str, of: object, make: Callable[[], object]) -> str:
+    """The name under which `_kept` has `make()`; `repr(of)` tells what it is made of."""
+    name = f"{kind} {of!r}"
+    if not hasattr(_kept, name):
+        setattr(_kept, name, make())
+    return name
+
+
+def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPlan:
+    """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it.
+
+    It is traced. Functions whose result a graph holds as constant take and give plain values only (torch
+    before 2.13 takes no config there), so they give names of what they made; the adapter's are traced.
+    """
+    adapter = getattr(_kept, _adapter_of(config.model_type))
+    settings = _settings(raw)
+    adapter.check(config, getattr(_kept, settings))
+    stock = adapter.stock_reason(config, layer_idx)
+    if stock is not None and not adapter.eligible_layers(config):
+        _warn_of_no_layer(config.model_type, stock)
+    plan: LayerPlan = getattr(_kept, _plan(settings, layer_idx, adapter.num_layers(config), stock, suspended))
+    return plan
 
 
 @torch._dynamo.assume_constant_result
-def _resolve(config: Any, raw: Any, layer_idx: Any, suspended: bool) -> LayerPlan:
-    """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it."""
-    adapter = find_adapter(config.model_type)
-    moba = moba_config(config)
-    adapter.check(config, moba)
-    stock = adapter.stock_reason(config, int(layer_idx))
-    if not adapter.eligible_layers(config):
-        logger.warning_once(f"No layer of this {config.model_type} model can use MoBA: {stock}")
-    rule = None if suspended else moba.for_layer(int(layer_idx), adapter.num_layers(config))
-    full_len = moba.decode_max_len if moba.decode == "full" else 0
-    return LayerPlan(raw, rule, stock, full_len, 0 if rule is None else rule.max_keys, suspended)
+def _adapter_of(model_type: str) -> str:
+    adapter = find_adapter(model_type)
+    return _keep("adapter", (model_type, id(adapter)), lambda: adapter)
+
+
+@torch._dynamo.assume_constant_result
+def _settings(raw: Any) -> str:
+    return _keep("settings", raw, lambda: _settings_of(raw))
+
+
+@torch._dynamo.assume_constant_result
+def _warn_of_no_layer(model_type: str, stock: str) -> bool:
+    logger.warning_once(f"No layer of this {model_type} model can use MoBA: {stock}")
+    return True
+
+
+@torch._dynamo.assume_constant_result
+def _plan(settings: str, layer_idx: int, num_layers: int, stock: str | None, suspended: bool) -> str:
+    def make() -> LayerPlan:
+        moba: MobaConfig = getattr(_kept, settings)
+        rule = None if suspended else moba.for_layer(layer_idx, num_layers)
+        full_len = moba.decode_max_len if moba.decode == "full" else 0
+        return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.max_keys)
+
+    return _keep("plan", (settings, layer_idx, num_layers, stock, suspended), make)
 
 
 def moba_attention_forward(
@@ -381,14 +431,9 @@ def _stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
 def _check_packing(config: Any, kwargs: dict[str, Any]) -> None:
     """Raises ValueError when the model around the attention layers mixes packed documents."""
     given = tuple(name for name, value in kwargs.items() if value is not None)
-    reason = _packing_refusal(config, given)
+    reason = getattr(_kept, _adapter_of(config.model_type)).packing_refusal(config, given)
     if reason is not None:
         raise ValueError(f"{config.model_type} cannot take packed sequences: {reason}")
-
-
-@torch._dynamo.assume_constant_result
-def _packing_refusal(config: Any, given: tuple[str, ...]) -> str | None:
-    return find_adapter(config.model_type).packing_refusal(config, list(given))
 
 
 def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

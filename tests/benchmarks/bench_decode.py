@@ -140,7 +140,7 @@ def main() -> None:
         bench_layer(args)
         return
     if args.tiny:
-        args.lengths, args.block_size, args.topk = [300], 16, 4
+        args.lengths, args.block_size, args.topk = [150, 300], 16, 4
     elif not torch.cuda.is_available():
         raise SystemExit("no GPU here; --tiny runs the same code at toy size")
     from decode_gpu import bench
