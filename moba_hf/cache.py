@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from moba_hf.backends import choose_backend
 from moba_hf.block_means import BlockMeans, writable
 from moba_hf.config import MobaConfig
 
@@ -25,6 +26,8 @@ LAYER_ATTRIBUTE = "moba_layer"
 # Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
 _MIN_GROWTH = 64
 _FULL = "full_attention"
+# A block size that every backend takes, to ask which one runs where no blocks matter.
+_ANY_BLOCK_SIZE = 128
 
 
 class MobaLayer(DynamicLayer):
@@ -92,7 +95,7 @@ class MobaLayer(DynamicLayer):
         assert self._buffers is not None
         end = self._length + count
         states = (key_states, value_states)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*states, *self._buffers)):
+        if _tracked(*states, *self._buffers):
             self._buffers = [
                 torch.cat([old[:, :, : self._length], new], dim=2)
                 for old, new in zip(self._buffers, states, strict=True)
@@ -194,6 +197,11 @@ class MobaLayer(DynamicLayer):
             )
 
 
+def _tracked(*tensors: Tensor) -> bool:
+    """Whether autograd watches what is done with them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 class MobaStaticLayer(StaticLayer):
     """A static cache layer with means of complete blocks, for `torch.compile` and CUDA graphs.
 
@@ -215,13 +223,38 @@ class MobaStaticLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self._by_kernel(key_states, value_states):
+            from moba_hf.kernels import append
+
+            keys, values = self.keys, self.values
+            assert keys is not None
+            assert values is not None
+            append(keys, values, self.cumulative_length, key_states, value_states)
+        else:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
         # calls that take no means count once: what is compiled must not see a number that keeps rising
         means = self.block_means
         means.behind = self.max_cache_len if means.behind else key_states.shape[2]
         keys = keys.view(keys.shape)  # a new tensor: the attribute must not tie the buffer to its own layer
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
+
+    def _by_kernel(self, *states: Tensor) -> bool:
+        """Whether few enough rows come in for one kernel; under compile torch's own operators are fused."""
+        if not self.is_initialized or torch.compiler.is_compiling() or _tracked(*states):
+            return False
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        fits = all(
+            (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
+            for x, b in zip(states, (keys, values), strict=True)
+        )
+        if not fits or choose_backend("auto", keys, keys, values, _ANY_BLOCK_SIZE) != "triton":
+            return False
+        from moba_hf.kernels import MAX_APPENDED_ROWS
+
+        return 0 < states[0][..., 0].numel() <= MAX_APPENDED_ROWS
 
     def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""

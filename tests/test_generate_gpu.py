@@ -99,6 +99,22 @@ def test_triton_steps_in_a_graph_equal_eager(rule: str) -> None:
     assert len(set(runs[0][0].tolist())) > 3
 
 
+@torch.no_grad()
+def test_a_static_cache_writes_what_a_dynamic_one_does() -> None:
+    """bf16, eager steps of one and of several tokens, by the kernel: layer 0 has seen the same matmuls."""
+    model, ids = tiny(BF16_RULES["sparse"]).cuda().bfloat16(), tokens(2, 90).cuda()
+    caches = [MobaCache(model.config), static(model)]
+    for begin, end in ((0, 50), *((i, i + 1) for i in range(50, 80)), (80, 84), (84, 90)):
+        for cache in caches:
+            model(ids[:, begin:end], past_key_values=cache)
+        written = int(caches[1].layers[0].cumulative_length)
+        assert written == end == caches[0].get_seq_length()
+    for name in ("keys", "values"):
+        dynamic, buffer = (getattr(cache.layers[0], name) for cache in caches)
+        assert torch.equal(buffer[:, :, :90], dynamic)
+        assert not buffer[:, :, 90:].any()
+
+
 def test_triton_steps_under_reduce_overhead() -> None:
     """bf16 with fusion: the logits of 40 steps, fed the same tokens, within rounding of eager."""
     model, ids = tiny(BF16_RULES["sparse"]).cuda().bfloat16(), tokens(1, 90).cuda()

@@ -3,8 +3,8 @@
 `select_blocks` (`select_blocks_by_mass` for the other gate), `attend` and `attend_backward` are the backend;
 `unsupported` says what they cannot take. The stages, usable alone: `plan` (numbering of tiles and blocks),
 `block_mean`, `gate`, `mass_summary`, `mass_gate`, `routing`, `own`, `routed`, `merge`; for a few queries
-`choose`, `decode`, `dense_decode`; of the backward `backward_rows`, `backward_routed`, `backward_own`; for
-Hopper `hopper` and its parts; `tuning` holds every tile choice.
+`append`, `choose`, `decode`, `dense_decode`; of the backward `backward_rows`, `backward_routed`,
+`backward_own`; for Hopper `hopper` and its parts; `tuning` holds every tile choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_hf.kernels.append import MAX_ROWS as MAX_APPENDED_ROWS
+from moba_hf.kernels.append import append
 from moba_hf.kernels.backward import attend_backward
 from moba_hf.kernels.block_mean import update_block_means
 from moba_hf.kernels.choose import choose_blocks
@@ -44,7 +46,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
 
 
 __all__ = [
+    "MAX_APPENDED_ROWS",
     "MAX_DECODE_QUERIES",
+    "append",
     "attend",
     "attend_backward",
     "choose_blocks",

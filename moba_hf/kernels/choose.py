@@ -6,9 +6,10 @@ Legend: B block size, D head dim, G query heads per kv head, M queries per row, 
    gate runs, in tiles of the same shape, and become the same int32 that sorts like them (`_sortable`, lowest
    bits zero): a decode step and a prefill choose alike, near ties included. Columns that cannot be chosen
    get the least number.
-2. choose: one program per (query, head). The COUNT-th largest key is found bit by bit, counting how many keys
-   reach a trial value; then larger keys are taken, and of those equal to it the first ones: ties go to the
-   lower block. The cost depends on C, not on K.
+2. choose: one program per (query, head). A number between the COUNT-th and the next largest key is searched,
+   counting how many keys reach three trial numbers at a time: first some below the largest key, then quarters
+   of what is left. What reaches it is taken; where the keys are equal, of those the first ones: ties go to
+   the lower block. The cost depends on C, hardly on K.
 One batch row is one sequence, row r of the table. Nothing waits for the device: grids come from shapes.
 """
 
@@ -24,8 +25,11 @@ from moba_hf.kernels.gate import _bits, _sortable
 from moba_hf.kernels.launch import device_of, dot, padded, rows_contiguous
 
 _LEAST = tl.constexpr(-(2**31))
+# First distance below the largest key: an eighth of a power of two.
+_NEAR = tl.constexpr(1 << 20)
 # Columns of a program of the first kernel, and keys that one of the second holds in registers.
 _COLUMNS, _MOST_HELD = 128, 8192
+_MOST_BLOCKS = 1 << 21  # see `_reach`
 
 
 def choose_blocks(
@@ -56,6 +60,8 @@ def choose_blocks(
     choice = torch.empty(batch, length, num_heads, topk, dtype=torch.int32, device=q.device)
     if choice.numel() == 0:
         return choice
+    if columns >= _MOST_BLOCKS:
+        raise ValueError(f"at most {_MOST_BLOCKS} blocks can be counted, got {columns}: use longer ones")
     count = topk - 1 - sink_blocks - local_blocks
     scored = count > 0 and columns > 0
     room = 16 * triton.cdiv(columns, 16) if scored else 16
@@ -214,35 +220,70 @@ def _choose_kernel(
         if real & (found > COUNT):
             key_ptr += flat * room + sinks
             at = tl.arange(0, HELD)
-            held = tl.load(key_ptr + at, mask=at < found, other=_LEAST)
-            limit = tl.full([], _LEAST, tl.int32)
-            step = tl.full([], _LEAST, tl.int32)  # the sign first: from the least number to zero
-            for _ in range(32 - BITS):
-                trial = limit ^ step
-                reach = tl.sum((held >= trial).to(tl.int32), 0)
-                if not ALL_HELD:
-                    for start in range(HELD, found, HELD):
-                        more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
-                        reach += tl.sum((more >= trial).to(tl.int32), 0)
-                limit = tl.where(reach >= COUNT, trial, limit)
-                step = (step >> 1) & 0x7FFFFFFF
-            above = tl.sum((held > limit).to(tl.int32), 0)
+            held = tl.load(key_ptr + at, mask=at < found, other=_LEAST) >> BITS
+            low = tl.full([], _LEAST, tl.int32) >> BITS
+            high = tl.max(held, 0) + 1
             if not ALL_HELD:
                 for start in range(HELD, found, HELD):
-                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
-                    above += tl.sum((more > limit).to(tl.int32), 0)
+                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST) >> BITS
+                    high = tl.maximum(high, tl.max(more, 0) + 1)
+            above = tl.zeros([], tl.int32)
+            first = tl.maximum(high - (_NEAR >> BITS), low + 1)
+            second = tl.maximum(high - 4 * (_NEAR >> BITS), low + 1)
+            third = tl.maximum(high - 16 * (_NEAR >> BITS), low + 1)
+            while high - low > 1:
+                reach = _reach(held, first, second, third)
+                if not ALL_HELD:
+                    for start in range(HELD, found, HELD):
+                        more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST) >> BITS
+                        reach += _reach(more, first, second, third)
+                low, high, above = _narrow(low, high, above, reach, first, second, third, COUNT)
+                quarter = tl.maximum((high - low) >> 2, 1)
+                first = tl.maximum(high - quarter, low + 1)
+                second = tl.maximum(high - 2 * quarter, low + 1)
+                third = tl.maximum(high - 3 * quarter, low + 1)
             tl.debug_barrier()  # the slots written above are written again
             larger = tl.zeros([], tl.int32)
             equal = above
             for start in range(0, found if not ALL_HELD else HELD, HELD):
                 more = held
                 if not ALL_HELD:
-                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST)
-                is_equal = (more == limit) & (start + at < found)
+                    more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST) >> BITS
+                is_larger = more >= high
+                is_equal = (more >= low) & (more < high) & (start + at < found)
                 # both running totals in one scan: 16 bits each hold HELD
-                total = tl.cumsum((more > limit).to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
+                total = tl.cumsum(is_larger.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
                 place = tl.where(is_equal, equal + (total >> 16), larger + (total & 0xFFFF)) - 1
-                taken = ((more > limit) | is_equal) & (place < COUNT)
+                taken = (is_larger | is_equal) & (place < COUNT)
                 tl.store(out + free + place, sinks + start + at, mask=taken)
-                larger += tl.sum((more > limit).to(tl.int32), 0)
+                larger += tl.sum(is_larger.to(tl.int32), 0)
                 equal += tl.sum(is_equal.to(tl.int32), 0)
+
+
+@triton.jit
+def _reach(keys, first, second, third):
+    """How many keys reach each of three numbers, in 21 bits each: one reduction instead of three."""
+    one = (keys >= first).to(tl.int64)
+    two = (keys >= second).to(tl.int64) << 21
+    return tl.sum(one + two + ((keys >= third).to(tl.int64) << 42), 0)
+
+
+@triton.jit
+def _narrow(low, high, above, reach, first, second, third, COUNT: tl.constexpr):
+    """`low`, `high` and how many reach `high`; `high > first >= second >= third > low` were counted."""
+    one = (reach & 0x1FFFFF).to(tl.int32)
+    two = ((reach >> 21) & 0x1FFFFF).to(tl.int32)
+    three = (reach >> 42).to(tl.int32)
+    low = tl.where(three >= COUNT, third, low)
+    low = tl.where(two >= COUNT, second, low)
+    low = tl.where(one >= COUNT, first, low)
+    above = tl.where(one < COUNT, one, above)
+    high = tl.where(one < COUNT, first, high)
+    above = tl.where(two < COUNT, two, above)
+    high = tl.where(two < COUNT, second, high)
+    above = tl.where(three < COUNT, three, above)
+    high = tl.where(three < COUNT, third, high)
+    # exactly COUNT: what reaches `low` is the choice, and nothing is to be shared out
+    exact = (one == COUNT) | (two == COUNT) | (three == COUNT)
+    exactly = tl.where(one == COUNT, first, tl.where(two == COUNT, second, third))
+    return tl.where(exact, exactly, low), tl.where(exact, exactly, high), tl.where(exact, COUNT, above)

@@ -16,13 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.launch import device_of, narrow, num_processors, padded
 from moba_hf.kernels.softmax import load_rows
 
 
-def num_segments(block_size: int) -> int:
-    """Parts that a block is split in."""
-    return int(triton.cdiv(block_size, tuning.DECODE_SEGMENT))
+def num_segments(block_size: int, blocks: int = 0, processors: int = 0) -> int:
+    """Parts that a block is split in, where `blocks` are attended in all on so many processors."""
+    shortest, longest = tuning.DECODE_SEGMENTS
+    least = int(triton.cdiv(block_size, longest))
+    wanted = processors * tuning.DECODE_PROGRAMS // max(1, blocks)
+    return max(least, min(wanted, int(triton.cdiv(block_size, shortest))))
 
 
 def takes(q: Tensor, topk: int, max_seqlen_q: int, block_size: int) -> bool:
@@ -43,6 +46,7 @@ def decode_attention(
     softmax_scale: float,
     *,
     by_row: bool = False,
+    segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` fp32, natural.
 
@@ -50,9 +54,14 @@ def decode_attention(
         q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         choice: int32 `(batch, q_len, H, K)`, contiguous, own block in any slot.
         by_row: row r of the table is batch row r, for every r, which saves a pass over the partials.
+        segments: parts that a block is split in; None: by `num_segments`.
     """
     batch, num_heads, q_len, head_dim = q.shape
-    topk, v_dim, segments = choice.shape[3], v.shape[3], num_segments(block_size)
+    topk, v_dim = choice.shape[3], v.shape[3]
+    if segments is None:
+        segments = num_segments(block_size, choice.numel(), num_processors(q))
+    segment = int(triton.cdiv(block_size, segments))
+    block_n = min(64, triton.next_power_of_2(block_size))
     shape, device = (batch, q_len, num_heads, topk * segments), q.device
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=device)
     # rows that no sequence covers are never visited: only there the first value stays
@@ -82,12 +91,13 @@ def decode_attention(
                 softmax_scale,
                 BY_ROW=by_row,
                 SEGMENTS=segments,
-                SEGMENT=triton.cdiv(block_size, segments),
+                SEGMENT=segment,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded(head_dim),
                 V_DIM=v_dim,
                 PADDED_V=padded(v_dim),
-                BLOCK_N=min(64, triton.next_power_of_2(block_size)),
+                BLOCK_N=block_n,
+                STAGES=1 if segment <= block_n else 2,
                 num_warps=4,
             )
     return merge_parts(partial, partial_lse, q.dtype)
@@ -114,7 +124,7 @@ def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tup
             PADDED_PARTS=triton.next_power_of_2(parts),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            BLOCK_P=16,
+            BLOCK_P=min(32, max(16, triton.next_power_of_2(parts))),
             num_warps=4,
         )
     return out, lse
@@ -151,6 +161,7 @@ def _decode_kernel(
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One (query, head, slot, segment)."""
     seq = table_ptr + tl.program_id(0) // queries * 5
@@ -184,7 +195,7 @@ def _decode_kernel(
             high = tl.full([], float("-inf"), tl.float32)
             mass = tl.zeros([], tl.float32)
             total = tl.zeros([PADDED_V], tl.float32)
-            for start in tl.range(begin, end, BLOCK_N, num_stages=2):
+            for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
                 key = start + tl.arange(0, BLOCK_N)
                 inside = key < end
                 keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)

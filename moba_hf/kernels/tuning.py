@@ -32,8 +32,9 @@ WORKSPACE = 4 << 30
 # Calls with at most this many queries in a sequence, and partial outputs in all, take the decode kernel.
 DECODE_QUERIES = 16
 DECODE_PARTIALS = 1 << 20
-# Keys that one program of the decode kernel attends; longer blocks are split.
-DECODE_SEGMENT = 512
+# Keys that one program of the decode kernel attends, least and most: longer blocks are split, shorter ones
+# until there are so many programs per processor.
+DECODE_SEGMENTS, DECODE_PROGRAMS = (64, 512), 8
 # Full attention of a few queries: programs per processor that the keys are split for, and most splits.
 DENSE_DECODE_PROGRAMS, DENSE_DECODE_SPLITS = 2, 128
 

@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--whole", action="store_true", help="GPU: compile the whole model (slow to start)")
     parser.add_argument("--profile", action="store_true", help="GPU: where the time of a step goes")
+    parser.add_argument("--sdpa", nargs="+", help='GPU: ways of sdpa, as "cudnn, enable_gqa"; default: all')
+    parser.add_argument("--tiles", type=int, help="GPU: how many tiles of the split-key kernel; default: all")
     parser.add_argument("--no-flex", action="store_true", help="GPU: leave out flex attention")
     parser.add_argument("--out", help="GPU: folder for CSV and Markdown")
     args = parser.parse_args()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.dense import causal_mask
-from moba_hf.kernels import choose_blocks, dense_decode_attention, select_blocks, update_block_means
+from moba_hf.kernels import append, choose_blocks, dense_decode_attention, select_blocks, update_block_means
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
@@ -93,3 +93,18 @@ def assert_dense(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds, tile: Tile 
     assert torch.allclose(lse[queries], truth_lse[queries], rtol=1e-5, atol=2e-5)
     assert (lse[~queries] == -torch.inf).all()
     assert (out.transpose(1, 2)[~queries] == 0).all()
+
+
+def assert_append(dtype: torch.dtype, device: str, batch: int, count: int, dims: tuple[int, int]) -> None:
+    """What torch's operators write, from strided states, and nothing else; the length rises."""
+    heads, slots, before = 3, 40, 17
+    states = [torch.randn(batch, count, heads, d, device=device).to(dtype).transpose(1, 2) for d in dims]
+    expected = [torch.randn(batch, heads, slots, d, device=device).to(dtype) for d in dims]
+    got, length = [x.clone() for x in expected], torch.tensor(before, device=device)
+    for step in range(2):
+        append(*got, length, *states)
+        begin = before + step * count
+        for x, new in zip(expected, states, strict=True):
+            x[:, :, begin : begin + count] = new
+        assert int(length) == begin + count
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

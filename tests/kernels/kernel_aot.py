@@ -25,7 +25,18 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_hf.kernels import attend, attend_backward, select_blocks, select_blocks_by_mass, tuning
+from moba_hf.kernels import (
+    append,
+    attend,
+    attend_backward,
+    choose_blocks,
+    dense_decode_attention,
+    select_blocks,
+    select_blocks_by_mass,
+    tuning,
+    update_block_means,
+)
+from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.sequences import batched_table
 
@@ -184,6 +195,38 @@ def backward_call(
     return call
 
 
+def decode_call(
+    *,
+    length: int = 1 << 17,
+    queries: int = 1,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    v_dim: int | None = None,
+    block_size: int = 128,
+    topk: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Callable[[], object]:
+    """A decode step, sparse and dense, on a static cache; values are never computed."""
+
+    def call() -> None:
+        def tensor(heads: int, rows: int, dim: int) -> Tensor:
+            return torch.empty(1, heads, rows, dim, dtype=dtype)
+
+        q = tensor(num_heads, queries, head_dim)
+        k, v = (tensor(num_kv_heads, length, x) for x in (head_dim, v_dim or head_dim))
+        new = [tensor(num_kv_heads, queries, x.shape[3]) for x in (k, v)]
+        means, at = tensor(num_kv_heads, length // block_size, head_dim), torch.tensor(length)
+        table, start = batched_table(1, queries, length, q.device), torch.zeros(1, dtype=torch.int64)
+        append(k, v, at, *new)
+        update_block_means(means, k, start, at, queries, block_size)
+        choice = choose_blocks(q, means, table, length, block_size, topk, 0, 0)
+        decode_attention(q, k, v, choice, table, queries, block_size, head_dim**-0.5, by_row=True)
+        dense_decode_attention(q, k, v, table, head_dim**-0.5)
+
+    return call
+
+
 def compiled(call: Callable[[], object], capability: int) -> list[Report]:
     """A report per distinct kernel that `call` launches."""
     assert not INTERPRETED, "unset TRITON_INTERPRET"
@@ -209,6 +252,14 @@ MAIN: dict[str, dict[str, Any]] = {
     "mass 64/16 d64": {"gate": "mass", "block_size": 64, "topk": 16, "head_dim": 64},
     "mass 128/8 d256": {"gate": "mass", "head_dim": 256},
 }
+DECODE: dict[str, dict[str, Any]] = {
+    "step 128/16": {},
+    "step 128/16 512K": {"length": 1 << 19},
+    "step 128/16, 16 tokens": {"queries": 16},
+    "step 32/64 fp16 d64": {"block_size": 32, "topk": 64, "head_dim": 64, "dtype": torch.float16},
+    "step 4096/12 d192 v128": {"block_size": 4096, "topk": 12, "head_dim": 192, "v_dim": 128},
+    "step 16/8 d256, 2M": {"block_size": 16, "topk": 8, "head_dim": 256, "length": 1 << 21, "num_heads": 8},
+}
 
 
 def main() -> None:
@@ -216,8 +267,10 @@ def main() -> None:
     print("| variant | sm | kernel | warps | registers | spills B | shared B |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for capability in capabilities:
-        for name, variant in MAIN.items():
-            for r in compiled(forward_call(**variant), capability):
+        calls = {name: forward_call(**variant) for name, variant in MAIN.items()}
+        calls |= {name: decode_call(**variant) for name, variant in DECODE.items()}
+        for name, call in calls.items():
+            for r in compiled(call, capability):
                 cells = (r.capability, r.kernel, r.warps, r.registers, r.spills, r.shared)
                 print(f"| {name} |", " | ".join(map(str, cells)), "|", flush=True)
 

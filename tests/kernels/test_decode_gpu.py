@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from decode_checks import assert_choice_is_prefill_choice, assert_dense, assert_means_are_prefill_means
+from decode_checks import (
+    assert_append,
+    assert_choice_is_prefill_choice,
+    assert_dense,
+    assert_means_are_prefill_means,
+)
 
 from moba_hf.bench.checks import Case, assert_attention
 from moba_hf.block_means import BlockMeans, block_means_of
@@ -61,7 +66,24 @@ class TestMeans:
         assert torch.allclose(by_kernel[1, :, :14].float(), by_torch[1, :, :14], rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (80, 72)])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("count", [1, 4, 11])
+def test_append(dims: tuple[int, int], batch: int, count: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_append(dtype, "cuda", batch, count, dims)
+
+
 class TestChoice:
+    @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+    @pytest.mark.parametrize("shift", [-40.0, 0.0, 40.0])
+    def test_at_any_distance_below_the_largest_score(self, spread: float, shift: float) -> None:
+        """The search starts near the largest score: clustered, spread out, negative, and with outliers."""
+        q, k = rand(1, 8, 30, 128), rand(1, 2, 100_000, 128)
+        keys = k * spread + shift * q[:, ::4, :1] / q[0, 0, 0].norm()
+        keys[:, :, 320:352] *= 100
+        assert_choice_is_prefill_choice(q, keys, torch.tensor([0], device="cuda"), (32, 33, 1, 0), 4)
+
     @pytest.mark.parametrize(
         "rule", [(128, 16, 0, 0), (32, 64, 1, 1), (64, 8, 2, 0), (512, 3, 0, 0), (16, 2, 0, 0)]
     )
@@ -131,6 +153,12 @@ class TestRows:
         )  # fmt: skip
         choice = case.expected_choice()
         out, lse = assert_attention(case, choice, use_decode=True)
+        for segments in (1, 3):
+            split = decode_attention(
+                case.q, case.k, case.v, choice, case.table, 3, block_size, case.scale, segments=segments
+            )
+            assert torch.allclose(split[0].float(), out.float(), atol=4e-3, rtol=2**-7)
+            assert torch.allclose(split[1], lse, atol=1e-4, rtol=1e-5)
         again = decode_attention(
             case.q, case.k, case.v, choice, case.table, 3, block_size, case.scale, by_row=True
         )

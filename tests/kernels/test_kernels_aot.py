@@ -23,6 +23,18 @@ def test_main_variants(name: str, capability: int) -> None:
     _check(kernel_aot.forward_call(**kernel_aot.MAIN[name]), capability, 64 if capability == 90 else 400)
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_one_decode_step(capability: int) -> None:
+    _check(kernel_aot.decode_call(length=1 << 14), capability, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", list(kernel_aot.DECODE))
+def test_decode_steps(name: str, capability: int) -> None:
+    _check(kernel_aot.decode_call(**kernel_aot.DECODE[name]), capability, 64)
+
+
 def _check(call: object, capability: int, most_spills: int) -> None:
     reports = kernel_aot.compiled(call, capability)
     assert len(reports) >= 4

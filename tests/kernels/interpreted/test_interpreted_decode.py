@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decode_checks import assert_choice_is_prefill_choice, assert_dense, assert_means_are_prefill_means
+from decode_checks import (
+    assert_append,
+    assert_choice_is_prefill_choice,
+    assert_dense,
+    assert_means_are_prefill_means,
+)
 from torch import Tensor
 
+from moba_hf.backends import load_backend
 from moba_hf.block_means import block_means_of
 from moba_hf.kernels import choose
+from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.ops import batched_moba_attention
-from moba_hf.sequences import RowBounds
+from moba_hf.sequences import RowBounds, batched_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -55,6 +62,12 @@ def test_means(block_size: int, dim: int, steps: list[int]) -> None:
     assert_means_are_prefill_means(k, torch.tensor([0, 13]), block_size, steps)
 
 
+@pytest.mark.parametrize(("batch", "count", "dims"), [(1, 1, (16, 16)), (2, 5, (24, 16))])
+def test_append(batch: int, count: int, dims: tuple[int, int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_append(dtype, "cpu", batch, count, dims)
+
+
 @pytest.mark.parametrize(
     ("heads", "rule", "count"),
     [((4, 2), (16, 5, 0, 0), 1), ((3, 1), (17, 7, 1, 2), 5), ((2, 1), (16, 20, 1, 0), 16),
@@ -68,6 +81,17 @@ def test_choice(heads: tuple[int, int], rule: tuple[int, int, int, int], count: 
         q = torch.randint(-1, 2, q.shape).float()
         k = torch.randint(-1, 2, k.shape).float()[:, :, torch.arange(230) // rule[0]]
     assert_choice_is_prefill_choice(q.bfloat16(), k.bfloat16(), torch.tensor([0, 226]), rule, count)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+def test_choice_at_any_distance_below_the_largest_score(spread: float) -> None:
+    """The search starts near the largest score: clustered, spread out, negative, and with outliers."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 16 * 150, 16)
+    for shift in (-40.0, 0.0, 40.0):
+        keys = (k * spread + shift * q[:, :1, :1] / q[0, 0, 0].norm()).bfloat16()
+        keys[:, :, 160:176] *= 100
+        assert_choice_is_prefill_choice(q.bfloat16(), keys, torch.tensor([0]), (16, 12, 0, 0), 3)
 
 
 def test_choice_of_more_blocks_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +111,17 @@ def test_dense(heads: tuple[int, int], q_len: int, dtype: torch.dtype) -> None:
     bounds = RowBounds.of(*(torch.tensor(x) for x in limits), q_len)
     for tile in (None, Tile(16, 16, 4, 2)):
         assert_dense(q, k, v, bounds, tile)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 5])
+def test_segments_of_a_block(segments: int) -> None:
+    """However a block is split between programs, the rows are those of the reference."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 24)
+    table = batched_table(2, 3, 300, q.device, kv_start=torch.tensor([0, 170]))
+    choice = torch.zeros(2, 3, 4, 3, dtype=torch.int32)
+    choice[0] = torch.tensor([2, 0, 1])
+    choice[1] = torch.tensor([1, 0, -1])
+    expected = load_backend("reference").forward(q, k, v, choice, table, 3, 300, 100, 0.25)
+    got = decode_attention(q, k, v, choice, table, 3, 100, 0.25, by_row=True, segments=segments)
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,133 @@
+"""New keys and values into a static cache, and its length, in one launch.
+
+Legend: HK kv heads, M new tokens, D and DV head dims.
+
+Everything is written by one program, since the length that it starts from is what it raises at its end: made
+for a decode step, whose few rows do not repay the launch of four operators.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import INTERPRETED, device_of, padded, rows_contiguous
+
+# Most rows (batch x HK x M) that one program should write.
+MAX_ROWS = 256
+_CAN_TRAP = tl.constexpr(not INTERPRETED)
+
+
+def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+    """Writes states into slots `[length, length + M)` and adds M to `length`.
+
+    Slots beyond the cache end the program on the device, as torch's own index checks do.
+
+    Args:
+        keys, values: `(batch, HK, slots, D or DV)`, last dimension contiguous.
+        length: int64, 0-d.
+        key_states, value_states: `(batch, HK, M, D or DV)`, any strides.
+    """
+    key_states, value_states = rows_contiguous(key_states), rows_contiguous(value_states)
+    batch, num_kv_heads, count, head_dim = key_states.shape
+    v_dim = value_states.shape[3]
+    with device_of(keys):
+        _append_kernel[(1,)](
+            keys,
+            values,
+            length,
+            key_states,
+            value_states,
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            *key_states.stride()[:3],
+            *value_states.stride()[:3],
+            batch * num_kv_heads * count,
+            num_kv_heads,
+            count,
+            keys.shape[2],
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            V_DIM=v_dim,
+            PADDED_V=padded(v_dim),
+            ROWS=16,
+            num_warps=8,
+        )
+
+
+@triton.jit
+def _copy_rows(
+    to_ptr,
+    from_ptr,
+    batch,
+    head,
+    token,
+    slot,
+    there,
+    to_stride_b,
+    to_stride_h,
+    to_stride_n,
+    from_stride_b,
+    from_stride_h,
+    from_stride_n,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    dim = tl.arange(0, PADDED)
+    mask = there[:, None] & (dim < DIM)[None, :]
+    source = batch * from_stride_b + head * from_stride_h + token * from_stride_n
+    target = batch * to_stride_b + head * to_stride_h + slot * to_stride_n
+    states = tl.load(from_ptr + source[:, None] + dim[None, :], mask=mask)
+    tl.store(to_ptr + target[:, None] + dim[None, :], states, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "num_kv_heads", "count", "slots"])
+def _append_kernel(
+    key_ptr,
+    value_ptr,
+    length_ptr,
+    new_key_ptr,
+    new_value_ptr,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    nk_stride_b,
+    nk_stride_h,
+    nk_stride_n,
+    nv_stride_b,
+    nv_stride_h,
+    nv_stride_n,
+    rows,
+    num_kv_heads,
+    count,
+    slots,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    length = tl.load(length_ptr)
+    if _CAN_TRAP:
+        if length + count > slots:
+            tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        token = (row % count).to(tl.int64)
+        head = (row // count % num_kv_heads).to(tl.int64)
+        batch = (row // count // num_kv_heads).to(tl.int64)
+        there = (row < rows) & (length + token < slots)
+        _copy_rows(
+            key_ptr, new_key_ptr, batch, head, token, length + token, there,
+            k_stride_b, k_stride_h, k_stride_n, nk_stride_b, nk_stride_h, nk_stride_n, HEAD_DIM, PADDED_DIM,
+        )  # fmt: skip
+        _copy_rows(
+            value_ptr, new_value_ptr, batch, head, token, length + token, there,
+            v_stride_b, v_stride_h, v_stride_n, nv_stride_b, nv_stride_h, nv_stride_n, V_DIM, PADDED_V,
+        )  # fmt: skip
+    tl.debug_barrier()  # no warp may raise what another has yet to read
+    tl.store(length_ptr, length + count)
