@@ -189,13 +189,19 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 # What "auto" tries before "portable", by device type. Triton's interpreter runs on CPU tensors by name only.
 _AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
-_loaded: dict[str, Backend] = {}
+
+class _Loaded:
+    """Backends as attributes: unlike those of a dict, a graph that is being traced sees new ones."""
+
+
+_loaded: Any = _Loaded()
 
 
 def load_backend(name: str) -> Backend:
     """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
     _ensure_loaded(name)
-    return _loaded[name]
+    backend: Backend = getattr(_loaded, name)
+    return backend
 
 
 @torch._dynamo.assume_constant_result
@@ -203,8 +209,8 @@ def _ensure_loaded(name: str) -> bool:
     """Loads `name`, outside what is traced."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
-    if name not in _loaded:
-        _loaded[name] = BACKENDS[name]()
+    if not hasattr(_loaded, name):
+        setattr(_loaded, name, BACKENDS[name]())
     return True
 
 

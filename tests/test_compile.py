@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
 
-from moba_hf import MobaCache, MobaConfig
+from moba_hf import MobaCache, MobaConfig, backends
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
 FULL = MobaConfig(block_size=8, topk=3)
@@ -87,6 +87,15 @@ class TestPrefill:
                 torch.testing.assert_close(logits[-1], model(ids, use_cache=False).logits)
         assert counter.frame_count == 4
         assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(logits))
+
+    def test_a_backend_that_refuses_in_the_first_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both backends are loaded while the graph is traced, as on a GPU in a dtype without kernels."""
+        monkeypatch.setattr(backends, "_loaded", backends._Loaded())
+        monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
+        model, ids = tiny(FULL), tokens(1, 50)
+        with torch.no_grad():
+            got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+            torch.testing.assert_close(got, model(ids, use_cache=False).logits)
 
     def test_backward(self) -> None:
         model, ids = tiny(FULL), tokens(1, 50)

@@ -127,7 +127,7 @@ def flash_4(
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
     """Makes it seem that flash-attn 2, 4 or none is installed, and that it runs on CPU tensors."""
-    monkeypatch.delitem(backends._loaded, "flash_attn", raising=False)
+    monkeypatch.delattr(backends._loaded, "flash_attn", raising=False)
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     if version == 2:
@@ -141,7 +141,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     installed(monkeypatch, request.param)
     yield
-    backends._loaded.pop("flash_attn", None)
+    backends._loaded.__dict__.pop("flash_attn", None)
 
 
 @pytest.mark.usefixtures("stand_in")
