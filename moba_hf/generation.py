@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +14,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    DynamicCache,
 )
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from moba_hf.adapter import find_adapter
 from moba_hf.attention import NAME
+from moba_hf.cache import MobaCache
 from moba_hf.config import MobaConfig
 from moba_hf.convert import read_model_config
 from moba_hf.loading import dense_on_purpose
 from moba_hf.patching import patch_model, unpatch_model
+from moba_hf.prefill import prefill
 
 CHUNK = 2048
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -129,39 +129,34 @@ def generate(
     streamer: BaseStreamer | None = None,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Greedy continuation of one prompt, read in chunks through the cache up to its last token.
+    """Greedy continuation of one prompt, read in chunks into a `MobaCache` up to its last token.
 
     Args:
         model: a loaded model, with or without MoBA.
         ids: `(1, length)` token ids.
         max_new_tokens: at most this many; an end-of-sequence token ends earlier.
-        chunk: tokens of the prompt read at a time, which bounds memory.
+        chunk: tokens of the prompt read at a time, which bounds memory; see `prefill`.
         streamer: gets the tokens as they come.
         on_prefill: called with the number of tokens just read.
 
     Raises:
-        ValueError: an empty prompt, or `max_new_tokens` or `chunk` too small.
+        ValueError: an empty prompt, or `max_new_tokens` or `chunk` too small (see `prefill`).
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"ids must be (1, length) and not empty, got {tuple(ids.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if chunk < 3:
-        raise ValueError(f"chunk must be at least 3, so that no call is a single token, got {chunk}")
     ids = ids.to(model.device)
     length = ids.shape[1]
-    cache = DynamicCache(config=model.config)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    start = time.perf_counter()
-    begin = 0
-    for size in _chunk_sizes(length - 1, chunk):
-        positions = torch.arange(begin, begin + size, device=ids.device)[None]
-        part = ids[:, begin : begin + size]
-        model(input_ids=part, position_ids=positions, past_key_values=cache, use_cache=True, **last)
-        begin += size
+    cache = MobaCache(model.config, max_cache_len=length + max_new_tokens)
+
+    def read(count: int) -> None:
         if on_prefill is not None:
             _wait(model)
-            on_prefill(size)
+            on_prefill(count)
+
+    start = time.perf_counter()
+    prefill(model, ids, chunk, past_key_values=cache, progress=False, on_chunk=read)
     _wait(model)
     middle = time.perf_counter()
     out = model.generate(
@@ -216,14 +211,6 @@ def compare_table(moba: Generated, dense: Generated, prompt_tokens: int) -> str:
     else:
         lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations part after {same} tokens")
     return "\n".join(lines)
-
-
-def _chunk_sizes(length: int, chunk: int) -> list[int]:
-    """Nearly equal parts of at most `chunk` tokens; none is a single token, which would be decoding."""
-    if length == 0:
-        return []
-    count = -(-length // chunk)
-    return [length * (i + 1) // count - length * i // count for i in range(count)]
 
 
 def _wait(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ def prefill(
     attention_mask: Tensor | None = None,
     past_key_values: Cache | None = None,
     progress: bool = True,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Cache:
     """A cache that holds `input_ids` but for the last token, which `generate` must still see::
 
@@ -39,6 +42,7 @@ def prefill(
         past_key_values: a cache that holds the beginning of `input_ids`, or an empty one; None: a new
             `MobaCache`.
         progress: show a progress bar.
+        on_chunk: called after every chunk with its tokens, for a progress display of one's own.
 
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, or a cache that holds the
@@ -68,6 +72,7 @@ def prefill(
     position_ids = None
     if attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
     with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=not progress) as bar:
         for count in chunks:
@@ -78,9 +83,11 @@ def prefill(
                 position_ids=None if position_ids is None else position_ids[:, seen:end],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **last,
             )
             bar.update(count)
+            if on_chunk is not None:
+                on_chunk(count)
             seen = end
     return cache
 

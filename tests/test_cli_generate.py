@@ -153,7 +153,7 @@ def test_generate_errors(run: Any, converted: Path, prompt: Path, tmp_path: Path
         ([converted], "the prompt is empty"),
         ([converted, "--prompt-file", tmp_path / "none"], "cannot be read"),
         ([converted, "--prompt", "!", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
-        ([converted, "--prompt", "!", "--chunk", "1"], "chunk must be at least 3"),
+        ([converted, "--prompt", "!", "--chunk", "1"], "chunk_size=1 is too small"),
         ([converted, "--prompt", "!", "--dtype", "int4"], "int4"),
         ([tmp_path / "none", "--prompt", "!"], "config.json"),
         ([bare, "--prompt", "!"], "tokenizer"),

@@ -12,7 +12,6 @@ from transformers.generation.streamers import BaseStreamer
 import moba_hf
 from moba_hf import MobaConfig, generation
 from moba_hf.generation import (
-    _chunk_sizes,
     common_tokens,
     generate,
     generate_dense,
@@ -70,14 +69,14 @@ def test_a_prompt_of_one_token() -> None:
         assert len(generate(model, torch.tensor([[5]]), 3).tokens) == 3
 
 
-def test_no_chunk_is_a_single_token() -> None:
-    for length in range(2, 60):
-        for chunk in (3, 4, 7, 20):
-            sizes = _chunk_sizes(length, chunk)
-            assert sum(sizes) == length
-            assert max(sizes) <= chunk
-            assert min(sizes) > 1
-    assert _chunk_sizes(0, 8) == []
+def test_no_chunk_counts_as_decoding() -> None:
+    model = build_model(tiny_config("llama"))
+    for length in range(8, 40):
+        read: list[int] = []
+        with moba_hf.use_moba(model, MobaConfig(block_size=8, topk=2, decode_max_len=4)):
+            generate(model, torch.randint(1, 90, (1, length)), 1, chunk=9, on_prefill=read.append)
+        assert sum(read) == length - 1
+        assert 4 < min(read) <= max(read) <= 9
 
 
 def test_where_continuations_part() -> None:
@@ -106,7 +105,7 @@ def test_bad_numbers() -> None:
     ids = torch.randint(1, 90, (1, 5))
     for arguments, message in [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"max_new_tokens": 1, "chunk": 2}, "chunk must be at least 3"),
+        ({"max_new_tokens": 1, "chunk": 2}, "chunk_size=2 is too small"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(model, ids, **arguments)
