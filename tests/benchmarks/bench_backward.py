@@ -189,7 +189,10 @@ def whole(row: Row, repeats: int) -> dict[str, Any]:
     def both() -> None:
         torch.autograd.grad(moba_attention(q, k, v, **rule), (q, k, v), grad)
 
-    result = {"backward": median_ms(backward, repeats, 2.0), "both": median_ms(both, repeats, budget=2.0)}
+    result = {
+        "backward": median_ms(backward, repeats, budget=2.0),
+        "both": median_ms(both, repeats, budget=2.0),
+    }
     with torch.no_grad():
         result["forward"] = median_ms(lambda: moba_attention(q, k, v, **rule), repeats, budget=2.0)
     torch.cuda.synchronize()
