@@ -32,17 +32,16 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-from bench_kernels import DEVICE, GIB, HEAD_DIM, Row, inputs, median_ms
-
 from moba_hf.bench.checks import Case, assert_gradients
+from moba_hf.bench.measure import inputs
+from moba_hf.bench.rows import HEAD_DIM, K, Row
+from moba_hf.bench.timing import GIB, median_ms
 from moba_hf.kernels import attend, attend_backward, select_blocks, tuning
 from moba_hf.kernels.tuning import BackwardTiles, Tile
 from moba_hf.ops import moba_attention
 from moba_hf.sequences import batched_table
 
-K = 1 << 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # milliseconds of forward and backward together: to reach, to aim for
 ROWS = (
     Row("32K-128/8", 32 * K, 32, 8, 128, 8, 14, 9),
@@ -190,9 +189,12 @@ def whole(row: Row, repeats: int) -> dict[str, Any]:
     def both() -> None:
         torch.autograd.grad(moba_attention(q, k, v, **rule), (q, k, v), grad)
 
-    result = {"backward": median_ms(backward, repeats, 2.0), "both": median_ms(both, repeats, 2.0)}
+    result = {
+        "backward": median_ms(backward, repeats, budget=2.0),
+        "both": median_ms(both, repeats, budget=2.0),
+    }
     with torch.no_grad():
-        result["forward"] = median_ms(lambda: moba_attention(q, k, v, **rule), repeats, 2.0)
+        result["forward"] = median_ms(lambda: moba_attention(q, k, v, **rule), repeats, budget=2.0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -232,7 +234,7 @@ def dense(row: Row, repeats: int) -> dict[str, float | None]:
             torch.autograd.grad(out, (q, k, v), grad)
 
         try:
-            times[name] = median_ms(call, repeats, 6.0)
+            times[name] = median_ms(call, repeats, budget=6.0)
         except RuntimeError as error:
             print(f"{name}: {str(error).splitlines()[0]}")
             times[name] = None
