@@ -392,8 +392,6 @@ def bench_model(
             }
         )
         print(f"{length:>8}  {name:<30} {ms:8.2f} ms {1e3 / ms:8.1f} tokens/s {moved / ms / 1e6:7.0f} GB/s")
-        if args.profile and device.type == "cuda" and length == max(args.lengths):
-            profile(step)
 
     model.set_attn_implementation("moba")
     for name, decode in (("sparse", "sparse"), ("dense, split keys", "full")):
@@ -416,8 +414,13 @@ def bench_model(
     return rows
 
 
-def profile(step: Callable[[], object]) -> None:
-    """Prints where the device's time goes in one replayed step, by kernel."""
+def profile(model: Any, cache: MobaCache) -> None:
+    """Prints where the device's time goes in one replayed sparse step, by kernel."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=cache.layers[0].keys.device)
+
+    def step() -> Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits
+
     graph = Clock.capture(step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(3):
@@ -473,6 +476,8 @@ def bench(args: argparse.Namespace) -> None:
             take_means(cache, config, length)
             results += bench_model(model, cache, config, length, best[length], args, clock)
             write(args.out, "decode_model", results)
+        if args.profile and device == "cuda":
+            profile(model, cache)
     take_means(cache, config, max(args.lengths))
     gate_model(model, cache, config, args)  # still right after everything was written over and over
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, block {args.block_size}"
