@@ -217,8 +217,10 @@ def _ensure_loaded(name: str) -> bool:
 def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
     """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs."""
     if name == "auto":
-        tried = _AUTO.get(q.device.type, ())
-        return next((each for each in tried if _why_not(each, q, k, v, block_size) is None), "portable")
+        for each in _AUTO.get(q.device.type, ()):
+            if _why_not(each, q, k, v, block_size) is None:
+                return each
+        return "portable"
     reason = _why_not(name, q, k, v, block_size)
     if reason is not None:
         raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
