@@ -206,6 +206,8 @@ def _draw_budget(
         ax.plot([100 * v for v in x], y, label=name, markersize=4, **style)
     for target in targets:
         ax.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
+        at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 7}
+        ax.annotate(f"{target:g}", (1, target), color=_INK, **at)
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=0.01)
     ticks = [5, 10, 25, 50, 100]
@@ -238,6 +240,7 @@ def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
             style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
             ax.errorbar(x, y, [low, high], label=name, linestyle="none", capsize=3, **style)
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        ax.set_xlim(-0.5, len(lengths) - 0.5)
         ax.set_xlabel("tokens")
         ax.set_ylim(0, 1.02)
         ax.set_title(task, fontsize=10)
