@@ -7,7 +7,7 @@ attended (query, key) pair and head, masked work not included. Without a green g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Options:
     """What to run.
 
     Attributes:
-        rows: names out of `ROWS`; empty: all.
+        rows: names out of `ROWS`, or of the figure's rows; empty: all.
         figure: a name of `FIGURES`, drawn instead of the rows; None: the rows.
         repeats: most runs of a median.
         stages, dense: also time the stages, the dense baselines.
@@ -54,12 +54,13 @@ class Options:
     out: Path = Path("bench_results")
 
     def __post_init__(self) -> None:
-        known = [row.name for row in ROWS]
+        if self.figure is not None and self.figure not in FIGURES:
+            raise ValueError(f"unknown figure {self.figure!r}; known are {', '.join(FIGURES)}")
+        figures = FIGURES[self.figure] if self.figure else ()
+        known = [row.name for rows in ([x.rows for x in figures] or [ROWS]) for row in rows]
         for name in self.rows:
             if name not in known:
                 raise ValueError(f"unknown row {name!r}; known are {', '.join(known)}")
-        if self.figure is not None and self.figure not in FIGURES:
-            raise ValueError(f"unknown figure {self.figure!r}; known are {', '.join(FIGURES)}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
@@ -252,6 +253,9 @@ def _speedup(result: dict[str, Any]) -> dict[str, Any]:
 def _run_figure(options: Options) -> bool:
     assert options.figure is not None
     figures = FIGURES[options.figure]
+    if options.rows:
+        figures = tuple(replace(x, rows=tuple(y for y in x.rows if y.name in options.rows)) for x in figures)
+        figures = tuple(x for x in figures if x.rows)
     problems = _gate([row for figure in figures for row in (figure.rows[0], figure.rows[-1])], ("triton",))
     limits = ceilings(options.repeats)
     lines = []

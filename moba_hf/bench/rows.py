@@ -67,7 +67,7 @@ _TO_1M = tuple(
 _TO_10M = tuple(
     Row(f"{_label(n)}-{n // 64}/3", n, 1, 1, n // 64, 3) for n in (128 * K, 512 * K, M, 2 * M, 4 * M, 10 * M)
 )
-FIGURES = {
+FIGURES: dict[str, tuple[Figure, ...]] = {
     "paper": (
         Figure(
             "1m",

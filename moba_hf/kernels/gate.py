@@ -110,6 +110,7 @@ def gate(
         "BLOCK_N": tile.n,
         "LEVELS": known,
         "num_warps": 2 * tile.warps if known > 4 else tile.warps,
+        "maxnreg": 168 if known == 2 else None,  # three programs to a processor instead of two
     }
     with device_of(q):
         _gate_fwd_kernel[(plan.max_tiles, num_kv_heads * splits)](
@@ -308,27 +309,28 @@ def _gate_fwd_kernel(
             mean_ptr += (kv_head.to(tl.int64) * means_rows + first_block) * HEAD_DIM
             mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
             levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
-            inside = (column < columns)[None, :]
-            mean = tl.load(mean_ptr + mean_offset, mask=inside & (dim < HEAD_DIM)[:, None], other=0.0)
-            key = tl.where(inside, _sortable(dot(q, mean), 0, TILE_BITS), _EMPTY)
-            levels = _insert(levels, key, LEVELS)
-            found = tl.sum((key > 0).to(tl.int32), 1)
-            # as a matrix: for Blackwell, Triton cannot reduce what a reduction of a product gave once more
-            found = tl.reshape(tl.where(there, found, COUNT), (BLOCK_M // 16, 16))
-            positive = tl.min(found) >= COUNT
             whole = columns // BLOCK_N
-            scanned = 1
+            scanned = 0
+            positive = False
+            if whole > 0:
+                scores = dot(q, _load_means(mean_ptr + mean_offset, dim, HEAD_DIM, EVEN_DIM))
+                levels = _insert(levels, _sortable(scores, 0, TILE_BITS), LEVELS)
+                found = tl.sum((scores > 0.0).to(tl.int32), 1)
+                # as a matrix: for Blackwell, Triton cannot reduce a reduction of a product once more
+                found = tl.reshape(tl.where(there, found, COUNT), (BLOCK_M // 16, 16))
+                positive = tl.min(found) >= COUNT
+                scanned = 1
             if positive:  # whole tiles need no masks, which would cost a sixth of the scan
                 for tile in tl.range(1, whole, num_stages=STAGES):
                     at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                     scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
                     levels = _insert(levels, _sortable_positive(scores, tile, TILE_BITS), LEVELS)
-                scanned = tl.maximum(whole, 1)
+                scanned = whole
             for tile in tl.range(scanned, whole, num_stages=STAGES):
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                 scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
                 levels = _insert(levels, _sortable(scores, tile, TILE_BITS), LEVELS)
-            for tile in range(tl.maximum(whole, 1), tl.cdiv(columns, BLOCK_N)):
+            for tile in range(whole, tl.cdiv(columns, BLOCK_N)):
                 inside = (tile * BLOCK_N + column < columns)[None, :]
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                 mean = tl.load(at, mask=inside & (dim < HEAD_DIM)[:, None], other=0.0)

@@ -103,8 +103,23 @@ def fill_ring(
 
 
 @gluon.jit
-def _weights(s, high, mass, scale, dtype: gl.constexpr, p_layout: gl.constexpr):
-    """Softmax weights of a tile of scores, the factor of what came before, new `high` and `mass`."""
+def _weights(
+    s,
+    high,
+    mass,
+    scale,
+    last_seen,
+    seen_by_all,
+    start,
+    dtype: gl.constexpr,
+    p_layout: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Softmax weights of the scores of a tile, the factor of what came before, new `high` and `mass`."""
+    if MASKED:
+        if seen_by_all < start + s.shape[1]:
+            column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+            s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
     new_high = gl.maximum(high, gl.max(s, 1) * scale)
     weight = gl.exp2(s * scale - new_high[:, None])
     shrink = gl.exp2(high - new_high)
@@ -126,11 +141,12 @@ def attend_ring(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
-    ORDER: gl.constexpr = 1,
+    OVERLAP: gl.constexpr,
 ):
     """Attends 64 query rows to `num_keys` > 0 keys of the ring, of which the first is seen by every row.
 
-    Scores of tile j + 1 are computed while the weights of tile j are.
+    Scores of tile j + 1 and the output of tile j are issued together. With OVERLAP, for long blocks,
+    the weights of tile j + 1 are computed while the output of tile j still is.
 
     Args:
         last_seen: `(64,)`, the last key that each row sees; heeded (MASKED) in tiles that reach beyond
@@ -145,7 +161,6 @@ def attend_ring(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     high = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     mass = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
@@ -158,60 +173,36 @@ def attend_ring(
     s = warpgroup_mma_wait(0, deps=[s])
     gl.thread_barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
-    if ORDER == 1:
-        if MASKED:
-            if seen_by_all < BLOCK_N:
-                s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
-        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
-        for start in range(BLOCK_N, num_keys, BLOCK_N):
-            later = (step + 1) % STAGES
-            later_phase = (step + 1) // STAGES & 1
-            mbarrier.wait(k_ready.index(later), later_phase)
-            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
-            s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_ready.index(stage), phase)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            if MASKED:
-                if seen_by_all < start + BLOCK_N:
-                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
-            new_p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+    p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
+    for start in range(BLOCK_N, num_keys, BLOCK_N):
+        later = (step + 1) % STAGES
+        later_phase = (step + 1) // STAGES & 1
+        mbarrier.wait(k_ready.index(later), later_phase)
+        key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+        s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        if not OVERLAP:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            gl.thread_barrier()
+            mbarrier.arrive(k_free.index(later), count=1)
+            mbarrier.arrive(v_free.index(stage), count=1)
+        next_p, shrink, high, mass = _weights(
+            s, high, mass, scale, last_seen, seen_by_all, start, dtype, p_layout, MASKED
+        )
+        if OVERLAP:
             # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
             mbarrier.wait(k_ready.index(later), later_phase)
-            acc, new_p = warpgroup_mma_wait(0, deps=[acc, new_p])
+            acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
             gl.thread_barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
-            p = new_p
-            step += 1
-            stage = later
-            phase = later_phase
-    else:
-        last = (num_keys - 1) // BLOCK_N * BLOCK_N
-        for start in range(0, last, BLOCK_N):
-            later = (step + 1) % STAGES
-            mbarrier.wait(k_ready.index(later), (step + 1) // STAGES & 1)
-            key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
-            next_s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
-            # this wait, a branch, keeps the compiler from computing the weights before it issues the product
-            mbarrier.wait(v_ready.index(stage), phase)
-            if MASKED:
-                if seen_by_all < start + BLOCK_N:
-                    s = gl.where(start + column[None, :] <= last_seen[:, None], s, float("-inf"))
-            p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-            acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
-            acc, s = warpgroup_mma_wait(0, deps=[acc, next_s])
-            gl.thread_barrier()
-            mbarrier.arrive(k_free.index(later), count=1)
-            mbarrier.arrive(v_free.index(stage), count=1)
-            step += 1
-            stage = later
-            phase = step // STAGES & 1
-        if MASKED:
-            s = gl.where(last + column[None, :] <= last_seen[:, None], s, float("-inf"))
-        p, shrink, high, mass = _weights(s, high, mass, scale, dtype, p_layout)
+        p = next_p
+        step += 1
+        stage = later
+        phase = later_phase
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)

@@ -91,6 +91,7 @@ RESIDENT_TILES = 16
 
 # Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
 HOPPER_OWN = Tile(128, 64, 4, 4)
+HOPPER_OVERLAP = (1 << 30, 0)
 HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
 HOPPER_RESIDENT = Tile(
     192, 128, 4, 2

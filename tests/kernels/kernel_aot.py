@@ -84,7 +84,7 @@ def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {key: kwargs[key] for key in ("num_warps", "num_stages") if key in kwargs}
+    options = {key: kwargs[key] for key in ("num_warps", "num_stages", "maxnreg") if kwargs.get(key)}
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return source(kernel, signature, constants, attributes), options
 
