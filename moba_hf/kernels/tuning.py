@@ -149,7 +149,7 @@ def mass_gate_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
     """Bytes of shared memory that the mass gate takes: queries, their squares, and vectors of blocks.
 
     Up to 4 parts are unrolled and the loop over blocks is pipelined, means and variances of all parts and the
-    smallest keys in every stage; one stage holds one part at a time. More parts are a loop of their own, which
+    smallest keys in every stage; one stage holds one part at a time. More parts are a loop of its own, which
     Triton pipelines three deep. 256 bytes are for barriers (at most 144 on sm_100).
     """
     vectors = 6 if parts > 4 else 2 if tile.stages == 1 else tile.stages * (2 * parts + 1)
