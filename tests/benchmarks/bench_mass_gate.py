@@ -73,6 +73,7 @@ ROWS = (
     Row("131K 32/64", 1 << 17, 32, 64),
     Row("131K 64/16", 1 << 17, 64, 16),
     Row("8K 32/64", 1 << 13, 32, 64, (9, 3), 64),
+    Row("8K 16/128", 1 << 13, 16, 128, (9, 3), 64),
 )
 TINY = Row("tiny", 300, 32, 4, (4, 2), 16)
 
@@ -225,6 +226,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15, help="most runs of a median")
     parser.add_argument("--out", type=Path, default=Path("out/mass_gate"), help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="run everything once on a small case")
+    parser.add_argument("--rows", nargs="*", choices=[r.name for r in ROWS], help="default: all")
     parser.add_argument("--tiles", nargs="*", choices=list(TILES), default=list(TILES), help="to be tried")
     parser.add_argument("--compile", nargs=2, metavar=("ROW", "TILE"), help="only compile this")
     args = parser.parse_args()
@@ -236,7 +238,7 @@ def main() -> int:
             prove(row, TILES[args.compile[1]])
             Inputs(row).mass_gate(TILES[args.compile[1]])[1]()
         return 0
-    rows = (TINY,) if args.tiny else ROWS
+    rows = (TINY,) if args.tiny else tuple(r for r in ROWS if r.name in (args.rows or [r.name]))
     if DEVICE == "cpu" and not args.tiny:
         print("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
         return 2

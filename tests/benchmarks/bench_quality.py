@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -236,21 +236,30 @@ def report(folder: Path) -> None:
             rest = (f"{one['before the last 256']:+.4f}", f"{one['all']:+.4f}")
             rows.append([text, setting, f"{one['keys']:.1%}", rise, *rest])
     rows.sort(key=lambda row: (str(row[0]), str(row[1]), float(str(row[2])[:-1])))
-    parts = [format_table([head, *rows])]
+    parts = [format_table([head, *rows])] if rows else []
     scores = list(_scores(answers))
     if scores:
-        table: list[list[object]] = [["task", "tokens", "setting", "score", "95 % interval", "questions"]]
-        for name, one in scores:
-            interval = f"{one.low:.2f} - {one.high:.2f}"
-            table.append([one.task, one.length, name, f"{one.score:.2f}", interval, one.samples])
-        parts.append(format_table(table))
+        parts.append(_task_table(scores))
         plots.plot_tasks(scores).savefig(folder / "tasks.png", dpi=130)
     if curves:
+        most = max(len(by.get(MAIN[0], ())) for by in curves.values())  # texts with the longest curve
         shown = {t: {s: p for s, p in by.items() if s in MAIN} for t, by in curves.items()}
+        shown = {t: by for t, by in shown.items() if len(by.get(MAIN[0], ())) == most}
         plots.plot_budgets(shown, targets=(0.015, 0.03)).savefig(folder / "loss.png", dpi=130)
     text = "\n\n".join(parts)
     (folder / "quality.md").write_text(text + "\n")
     print(text)
+
+
+def _task_table(scores: Sequence[tuple[str, plots.TaskScore]]) -> str:
+    """A row per task and length, a column per setting: score, 95 % interval, questions."""
+    names = list(dict.fromkeys(name for name, _ in scores))
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for name, one in sorted(scores, key=lambda pair: (pair[1].task, pair[1].length)):
+        cell = f"{one.score:.2f} ({one.low:.2f} - {one.high:.2f}), n = {one.samples}"
+        rows.setdefault((one.task, one.length), {})[name] = cell
+    cells = [[*key, *(row.get(name, "-") for name in names)] for key, row in rows.items()]
+    return format_table([["task", "tokens", *names], *cells])
 
 
 def _scores(answers: dict[str, Any]) -> Iterator[tuple[str, plots.TaskScore]]:
