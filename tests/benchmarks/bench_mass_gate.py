@@ -228,6 +228,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="run everything once on a small case")
     parser.add_argument("--rows", nargs="*", choices=[r.name for r in ROWS], help="default: all")
     parser.add_argument("--tiles", nargs="*", choices=list(TILES), default=list(TILES), help="to be tried")
+    parser.add_argument("--compile-only", action="store_true", help="only fill Triton's cache")
+    parser.add_argument("--compiled", action="store_true", help="the cache is full: time at once")
     parser.add_argument("--compile", nargs=2, metavar=("ROW", "TILE"), help="only compile this")
     args = parser.parse_args()
     if args.compile is not None:
@@ -242,8 +244,10 @@ def main() -> int:
     if DEVICE == "cpu" and not args.tiny:
         print("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
         return 2
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and not args.compiled:
         compile_all(rows, args.tiles)
+    if args.compile_only:
+        return 0
     lines = [line for row in rows for line in measure(row, args.repeats, args.tiles)]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "mass_gate.csv").open("w", newline="") as file:
