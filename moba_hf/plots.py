@@ -206,16 +206,18 @@ def _draw_budget(
         ax.plot([100 * v for v in x], y, label=name, markersize=4, **style)
     for target in targets:
         ax.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
+        at = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom", "fontsize": 7}
+        ax.annotate(f"{target:g}", (0.01, target), color=_INK, **at)
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=0.01)
     ticks = [5, 10, 25, 50, 100]
-    ax.set_xticks(ticks, [f"{t} %" for t in ticks])
+    ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()
     values = [*values, *(y for points in curves.values() for _, y in points)]
     marks = [t for t in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1) if t <= 1.5 * max([*values, 0.01])]
     ax.set_yticks(marks, [f"{t:g}" for t in marks])
     ax.set_ylim(min(-0.002, *values), 1.3 * max([*values, 0.01]))
-    ax.set_xlabel("key budget")
+    ax.set_xlabel("key budget (%)")
 
 
 def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
@@ -238,6 +240,7 @@ def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
             style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
             ax.errorbar(x, y, [low, high], label=name, linestyle="none", capsize=3, **style)
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        ax.set_xlim(-0.5, len(lengths) - 0.5)
         ax.set_xlabel("tokens")
         ax.set_ylim(0, 1.02)
         ax.set_title(task, fontsize=10)

@@ -184,12 +184,12 @@ def test_bench_passes_its_options_on(run, green: bool, monkeypatch: pytest.Monke
     seen: list[bench.Options] = []
     monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or green)
     flags = ("--no-stages", "--no-dense", "--flash", "--tiny", "--workspace", "2", "--dense-limit", "9")
-    rows = ("--rows", "1M-512/3", "--rows", "1M-128/8")
+    rows = ("--rows", "1M-4096/12", "--rows", "1M-16384/3")
     code, out, err = run("bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags)
     assert (code, out, err) == (0 if green else 1, "", "")
     assert seen == [
         bench.Options(
-            rows=["1M-512/3", "1M-128/8"],
+            rows=["1M-4096/12", "1M-16384/3"],
             figure="paper",
             repeats=3,
             stages=False,

@@ -55,6 +55,8 @@ class Case:
     table: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if any(queries > keys for queries, keys in self.lengths):
+            raise ValueError(f"lengths {self.lengths}: a sequence has at most as many queries as keys")
         torch.manual_seed(self.seed)
         total_q, total_k = (sum(x[i] for x in self.lengths) + 2 * self.spare for i in (0, 1))
         q = torch.randn(total_q, self.num_heads, self.head_dim)

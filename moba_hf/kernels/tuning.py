@@ -66,13 +66,10 @@ class Tile:
 
 # H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
 GATE = Tile(m=64, n=64, warps=4, stages=3)
-# Not measured yet; by registers: 64 x 64 spills at the levels that topk 64 needs, this does not.
-_MASS_GATE = (
-    Tile(64, 32, 8, 2),
-    Tile(64, 32, 8, 1),
-    Tile(32, 32, 4, 1),
-    Tile(16, 16, 4, 1),
-)
+# H200, 131,072 tokens, 32/64, head_dim 128: 69 ms with 4 warps, though they spill 100 bytes, 100 ms with 8,
+# which do not; 64 x 64 with 8 warps 88 ms, with one stage 97. Above 128 dims, unmeasured, 4 warps spill more.
+_MASS_GATE = (Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+_MASS_GATE_WIDE = (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), *_MASS_GATE[2:])
 _WIDE = (
     Tile(64, 64, 8, 2),
     Tile(64, 32, 8, 2),
@@ -141,12 +138,23 @@ def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: t
 
 
 def mass_gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
-    """The tile of the mass gate; `dim`: padded head dim, `parts` of a block, each two tiles of vectors."""
-    vectors = 2 * min(parts, 4) + 1
-    for tile in _MASS_GATE:
-        if fits((2 * tile.m + tile.stages * vectors * tile.n) * dim * itemsize, device_capability):
+    """The tile of the mass gate; `dim`: padded head dim, `parts` of a block."""
+    tiles = _MASS_GATE_WIDE if dim > 128 else _MASS_GATE
+    for tile in tiles:
+        if fits(mass_gate_memory(tile, dim, itemsize, parts), device_capability):
             return tile
-    return _MASS_GATE[-1]
+    return tiles[-1]
+
+
+def mass_gate_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
+    """Bytes of shared memory that the mass gate takes: queries, their squares, and vectors of blocks.
+
+    Up to 4 parts are unrolled and the loop over blocks is pipelined, means and variances of all parts and the
+    smallest keys in every stage; one stage holds one part at a time. More parts are a loop of its own, which
+    Triton pipelines three deep. 256 bytes are for barriers (at most 144 on sm_100).
+    """
+    vectors = 6 if parts > 4 else 2 if tile.stages == 1 else tile.stages * (2 * parts + 1)
+    return (2 * tile.m + vectors * tile.n) * dim * itemsize + 256
 
 
 def routed_tile(

@@ -1,12 +1,14 @@
 """Times the mass gate beside the mean gate, and the operator under both, after proving the choice right.
 
-    python tests/benchmarks/bench_mass_gate.py --out DIR      # about 90 s on a GPU, most of it compiling
+    python tests/benchmarks/bench_mass_gate.py --out DIR      # about 60 s on a GPU, most of it compiling
     TRITON_INTERPRET=1 python tests/benchmarks/bench_mass_gate.py --tiny     # the code runs, on a CPU
 
-Rows: 131,072 tokens, 32 query and 8 kv heads, head_dim 128, bf16, random normal, a sink and a local block.
-Gates are timed with what they need of the blocks (`means`: block means or summaries) and without; the tiles
-of the mass gate are tried one by one, each compiled in a process of its own before anything is timed. Nothing
-is printed as a time when the choice is wrong. A table on stdout, mass_gate.csv and mass_gate.md in --out.
+Rows: 131,072 tokens of a model with 32 query and 8 kv heads of 128 dims, 8,192 of one with 9 and 3 of 64
+(SmolLM2), bf16, random normal, a sink and a local block. Gates are timed with what they need of the blocks
+(`means`: block means or summaries) and without; the tiles of the mass gate are tried one by one, each
+compiled in a process of its own before anything is timed; what does not fit the shared memory is named and
+left out. Then one layer's attention under both gates, and dense (`scaled_dot_product_attention`). Nothing is
+printed as a time when the choice is wrong. A table on stdout, mass_gate.csv and mass_gate.md in --out.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -39,30 +42,54 @@ from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
 from moba_hf.ops import moba_attention
+from moba_hf.reference import part_size
 from moba_hf.sequences import batched_table
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-HEADS, KV_HEADS, HEAD_DIM, SINK, LOCAL = 32, 8, 128, 1, 1
+SINK, LOCAL = 1, 1
 TILES = {
+    "64x32 4w 2s": Tile(64, 32, 4, 2),
+    "64x32 4w 1s": Tile(64, 32, 4, 1),
+    "64x32 8w 2s": Tile(64, 32, 8, 2),
     "64x64 8w 2s": Tile(64, 64, 8, 2),
     "64x64 8w 1s": Tile(64, 64, 8, 1),
-    "64x32 8w 2s": Tile(64, 32, 8, 2),
-    "64x32 4w 2s": Tile(64, 32, 4, 2),
+    "32x32 4w 2s": Tile(32, 32, 4, 2),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens and rule of one line."""
+    """Tokens, rule, heads (of queries, of keys) and head dim of one line."""
 
     name: str
     length: int
     block_size: int
     topk: int
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
 
 
-ROWS = (Row("131K 32/64", 1 << 17, 32, 64), Row("131K 64/16", 1 << 17, 64, 16))
-TINY = Row("tiny", 300, 32, 4)
+ROWS = (
+    Row("131K 32/64", 1 << 17, 32, 64),
+    Row("131K 64/16", 1 << 17, 64, 16),
+    Row("8K 32/64", 1 << 13, 32, 64, (9, 3), 64),
+    Row("8K 16/128", 1 << 13, 16, 128, (9, 3), 64),
+)
+TINY = Row("tiny", 300, 32, 4, (4, 2), 16)
+
+
+def too_large(row: Row, tile: Tile) -> str | None:
+    """None if `tile` fits this GPU's shared memory, else what it needs."""
+    parts = row.block_size // part_size(row.block_size)
+    memory = tuning.mass_gate_memory(tile, row.head_dim, 2, parts)
+    if tuning.fits(memory, tuning.capability(torch.device(DEVICE))):
+        return None
+    return f"{memory} bytes of shared memory are more than there are"
+
+
+def using(tile: Tile) -> Any:
+    """A context in which the mass gate takes `tile`."""
+    return mock.patch.object(tuning, "mass_gate_tile", return_value=tile)
 
 
 def prove(row: Row, tile: Tile) -> str | None:
@@ -70,9 +97,9 @@ def prove(row: Row, tile: Tile) -> str | None:
     length = min(row.length, 3 * row.topk * row.block_size)
     case = Case(
         [(min(length, 200), length), (40, 333)],
-        num_heads=HEADS if DEVICE == "cuda" else 4,
-        num_kv_heads=KV_HEADS if DEVICE == "cuda" else 2,
-        head_dim=HEAD_DIM if DEVICE == "cuda" else 16,
+        num_heads=row.heads[0],
+        num_kv_heads=row.heads[1],
+        head_dim=row.head_dim,
         block_size=row.block_size,
         topk=row.topk,
         sink=SINK,
@@ -82,7 +109,7 @@ def prove(row: Row, tile: Tile) -> str | None:
         gate="mass",
     )
     try:
-        with mock.patch.object(tuning, "_MASS_GATE", (tile,)):
+        with using(tile):
             assert_choice(case, case.select())
     except AssertionError as error:
         return f"{row.name}: {error}"
@@ -112,13 +139,11 @@ class Inputs:
 
     def __init__(self, row: Row):
         torch.manual_seed(0)
-        heads = (HEADS, KV_HEADS, KV_HEADS) if DEVICE == "cuda" else (4, 2, 2)
-        dim = HEAD_DIM if DEVICE == "cuda" else 16
         self.row = row
-        shapes = [(row.length, h, dim) for h in heads]
+        shapes = [(row.length, h, row.head_dim) for h in (row.heads[0], row.heads[1], row.heads[1])]
         self.q, self.k, self.v = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in shapes)
         self.batched = [x.transpose(0, 1)[None] for x in (self.q, self.k)]
-        shape = (1, row.length, heads[0], row.topk)
+        shape = (1, row.length, row.heads[0], row.topk)
         self.choice = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
 
     def plan(self, rows: int) -> Any:
@@ -140,7 +165,7 @@ class Inputs:
         summary = mass_summary(k, plan)
 
         def choose() -> None:
-            with mock.patch.object(tuning, "_MASS_GATE", (tile,)):
+            with using(tile):
                 mass_gate(q, summary, plan, self.choice, SINK, LOCAL, scale)
 
         return lambda: mass_summary(k, plan), choose
@@ -152,10 +177,15 @@ class Inputs:
         assert isinstance(out, Tensor)
         return out
 
+    def dense(self) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-def compile_all(rows: tuple[Row, ...]) -> None:
+
+def compile_all(rows: Sequence[Row], tiles: Sequence[str]) -> None:
     """Runs every kernel once in processes of their own, all at once, so that Triton's cache holds them."""
-    jobs = [(row.name, tile) for row in rows for tile in [*TILES, "mean"]]
+    fitting = [(row.name, name) for row in rows for name in tiles if not too_large(row, TILES[name])]
+    jobs = [*((row.name, "mean") for row in rows), *fitting]
     running = [
         subprocess.Popen([sys.executable, __file__, "--compile", *job], stdout=subprocess.DEVNULL)
         for job in jobs
@@ -164,8 +194,8 @@ def compile_all(rows: tuple[Row, ...]) -> None:
         process.wait()
 
 
-def measure(row: Row, repeats: int) -> list[dict[str, Any]]:
-    """Lines of one row: both gates, the mass gate's tiles, the whole operator under both."""
+def measure(row: Row, repeats: int, tiles: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of one row: both gates, the mass gate's tiles, the whole operator under both, dense."""
     inputs, lines = Inputs(row), []
 
     def line(what: str, means: float | None, ms: float) -> None:
@@ -174,18 +204,20 @@ def measure(row: Row, repeats: int) -> list[dict[str, Any]]:
 
     means, choose = inputs.mean_gate()
     line("mean gate", median_ms(means, repeats), median_ms(choose, repeats))
-    for name, tile in TILES.items():
-        wrong = prove(row, tile)
+    for name in tiles:
+        wrong = too_large(row, TILES[name])
+        if wrong is not None:
+            print(f"{row.name}: {name} left out: {wrong}", flush=True)
+            continue
+        wrong = prove(row, TILES[name])
         if wrong is not None:
             print(f"gate: RED: {name}: {wrong}", flush=True)
             continue
-        try:
-            means, choose = inputs.mass_gate(tile)
-            line(f"mass gate {name}", median_ms(means, repeats), median_ms(choose, repeats))
-        except RuntimeError as error:  # more shared memory than there is
-            print(f"{name} does not run: {str(error).splitlines()[0]}", flush=True)
+        means, choose = inputs.mass_gate(TILES[name])
+        line(f"mass gate {name}", median_ms(means, repeats), median_ms(choose, repeats))
     for name in ("mean", "mass"):
         line(f"operator, {name}", None, median_ms(lambda name=name: inputs.operator(name), repeats))
+    line("dense", None, median_ms(inputs.dense, repeats))
     return lines
 
 
@@ -194,6 +226,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15, help="most runs of a median")
     parser.add_argument("--out", type=Path, default=Path("out/mass_gate"), help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="run everything once on a small case")
+    parser.add_argument("--rows", nargs="*", choices=[r.name for r in ROWS], help="default: all")
+    parser.add_argument("--tiles", nargs="*", choices=list(TILES), default=list(TILES), help="to be tried")
+    parser.add_argument("--compile-only", action="store_true", help="only fill Triton's cache")
+    parser.add_argument("--compiled", action="store_true", help="the cache is full: time at once")
     parser.add_argument("--compile", nargs=2, metavar=("ROW", "TILE"), help="only compile this")
     args = parser.parse_args()
     if args.compile is not None:
@@ -204,13 +240,15 @@ def main() -> int:
             prove(row, TILES[args.compile[1]])
             Inputs(row).mass_gate(TILES[args.compile[1]])[1]()
         return 0
-    rows = (TINY,) if args.tiny else ROWS
+    rows = (TINY,) if args.tiny else tuple(r for r in ROWS if r.name in (args.rows or [r.name]))
     if DEVICE == "cpu" and not args.tiny:
         print("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
         return 2
-    if DEVICE == "cuda":
-        compile_all(rows)
-    lines = [line for row in rows for line in measure(row, args.repeats)]
+    if DEVICE == "cuda" and not args.compiled:
+        compile_all(rows, args.tiles)
+    if args.compile_only:
+        return 0
+    lines = [line for row in rows for line in measure(row, args.repeats, args.tiles)]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "mass_gate.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "what", "means_ms", "ms"])

@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +99,7 @@ class Runner:
         self.texts = Path(args.texts)
         self.length = args.length
         self.task_lengths = tuple(args.task_lengths)
+        self.contexts, self.tasks_only = args.contexts, args.tasks_only
         self.store = Store(args.out / "quality.json", {"length": args.length, "rules": RULES})
         self.losses = Store(args.out / "dense.json", {"length": args.length})
         self.dense: dict[str, Tensor] = {}
@@ -157,16 +159,15 @@ class Runner:
 
         self.get(f"loss/{text}/{setting}/{config.key_budget(self.length, self.layers):.4f}", measure)
 
-    def task(self, task: str, length: int, setting: str, config: MobaConfig | None) -> None:
-        """A cell of the table of tasks, context by context, so that it can be stopped."""
-        for context in range(CONTEXTS):
+    def task(self, task: str, length: int, setting: str, config: MobaConfig | None, context: int) -> None:
+        """The questions about one context."""
 
-            def one(seed: int = context) -> list[list[float]]:
-                size = {"contexts": 1, "questions": QUESTIONS, "seed": seed}
-                score = run_task(self.model, self.tokenizer, task, length - ROOM, config, **size)
-                return [list(mark) for mark in score.by_depth]
+        def one() -> list[list[float]]:
+            size = {"contexts": 1, "questions": QUESTIONS, "seed": context}
+            score = run_task(self.model, self.tokenizer, task, length - ROOM, config, **size)
+            return [list(mark) for mark in score.by_depth]
 
-            self.get(f"task/{task}/{length}/{setting}/{context}", one)
+        self.get(f"task/{task}/{length}/{setting}/{context}", one)
 
 
 def settings(costs: dict[str, dict[str, Any]], layers: int, length: int) -> dict[str, Setting]:
@@ -203,13 +204,16 @@ def steps(run: Runner) -> Iterator[Callable[[], None]]:
                         yield lambda b=budget, n=name, t=text: run.loss(t, n, made[n](b))
 
     def tasks(lengths: tuple[int, ...], asked: tuple[tuple[str, float], ...]) -> Iterator[Callable[[], None]]:
-        for length in lengths:
-            for name, budget in asked:
-                config = None if name == "dense" else made[name](budget).scaled(run.length, length)
-                label = name if name == "dense" else f"{name}, {budget:.1%}"
-                for task in TASKS:
-                    yield lambda t=task, n=length, s=label, c=config: run.task(t, n, s, c)
+        # all settings on a context before the next one, so that a stopped run compares like with like
+        for length, context, (name, budget) in product(lengths, range(run.contexts), asked):
+            config = None if name == "dense" else made[name](budget).scaled(run.length, length)
+            label = name if name == "dense" else f"{name}, {budget:.1%}"
+            for task in TASKS:
+                yield lambda t=task, n=length, s=label, c=config, i=context: run.task(t, n, s, c, i)
 
+    if run.tasks_only:
+        yield from tasks(run.task_lengths, ASKED)
+        return
     yield from losses(BUDGETS[:2], MAIN)
     yield from losses(BUDGETS[:2], TRIED, TRIED_ON)
     yield from losses(BUDGETS[2:], MAIN, CURVE_ON)
@@ -232,21 +236,30 @@ def report(folder: Path) -> None:
             rest = (f"{one['before the last 256']:+.4f}", f"{one['all']:+.4f}")
             rows.append([text, setting, f"{one['keys']:.1%}", rise, *rest])
     rows.sort(key=lambda row: (str(row[0]), str(row[1]), float(str(row[2])[:-1])))
-    parts = [format_table([head, *rows])]
+    parts = [format_table([head, *rows])] if rows else []
     scores = list(_scores(answers))
     if scores:
-        table: list[list[object]] = [["task", "tokens", "setting", "score", "95 % interval", "questions"]]
-        for name, one in scores:
-            interval = f"{one.low:.2f} - {one.high:.2f}"
-            table.append([one.task, one.length, name, f"{one.score:.2f}", interval, one.samples])
-        parts.append(format_table(table))
+        parts.append(_task_table(scores))
         plots.plot_tasks(scores).savefig(folder / "tasks.png", dpi=130)
     if curves:
+        most = max(len(by.get(MAIN[0], ())) for by in curves.values())  # texts with the longest curve
         shown = {t: {s: p for s, p in by.items() if s in MAIN} for t, by in curves.items()}
+        shown = {t: by for t, by in shown.items() if len(by.get(MAIN[0], ())) == most}
         plots.plot_budgets(shown, targets=(0.015, 0.03)).savefig(folder / "loss.png", dpi=130)
     text = "\n\n".join(parts)
     (folder / "quality.md").write_text(text + "\n")
     print(text)
+
+
+def _task_table(scores: Sequence[tuple[str, plots.TaskScore]]) -> str:
+    """A row per task and length, a column per setting: score, 95 % interval, questions."""
+    names = list(dict.fromkeys(name for name, _ in scores))
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for name, one in sorted(scores, key=lambda pair: (pair[1].task, pair[1].length)):
+        cell = f"{one.score:.2f} ({one.low:.2f} - {one.high:.2f}), n = {one.samples}"
+        rows.setdefault((one.task, one.length), {})[name] = cell
+    cells = [[*key, *(row.get(name, "-") for name in names)] for key, row in rows.items()]
+    return format_table([["task", "tokens", *names], *cells])
 
 
 def _scores(answers: dict[str, Any]) -> Iterator[tuple[str, plots.TaskScore]]:
@@ -273,6 +286,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new step begins")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each text")
     parser.add_argument("--task-lengths", type=int, nargs="*", default=[8192, 4096, 2048])
+    parser.add_argument("--contexts", type=int, default=CONTEXTS, help="of each task and length")
+    parser.add_argument("--tasks-only", action="store_true", help="with calibrated settings made before")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--report", action="store_true", help="only tables and pictures")
     args = parser.parse_args()

@@ -227,12 +227,12 @@ def decode_call(
     return call
 
 
-def compiled(call: Callable[[], object], capability: int) -> list[Report]:
-    """A report per distinct kernel that `call` launches."""
+def compiled(call: Callable[[], object], capability: int, named: str = "") -> list[Report]:
+    """A report per distinct kernel that `call` launches and whose name holds `named`."""
     assert not INTERPRETED, "unset TRITON_INTERPRET"
     with mock.patch.object(tuning, "capability", return_value=divmod(capability, 10)):
         launches = recorded(call)
-    return [compile_launch(launch, capability) for launch in launches]
+    return [compile_launch(launch, capability) for launch in launches if named in launch[0].__name__]
 
 
 MAIN: dict[str, dict[str, Any]] = {
