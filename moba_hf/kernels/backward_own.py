@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.backward_routed import Rows
+from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
 from moba_hf.kernels.plan import Plan
 from moba_hf.kernels.softmax import load_rows
@@ -238,8 +238,8 @@ def _own_gradients_kernel(
             head = (kv_head * GROUP + row % GROUP).to(tl.int64)
             query = (first_query + token).to(tl.int64)
             stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * 2
-            lse = tl.where(there, tl.load(stat), float("inf"))
-            delta = tl.load(stat + 1)
+            lse, delta = load_stats(stat)
+            lse = tl.where(there, lse, float("inf"))
             q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
             q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
             grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n

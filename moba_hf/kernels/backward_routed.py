@@ -173,6 +173,18 @@ def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.const
         return (query // q_len).to(tl.int64), head, (query % q_len).to(tl.int64), stat
 
 
+@triton.jit
+def load_stats(at):
+    """lse and delta of the rows whose stats stand at pointers `at (M,)`.
+
+    A reduction is what keeps the compiler from loading them anew in the layout of the products, where every
+    thread would fetch a quarter of the rows.
+    """
+    which = tl.arange(0, 2)[None, :]
+    both = tl.load(at[:, None] + which)
+    return tl.sum(tl.where(which == 0, both, 0.0), 1), tl.sum(tl.where(which == 1, both, 0.0), 1)
+
+
 @triton.jit(do_not_specialize=["q_len", "first_row"])
 def _pair_gradients_kernel(
     q_ptr,
@@ -243,8 +255,8 @@ def _pair_gradients_kernel(
             # rows past the end repeat the last one: real numbers, which a probability of 0 silences
             pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
             row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
-            lse = tl.where(there, tl.load(stats_ptr + stat), float("inf"))
-            delta = tl.load(stats_ptr + stat + 1)
+            lse, delta = load_stats(stats_ptr + stat)
+            lse = tl.where(there, lse, float("inf"))
             q_at = row * q_stride_b + head * q_stride_h + query * q_stride_n
             q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
             grad_at = row * grad_stride_b + head * grad_stride_h + query * grad_stride_n

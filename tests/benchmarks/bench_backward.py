@@ -57,30 +57,15 @@ def variants(row: Row) -> dict[str, BackwardTiles]:
     """Tile choices to compare; a variant changes several kernels at once, as times are taken by kernel."""
     base = tuning.backward_tiles((HEAD_DIM, HEAD_DIM), 2, row.block_size, (9, 0))
     if row.block_size <= 128:
-        two = Tile(64, 64, 4, 2)
         return {
             "tuned": base,
-            "held s2, own s3": replace(base, held=Tile(64, 128, 8, 2), own=Tile(64, 128, 8, 3)),
-            "held s4, own 32": replace(base, held=Tile(64, 128, 8, 4), own=Tile(32, 128, 8, 3)),
-            "held 32, own 2x64": replace(base, held=Tile(32, 128, 8, 3), own=two, own_dq=two),
-            "held 32 s4": replace(base, held=Tile(32, 128, 8, 4)),
-            "held 128": replace(base, held=Tile(128, 128, 8, 2)),
-            "held 2x64": replace(base, held=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 2)),
+            "own 32": replace(base, own=Tile(32, 128, 8, 3)),
+            "held s5, own s2": replace(base, held=Tile(64, 128, 8, 5), own=Tile(64, 128, 8, 2)),
         }
     return {
         "tuned": base,
-        "s2, dq s3": BackwardTiles(
-            Tile(64, 128, 8, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)
-        ),
-        "held 2x64, dq 128 s3": BackwardTiles(
-            Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
-        ),
-        "held 32, dq 64x32": BackwardTiles(
-            Tile(32, 128, 8, 4), Tile(32, 128, 8, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)
-        ),
-        "held 32x64, dq 128x128": BackwardTiles(
-            Tile(32, 64, 4, 4), Tile(32, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)
-        ),
+        "held 128, own 64": replace(base, held=Tile(64, 128, 8, 3), own=Tile(64, 64, 4, 3)),
+        "held s5, dq 128": replace(base, held=Tile(64, 64, 4, 5), dq=Tile(128, 64, 8, 3)),
     }
 
 

@@ -52,7 +52,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What `ptxas` says of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes."""
+    """What `ptxas` says of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes,
+    columns of tensor memory (compute capability 10)."""
 
     kernel: str
     capability: int
@@ -60,6 +61,7 @@ class Report:
     registers: int
     spills: int
     shared: int
+    columns: int
 
 
 def recorded(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -105,9 +107,8 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capabili
     source, options = source_of(*launch)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _ptxas(built.asm["ptx"], capability)
-    return Report(
-        launch[0].__name__, capability, options.get("num_warps", 4), registers, spills, built.metadata.shared
-    )
+    memory = built.metadata.shared, built.metadata.tmem_size or 0
+    return Report(launch[0].__name__, capability, options.get("num_warps", 4), registers, spills, *memory)
 
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
@@ -227,11 +228,18 @@ def decode_call(
     return call
 
 
-def compiled(call: Callable[[], object], capability: int, named: str = "") -> list[Report]:
-    """A report per distinct kernel that `call` launches and whose name holds `named`."""
+def recorded_for(
+    call: Callable[[], object], capability: int
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The launches that `call` makes on a GPU of compute capability `capability`, as 80, 90, 100."""
     assert not INTERPRETED, "unset TRITON_INTERPRET"
     with mock.patch.object(tuning, "capability", return_value=divmod(capability, 10)):
-        launches = recorded(call)
+        return recorded(call)
+
+
+def compiled(call: Callable[[], object], capability: int, named: str = "") -> list[Report]:
+    """A report per distinct kernel that `call` launches and whose name holds `named`."""
+    launches = recorded_for(call, capability)
     return [compile_launch(launch, capability) for launch in launches if named in launch[0].__name__]
 
 

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("triton")
 kernel_aot = pytest.importorskip("kernel_aot", reason="TRITON_INTERPRET is set")
 
-_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+_SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+_TENSOR_COLUMNS = 512
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -66,11 +67,27 @@ def test_decode_steps(name: str, capability: int) -> None:
     _check(kernel_aot.decode_call(**kernel_aot.DECODE[name]), capability, 64)
 
 
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_one_backward(capability: int) -> None:
+    _check(kernel_aot.backward_call(head_dim=256, block_size=64, topk=3), capability, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 256), (96, 80), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 512])
+def test_backward_variants(block_size: int, dims: tuple[int, int], capability: int) -> None:
+    call = kernel_aot.backward_call(head_dim=dims[0], v_dim=dims[1], block_size=block_size, topk=3)
+    _check(call, capability, 520)
+
+
 def _check(call: object, capability: int, most_spills: int) -> None:
     reports = kernel_aot.compiled(call, capability)
     assert len(reports) >= 4
     for report in reports:
         assert report.shared <= _SHARED[capability], report
+        assert report.columns <= _TENSOR_COLUMNS, report
+        assert report.registers >= 8, report  # fewer: a kernel that was given up is compiled empty
         assert report.spills <= most_spills, report
 
 
