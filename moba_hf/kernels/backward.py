@@ -20,9 +20,8 @@ from moba_hf.kernels import tuning
 from moba_hf.kernels.backward_own import own_dq, own_gradients
 from moba_hf.kernels.backward_routed import Rows, pair_dq, pair_gradients
 from moba_hf.kernels.backward_rows import row_stats, sum_partials
-from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import padded, rows_contiguous
-from moba_hf.kernels.plan import Plan, make_plan
+from moba_hf.kernels.plan import Plan, head_split, make_plan
 from moba_hf.kernels.routing import ROUTE_ROWS, key_format, pair_keys, retile, route
 
 

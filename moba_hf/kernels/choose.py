@@ -3,7 +3,7 @@
 Legend: B block size, D head dim, G query heads per kv head, M queries per row, C block columns, K topk.
 
 1. score: one program per (64 rows of M x G, kv head, 128 columns). Scores come from the dot product that the
-   gate runs, in tiles of the same shape, and become the same int32 that sorts like them (`_sortable`, lowest
+   gate runs, in tiles of the same shape, and become the same int32 that sorts like them (`sortable`, lowest
    bits zero): a decode step and a prefill choose alike, near ties included. Columns that cannot be chosen
    get the least number.
 2. choose: one program per (query, head). A number between the COUNT-th and the next largest key is searched,
@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.gate import _bits, _sortable
 from moba_hf.kernels.launch import device_of, dot, padded, rows_contiguous
+from moba_hf.kernels.levels import sortable, tile_bits
 
 _LEAST = tl.constexpr(-(2**31))
 # First distance below the largest key: an eighth of a power of two.
@@ -66,7 +66,7 @@ def choose_blocks(
     scored = count > 0 and columns > 0
     room = 16 * triton.cdiv(columns, 16) if scored else 16
     keys = torch.empty(batch, length, num_heads, room, dtype=torch.int32, device=q.device)
-    bits = _bits(triton.cdiv(max(0, kv_len - 1) // block_size, tuning.GATE.n))
+    bits = tile_bits(triton.cdiv(max(0, kv_len - 1) // block_size, tuning.GATE.n))
     held = min(_MOST_HELD, max(64, triton.next_power_of_2(columns)))
     with device_of(q):
         if scored:
@@ -171,7 +171,7 @@ def _score_kernel(
                 mask=(column < end)[None, :] & (dim < HEAD_DIM)[:, None],
                 other=0.0,
             )
-            key = _sortable(dot(q, mean), (1 << BITS) - 1, BITS)
+            key = sortable(dot(q, mean), (1 << BITS) - 1, BITS)
             candidate = (column[None, :] >= SINK) & (column[None, :] < (own - LOCAL)[:, None])
             key = tl.where(candidate, key, _LEAST)
             tl.store(out[:, None] + column[None, :], key, mask=there[:, None] & (column < end)[None, :])

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from moba_hf.kernels import decode, hopper, tuning
-from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.merge import merge
 from moba_hf.kernels.own import own_attention
-from moba_hf.kernels.plan import Plan, make_plan
+from moba_hf.kernels.plan import Plan, head_split, make_plan
 from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 

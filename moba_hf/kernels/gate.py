@@ -26,18 +26,9 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.launch import _UPCAST as INTERPRETED_JIT
 from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_contiguous
-from moba_hf.kernels.plan import Plan, find_tile, make_plan
-
-_EMPTY = tl.constexpr(-(2**31))  # no block
-_SPENT = tl.constexpr(-(2**31) + 1)  # a class that gave all its entries
-
-
-def head_split(group_size: int, rows: int) -> tuple[int, int]:
-    """Query heads of one program, and tokens of its tile, so that both fit `rows`."""
-    heads = min(group_size, rows)
-    return heads, max(1, rows // heads)
+from moba_hf.kernels.levels import EMPTY, SPENT, filled, insert, sortable, sortable_positive, take, tile_bits
+from moba_hf.kernels.plan import Plan, find_tile, head_split, make_plan
 
 
 def select_blocks(
@@ -124,7 +115,7 @@ def gate(
             TILE=plan.tile,
             TILES_PER_BLOCK=plan.tiles_per_block,
             HEADS=heads,
-            TILE_BITS=_bits(triton.cdiv(plan.max_blocks, tile.n)),
+            TILE_BITS=tile_bits(triton.cdiv(plan.max_blocks, tile.n)),
             EXACT=exact,
             STAGES=tile.stages,
             **constants,
@@ -135,19 +126,10 @@ def gate(
                 *shared,
                 *strides,
                 *sizes,
-                TILE_BITS=_bits(triton.cdiv(plan.num_blocks, tile.n)),
+                TILE_BITS=tile_bits(triton.cdiv(plan.num_blocks, tile.n)),
                 STAGES=tile.stages,
                 **{**constants, "num_warps": 8},
             )
-
-
-def _bits(count: int) -> int:
-    """Bits that number `count` tiles, at least 7.
-
-    A common least keeps near ties falling alike in calls of any length, so that a prompt in chunks chooses as
-    the whole does, up to 8,192 blocks.
-    """
-    return max(7, (count - 1).bit_length() if count > 0 else 0)
 
 
 @triton.jit
@@ -157,62 +139,6 @@ def _load_means(at, dim, HEAD_DIM: tl.constexpr, EVEN_DIM: tl.constexpr):
         return tl.load(at)
     else:
         return tl.load(at, mask=(dim < HEAD_DIM)[:, None], other=0.0)
-
-
-@triton.jit
-def _filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """LEVELS tensors int32 `(M, N)` of one value."""
-    levels = ()
-    for _ in tl.static_range(LEVELS):
-        levels = levels + (tl.full([M, N], value, tl.int32),)  # type: ignore[assignment]
-    return levels
-
-
-@triton.jit
-def _sortable(scores, tile, TILE_BITS: tl.constexpr):
-    """int32 that sorts as `scores` fp32, lowest bits replaced so that earlier tiles are larger."""
-    mask: tl.constexpr = (1 << TILE_BITS) - 1
-    flip: tl.constexpr = 0x7FFFFFFF - mask
-    return _sortable_positive(scores, tile, TILE_BITS) ^ ((scores.to(tl.int32, bitcast=True) >> 31) & flip)
-
-
-@triton.jit
-def _sortable_positive(scores, tile, TILE_BITS: tl.constexpr):
-    """`_sortable` for positive scores, in one operation; negative ones become some smaller key."""
-    mask: tl.constexpr = (1 << TILE_BITS) - 1
-    bits = scores.to(tl.int32, bitcast=True)
-    if INTERPRETED_JIT:
-        return (bits & (-1 - mask)) | (mask - tile)
-    else:  # the compiler makes two operations of it
-        asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # a & b | c
-        return tl.inline_asm_elementwise(
-            asm, "=r,r,r,r", [bits, -1 - mask, mask - tile], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _insert(levels, key, LEVELS: tl.constexpr):
-    """`levels`, sorted down per class, with `key (M, N)` inserted and the least dropped."""
-    result = ()
-    for level in tl.static_range(LEVELS):
-        result = result + (tl.maximum(levels[level], key),)  # type: ignore[assignment]
-        key = tl.minimum(levels[level], key)
-    return result
-
-
-@triton.jit
-def _take(levels, active, column, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr):
-    """The largest class head of each active row and its class; `levels` after taking it."""
-    best = tl.max(levels[0], 1)
-    chosen = tl.min(tl.where(levels[0] == best[:, None], column[None, :], BLOCK_N), 1)
-    hit = (column[None, :] == chosen[:, None]) & active[:, None]
-    moved = ()
-    for level in tl.static_range(LEVELS):
-        if level + 1 < LEVELS:
-            moved = moved + (tl.where(hit, levels[level + 1], levels[level]),)  # type: ignore[assignment]
-        else:
-            moved = moved + (tl.where(hit, _SPENT, levels[level]),)  # type: ignore[assignment]
-    return best, chosen, moved
 
 
 @triton.jit(do_not_specialize=["means_rows", "listed_rows", "q_len", "num_seqs", "num_rows", "block_size"])
@@ -308,13 +234,13 @@ def _gate_fwd_kernel(
             first_block = tl.load(block_offset_ptr + seq) + sinks
             mean_ptr += (kv_head.to(tl.int64) * means_rows + first_block) * HEAD_DIM
             mean_offset = column[None, :] * HEAD_DIM + dim[:, None]
-            levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
+            levels = filled(EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             whole = columns // BLOCK_N
             scanned = 0
             positive = False
             if whole > 0:
                 scores = dot(q, _load_means(mean_ptr + mean_offset, dim, HEAD_DIM, EVEN_DIM))
-                levels = _insert(levels, _sortable(scores, 0, TILE_BITS), LEVELS)
+                levels = insert(levels, sortable(scores, 0, TILE_BITS), LEVELS)
                 found = tl.sum((scores > 0.0).to(tl.int32), 1)
                 # as a matrix: for Blackwell, Triton cannot reduce a reduction of a product once more
                 found = tl.reshape(tl.where(there, found, COUNT), (BLOCK_M // 16, 16))
@@ -324,28 +250,28 @@ def _gate_fwd_kernel(
                 for tile in tl.range(1, whole, num_stages=STAGES):
                     at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                     scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
-                    levels = _insert(levels, _sortable_positive(scores, tile, TILE_BITS), LEVELS)
+                    levels = insert(levels, sortable_positive(scores, tile, TILE_BITS), LEVELS)
                 scanned = whole
             for tile in tl.range(scanned, whole, num_stages=STAGES):
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                 scores = dot(q, _load_means(at, dim, HEAD_DIM, EVEN_DIM))
-                levels = _insert(levels, _sortable(scores, tile, TILE_BITS), LEVELS)
+                levels = insert(levels, sortable(scores, tile, TILE_BITS), LEVELS)
             for tile in range(whole, tl.cdiv(columns, BLOCK_N)):
                 inside = (tile * BLOCK_N + column < columns)[None, :]
                 at = mean_ptr + tile * (BLOCK_N * HEAD_DIM) + mean_offset
                 mean = tl.load(at, mask=inside & (dim < HEAD_DIM)[:, None], other=0.0)
-                key = tl.where(inside, _sortable(dot(q, mean), tile, TILE_BITS), _EMPTY)
-                levels = _insert(levels, key, LEVELS)
+                key = tl.where(inside, sortable(dot(q, mean), tile, TILE_BITS), EMPTY)
+                levels = insert(levels, key, LEVELS)
             mask: tl.constexpr = (1 << TILE_BITS) - 1
             for i in range(COUNT - 1):
-                best, chosen, levels = _take(levels, there, column, BLOCK_N, LEVELS)
+                best, chosen, levels = take(levels, there, column, BLOCK_N, LEVELS)
                 tile_of = mask - (best & mask)
-                tl.store(out + slot + i, sinks + tile_of * BLOCK_N + chosen, mask=there & (best > _SPENT))
-            spent = tl.max((levels[0] == _SPENT).to(tl.int32), 1)
-            best, chosen, levels = _take(levels, there, column, BLOCK_N, LEVELS)
+                tl.store(out + slot + i, sinks + tile_of * BLOCK_N + chosen, mask=there & (best > SPENT))
+            spent = tl.max((levels[0] == SPENT).to(tl.int32), 1)
+            best, chosen, levels = take(levels, there, column, BLOCK_N, LEVELS)
             tile_of = mask - (best & mask)
             last = sinks + tile_of * BLOCK_N + chosen
-            tl.store(out + slot + COUNT - 1, last, mask=there & (best > _SPENT))
+            tl.store(out + slot + COUNT - 1, last, mask=there & (best > SPENT))
             if not EXACT:
                 if columns > LEVELS * BLOCK_N:
                     again = tl.where(there, spent, 0)
@@ -424,7 +350,7 @@ def _gate_rest_kernel(
         limit = tl.full([BLOCK_M], 2147483647, tl.int32)
         limit_class = tl.full([BLOCK_M], -1, tl.int32)
         while tl.min(done, 0) < COUNT:
-            levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
+            levels = filled(EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             for tile in tl.range(0, tiles, num_stages=STAGES):
                 block = base + tile * BLOCK_N + column
                 mean = tl.load(
@@ -434,19 +360,19 @@ def _gate_rest_kernel(
                     & (dim < HEAD_DIM)[:, None],
                     other=0.0,
                 )
-                key = _sortable(dot(q, mean), tile, TILE_BITS)
+                key = sortable(dot(q, mean), tile, TILE_BITS)
                 inside = (block[None, :] >= begin[:, None]) & (block[None, :] < end[:, None])
                 below = (key < limit[:, None]) | (
                     (key == limit[:, None]) & (column[None, :] > limit_class[:, None])
                 )
-                levels = _insert(levels, tl.where(inside & below, key, _EMPTY), LEVELS)
+                levels = insert(levels, tl.where(inside & below, key, EMPTY), LEVELS)
             certain = done < COUNT
             for _ in range(COUNT):
-                certain = certain & (tl.max((levels[0] == _SPENT).to(tl.int32), 1) == 0) & (done < COUNT)
-                best, chosen, levels = _take(levels, certain, column, BLOCK_N, LEVELS)
+                certain = certain & (tl.max((levels[0] == SPENT).to(tl.int32), 1) == 0) & (done < COUNT)
+                best, chosen, levels = take(levels, certain, column, BLOCK_N, LEVELS)
                 mask: tl.constexpr = (1 << TILE_BITS) - 1
                 block = base + (mask - (best & mask)) * BLOCK_N + chosen
-                block = tl.where(best > _SPENT, block - offset, -1)
+                block = tl.where(best > SPENT, block - offset, -1)
                 tl.store(out + (TOPK - COUNT) + done, block, mask=certain)
                 limit = tl.where(certain, best, limit)
                 limit_class = tl.where(certain, chosen, limit_class)

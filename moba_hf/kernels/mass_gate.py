@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.gate import _EMPTY, _SPENT, _bits, _filled, _insert, _sortable, _take, head_split
 from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_contiguous
+from moba_hf.kernels.levels import EMPTY, SPENT, filled, insert, sortable, take, tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
-from moba_hf.kernels.plan import Plan, find_tile, make_plan
+from moba_hf.kernels.plan import Plan, find_tile, head_split, make_plan
 from moba_hf.reference import part_size
 
 _LOG2_E = math.log2(math.e)
@@ -119,7 +119,7 @@ def mass_gate(
             TILE=plan.tile,
             TILES_PER_BLOCK=plan.tiles_per_block,
             HEADS=heads,
-            TILE_BITS=_bits(triton.cdiv(plan.max_blocks, tile.n)),
+            TILE_BITS=tile_bits(triton.cdiv(plan.max_blocks, tile.n)),
             EXACT=exact,
             **constants,
         )
@@ -130,7 +130,7 @@ def mass_gate(
                 *strides,
                 *sizes,
                 *scales,
-                TILE_BITS=_bits(triton.cdiv(plan.num_blocks, tile.n)),
+                TILE_BITS=tile_bits(triton.cdiv(plan.num_blocks, tile.n)),
                 **{**constants, "LEVELS": min(known, 6)},  # beside the limits of its rounds more would spill
             )
 
@@ -279,7 +279,7 @@ def _mass_gate_fwd_kernel(
             vector = column[None, :] * HEAD_DIM + dim[:, None] + first_block.to(tl.int64) * HEAD_DIM
             center_ptr += kv_head.to(tl.int64) * (PARTS + 1) * step
             spread_ptr += kv_head.to(tl.int64) * PARTS * step
-            levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
+            levels = filled(EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             for tile in tl.range(0, tl.cdiv(columns, BLOCK_N), num_stages=STAGES):
                 inside = (tile * BLOCK_N + column < columns)[None, :]
                 at = tile * (BLOCK_N * HEAD_DIM) + vector
@@ -295,18 +295,18 @@ def _mass_gate_fwd_kernel(
                     PARTS,
                     LOG2_SIZE,
                 )
-                key = tl.where(inside, _sortable(score, tile, TILE_BITS), _EMPTY)
-                levels = _insert(levels, key, LEVELS)
+                key = tl.where(inside, sortable(score, tile, TILE_BITS), EMPTY)
+                levels = insert(levels, key, LEVELS)
             mask: tl.constexpr = (1 << TILE_BITS) - 1
             for i in range(COUNT - 1):
-                best, chosen, levels = _take(levels, there, column, BLOCK_N, LEVELS)
+                best, chosen, levels = take(levels, there, column, BLOCK_N, LEVELS)
                 tile_of = mask - (best & mask)
-                tl.store(out + slot + i, sinks + tile_of * BLOCK_N + chosen, mask=there & (best > _SPENT))
-            spent = tl.max((levels[0] == _SPENT).to(tl.int32), 1)
-            best, chosen, levels = _take(levels, there, column, BLOCK_N, LEVELS)
+                tl.store(out + slot + i, sinks + tile_of * BLOCK_N + chosen, mask=there & (best > SPENT))
+            spent = tl.max((levels[0] == SPENT).to(tl.int32), 1)
+            best, chosen, levels = take(levels, there, column, BLOCK_N, LEVELS)
             tile_of = mask - (best & mask)
             last = sinks + tile_of * BLOCK_N + chosen
-            tl.store(out + slot + COUNT - 1, last, mask=there & (best > _SPENT))
+            tl.store(out + slot + COUNT - 1, last, mask=there & (best > SPENT))
             if not EXACT:
                 if columns > LEVELS * BLOCK_N:
                     again = tl.where(there, spent, 0)
@@ -389,7 +389,7 @@ def _mass_gate_rest_kernel(
         limit = tl.full([BLOCK_M], 2147483647, tl.int32)
         limit_class = tl.full([BLOCK_M], -1, tl.int32)
         while tl.min(done, 0) < COUNT:
-            levels = _filled(_EMPTY, LEVELS, BLOCK_M, BLOCK_N)
+            levels = filled(EMPTY, LEVELS, BLOCK_M, BLOCK_N)
             for tile in tl.range(0, tiles, num_stages=STAGES):
                 block = base + tile * BLOCK_N + column
                 known = (block < blocks)[None, :] & (dim < HEAD_DIM)[:, None]
@@ -406,19 +406,19 @@ def _mass_gate_rest_kernel(
                     PARTS,
                     LOG2_SIZE,
                 )
-                key = _sortable(score, tile, TILE_BITS)
+                key = sortable(score, tile, TILE_BITS)
                 inside = (block[None, :] >= begin[:, None]) & (block[None, :] < end[:, None])
                 below = (key < limit[:, None]) | (
                     (key == limit[:, None]) & (column[None, :] > limit_class[:, None])
                 )
-                levels = _insert(levels, tl.where(inside & below, key, _EMPTY), LEVELS)
+                levels = insert(levels, tl.where(inside & below, key, EMPTY), LEVELS)
             certain = done < COUNT
             for _ in range(COUNT):
-                certain = certain & (tl.max((levels[0] == _SPENT).to(tl.int32), 1) == 0) & (done < COUNT)
-                best, chosen, levels = _take(levels, certain, column, BLOCK_N, LEVELS)
+                certain = certain & (tl.max((levels[0] == SPENT).to(tl.int32), 1) == 0) & (done < COUNT)
+                best, chosen, levels = take(levels, certain, column, BLOCK_N, LEVELS)
                 mask: tl.constexpr = (1 << TILE_BITS) - 1
                 block = base + (mask - (best & mask)) * BLOCK_N + chosen
-                block = tl.where(best > _SPENT, block - offset, -1)
+                block = tl.where(best > SPENT, block - offset, -1)
                 tl.store(out + (TOPK - COUNT) + done, block, mask=certain)
                 limit = tl.where(certain, best, limit)
                 limit_class = tl.where(certain, chosen, limit_class)

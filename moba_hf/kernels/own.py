@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan, find_tile
+from moba_hf.kernels.plan import Plan, find_tile, head_split
 from moba_hf.kernels.softmax import accumulate, load_rows
 
 

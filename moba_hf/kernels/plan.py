@@ -69,6 +69,12 @@ class Plan:
         return max(1, min(self.chunk_rows, whole, each))
 
 
+def head_split(group_size: int, rows: int) -> tuple[int, int]:
+    """Query heads of one program, and tokens of its tile, so that both fit `rows`."""
+    heads = min(group_size, rows)
+    return heads, max(1, rows // heads)
+
+
 def make_plan(
     q: Tensor,
     k: Tensor,

@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.gate import head_split
 from moba_hf.kernels.launch import device_of
-from moba_hf.kernels.plan import Plan, find_tile
+from moba_hf.kernels.plan import Plan, find_tile, head_split
 
 # Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, its number
 # in the bin; one is unused.

@@ -35,11 +35,11 @@ from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.evaluate.results import format_table
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.gate import gate, head_split
+from moba_hf.kernels.gate import gate
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.kernels.mass_gate import mass_gate
 from moba_hf.kernels.mass_summary import mass_summary
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.plan import head_split, make_plan
 from moba_hf.kernels.tuning import Tile
 from moba_hf.ops import moba_attention
 from moba_hf.reference import part_size
