@@ -147,7 +147,7 @@ def test_wrong_numbers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(*args, **{**kwargs, "topk": kwargs["topk"] - 1})
 
     def no_padding(*args: Any, **kwargs: Any) -> Any:
-        return right(*args, **{**kwargs, "kv_start": None})
+        return right(*args, **{**kwargs, "kv_start": None, "table": None})
 
     monkeypatch.setattr(attention, "batched_moba_attention", one_block_less)
     with pytest.raises(AssertionError, match="sparse: layer 0 differs from the reference"):
