@@ -96,7 +96,6 @@ def own_attention(
             DV=v.shape[3],
             STAGES=tile.stages,
             FINAL=final,
-            OVERLAP=plan.block_size >= tuning.HOPPER_OVERLAP[0],
             num_warps=4,
         )
 
@@ -129,7 +128,6 @@ def routed_attention(
     else:
         kernel = _kernels("stream").stream_kernel
         constants |= {"BLOCK_N": tile.n, "DV": v.shape[3], "STAGES": tile.stages}
-        constants["OVERLAP"] = plan.block_size >= tuning.HOPPER_OVERLAP[1]
     with device_of(q):
         kernel[(num_processors(q),)](
             q,

@@ -145,8 +145,8 @@ def attend_ring(
 ):
     """Attends 64 query rows to `num_keys` > 0 keys of the ring, of which the first is seen by every row.
 
-    Scores of tile j + 1 and the output of tile j are issued together. With OVERLAP, for long blocks,
-    the weights of tile j + 1 are computed while the output of tile j still is.
+    Scores of tile j + 1 and the output of tile j are issued together. With OVERLAP the weights of
+    tile j + 1 are computed while the output of tile j still is: routed blocks gain, masked own blocks do not.
 
     Args:
         last_seen: `(64,)`, the last key that each row sees; heeded (MASKED) in tiles that reach beyond

@@ -71,7 +71,6 @@ def _consume(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     FINAL: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):
     """Attends rows `[64 * PART, 64 * PART + 64)` of every tile."""
     q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_heads, q_len, q_strides, scale = data
@@ -108,7 +107,7 @@ def _consume(
             seen = gl.minimum(before + TILE, BLOCK_SIZE)
             last_seen = before + s_row // G
             acc, top, mass, step = attend_ring(
-                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, OVERLAP
+                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False
             )
             head = item // tiles
             out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
@@ -159,7 +158,6 @@ def own_kernel(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
     FINAL: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):
     tiles = gl.load(tile_offset_ptr + num_seqs)
     work = tiles * num_kv_heads
@@ -174,8 +172,8 @@ def own_kernel(
     if work > 0:
         gl.warp_specialize(
             [
-                (_consume, (q0, ring, data, 0, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL, OVERLAP)),
-                (_consume, (q1, ring, data, 1, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL, OVERLAP)),
+                (_consume, (q0, ring, data, 0, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL)),
+                (_consume, (q1, ring, data, 1, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, FINAL)),
                 (_produce, (k_desc, v_desc, ring, info_ptr, tiles, work, TILE, BLOCK_SIZE, BLOCK_N, STAGES)),
             ],
             [4, 1],

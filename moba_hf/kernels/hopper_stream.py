@@ -60,7 +60,6 @@ def _consume(
     D: gl.constexpr,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):
     """Attends rows `[64 * PART, 64 * PART + 64)` of every tile."""
     q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale = data
@@ -94,7 +93,7 @@ def _consume(
         later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)
         pair = load_pairs(pair_ptr, q_row, later_begin, later_end)
         acc, high, mass, step = attend_ring(
-            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, OVERLAP
+            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True
         )
         v_pair = load_pairs(pair_ptr, v_row, begin, end)
         s_pair = load_pairs(pair_ptr, s_row, begin, end)
@@ -132,7 +131,6 @@ def stream_kernel(
     D: gl.constexpr,
     DV: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):
     total = gl.load(tile_begin_ptr + num_bins)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -148,11 +146,11 @@ def stream_kernel(
             [
                 (
                     _consume,
-                    (q0, ring, data, 0, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, OVERLAP),
+                    (q0, ring, data, 0, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES),
                 ),
                 (
                     _consume,
-                    (q1, ring, data, 1, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES, OVERLAP),
+                    (q1, ring, data, 1, SLOTS, HEADS, ONE_BATCH, BLOCK_SIZE, BLOCK_N, D, DV, STAGES),
                 ),
                 (_produce, (k_desc, v_desc, ring, info_ptr, total, BLOCK_SIZE, BLOCK_N, STAGES)),
             ],

@@ -1,8 +1,8 @@
 """Tile choices, in one table, and the predicate that says whether a choice can run.
 
 A choice depends on what is known before the launch only (head dims, block size, dtype width, topk,
-capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 come
-from prototypes in bf16 at head_dim 128 and are still to be measured with these kernels; the others keep the
+capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 were
+measured in bf16 at head_dim 128, those of the forward's plain Triton tiles on prototypes; the others keep the
 shared memory and registers of a tile alike.
 """
 
@@ -92,7 +92,6 @@ RESIDENT_TILES = 16
 
 # Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
 HOPPER_OWN = Tile(128, 64, 4, 4)
-HOPPER_OVERLAP = (1 << 30, 0)
 HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
 HOPPER_RESIDENT = Tile(
     192, 128, 4, 2
