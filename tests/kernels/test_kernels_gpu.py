@@ -228,3 +228,20 @@ def test_a_strided_view_far_into_memory() -> None:
     case.k = k
     assert torch.equal(case.select(), expected)
     assert torch.equal(case.attend(expected)[0], out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "topk", "most"), [(1 << 17, 8, 4.5), (1 << 20, 12, 12.0)], ids=["131K-128/8", "1M-128/12"]
+)
+def test_peak_memory(length: int, topk: int, most: float) -> None:
+    """The operator's own peak, GiB beyond q, k, v and out, at 32 query and 8 kv heads of 128."""
+    q, k, v = (torch.randn(length, heads, 128, dtype=BF16, device="cuda") for heads in (32, 8, 8))
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ops.moba_attention(q, k, v, block_size=128, topk=topk)
+    peak = (torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()) / 2**30
+    print(f"{length:,} tokens, topk {topk}: {peak:.2f} GiB")
+    assert peak < most, f"{peak:.2f} GiB"
