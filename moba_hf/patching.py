@@ -41,7 +41,7 @@ class _State:
         elif hasattr(text_config, "moba"):
             del text_config.moba
         if text_config._attn_implementation != self.implementation:
-            _set_implementation(model, adapter, self.implementation)
+            set_implementation(model, adapter, self.implementation)
         for module, attributes in self.modules:
             for name in ("_moba_plan", *_ON_MODULES):
                 module.__dict__.pop(name, None)
@@ -70,7 +70,7 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     before = _State.of(model, adapter, text_config)
     text_config.moba = moba.to_dict()
     try:
-        _set_implementation(model, adapter, NAME)
+        set_implementation(model, adapter, NAME)
     except BaseException:
         before.restore(model, adapter, text_config)
         raise
@@ -142,7 +142,12 @@ def _family(model: Any) -> tuple[Adapter, Any]:
     return adapter, adapter.text_config(model.config)
 
 
-def _set_implementation(model: Any, adapter: Adapter, name: str) -> None:
+def set_implementation(model: Any, adapter: Adapter, name: str) -> None:
+    """Gives the text model of `model` the attention implementation `name`; vision towers keep theirs.
+
+    Raises:
+        ValueError: the model does not let it be set.
+    """
     key = adapter.text_config_key
     nested = key is not None and hasattr(model.config, key)
     model.set_attn_implementation({key: name} if nested else name)

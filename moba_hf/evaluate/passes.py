@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +16,15 @@ from transformers.masking_utils import sdpa_mask
 
 from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import MobaConfig
-from moba_hf.patching import use_moba
+from moba_hf.patching import set_implementation, use_moba
 
 _PROBED = "moba_probe"
+# Parts of a config that say where a model comes from and how it runs, not what it is.
+_NOT_OF_THE_MODEL = {
+    *("moba", "attn_implementation", "_attn_implementation", "_name_or_path", "transformers_version"),
+    *("dtype", "torch_dtype", "architectures", "use_cache"),
+}
+_SAMPLE = 256  # values of each weight that `identity_of` looks at, about
 
 # (layer index, attention module, q (H, N, D), k (HK, N, D), v (HK, N, Dv), softmax scale)
 Probe = Callable[[int, nn.Module, Tensor, Tensor, Tensor, float], None]
@@ -28,6 +36,36 @@ def family_of(model: Any) -> tuple[Adapter, Any]:
     return adapter, adapter.text_config(model.config)
 
 
+def identity_of(*things: Any) -> str:
+    """A hash of what results follow from: tensors; of a model its config and some of every weight.
+
+    How a model runs (`config.moba`, its attention implementation) is no part of it.
+    """
+    found = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Tensor):
+            found.update(f"{thing.dtype} {tuple(thing.shape)}".encode() + thing.cpu().numpy().tobytes())
+            continue
+        config = json.dumps(_without(thing.config.to_dict()), sort_keys=True, default=str)
+        found.update(config.encode())
+        for name, weight in thing.named_parameters():
+            step = max(1, weight.numel() // _SAMPLE)
+            some = weight.detach().reshape(-1)[::step]
+            found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            if not weight.is_meta:  # offloaded
+                found.update(some.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _without(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values, nested ones too, without `_NOT_OF_THE_MODEL`."""
+    return {
+        name: _without(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _NOT_OF_THE_MODEL
+    }
+
+
 @contextmanager
 def attention(model: Any, config: MobaConfig | None) -> Iterator[Any]:
     """`model` with MoBA as `config` says, or dense for None; afterwards it is as it was."""
@@ -35,12 +73,20 @@ def attention(model: Any, config: MobaConfig | None) -> Iterator[Any]:
         with use_moba(model, config):
             yield model
         return
-    previous = family_of(model)[1]._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
+    with _implementation(model, "sdpa"):
         yield model
+
+
+@contextmanager
+def _implementation(model: Any, name: str) -> Iterator[None]:
+    """The text model of `model` with an attention implementation; afterwards it is as it was."""
+    adapter, text_config = family_of(model)
+    previous = text_config._attn_implementation
+    set_implementation(model, adapter, name)
+    try:
+        yield
     finally:
-        model.set_attn_implementation(previous)
+        set_implementation(model, adapter, previous)
 
 
 @torch.no_grad()
@@ -73,16 +119,14 @@ def watch(model: Any, ids: Tensor, probe: Probe) -> None:
     modules = [m for i, m in adapter.attention_layers(model) if i in eligible]
     AttentionInterface.register(_PROBED, _probed_attention)
     AttentionMaskInterface.register(_PROBED, sdpa_mask)
-    previous = text_config._attn_implementation
-    model.set_attn_implementation(_PROBED)
     try:
         for module in modules:
             module.__dict__["_moba_probe"] = probe
-        hidden_states(model, ids)
+        with _implementation(model, _PROBED):
+            hidden_states(model, ids)
     finally:
         for module in modules:
             module.__dict__.pop("_moba_probe", None)
-        model.set_attn_implementation(previous)
 
 
 def sample_positions(length: int, count: int, seed: int) -> Tensor:

@@ -38,9 +38,9 @@ class Store:
                 raise ValueError(f"{self.path} was made with other settings; remove it or name another file")
 
     def get(self, key: str, compute: Callable[[], T]) -> T:
-        """The answer for `key`, computed and written down if it is not known."""
+        """The answer for `key` as JSON gives it back, computed and written down if it is not known."""
         if key not in self.answers:
-            self.answers[key] = compute()
+            self.answers[key] = json.loads(json.dumps(compute()))
             self.write()
         answer: T = self.answers[key]
         return answer

@@ -14,11 +14,14 @@ from torch import Tensor
 from moba_hf.attention import moba_config
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
-from moba_hf.evaluate.passes import family_of
+from moba_hf.evaluate.passes import family_of, identity_of
 from moba_hf.evaluate.perplexity import perplexity
 from moba_hf.evaluate.recall import recall
-from moba_hf.evaluate.results import Store, format_table
-from moba_hf.evaluate.tasks import run_task
+from moba_hf.evaluate.results import Store, format_table, progress
+from moba_hf.evaluate.tasks import TASKS, run_task
+from moba_hf.inspection import inspect_config
+
+MEASURES = ("perplexity", "agreement", "recall")
 
 
 def load(path: str, device: str | None = None) -> tuple[Any, Any]:
@@ -76,32 +79,39 @@ def evaluate(
     Args:
         texts: name -> `(1, length)` token ids.
         settings: name -> MoBA settings; None: dense.
-        measures: of "perplexity", "agreement" and "recall"; the last two are for MoBA settings.
+        measures: of `MEASURES`; the last two are for MoBA settings.
         tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
-        store: a JSON file that keeps what is done.
+        seed: of the tasks, and of the queries that recall looks at.
+        store: a JSON file that keeps what is done, for the same model, texts, settings and seed.
+
+    Raises:
+        ValueError: nothing to measure, unknown names, or a store of something else.
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "agreement": ..., "recall": ..., "tasks": [...],
-        "keys": {text: {setting: (key budget, share of dense pairs)}}}`.
+        "keys": {text: {setting: [key budget, share of dense pairs]}}}`.
     """
-    adapter, text_config = family_of(model)
-    layers = adapter.num_layers(text_config)
+    _check(texts, measures, tasks, task_lengths, contexts)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
-    sums = {name: [ids.shape[1], int(ids.sum())] for name, ids in texts.items()}
-    known = Store(store, {"texts": sums, "settings": configs, "seed": seed})
+    made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
+    known = Store(store, {**made_of, "settings": configs, "seed": seed})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
     result["keys"] = {}
+    runs = [
+        (text, name, measure)
+        for text in texts
+        for name, config in settings.items()
+        for measure in measures
+        if config is not None or measure == "perplexity"
+    ]
+    for text, name, measure in progress(runs, "passes"):
+        passed = partial(_one, model, measure, texts[text], settings[name], seed)
+        result[measure][text][name] = known.get(f"{measure}/{text}/{name}", passed)
     for text, ids in texts.items():
         for name, config in settings.items():
-            for measure in measures:
-                if config is None and measure != "perplexity":
-                    continue
-                made = known.get(f"{measure}/{text}/{name}", partial(_one, model, measure, ids, config))
-                result[measure][text][name] = made
             if config is not None:
-                length = ids.shape[1]
-                shares = (config.key_budget(length, layers), config.pair_share(length, layers))
-                result["keys"].setdefault(text, {})[name] = shares
+                row = inspect_config(model.config, config, (ids.shape[1],)).lengths[0]
+                result["keys"].setdefault(text, {})[name] = [row.key_budget, row.pair_share]
     result["tasks"] = [
         {
             "setting": name,
@@ -116,43 +126,38 @@ def evaluate(
     return result
 
 
-def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None) -> dict[str, Any]:
+def _check(
+    texts: Mapping[str, Tensor],
+    measures: Sequence[str],
+    tasks: Sequence[str],
+    task_lengths: Sequence[int],
+    contexts: int,
+) -> None:
+    """Raises ValueError for what would fail after hours."""
+    for what, names, known in (("measure", measures, MEASURES), ("task", tasks, tuple(TASKS))):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
+    if contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {contexts}")
+    if tasks and not task_lengths:
+        raise ValueError("tasks need task_lengths")
+    if not tasks and not (texts and measures):
+        raise ValueError("there is nothing to measure: give texts (--text FILE) or tasks (--task NAME)")
+
+
+def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed: int) -> dict[str, Any]:
     if measure == "perplexity":
         return perplexity(model, ids, config).to_dict()
     assert config is not None
     if measure == "agreement":
         return agreement(model, ids, config).to_dict()
-    if measure == "recall":
-        return recall(model, ids, config).to_dict()
-    raise ValueError(f"unknown measure {measure!r}; known are perplexity, agreement, recall")
+    return recall(model, ids, config, seed=seed).to_dict()
 
 
 def tables(result: Mapping[str, Any]) -> str:
     """The numbers of `evaluate` as markdown tables."""
-    parts = []
-    for text, by_setting in result.get("perplexity", {}).items():
-        head: list[object] = [
-            "setting",
-            "keys",
-            "of dense pairs",
-            "loss",
-            "trailing loss",
-            "rise",
-            "KL",
-            "top-1",
-        ]
-        rows: list[list[object]] = [head]
-        dense = by_setting.get("dense")
-        for name, one in by_setting.items():
-            shares = result["keys"].get(text, {}).get(name)
-            other = result.get("agreement", {}).get(text, {}).get(name)
-            rise = "-" if dense is None or name == "dense" else f"{one['trailing'] - dense['trailing']:+.4f}"
-            keys = ["100 %", "100 %"] if shares is None else [f"{100 * x:.1f} %" for x in shares]
-            near: list[object] = (
-                ["-", "-"] if other is None else [other["kl"], f"{100 * other['top1']:.1f} %"]
-            )
-            rows.append([name, *keys, one["loss"], one["trailing"], rise, *near])
-        parts.append(f"{text}\n{format_table(rows)}")
+    texts = {**result.get("perplexity", {}), **result.get("agreement", {})}
+    parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
     for text, by_setting in result.get("recall", {}).items():
         rows = [list[object](["setting", "block recall", "mass", "oracle mass"])]
         for name, one in by_setting.items():
@@ -168,3 +173,22 @@ def tables(result: Mapping[str, Any]) -> str:
             rows.append([one["task"], one["length"], one["setting"], score, interval, one["samples"]])
         parts.append(format_table(rows))
     return "\n\n".join(parts)
+
+
+def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
+    """A row per setting: what it attends, its losses on `text` and how it agrees with dense."""
+    losses = result.get("perplexity", {}).get(text, {})
+    near = result.get("agreement", {}).get(text, {})
+    head = ["setting", "keys", "of dense pairs", "loss", "trailing loss", "rise", "KL", "top-1"]
+    rows: list[list[object]] = [list(head)]
+    for name in {**losses, **near}:
+        shares = result["keys"].get(text, {}).get(name)
+        row: list[object] = [name]
+        row += ["100 %", "100 %"] if shares is None else [f"{100 * x:.1f} %" for x in shares]
+        one, dense, other = losses.get(name), losses.get("dense"), near.get(name)
+        row += ["-", "-"] if one is None else [one["loss"], one["trailing"]]
+        known = one is not None and dense is not None and name != "dense"
+        row.append(f"{one['trailing'] - dense['trailing']:+.4f}" if known else "-")
+        row += ["-", "-"] if other is None else [other["kl"], f"{100 * other['top1']:.1f} %"]
+        rows.append(row)
+    return rows
