@@ -27,12 +27,14 @@ from torch import Tensor
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.convert import check_config, read_model_config, text_config_key, with_moba
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
-from moba_hf.evaluate.passes import family_of
+from moba_hf.evaluate.passes import attention, family_of, identity_of
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
+from moba_hf.inspection import inspect_config
 
 SHARES = (0.016, 0.023, 0.031, 0.047, 0.0625, 0.094, 0.125, 0.1875, 0.25, 0.375, 0.5)
 _CURVE = (0.05, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+_LEAST = 0.03  # key budget that the search for an allowed loss goes down to
 _SENSITIVITY_TOKENS = 2048
 
 
@@ -85,7 +87,51 @@ class Calibration:
             full = len(point.config["full_attention_layers"])
             rows.append([f"{point.keys:.1%}", point.config["block_size"], point.cost, rise, full])
         layers = ", ".join(f"{i}: {v['topk']}" for i, v in self.chosen.config["layers"].items())
-        return f"{format_table(rows)}\n\nChosen: {self.chosen.keys:.1%} of the keys; topk by layer {layers}"
+        what = f"topk by layer {layers}" if layers else "every layer keeps full attention"
+        return f"{format_table(rows)}\n\nChosen: {self.chosen.keys:.1%} of the keys; {what}"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How the key budget of a model follows from that of the layers that MoBA may run in.
+
+    Attributes:
+        attending: layers that attend keys. eligible: those that MoBA may run in.
+        others: sum of the shares of keys that the rest of them attend, such as windows.
+    """
+
+    attending: int
+    eligible: int
+    others: float
+
+    @classmethod
+    def of(cls, model: Any, length: int) -> _Share:
+        layers = inspect_config(model.config, MobaConfig(1, 1), (length,)).layers
+        limits = [row.key_limit for row in layers if row.kind == "stock" and row.key_limit != 0]
+        eligible = sum(row.kind == "moba" for row in layers)
+        if not eligible:
+            raise ValueError(f"no layer of this {model.config.model_type} model can use MoBA")
+        others = sum(min(1.0, (limit or length) / length) for limit in limits)
+        return cls(eligible + len(limits), eligible, others)
+
+    def of_eligible(self, keys: float) -> float:
+        """The budget of the eligible layers where the model's is `keys`."""
+        return (keys * self.attending - self.others) / self.eligible
+
+    def least(self, rule: LayerConfig, length: int) -> float:
+        """The least budget of the model under `rule`, every topk as small as its forced blocks allow."""
+        own = min(1.0, (1 + rule.sink_blocks + rule.local_blocks) * rule.block_size / length)
+        return (self.others + self.eligible * own) / self.attending
+
+    def lowest(self, rules: Sequence[LayerConfig], length: int, keys: float | None) -> float:
+        """The least budget of all `rules`. Raises ValueError where `keys` is below it."""
+        least = min(self.least(rule, length) for rule in rules)
+        if keys is not None and keys < least - 1e-9:
+            raise ValueError(
+                f"keys={keys} cannot be kept: {least:.1%} of the keys is the least that these block sizes "
+                f"attend at {length} tokens, kept blocks included; take smaller blocks"
+            )
+        return least
 
 
 def allocate(costs: LocalCosts, keys: float) -> tuple[dict[int, int], float]:
@@ -93,7 +139,7 @@ def allocate(costs: LocalCosts, keys: float) -> tuple[dict[int, int], float]:
 
     Args:
         costs: of one rule.
-        keys: mean over the layers of `min(1, topk * block_size / length)` that is allowed.
+        keys: mean over these layers of `min(1, topk * block_size / length)` that is allowed.
 
     Returns:
         topk by layer, and the sum of costs. Where even the least topk exceeds the budget, that.
@@ -184,33 +230,33 @@ def calibrate(
         store: a JSON file that keeps the passes made, so that a stopped run goes on.
 
     Raises:
-        ValueError: neither or both of `max_loss` and `keys`, values out of range, texts of unequal length.
+        ValueError: neither or both of `max_loss` and `keys`, values out of range, texts of unequal length, a
+            budget below what the smallest block size attends, or a store of something else.
     """
     _check(texts, max_loss, keys, confirmations)
+    for name, value in (("samples", samples), ("trailing", trailing), ("block_sizes", len(block_sizes))):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     adapter, text_config = family_of(model)
     num_layers, length = adapter.num_layers(text_config), texts[0].shape[1]
     rules = [
         LayerConfig(b, 1 + sink_blocks + local_blocks, sink_blocks, local_blocks, gate) for b in block_sizes
     ]
+    share = _Share.of(model, length)
+    lowest = share.lowest(rules, length, keys)
     settings = {"length": length, "rules": [asdict(r) for r in rules], "samples": samples, "seed": seed}
-    settings["texts"] = [int(ids.sum()) for ids in texts]
-    known = Store(store, settings)
-
-    def measure() -> Any:
-        weights = sensitivities(model, texts[0][:, -_SENSITIVITY_TOKENS:], seed=seed)
-        found = local_costs(model, texts, rules, SHARES, weights, samples=samples, seed=seed)
-        return [{str(i): {str(k): c for k, c in by.items()} for i, by in one.costs.items()} for one in found]
-
-    raw = known.get("local costs", measure)
-    tables = [
-        LocalCosts(rule, length, {int(i): {int(k): c for k, c in by.items()} for i, by in one.items()})
-        for rule, one in zip(rules, raw, strict=True)
-    ]
+    settings |= {"trailing": trailing, "texts": [identity_of(ids) for ids in texts]}
+    known = Store(store, settings | {"model": identity_of(model)})
+    tables = _tables(known, model, texts, rules, samples, seed)
 
     def point(budget: float) -> Point:
-        best = min(((*allocate(t, budget), t) for t in tables), key=lambda found: found[1])
+        budget = max(budget, lowest)
+        able = [table for table in tables if share.least(table.rule, length) <= budget + 1e-9]
+        inner = share.of_eligible(budget)
+        best = min(((*allocate(t, inner), t) for t in able), key=lambda found: found[1])
         config = config_of(best[2], best[0], num_layers)
-        return Point(config.key_budget(length, num_layers), best[1], config.to_dict())
+        reached = inspect_config(model.config, config, (length,)).lengths[0].key_budget
+        return Point(reached, best[1], config.to_dict())
 
     def confirmed(budget: float) -> Point:
         found = point(budget)
@@ -227,15 +273,35 @@ def calibrate(
         tried = [chosen]
     else:
         assert max_loss is not None
-        chosen, tried = _search(confirmed, point(1.0), max_loss, confirmations)
-    curve = [p for p in map(point, _CURVE) if all(abs(p.keys - t.keys) > 1e-9 for t in tried)]
-    ordered = tuple(sorted([*curve, *tried], key=lambda p: p.keys))
+        chosen, tried = _search(confirmed, point(1.0), max_loss, confirmations, max(lowest, _LEAST))
+    curve = {round(p.keys, 9): p for p in map(point, _CURVE)} | {round(p.keys, 9): p for p in tried}
+    ordered = tuple(sorted(curve.values(), key=lambda p: p.keys))
     return Calibration(MobaConfig.from_dict(chosen.config), length, chosen, ordered)
 
 
-def _search(confirmed: Any, full: Point, max_loss: float, confirmations: int) -> tuple[Point, list[Point]]:
-    """Bisects the key budget, on a log scale, for the least that keeps every text within `max_loss`."""
-    low, high, best = 0.03, 1.0, full
+def _tables(
+    known: Store, model: Any, texts: Sequence[Tensor], rules: Sequence[LayerConfig], samples: int, seed: int
+) -> list[LocalCosts]:
+    """The layer-local costs of each rule, from dense passes or from `known`."""
+
+    def measure() -> Any:
+        with attention(model, None):
+            weights = sensitivities(model, texts[0][:, -_SENSITIVITY_TOKENS:], seed=seed)
+        found = local_costs(model, texts, rules, SHARES, weights, samples=samples, seed=seed)
+        return [{str(i): {str(k): c for k, c in by.items()} for i, by in one.costs.items()} for one in found]
+
+    length = texts[0].shape[1]
+    return [
+        LocalCosts(rule, length, {int(i): {int(k): c for k, c in by.items()} for i, by in one.items()})
+        for rule, one in zip(rules, known.get("local costs", measure), strict=True)
+    ]
+
+
+def _search(
+    confirmed: Any, full: Point, max_loss: float, confirmations: int, low: float
+) -> tuple[Point, list[Point]]:
+    """Bisects the key budget from `low` to 1, on a log scale, for the least that keeps every text within."""
+    high, best = 1.0, full
     tried: list[Point] = []
     for _ in range(confirmations):
         budget = (low * high) ** 0.5
@@ -259,8 +325,10 @@ def _check(texts: Sequence[Tensor], max_loss: float | None, keys: float | None, 
         raise ValueError("give one of max_loss and keys")
     if keys is not None and not 0 < keys <= 1:
         raise ValueError(f"keys must be above 0 and at most 1, got {keys}")
-    if max_loss is not None and (max_loss <= 0 or confirmations < 1):
-        raise ValueError("max_loss must be positive and needs confirmations >= 1")
+    if confirmations < 0 or (max_loss is not None and confirmations < 1):
+        raise ValueError(f"confirmations must be at least {int(max_loss is not None)}, got {confirmations}")
+    if max_loss is not None and not max_loss > 0:
+        raise ValueError(f"max_loss must be positive, got {max_loss}")
     if not texts or any(t.ndim != 2 or t.shape[0] != 1 or t.shape != texts[0].shape for t in texts):
         raise ValueError("texts must be token ids (1, length), all of one length")
 

@@ -1,18 +1,21 @@
 """Calibration finds planted answers, keeps its budget, and a stopped run goes on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from moba_hf import MobaConfig
+from moba_hf import MobaConfig, use_moba
 from moba_hf import calibrate as calibration
 from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
+from moba_hf.inspection import inspect_config
 from moba_hf.reference import attend_ref, select_blocks_ref
 
 
@@ -129,9 +132,22 @@ def test_a_stopped_run_goes_on_without_repeating_a_pass(
 
 def test_bad_arguments_are_refused() -> None:
     model, ids = tiny_model(), tiny_ids(64)
-    for settings in ({}, {"keys": 0.5, "max_loss": 0.1}, {"keys": 0.0}, {"keys": 1.5}, {"max_loss": -1.0}):
-        with pytest.raises(ValueError):
-            calibrate(model, [ids], **settings)
+    for settings, message in (
+        ({}, "one of max_loss and keys"),
+        ({"keys": 0.5, "max_loss": 0.1}, "one of max_loss and keys"),
+        ({"keys": 0.0}, "keys must be"),
+        ({"keys": 1.5}, "keys must be"),
+        ({"keys": math.nan}, "keys must be"),
+        ({"max_loss": -1.0}, "max_loss must be"),
+        ({"max_loss": math.nan}, "max_loss must be"),
+        ({"max_loss": 0.1, "confirmations": 0}, "confirmations"),
+        ({"keys": 0.5, "confirmations": -1}, "confirmations"),
+        ({"keys": 0.5, "samples": 0}, "samples must be at least 1"),
+        ({"keys": 0.5, "trailing": 0}, "trailing must be at least 1"),
+        ({"keys": 0.5, "block_sizes": ()}, "block_sizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, [ids], **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one length"):
         calibrate(model, [ids, tiny_ids(32)], keys=0.5)
 
@@ -149,3 +165,69 @@ def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 7"):
         write_settings(tmp_path, MobaConfig(8, 4, full_attention_layers=(7,)))
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == []
+
+
+def test_how_the_model_was_loaded_does_not_matter() -> None:
+    """A checkpoint that holds MoBA settings already is looked at dense."""
+    model, texts = tiny_model(), [tiny_ids(128)]
+    given: dict[str, Any] = {"keys": 0.4, "block_sizes": (8,), "trailing": 64, "samples": 8}
+    stock = calibrate(model, texts, **given)
+    with use_moba(model, MobaConfig(8, 2)):
+        assert calibrate(model, texts, **given) == stock
+
+
+@pytest.mark.parametrize("change", ["model", "text", "trailing"])
+def test_a_store_goes_on_with_what_it_was_made_of_only(tmp_path: Path, change: str) -> None:
+    model, ids, store = tiny_model(), tiny_ids(128), tmp_path / "store.json"
+    given: dict[str, Any] = {"keys": 0.5, "block_sizes": (8,), "trailing": 64, "samples": 8, "store": store}
+    calibrate(model, [ids], **given)
+    if change == "model":
+        model = tiny_model(seed=1)
+    elif change == "text":
+        ids = ids.flip(1)  # as long, and with the same sum
+    else:
+        given["trailing"] = 32
+    with pytest.raises(ValueError, match="other settings"):
+        calibrate(model, [ids], **given)
+
+
+def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of 8 (own, first, neighbour) of 128 tokens are 18.75 %."""
+    model, texts = tiny_model(), [tiny_ids(128)]
+    given: dict[str, Any] = {"trailing": 64, "samples": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "local_costs", lambda *_, **__: pytest.fail("a pass was made"))
+        with pytest.raises(ValueError, match=r"18\.8% of the keys is the least"):
+            calibrate(model, texts, keys=0.18, block_sizes=(8, 16), **given)
+    found = calibrate(model, texts, keys=0.19, block_sizes=(16, 8), **given)
+    assert found.config.block_size == 8  # 16 cannot keep it
+    assert found.chosen.keys == 0.1875 == min(p.keys for p in found.curve)
+    assert len({p.keys for p in found.curve}) == len(found.curve)
+
+
+def test_windows_and_layers_without_keys_are_in_the_budget_as_inspect_counts_them() -> None:
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found = calibrate(model, [tiny_ids(128)], keys=0.3, block_sizes=(8,), trailing=64, samples=8)
+    counted = inspect_config(config, found.config, (128,)).lengths[0].key_budget
+    assert found.chosen.keys == counted
+    assert 0.25 < counted <= 0.3
+    assert [i for i in range(4) if found.config.for_layer(i, 4) is not None] == [1, 3]
+
+
+def test_a_report_without_sparse_layers_says_so() -> None:
+    found = calibrate(tiny_model(), [tiny_ids(64)], keys=1.0, block_sizes=(8,), trailing=32, samples=4)
+    assert found.report().endswith("Chosen: 100.0% of the keys; every layer keeps full attention")
