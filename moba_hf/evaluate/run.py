@@ -71,6 +71,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_lengths: Sequence[int] = (),
     contexts: int = 4,
+    depths: Sequence[float] | None = None,
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def evaluate(
         settings: name -> MoBA settings; None: dense.
         measures: of `MEASURES`; the last two are for MoBA settings.
         tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
+        depths: where the answers of tasks stand, from 0 to 1; None: spread.
         seed: of the tasks, and of the queries that recall looks at.
         store: a JSON file that keeps what is done, for the same model, texts, settings and seed.
 
@@ -116,7 +118,7 @@ def evaluate(
         {
             "setting": name,
             **run_task(
-                model, tokenizer, task, n, config, contexts=contexts, seed=seed, store=known
+                model, tokenizer, task, n, config, contexts=contexts, depths=depths, seed=seed, store=known
             ).to_dict(),
         }
         for task in tasks

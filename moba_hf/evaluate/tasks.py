@@ -31,6 +31,7 @@ _NAMES = (
     "river sage tulip umber violet willow xenon yarrow zephyr anchor bridge castle dragon eagle forest fern",
 )
 _WORDS = " ".join(_NAMES).split()
+_PAIRS = 1000  # names of two words that may be drawn
 # Cached tokens of all rows of a batch of questions, on a GPU and on a CPU.
 _ROW_TOKENS = (1 << 18, 1 << 15)
 
@@ -87,8 +88,12 @@ def _number(rng: random.Random) -> str:
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    pairs = [f"{a}-{b}" for a in _WORDS for b in _WORDS if a != b]
-    return rng.sample(pairs, count)
+    """Names, all different: of two words, or of four where these are too few."""
+    if count <= _PAIRS:
+        return rng.sample([f"{a}-{b}" for a in _WORDS for b in _WORDS if a != b], count)
+    size = len(_WORDS)
+    numbers = rng.sample(range(size**4), count)
+    return ["-".join(_WORDS[n // size**i % size] for i in range(4)) for n in numbers]
 
 
 def _insert(haystack: Sequence[str], lines: Sequence[tuple[float, str]]) -> str:
@@ -118,7 +123,7 @@ def _needles(rng: random.Random, haystack: Sequence[str], depths: Sequence[float
 
 def _key_values(rng: random.Random, haystack: Sequence[str], depths: Sequence[float]) -> Sample:
     count = max(len(depths), len(haystack))
-    keys, values = _keys(rng, min(count, 1000)), [_number(rng) for _ in range(min(count, 1000))]
+    keys, values = _keys(rng, count), [_number(rng) for _ in range(count)]
     lines = "\n".join(f'"{k}": "{v}",' for k, v in zip(keys, values, strict=True))
     asked = [min(len(keys) - 1, int(d * len(keys))) for d in depths]
     ask = '\nThe line of one key in the object above is asked.\n"{0}": "'
@@ -155,22 +160,35 @@ TASKS: dict[str, tuple[_Maker, int]] = {
 
 
 def make_sample(
-    task: str, tokenizer: Any, length: int, *, questions: int = 8, seed: int = 0, depth: float | None = None
+    task: str,
+    tokenizer: Any,
+    length: int,
+    *,
+    questions: int = 8,
+    seed: int = 0,
+    depths: Sequence[float] | None = None,
 ) -> Sample:
     """A sample of `task` whose context has at most `length` tokens, and nearly that many.
 
     Args:
         questions: asked of it, their answers spread over the depths; "needle" hides and asks one.
-        depth: where the answer of a single question stands; None: spread, or drawn for one.
+        depths: where the answers stand instead, from 0 (start) to 1; a question each.
+
+    Raises:
+        ValueError: an unknown task, depths out of range, a length too short for the questions.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
+    if questions < 1:
+        raise ValueError(f"questions must be at least 1, got {questions}")
+    if depths is not None and not (depths and all(0 <= d <= 1 for d in depths)):
+        raise ValueError(f"depths must be numbers from 0 to 1, got {depths}")
     if task == "needle":
         questions = 1
+        if depths is not None and len(depths) > 1:
+            raise ValueError(f"a context of task 'needle' has one depth, got {depths}")
     rng = random.Random(f"{task}/{length}/{seed}")
-    if questions == 1:
-        depths = [rng.random() if depth is None else depth]
-    else:
+    if depths is None:
         depths = [(i + rng.random()) / questions for i in range(questions)]
     state = rng.getstate()
     unit = [s.strip() + "." for s in _NOISE.split(".") if s.strip()]
@@ -186,7 +204,7 @@ def make_sample(
         low, high = (middle, high) if fits else (low, middle)
     sample = build(low)
     if len(tokenizer(sample.context).input_ids) > length:
-        raise ValueError(f"{length} tokens are too few for task {task!r} with {questions} questions")
+        raise ValueError(f"{length} tokens are too few for task {task!r} with {len(depths)} questions")
     return sample
 
 
@@ -275,21 +293,34 @@ def run_task(
     contexts: int = 4,
     questions: int = 8,
     seed: int = 0,
+    depths: Sequence[float] | None = None,
     store: Store | None = None,
 ) -> TaskScore:
-    """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense)."""
+    """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense).
+
+    Args:
+        depths: where the answers stand, see `make_sample`; "needle" makes `contexts` contexts for each.
+    """
+    if contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {contexts}")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
+    places = [None if depths is None else tuple(depths)]
+    if depths is not None and task == "needle":
+        places = [(depth,) for depth in depths]
     marks: list[list[float]] = []
-    for i in progress(range(contexts), f"{task} {length}"):
+    for i, place in progress([(i, place) for i in range(contexts) for place in places], f"{task} {length}"):
 
-        def one(number: int = i) -> list[list[float]]:
-            sample = make_sample(task, tokenizer, length, questions=questions, seed=seed + number)
+        def one(number: int = i, place: tuple[float, ...] | None = place) -> list[list[float]]:
+            sample = make_sample(
+                task, tokenizer, length, questions=questions, seed=seed + number, depths=place
+            )
             answers = answer_questions(model, tokenizer, sample, TASKS[task][1], config)
             asked = zip(sample.questions, answers, strict=True)
             return [[depth, score_answer(answer, expected)] for (_, expected, depth), answer in asked]
 
-        marks += store.get(f"{task}/{length}/{questions}/{seed + i}/{name}", one)
+        key = f"{task}/{length}/{questions}/{seed + i}/{name}"
+        marks += store.get(key if place is None else f"{key}/{place}", one)
     score = sum(mark for _, mark in marks) / len(marks)
     return TaskScore(
         task, length, len(marks), score, *wilson(score, len(marks)), tuple((d, m) for d, m in marks)

@@ -40,7 +40,7 @@ def test_samples_fit_their_length_and_hold_their_answers(task: str) -> None:
 
 def test_a_needle_stands_where_it_is_put() -> None:
     for depth in (0.0, 0.5, 1.0):
-        sample = make_sample("needle", Bytes(), 3000, depth=depth)
+        sample = make_sample("needle", Bytes(), 3000, depths=[depth])
         place = sample.context.index(sample.questions[0][1][0]) / len(sample.context)
         assert place == pytest.approx(depth, abs=0.08)
 
@@ -99,3 +99,35 @@ def test_unknown_tasks_and_too_short_lengths_are_refused() -> None:
         make_sample("poem", Bytes(), 100)
     with pytest.raises(ValueError, match="too few"):
         make_sample("multi-needle", Bytes(), 100)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_long_contexts_are_as_long_as_asked(task: str) -> None:
+    """Beyond the names of two words too: 60,000 bytes hold some 1,600 lines of key and value."""
+    sample = make_sample(task, Bytes(), 60_000, questions=4)
+    assert 59_000 < len(sample.context.encode()) <= 60_000
+    if task == "key-value":
+        keys = [line.split('"')[1] for line in sample.context.splitlines() if line.startswith('"')]
+        assert len(set(keys)) == len(keys) > 1500
+        assert [depth for *_, depth in sample.questions] == sorted(depth for *_, depth in sample.questions)
+        assert sample.context.find(sample.questions[3][1][0]) > 45_000
+
+
+def test_answers_stand_at_the_depths_that_are_asked_for() -> None:
+    """In a whole run: every context asks at each of them, and the score knows where."""
+    model, tokenizer = tiny_model(), Bytes()
+    found = run_task(model, tokenizer, "needle", 600, None, contexts=2, depths=(0.0, 0.5, 1.0))
+    assert [depth for depth, _ in found.by_depth] == [0.0, 0.5, 1.0] * 2
+    many = run_task(model, tokenizer, "multi-needle", 900, None, contexts=1, depths=(0.2, 0.8))
+    assert [depth for depth, _ in many.by_depth] == [0.2, 0.8]
+    sample = make_sample("multi-needle", tokenizer, 3000, depths=(0.2, 0.8))
+    for _, expected, depth in sample.questions:
+        place = sample.context.index(expected[0]) / len(sample.context)
+        assert place == pytest.approx(depth, abs=0.08)
+    for depths in ((), (1.5,), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match="depths must be"):
+            make_sample("multi-needle", tokenizer, 900, depths=depths)
+    with pytest.raises(ValueError, match="contexts must be"):
+        run_task(model, tokenizer, "needle", 600, contexts=0)
+    with pytest.raises(ValueError, match="questions must be"):
+        make_sample("multi-needle", tokenizer, 900, questions=0)
