@@ -6,10 +6,11 @@
         --setting plain=128/8 --setting forced=128/8/1/1 --length 8192 --steps 300
 
 Plain transformers Trainer with `MobaCallback`; a CPU is enough for a tiny model, one GPU trains in bf16
-autocast with fp32 weights. Every run starts from the same checkpoint and sees the same rows in the same
-order. Before and after, the loss of the last tokens of held-out rows is measured with the run's attention and
-with dense attention. Prints a table; `results.json` in `--out` holds it with the curves (shown by
-`examples/notebooks/adapt.ipynb`), and with `--save` the trained checkpoints stand beside it.
+autocast with fp32 weights. Every run starts from the same checkpoint, sees the same rows in the same order,
+and ends at the step where the one before it ended. Before and after, the loss of the last tokens of held-out
+rows is measured with the run's attention and with dense attention. Prints a table; `results.json` in `--out`
+holds it with the curves (shown by `examples/notebooks/adapt.ipynb`), and with `--save` the checkpoints beside
+it.
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ def trailing(model: Any, rows: Tensor, moba: MobaConfig | None, count: int) -> f
 
 
 class HeldOut(TrainerCallback):
-    """The curve: held-out loss of a few rows every `every` steps, and the clock."""
+    """The curve: held-out loss of a few rows as steps go by; ends a run at `limit` steps or by the clock."""
 
-    def __init__(self, rows: Tensor, run: Run, args: argparse.Namespace) -> None:
-        self.rows, self.run, self.args = rows, run, args
+    def __init__(self, rows: Tensor, run: Run, args: argparse.Namespace, limit: int) -> None:
+        self.rows, self.run, self.args, self.limit = rows, run, args, limit
         self.points: list[dict[str, float]] = []
         self.paused = 0.0  # seconds spent here
 
@@ -123,10 +124,11 @@ class HeldOut(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
-        if step % self.args.curve_every == 0 or step == state.max_steps:
-            self._measure(step, model)
-        if self.args.max_seconds and self.seconds() > self.args.max_seconds:
+        late = self.args.max_seconds and self.seconds() > self.args.max_seconds
+        if step == self.limit or late:
             control.should_training_stop = True
+        if step % self.args.curve_every == 0 or control.should_training_stop:
+            self._measure(step, model)
 
     def seconds(self) -> float:
         """Seconds of training so far, this callback's own not counted."""
@@ -179,12 +181,12 @@ def arguments(args: argparse.Namespace, run: Run) -> TrainingArguments:
 
 
 def train(
-    run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tensor, dense_before: float
+    run: Run, args: argparse.Namespace, data: TokenBlocks, held_out: Tensor, dense_before: float, limit: int
 ) -> dict[str, Any]:
-    """Trains one run and returns its row of the results."""
+    """Trains one run, for at most `limit` steps, and returns its row of the results."""
     model = load(args, run)
     before = dense_before if run.moba is None else trailing(model, held_out, run.moba, args.trailing)
-    curve = HeldOut(held_out[: args.curve_rows], run, args)
+    curve = HeldOut(held_out[: args.curve_rows], run, args, limit)
     callbacks: list[TrainerCallback] = [curve]
     if run.moba is not None:
         callbacks.append(MobaCallback(args.recipe, run.moba, trailing_tokens=args.trailing))
@@ -215,21 +217,25 @@ def train(
 
 
 def add_gaps(rows: list[dict[str, Any]], dense_before: float) -> None:
-    """Adds to each MoBA row the gap to dense before, to the dense control after, and the share closed."""
+    """Adds to each MoBA row the gap to dense before, to the dense control after, and the share closed.
+
+    Only what can be compared: a control of as many steps, and a gap that was there.
+    """
     control = next((row for row in rows if row["name"] == DENSE), None)
     for row in rows:
         if row["moba"] is not None:
             row["gap_before"] = row["before"] - dense_before
-            if control is not None:
+            if control is not None and control["steps"] == row["steps"]:
                 row["gap_after"] = row["after"] - control["after"]
-                row["closed"] = 1 - row["gap_after"] / row["gap_before"]
+                if row["gap_before"] > 0:
+                    row["closed"] = 1 - row["gap_after"] / row["gap_before"]
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| attention | before | after | after, run dense | gap before | gap after | closed | tokens/s | s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| attention | steps | before | after | run dense | gap before | gap after | closed | tokens/s | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["runs"]:
         gaps = [
@@ -238,7 +244,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         losses = [f"{row[name]:.4f}" for name in ("before", "after", "after_dense")]
         speed = [f"{row['tokens_per_second']:,}", f"{row['seconds']:.0f}"]
-        lines.append("| " + " | ".join([row["name"], *losses, *gaps, *speed]) + " |")
+        lines.append("| " + " | ".join([row["name"], str(row["steps"]), *losses, *gaps, *speed]) + " |")
     return "\n".join(lines)
 
 
@@ -283,7 +289,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         add(name, type=int, default=default, help=f"{words} (default {default})")
     add("--lr", type=float, default=3e-4, help="peak learning rate, cosine to zero (default 3e-4)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "warmup", "max_seconds") else 1
+        if type(value) is int and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    return args
 
 
 def runs_of(args: argparse.Namespace) -> list[Run]:
@@ -295,11 +306,16 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         if raw is None:
             raise SystemExit(f"{args.model} has no MoBA settings: convert it, or pass --setting")
         settings = [Run("moba", MobaConfig.from_dict(raw))]
-    return [*([] if args.no_dense else [Run(DENSE, None)]), *settings]
+    runs = [*([] if args.no_dense else [Run(DENSE, None)]), *settings]
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SystemExit(f"--setting names two runs {twice[0]!r}")
+    return runs
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    runs = runs_of(args)
     data = TokenBlocks(read_tokens(args.text, args), args.length)
     held_out = TokenBlocks(read_tokens(args.held_out, args), args.length).rows[: args.held_out_rows]
     shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -311,9 +327,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["dense_before"] = trailing(base, held_out, None, args.trailing)
     del base
     args.out.mkdir(parents=True, exist_ok=True)
-    for run in runs_of(args):
+    limit = args.steps
+    for run in runs:
         print(f"training {run.name} ...", file=sys.stderr, flush=True)
-        results["runs"].append(train(run, args, data, held_out, results["dense_before"]))
+        results["runs"].append(train(run, args, data, held_out, results["dense_before"], limit))
+        limit = min(limit, results["runs"][-1]["steps"])
         add_gaps(results["runs"], results["dense_before"])
         (args.out / "results.json").write_text(
             json.dumps(results, indent=1)
