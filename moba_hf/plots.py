@@ -6,6 +6,7 @@ their own and mid-tone colours, so that they read on light and on dark pages.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     group = q.shape[0] // k.shape[0]
     choice = select_blocks(
@@ -101,34 +103,40 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
     )
     ax.set_xlabel(f"block of {rule.block_size} keys")
     ax.set_ylabel("query position")
-    ax.set_title(title or f"Blocks attended by head {head}")
-    names = ("not attended", "chosen by score", "first and neighbour", "own")
-    handles = [Patch(color=c, label=n) for c, n in zip(colors[1:], names[1:], strict=True)]
+    title = title or f"Blocks attended by head {head}"
+    covered = f"\n(all: {rule.topk} blocks of {rule.block_size} cover these {q.shape[1]:,} tokens)"
+    ax.set_title(title + (covered if rule.max_keys >= q.shape[1] else ""))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(-0.5, blocks - 0.5)
+    names = {1: "chosen by score", 2: "first and neighbour", 3: "own"}
+    handles = [Patch(color=colors[i], label=name) for i, name in names.items() if (kind == i).any()]
     ax.legend(handles=handles, frameon=False, labelcolor=_INK, loc="upper right")
     return figure
 
 
-def plot_recall(result: Recall) -> Any:
+def plot_recall(result: Recall, *, title: str = "") -> Any:
     """Attention mass reached by layer and head, and the part of the oracle's that is missing."""
     mass, oracle = torch.tensor(result.mass), torch.tensor(result.oracle)
     height = max(3.2, 0.17 * len(result.layers) + 1.2)
     figure, (left, right) = _figure(8.4, height, columns=2)
-    for ax, values, title, cmap in (
+    for ax, values, what, cmap in (
         (left, mass, "mass of the chosen blocks", "viridis"),
         (right, oracle - mass, "missing to the oracle", "magma"),
     ):
         image = ax.imshow(values.numpy(), aspect="auto", cmap=cmap, vmin=0, vmax=1 if ax is left else None)
-        ax.set_title(title)
+        ax.set_title(what)
         ax.set_xlabel("head")
         ax.set_xticks(range(values.shape[1]))
         step = max(1, len(result.layers) // 10)
         ax.set_yticks(range(0, len(result.layers), step), [str(i) for i in result.layers[::step]])
         _colorbar(figure, image, ax, "attention mass")
     left.set_ylabel("layer")
+    if title:
+        figure.suptitle(title, color=_INK, fontsize=11)
     return figure
 
 
-def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5) -> Any:
+def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "") -> Any:
     """Scores by length and depth; empty cells had no question."""
     lengths = sorted({s.length for s in scores})
     sums, counts = torch.zeros(bins, len(lengths)), torch.zeros(bins, len(lengths))
@@ -144,7 +152,8 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5) -> Any:
     ax.set_yticks(range(bins), [f"{i / bins:.0%} - {(i + 1) / bins:.0%}" for i in range(bins)])
     ax.set_xlabel("tokens")
     ax.set_ylabel("depth")
-    ax.set_title(", ".join(sorted({s.task for s in scores})))
+    tasks = ", ".join(sorted({s.task for s in scores}))
+    ax.set_title(f"{tasks}: {title}" if title else tasks)
     for i in range(bins):
         for j in range(len(lengths)):
             if counts[i, j]:
@@ -214,7 +223,8 @@ def _draw_budget(
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()
     values = [*values, *(y for points in curves.values() for _, y in points)]
-    marks = [t for t in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1) if t <= 1.5 * max([*values, 0.01])]
+    decades = [d * 10.0**e for e in range(-2, 6) for d in (1, 3)]
+    marks = [t for t in (0.0, 0.005, *decades) if t <= 1.5 * max([*values, 0.01])]
     ax.set_yticks(marks, [f"{t:g}" for t in marks])
     ax.set_ylim(min(-0.002, *values), 1.3 * max([*values, 0.01]))
     ax.set_xlabel("key budget (%)")
@@ -284,32 +294,63 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
     return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
 
 
-def from_json(kind: str, path: str) -> Any:
+def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
     """The figure `kind` from a JSON file that `moba-hf eval` or `calibrate` wrote.
 
+    Args:
+        setting: for recall and needles, which setting; None: the last one. The figure names it.
+
     Raises:
-        ValueError: unknown kind, or a file without such results.
+        ValueError: unknown kind or setting, or a file without such results.
     """
+    if kind not in _FROM_JSON:
+        raise ValueError(f"unknown kind {kind!r}; known are routing, {', '.join(_FROM_JSON)}")
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
-        if kind == "budget":
-            curve = {"local cost": [(p["keys"], p["cost"]) for p in values["curve"]]}
-            measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
-            return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
-        if kind == "positions":
-            by_setting = next(iter(values["perplexity"].values()))
-            return plot_positions({name: Perplexity(**one) for name, one in by_setting.items()})
-        if kind == "recall":
-            return plot_recall(Recall(**next(iter(next(iter(values["recall"].values())).values()))))
-        if kind == "needles":
-            names = {k for t in values["tasks"] for k in t} - {"setting"}
-            setting = values["tasks"][-1]["setting"]
-            chosen = [t for t in values["tasks"] if t["setting"] == setting]
-            return plot_needles([TaskScore(**{k: t[k] for k in names}) for t in chosen])
-    except (KeyError, StopIteration, IndexError):
+        return _FROM_JSON[kind](values, setting)
+    except (KeyError, StopIteration, IndexError, TypeError, AttributeError):
         raise ValueError(f"{path} holds no results for {kind!r}") from None
-    raise ValueError(f"unknown kind {kind!r}; known are routing, recall, needles, budget, positions")
 
+
+def _budget_from(values: Any, _: str | None) -> Any:
+    curve = {
+        "local cost (ranks settings, predicts nothing)": [(p["keys"], p["cost"]) for p in values["curve"]]
+    }
+    measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
+    return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
+
+
+def _positions_from(values: Any, _: str | None) -> Any:
+    by_setting = next(iter(values["perplexity"].values()))
+    return plot_positions({name: Perplexity(**one) for name, one in by_setting.items()})
+
+
+def _recall_from(values: Any, setting: str | None) -> Any:
+    by_setting = next(iter(values["recall"].values()))
+    name = _pick(setting, list(by_setting))
+    return plot_recall(Recall(**by_setting[name]), title=name)
+
+
+def _needles_from(values: Any, setting: str | None) -> Any:
+    name = _pick(setting, [one["setting"] for one in values["tasks"]])
+    fields = [field.name for field in dataclasses.fields(TaskScore)]
+    chosen = [one for one in values["tasks"] if one["setting"] == name]
+    return plot_needles([TaskScore(**{k: one[k] for k in fields}) for one in chosen], title=name)
+
+
+def _pick(setting: str | None, known: Sequence[str]) -> str:
+    """`setting`, which must be one of `known`; None: the last of them."""
+    if setting is not None and setting not in known:
+        raise ValueError(f"unknown setting {setting!r}; known are {', '.join(dict.fromkeys(known))}")
+    return known[-1] if setting is None else setting
+
+
+_FROM_JSON = {
+    "recall": _recall_from,
+    "needles": _needles_from,
+    "budget": _budget_from,
+    "positions": _positions_from,
+}
 
 _DENSE = {
     "fa2_ms": "dense, FA2 (torch)",

@@ -54,3 +54,56 @@ def test_the_other_pictures_hold_their_numbers(tmp_path: Path) -> None:
         plots.from_json("recall", str(file))
     with pytest.raises(ValueError, match="unknown kind"):
         plots.from_json("poem", str(file))
+
+
+def test_a_figure_names_the_setting_it_is_of(tmp_path: Path) -> None:
+    """The last one measured, or the one asked for."""
+    model, ids, file = tiny_model(), tiny_ids(64), tmp_path / "eval.json"
+    found = {n: recall(model, ids, MobaConfig(8, n), samples=8).to_dict() for n in (2, 4)}
+    scores = [
+        {"setting": name, **TaskScore("needle", 100, 1, mark, 0, 1, ((0.1, mark),)).to_dict()}
+        for name, mark in (("dense", 1.0), ("moba", 0.0))
+    ]
+    values = {"recall": {"text": {"two": found[2], "four": found[4]}}, "tasks": scores}
+    file.write_text(json.dumps(values))
+    for setting, name, topk in ((None, "four", 4), ("two", "two", 2)):
+        figure = plots.from_json("recall", str(file), setting=setting)
+        assert figure.get_suptitle() == name
+        shown = torch.tensor(figure.axes[0].images[0].get_array().data)
+        assert torch.allclose(shown, torch.tensor(found[topk]["mass"]))
+    for setting, name, mark in ((None, "moba", 0.0), ("dense", "dense", 1.0)):
+        ax = plots.from_json("needles", str(file), setting=setting).axes[0]
+        assert ax.get_title() == f"needle: {name}"
+        assert ax.images[0].get_array()[0, 0] == mark
+    with pytest.raises(ValueError, match="unknown setting 'x'; known are two, four"):
+        plots.from_json("recall", str(file), setting="x")
+
+
+@pytest.mark.parametrize("kind", ["recall", "needles", "budget", "positions"])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "other.json"
+    for text in ("[1, 2]", "3", "null", "{}", '{"recall": 1, "tasks": [2], "curve": [3], "perplexity": [4]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"holds no results for '{kind}'"):
+            plots.from_json(kind, str(file))
+
+
+def test_the_routing_picture_of_few_blocks_has_whole_numbers_and_what_is_there() -> None:
+    torch.manual_seed(0)
+    figure = plots.plot_routing(torch.randn(2, 40, 8), torch.randn(1, 40, 8), LayerConfig(16, 2), 0)
+    ax = figure.axes[0]
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["chosen by score", "own"]
+
+
+def test_a_routing_picture_of_everything_says_why() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 40, 8), torch.randn(1, 40, 8)
+    titles = [plots.plot_routing(q, k, LayerConfig(8, n), 0).axes[0].get_title() for n in (4, 5)]
+    assert titles[0] == "Blocks attended by head 0"
+    assert titles[1] == titles[0] + "\n(all: 5 blocks of 8 cover these 40 tokens)"
+
+
+def test_a_large_local_cost_has_ticks_beside_it() -> None:
+    ticks = plots.plot_budget({"cost": [(0.05, 112.0), (1.0, 0.0)]}).axes[0].get_yticks()
+    assert [float(t) for t in ticks if t >= 1] == [1, 3, 10, 30, 100]
