@@ -27,7 +27,7 @@ from torch import Tensor
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.convert import check_config, read_model_config, text_config_key, with_moba
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
-from moba_hf.evaluate.passes import attention, family_of, identity_of
+from moba_hf.evaluate.passes import family_of, identity_of
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
 from moba_hf.inspection import inspect_config
@@ -285,8 +285,7 @@ def _tables(
     """The layer-local costs of each rule, from dense passes or from `known`."""
 
     def measure() -> Any:
-        with attention(model, None):
-            weights = sensitivities(model, texts[0][:, -_SENSITIVITY_TOKENS:], seed=seed)
+        weights = sensitivities(model, texts[0][:, -_SENSITIVITY_TOKENS:], seed=seed)
         found = local_costs(model, texts, rules, SHARES, weights, samples=samples, seed=seed)
         return [{str(i): {str(k): c for k, c in by.items()} for i, by in one.costs.items()} for one in found]
 

@@ -94,15 +94,18 @@ class MobaCallback(TrainerCallback):
     At the start of training MoBA is turned on in the model and noted in its config, so that every checkpoint
     has `config.moba` and loads with MoBA. Which attention a step runs follows from its number alone, so a
     resumed run switches where an uninterrupted one does. Full attention of the last steps is a state of the
-    loaded model, not of its config; after training the model runs MoBA again, as its checkpoint does.
+    loaded model, not of its config; after training the model runs MoBA again, as its checkpoint does. A
+    training that an exception or interrupt ends leaves it as it ran (`suspend_moba(model, False)` helps).
+    Adapters of PEFT are saved without a config: load their base model with MoBA.
 
     Adds to each training log line, and to `state.log_history`:
         moba_key_budget: the key budget (see `moba_hf.inspection`) at the mean length of the rows since the
-            last line; 1 while full attention runs. Packed documents are shorter: they attend a larger share.
-        moba_full: 1.0 while full attention runs, else 0.0.
+            last line; 1 in full attention. Packed documents are shorter: they attend a larger share.
+        moba_full: 1.0 for full attention, else 0.0; like the budget of the last step before the line.
         trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
-            labels, of this process. Evaluations log `eval_trailing_loss`. Where a fused loss makes no logits
-            (TRL), they are made for these positions. Missing where the model is not given labels.
+            labels, of this process. Evaluations during training log `eval_trailing_loss`. Where a fused loss
+            makes no logits (TRL), they are made for these positions. Missing where the model is not given
+            labels.
 
     Callbacks that stand before this one, such as reporters named by `report_to`, have seen the line without
     these; `trainer.callback_handler.callbacks.insert(0, callback)` instead of `callbacks=[callback]` puts it

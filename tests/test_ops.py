@@ -15,7 +15,7 @@ from moba_hf import moba_attention, portable, select_blocks
 from moba_hf.backends import BACKENDS, attend_op, select_op
 from moba_hf.ops import batched_moba_attention
 from moba_hf.reference import moba_attention_ref, select_blocks_ref
-from moba_hf.sequences import batched_table
+from moba_hf.sequences import batched_table, packed_table
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -183,6 +183,22 @@ class TestGradients:
             table = batched_table(1, len(q), len(k), q.device)
             rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
             return attend_op(*rows, choice[None], table, len(q), len(k), rule[0], 0.7, "portable")
+
+        assert torch.autograd.gradcheck(run, (q, k, v), atol=1e-7)
+
+    @pytest.mark.parametrize("rule", [(3, 1, 0, 0), (3, 2, 0, 0), (2, 4, 1, 1)])
+    def test_gradcheck_of_packed_sequences(self, rule: tuple[int, int, int, int]) -> None:
+        """Sequences of 5, 0, 1 and 11 tokens, grouped heads, values of another width than keys."""
+        cu = torch.tensor([0, 5, 5, 6, 17], dtype=torch.int32)
+        names = ("block_size", "topk", "sink_blocks", "local_blocks")
+        torch.manual_seed(0)
+        shapes = ((4, 3), (2, 3), (2, 5))
+        q, k, v = (torch.randn(17, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+        choice = select_blocks(q, k, **dict(zip(names, rule, strict=True)), cu_seqlens_q=cu)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+            return attend_op(*rows, choice[None], packed_table(cu, cu), 11, 11, rule[0], 0.7, "portable")
 
         assert torch.autograd.gradcheck(run, (q, k, v), atol=1e-7)
 

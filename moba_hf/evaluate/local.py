@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moba_hf.config import LayerConfig
-from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
+from moba_hf.evaluate.passes import attention, attention_rows, family_of, sample_positions, watch
 from moba_hf.evaluate.results import progress
 from moba_hf.gates import MassGate
 from moba_hf.portable import block_mean
@@ -121,7 +121,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
             parameter.requires_grad_(False)
         for layer, module in adapter.attention_layers(model):
             hooks.append(module.o_proj.register_forward_hook(keep(layer)))  # type: ignore[union-attr]
-        with torch.enable_grad():
+        with attention(model, None), torch.enable_grad():
             hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
             scores = model.get_output_embeddings()(hidden[-1024:]).float()
         generator = torch.Generator().manual_seed(seed)
