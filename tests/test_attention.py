@@ -32,11 +32,12 @@ from transformers import (
     StaticCache,
 )
 
-import moba_hf.attention
+import moba_hf.layer_plan
 import moba_hf.ops
 from moba_hf import MobaConfig, packing, patch_model
-from moba_hf.attention import moba_attention_forward, moba_mask
+from moba_hf.attention import moba_attention_forward
 from moba_hf.config import LayerConfig
+from moba_hf.mask import moba_mask
 from moba_hf.packing import find_packing
 
 # The span of one unpadded row.
@@ -146,7 +147,7 @@ class messages:
     """Warnings of our logger to transformers inside the block, each once as a fresh process would say it."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self.caplog, self.logger = caplog, moba_hf.attention.logger
+        self.caplog, self.logger = caplog, moba_hf.layer_plan.logger
 
     def __enter__(self) -> list[str]:
         type(self.logger).warning_once.cache_clear()

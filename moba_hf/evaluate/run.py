@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.attention import moba_config
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.passes import family_of
@@ -19,6 +18,7 @@ from moba_hf.evaluate.perplexity import perplexity
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.results import Store, format_table
 from moba_hf.evaluate.tasks import run_task
+from moba_hf.layer_plan import moba_config
 
 
 def load(path: str, device: str | None = None) -> tuple[Any, Any]:
