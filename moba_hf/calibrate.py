@@ -195,51 +195,81 @@ def calibrate(
     settings = {"length": length, "rules": [asdict(r) for r in rules], "samples": samples, "seed": seed}
     settings["texts"] = [int(ids.sum()) for ids in texts]
     known = Store(store, settings)
+    tables = _tables(model, texts, rules, samples, seed, known)
+    passes = _Passes(model, texts, num_layers, tables, trailing, known)
+    if keys is not None:
+        chosen = passes.confirmed(keys) if confirmations else passes.point(keys)
+        tried = [chosen]
+    else:
+        assert max_loss is not None
+        chosen, tried = _search(passes, max_loss, confirmations)
+    curve = [p for p in map(passes.point, _CURVE) if all(abs(p.keys - t.keys) > 1e-9 for t in tried)]
+    ordered = tuple(sorted([*curve, *tried], key=lambda p: p.keys))
+    return Calibration(MobaConfig.from_dict(chosen.config), length, chosen, ordered)
+
+
+def _tables(
+    model: Any, texts: Sequence[Tensor], rules: Sequence[LayerConfig], samples: int, seed: int, known: Store
+) -> list[LocalCosts]:
+    """The local costs of every rule, measured or `known`."""
 
     def measure() -> Any:
         weights = sensitivities(model, texts[0][:, -_SENSITIVITY_TOKENS:], seed=seed)
         found = local_costs(model, texts, rules, SHARES, weights, samples=samples, seed=seed)
         return [{str(i): {str(k): c for k, c in by.items()} for i, by in one.costs.items()} for one in found]
 
-    raw = known.get("local costs", measure)
-    tables = [
+    length, raw = texts[0].shape[1], known.get("local costs", measure)
+    return [
         LocalCosts(rule, length, {int(i): {int(k): c for k, c in by.items()} for i, by in one.items()})
         for rule, one in zip(rules, raw, strict=True)
     ]
 
-    def point(budget: float) -> Point:
-        best = min(((*allocate(t, budget), t) for t in tables), key=lambda found: found[1])
-        config = config_of(best[2], best[0], num_layers)
-        return Point(config.key_budget(length, num_layers), best[1], config.to_dict())
 
-    def confirmed(budget: float) -> Point:
-        found = point(budget)
+@dataclass(frozen=True)
+class _Passes:
+    """Settings at a key budget, and whole passes that say what they cost.
+
+    Attributes:
+        texts: `(1, length)` token ids each.
+        tables: local costs, one per rule.
+        trailing: tokens at the end of a text whose loss counts.
+        known: keeps the passes made.
+    """
+
+    model: Any
+    texts: Sequence[Tensor]
+    num_layers: int
+    tables: Sequence[LocalCosts]
+    trailing: int
+    known: Store
+
+    def point(self, keys: float) -> Point:
+        """The best setting at a key budget by local costs, over all rules."""
+        found = [(*allocate(table, keys), table) for table in self.tables]
+        picked, cost, table = min(found, key=lambda one: one[1])
+        config = config_of(table, picked, self.num_layers)
+        return Point(config.key_budget(table.length, self.num_layers), cost, config.to_dict())
+
+    def confirmed(self, keys: float) -> Point:
+        """`point`, and one pass per text."""
+        found = self.point(keys)
         config = MobaConfig.from_dict(found.config)
         name = json.dumps(found.config, sort_keys=True)
         rises = []
-        for i, ids in enumerate(texts):
-            dense = known.get(f"dense {i}", partial(_tail, model, ids, None, trailing))
-            rises.append(known.get(f"{i} {name}", partial(_tail, model, ids, config, trailing)) - dense)
+        for i, ids in enumerate(self.texts):
+            dense = self.known.get(f"dense {i}", partial(_tail, self.model, ids, None, self.trailing))
+            tail = self.known.get(f"{i} {name}", partial(_tail, self.model, ids, config, self.trailing))
+            rises.append(tail - dense)
         return Point(found.keys, found.cost, found.config, tuple(rises))
 
-    if keys is not None:
-        chosen = confirmed(keys) if confirmations else point(keys)
-        tried = [chosen]
-    else:
-        assert max_loss is not None
-        chosen, tried = _search(confirmed, point(1.0), max_loss, confirmations)
-    curve = [p for p in map(point, _CURVE) if all(abs(p.keys - t.keys) > 1e-9 for t in tried)]
-    ordered = tuple(sorted([*curve, *tried], key=lambda p: p.keys))
-    return Calibration(MobaConfig.from_dict(chosen.config), length, chosen, ordered)
 
-
-def _search(confirmed: Any, full: Point, max_loss: float, confirmations: int) -> tuple[Point, list[Point]]:
+def _search(passes: _Passes, max_loss: float, confirmations: int) -> tuple[Point, list[Point]]:
     """Bisects the key budget, on a log scale, for the least that keeps every text within `max_loss`."""
-    low, high, best = 0.03, 1.0, full
+    low, high, best = 0.03, 1.0, passes.point(1.0)
     tried: list[Point] = []
     for _ in range(confirmations):
         budget = (low * high) ** 0.5
-        tried.append(confirmed(budget))
+        tried.append(passes.confirmed(budget))
         worst = tried[-1].worst
         assert worst is not None
         if worst <= max_loss:
