@@ -40,7 +40,8 @@ MATRIX := 5.17.0 5.23.0
 test-matrix: $(MATRIX:%=.matrix/%/.installed)
 	set -e; for version in $(MATRIX); do \
 	  echo "transformers $$version"; \
-	  .matrix/$$version/bin/python -m pytest -q tests/patches tests/test_attention.py; \
+	  .matrix/$$version/bin/python -m pytest -q tests/patches \
+	    tests/test_layer_plan.py tests/test_attention.py tests/test_packing.py; \
 	done
 
 test-gpu:

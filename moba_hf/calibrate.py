@@ -248,35 +248,60 @@ def calibrate(
     settings |= {"trailing": trailing, "texts": [identity_of(ids) for ids in texts]}
     known = Store(store, settings | {"model": identity_of(model)})
     tables = _tables(known, model, texts, rules, samples, seed)
-
-    def point(budget: float) -> Point:
-        budget = max(budget, lowest)
-        able = [table for table in tables if share.least(table.rule, length) <= budget + 1e-9]
-        inner = share.of_eligible(budget)
-        best = min(((*allocate(t, inner), t) for t in able), key=lambda found: found[1])
-        config = config_of(best[2], best[0], num_layers)
-        reached = inspect_config(model.config, config, (length,)).lengths[0].key_budget
-        return Point(reached, best[1], config.to_dict())
-
-    def confirmed(budget: float) -> Point:
-        found = point(budget)
-        config = MobaConfig.from_dict(found.config)
-        name = json.dumps(found.config, sort_keys=True)
-        rises = []
-        for i, ids in enumerate(texts):
-            dense = known.get(f"dense {i}", partial(_tail, model, ids, None, trailing))
-            rises.append(known.get(f"{i} {name}", partial(_tail, model, ids, config, trailing)) - dense)
-        return Point(found.keys, found.cost, found.config, tuple(rises))
-
+    passes = _Passes(model, texts, num_layers, tables, share, lowest, trailing, known)
     if keys is not None:
-        chosen = confirmed(keys) if confirmations else point(keys)
+        chosen = passes.confirmed(keys) if confirmations else passes.point(keys)
         tried = [chosen]
     else:
         assert max_loss is not None
-        chosen, tried = _search(confirmed, point(1.0), max_loss, confirmations, max(lowest, _LEAST))
-    curve = {round(p.keys, 9): p for p in map(point, _CURVE)} | {round(p.keys, 9): p for p in tried}
+        chosen, tried = _search(passes, max_loss, confirmations)
+    curve = {round(p.keys, 9): p for p in (*map(passes.point, _CURVE), *tried)}
     ordered = tuple(sorted(curve.values(), key=lambda p: p.keys))
     return Calibration(MobaConfig.from_dict(chosen.config), length, chosen, ordered)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Settings at a key budget, and whole passes that say what they cost.
+
+    Attributes:
+        texts: `(1, length)` token ids each.
+        tables: local costs, one per rule.
+        lowest: the least budget of all rules.
+        trailing: tokens at the end of a text whose loss counts.
+        known: keeps the passes made.
+    """
+
+    model: Any
+    texts: Sequence[Tensor]
+    num_layers: int
+    tables: Sequence[LocalCosts]
+    share: _Share
+    lowest: float
+    trailing: int
+    known: Store
+
+    def point(self, keys: float) -> Point:
+        """The best setting at a key budget by local costs, over all rules that can keep it."""
+        keys, length = max(keys, self.lowest), self.tables[0].length
+        able = [table for table in self.tables if self.share.least(table.rule, length) <= keys + 1e-9]
+        found = [(*allocate(table, self.share.of_eligible(keys)), table) for table in able]
+        picked, cost, table = min(found, key=lambda one: one[1])
+        config = config_of(table, picked, self.num_layers)
+        reached = inspect_config(self.model.config, config, (length,)).lengths[0].key_budget
+        return Point(reached, cost, config.to_dict())
+
+    def confirmed(self, keys: float) -> Point:
+        """`point`, and one pass per text."""
+        found = self.point(keys)
+        config = MobaConfig.from_dict(found.config)
+        name = json.dumps(found.config, sort_keys=True)
+        rises = []
+        for i, ids in enumerate(self.texts):
+            dense = self.known.get(f"dense {i}", partial(_tail, self.model, ids, None, self.trailing))
+            tail = self.known.get(f"{i} {name}", partial(_tail, self.model, ids, config, self.trailing))
+            rises.append(tail - dense)
+        return Point(found.keys, found.cost, found.config, tuple(rises))
 
 
 def _tables(
@@ -296,15 +321,13 @@ def _tables(
     ]
 
 
-def _search(
-    confirmed: Any, full: Point, max_loss: float, confirmations: int, low: float
-) -> tuple[Point, list[Point]]:
-    """Bisects the key budget from `low` to 1, on a log scale, for the least that keeps every text within."""
-    high, best = 1.0, full
+def _search(passes: _Passes, max_loss: float, confirmations: int) -> tuple[Point, list[Point]]:
+    """Bisects the key budget, on a log scale, for the least that keeps every text within `max_loss`."""
+    low, high, best = max(passes.lowest, _LEAST), 1.0, passes.point(1.0)
     tried: list[Point] = []
     for _ in range(confirmations):
         budget = (low * high) ** 0.5
-        tried.append(confirmed(budget))
+        tried.append(passes.confirmed(budget))
         worst = tried[-1].worst
         assert worst is not None
         if worst <= max_loss:

@@ -18,6 +18,8 @@ GATES = ("mean", "mass")
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
+# The attn_implementation that transformers knows MoBA by.
+NAME = "moba"
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from moba_hf.adapter import find_adapter
-from moba_hf.attention import NAME
 from moba_hf.cache import MobaCache
-from moba_hf.config import MobaConfig
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.convert import read_model_config
 from moba_hf.loading import dense_on_purpose
 from moba_hf.patching import patch_model, unpatch_model

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.adapter import find_adapter, has_adapter
-
-NAME = "moba"
+from moba_hf.config import NAME
 
 logger = logging.get_logger(__name__)
 _silent = False

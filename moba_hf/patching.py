@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moba_hf.adapter import Adapter, find_adapter
-from moba_hf.attention import NAME, SUSPENDED, moba_config
 from moba_hf.backends import load_backend
-from moba_hf.config import MobaConfig
+from moba_hf.config import NAME, MobaConfig
+from moba_hf.layer_plan import SUSPENDED, moba_config
 
 # Name of the attribute that keeps a patched model's state from before.
 _PREVIOUS = "_moba_previous"

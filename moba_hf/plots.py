@@ -275,7 +275,7 @@ def plot_positions(results: Mapping[str, Perplexity]) -> Any:
 
 def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
     """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
-    from moba_hf.attention import moba_config
+    from moba_hf.layer_plan import moba_config
 
     model, tokenizer = load(checkpoint)
     adapter, text_config = family_of(model)

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
-from moba_hf.attention import NAME, moba_config
 from moba_hf.cache import MobaCache
+from moba_hf.config import NAME
+from moba_hf.layer_plan import moba_config
 
 
 @torch.no_grad()
@@ -48,19 +49,9 @@ def prefill(
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, or a cache that holds the
             whole prompt.
     """
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
-    batch, length = input_ids.shape
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be (batch, length) = {(batch, length)}, got {tuple(attention_mask.shape)}"
-        )
     shortest = _decode_max_len(model) + 1
-    if chunk_size < 2 * shortest - 1:
-        raise ValueError(
-            f"chunk_size={chunk_size} is too small: calls of decode_max_len={shortest - 1} tokens or fewer "
-            f"count as decoding, so it must be at least {2 * shortest - 1}"
-        )
+    _check(input_ids, chunk_size, attention_mask, shortest)
+    length = input_ids.shape[1]
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
     cache = past_key_values
@@ -90,6 +81,21 @@ def prefill(
                 on_chunk(count)
             seen = end
     return cache
+
+
+def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be (batch, length) = {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if chunk_size < 2 * shortest - 1:
+        raise ValueError(
+            f"chunk_size={chunk_size} is too small: calls of decode_max_len={shortest - 1} tokens or fewer "
+            f"count as decoding, so it must be at least {2 * shortest - 1}"
+        )
 
 
 def _decode_max_len(model: Any) -> int:

@@ -19,8 +19,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_hf.adapter import Adapter, find_adapter, has_adapter, trying
-from moba_hf.attention import NAME
-from moba_hf.config import MobaConfig
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.probes import build_model, capture
 from moba_hf.reference import moba_attention_ref

@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from moba_hf.adapter import find_adapter
-from moba_hf.attention import NAME, moba_config
-from moba_hf.config import MobaConfig
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.inspection import inspect_config
+from moba_hf.layer_plan import moba_config
 from moba_hf.loading import runs_dense
 from moba_hf.patching import patch_model, suspend_moba
 

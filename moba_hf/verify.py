@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moba_hf.adapter import Adapter, find_adapter
-from moba_hf.config import MobaConfig
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.convert import check_config, read_model_config, text_config_key
 from moba_hf.gguf_files import is_gguf, load_gguf_model, tied_names
 from moba_hf.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-_NAME = "moba"
 # Longest prompt of the comparison with dense attention, in tokens.
 _PROMPT = 512
 # Bytes compared at once.
@@ -114,15 +113,15 @@ def _run(name: str, step: Callable[[], str]) -> Check:
 
 def _check_settings(folder: Path) -> tuple[_Target, str]:
     values, config = read_model_config(folder)
-    settings = _text_values(values, config).get(_NAME)
+    settings = _text_values(values, config).get(NAME)
     if settings is None:
-        raise ValueError(f"{folder / 'config.json'}: has no {_NAME!r} settings")
+        raise ValueError(f"{folder / 'config.json'}: has no {NAME!r} settings")
     moba = MobaConfig.from_dict(settings)
     adapter = check_config(config, moba)
     key = text_config_key(adapter, config)
-    wanted: Any = _NAME if key is None else {key: _NAME}
+    wanted: Any = NAME if key is None else {key: NAME}
     field = values.get("attn_implementation")
-    if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == _NAME):
+    if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == NAME):
         raise ValueError(f"{folder / 'config.json'}: attn_implementation is {field!r}, not {wanted!r}")
     detail = f"block_size {moba.block_size}, topk {moba.topk}"
     return _Target(folder, values, config, moba, adapter), detail
@@ -220,9 +219,9 @@ def _check_load(target: _Target) -> tuple[Any, str]:
         if keys := sorted(map(str, info.get(kind) or ())):
             raise ValueError(f"{target.folder}: {kind.replace('_', ' ')} on loading: {keys[0]}")
     implementation = target.adapter.text_config(model.config)._attn_implementation
-    if implementation != _NAME:
+    if implementation != NAME:
         raise ValueError(f"{target.folder}: loads with attn_implementation={implementation!r}")
-    return model.eval(), f"{type(model).__name__} with attn_implementation={_NAME!r}"
+    return model.eval(), f"{type(model).__name__} with attn_implementation={NAME!r}"
 
 
 def _check_logits(model: Any, target: _Target) -> str:
@@ -232,7 +231,7 @@ def _check_logits(model: Any, target: _Target) -> str:
     length = _prompt_length(target, text)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (1, length), generator=generator)
-    moba, sdpa, eager = (_logits(model, name, ids, target) for name in (_NAME, "sdpa", "eager"))
+    moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
     error, plain = ((x - eager).abs().max().item() for x in (moba, sdpa))
     # As far from one dense path as another dense path is, twice, and the rounding of the largest logit.
     bound = 2 * plain + torch.finfo(eager.dtype).eps * eager.abs().max().item()

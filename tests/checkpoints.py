@@ -26,6 +26,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
 }
+# Sizes of the GGUF model.
+_VOCAB, _HIDDEN, _INNER, _LAYERS, _HEADS, _KV_HEADS = 64, 64, 96, 2, 4, 2
 
 
 def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
@@ -80,42 +82,13 @@ def write_tiny_gguf(
     """
     import gguf
 
-    vocab, hidden, inner, layers, heads, kv_heads = 64, 64, 96, 2, 4, 2
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(256)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocab)
+    _write_settings(writer)
     if scaling:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     if parts:
         writer.add_uint16("split.count", parts)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), '!"', "#$"])
-    writer.add_token_merges(['! "', "# $"])
-    writer.add_token_types([3, 3] + [1] * (vocab - 2))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
-    for i in range(layers):
-        for name, shape in {
-            "attn_norm": (hidden,),
-            "ffn_norm": (hidden,),
-            "attn_q": (hidden, hidden),
-            "attn_k": (hidden // 2, hidden),
-            "attn_v": (hidden // 2, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (inner, hidden),
-            "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
-        }.items():
-            shapes[f"blk.{i}.{name}"] = shape
-    shapes.update(extra or {})
+    shapes = {**_gguf_shapes(), **(extra or {})}
     shapes.pop(leave_out, None)
     rng = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -134,3 +107,41 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return dequantised
+
+
+def _write_settings(writer: Any) -> None:
+    """Sizes and a tokenizer."""
+    writer.add_context_length(256)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_block_count(_LAYERS)
+    writer.add_feed_forward_length(_INNER)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(_VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *(chr(33 + i) for i in range(_VOCAB - 4)), '!"', "#$"])
+    writer.add_token_merges(['! "', "# $"])
+    writer.add_token_types([3, 3] + [1] * (_VOCAB - 2))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+def _gguf_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by name."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (_VOCAB, _HIDDEN), "output_norm": (_HIDDEN,)}
+    for i in range(_LAYERS):
+        for name, shape in {
+            "attn_norm": (_HIDDEN,),
+            "ffn_norm": (_HIDDEN,),
+            "attn_q": (_HIDDEN, _HIDDEN),
+            "attn_k": (_HIDDEN // 2, _HIDDEN),
+            "attn_v": (_HIDDEN // 2, _HIDDEN),
+            "attn_output": (_HIDDEN, _HIDDEN),
+            "ffn_gate": (_INNER, _HIDDEN),
+            "ffn_up": (_INNER, _HIDDEN),
+            "ffn_down": (_HIDDEN, _INNER),
+        }.items():
+            shapes[f"blk.{i}.{name}"] = shape
+    return shapes

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig
-from moba_hf.attention import NAME, moba_attention_forward
+from moba_hf.attention import moba_attention_forward
+from moba_hf.config import NAME
 from moba_hf.reference import moba_attention_ref
 
 SMALL = MobaConfig(block_size=8, topk=2)

@@ -1,10 +1,7 @@
-"""What transformers calls, on Llama: settings, loading, refusals, policy, training, switching."""
+"""What transformers calls, on Llama: refusals, stock calls, policy, training."""
 
 from __future__ import annotations
 
-import gc
-import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,147 +16,19 @@ from model_checks import (
     close,
     logits,
     padded,
-    sdpa_logits,
     tiny_model,
     tokens,
 )
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPTNeoXConfig,
-    StaticCache,
-)
 
-import moba_hf.attention
 import moba_hf.ops
-from moba_hf import MobaConfig, packing, patch_model
-from moba_hf.attention import moba_attention_forward, moba_mask
+from moba_hf import MobaConfig
+from moba_hf.attention import moba_attention_forward
 from moba_hf.config import LayerConfig
-from moba_hf.packing import find_packing
+from moba_hf.mask import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]
-
-
-class TestLoading:
-    def test_every_way_to_load(self, tmp_path: Path) -> None:
-        """config.moba comes back from disk and decides; each way runs the same MoBA."""
-        moba = MobaConfig(8, 2, full_attention_layers=(-1,), layers={0: {"topk": 3}})
-        model = tiny_model(moba=moba)
-        ids = tokens(1, LENGTH)
-        expected = logits(model, ids)
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="moba")
-        assert MobaConfig.from_dict(loaded.config.moba) == moba
-        assert torch.equal(logits(loaded, ids), expected)
-
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert MobaConfig.from_dict(stock.config.moba) == moba
-        assert torch.equal(logits(stock, ids), sdpa_logits(model, ids))
-        stock.set_attn_implementation("moba")
-        assert torch.equal(logits(stock, ids), expected)
-
-        base = AutoModel.from_pretrained(tmp_path, attn_implementation="moba")
-        with torch.no_grad():
-            assert torch.equal(model.lm_head(base(ids).last_hidden_state), expected)
-
-        torch.manual_seed(1)
-        head = AutoModelForSequenceClassification.from_pretrained(
-            tmp_path, attn_implementation="moba", num_labels=3
-        )
-        with torch.no_grad():
-            scores = head.score(base(ids).last_hidden_state[:, -1])
-            assert close(head(ids).logits, scores)
-
-    def test_a_preset_that_is_patched_in_is_saved_without_the_backend(self, tmp_path: Path) -> None:
-        model = patch_model(tiny_model(moba=None), MobaConfig(8, 2, backend="reference"))
-        model.save_pretrained(tmp_path)
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path).config.moba
-        assert saved == MobaConfig(8, 2).to_dict()
-
-    def test_the_default_preset_is_announced_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        with messages(caplog) as said:
-            model = tiny_model(moba=None)
-            for _ in range(2):
-                logits(model, tokens(1, LENGTH))
-            patch_model(tiny_model(moba=None))
-        assert len(said) == 1
-        for part in ("'default'", "measured at 8K tokens", "block_size=", "topk=", "patch_model"):
-            assert part in said[0]
-
-    def test_settings_that_are_given_are_not_announced(self, caplog: pytest.LogCaptureFixture) -> None:
-        with messages(caplog) as said:
-            logits(tiny_model(), tokens(1, LENGTH))
-        assert said == []
-
-    def test_settings_in_config_json_are_checked(self) -> None:
-        model = tiny_model()
-        model.config.moba = {"block_size": 8, "top_k": 2}
-        with pytest.raises(ValueError, match="unknown MoBA settings: top_k"):
-            logits(model, tokens(1, LENGTH))
-
-    @pytest.mark.parametrize("how", ["replaced", "edited in place"])
-    def test_settings_changed_later_are_followed(self, how: str) -> None:
-        model = tiny_model()
-        ids = tokens(1, LENGTH)
-        before = logits(model, ids)
-        if how == "replaced":
-            model.config.moba = {"block_size": 8, "topk": 3}
-        else:
-            model.config.moba["topk"] = 3
-        assert torch.equal(logits(model, ids), logits(tiny_model(moba=MobaConfig(8, 3)), ids))
-        assert not torch.equal(logits(model, ids), before)
-
-    @pytest.mark.parametrize("index", [3, -4])
-    @pytest.mark.parametrize("name", ["full_attention_layers", "layers"])
-    def test_layers_that_the_model_does_not_have(self, name: str, index: int) -> None:
-        moba = MobaConfig(8, 2, **{name: [index] if name == "full_attention_layers" else {index: {}}})
-        with pytest.raises(ValueError, match=f"{name} names layer {index}, but the model has 3 layers"):
-            logits(tiny_model(moba=moba), tokens(1, LENGTH))
-        model = tiny_model()
-        with pytest.raises(ValueError, match=f"{name} names layer {index}"):
-            patch_model(model, moba)
-        assert model.config.moba == SMALL.to_dict()
-
-    def test_an_unknown_architecture(self) -> None:
-        config = GPTNeoXConfig(
-            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-        )
-        model = AutoModelForCausalLM.from_config(config)
-        message = "no MoBA adapter for model_type 'gpt_neox'; known: llama, mini.*, qwen3_vl.*subclass"
-        with pytest.raises(ValueError, match=message):
-            patch_model(model, SMALL)
-        model.set_attn_implementation("moba")
-        with pytest.raises(ValueError, match=message):
-            logits(model, tokens(1, 10))
-
-    def test_a_model_without_eligible_layers_says_so(self, caplog: pytest.LogCaptureFixture) -> None:
-        with messages(caplog) as said:
-            model = tiny_model("mistral", sliding_window=12)
-            logits(model, tokens(1, LENGTH))
-        assert said == ["No layer of this mistral model can use MoBA: sliding window of 12"]
-
-
-class messages:
-    """Warnings of our logger to transformers inside the block, each once as a fresh process would say it."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self.caplog, self.logger = caplog, moba_hf.attention.logger
-
-    def __enter__(self) -> list[str]:
-        type(self.logger).warning_once.cache_clear()
-        self.level, self.said = self.logger.level, []
-        self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.said.append(record.getMessage())
-        self.logger.addHandler(self.handler)
-        self.logger.setLevel(logging.WARNING)
-        return self.said
-
-    def __exit__(self, *error: object) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
 
 
 class TestRefused:
@@ -222,29 +91,6 @@ class TestRefused:
         holed[1, 20] = 0
         with pytest.raises(ValueError, match="the attention mask of batch row 1 has holes"):
             logits(model, ids, attention_mask=holed)
-
-    @pytest.mark.parametrize(
-        ("offsets", "message"),
-        [
-            ([0, 60], "at most the 50 tokens"),
-            ([1, 50], "must rise from 0"),
-            ([0, 30, 20, 50], "must rise from 0"),
-        ],
-    )
-    def test_offsets_that_leave_the_call(self, offsets: list[int], message: str) -> None:
-        cu = torch.tensor(offsets, dtype=torch.int32)
-        with pytest.raises(ValueError, match=message):
-            logits(tiny_model(), tokens(1, LENGTH), cu_seq_lens_q=cu, cu_seq_lens_k=cu)
-
-    def test_packing_where_it_cannot_be_told_apart(self) -> None:
-        model, ids = tiny_model(), tokens(1, LENGTH)
-        positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
-        cache = StaticCache(model.config, max_cache_len=64)
-        with pytest.raises(ValueError, match="packed sequences"):
-            logits(model, ids, position_ids=positions, past_key_values=cache)
-        offsets = torch.tensor([0, 20, 50], dtype=torch.int32)
-        with pytest.raises(ValueError, match="one packed row, got a batch of 2"):
-            logits(model, ids.expand(2, -1), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
 
 
 class TestDelegation:
@@ -334,60 +180,6 @@ class TestPolicy:
             out = logits(tiny_model(), ids, attention_mask=mask)
         assert out.isfinite().all()
         assert all((call.out[1] == 0).all() for call in calls)
-
-    def test_packing_follows_position_ids_edited_in_place(self) -> None:
-        """The answer of the last forward is not taken for that of a tensor that has changed since."""
-        model, ids = tiny_model(), tokens(1, LENGTH)
-        positions = torch.arange(LENGTH)[None].clone()
-        whole = logits(model, ids, position_ids=positions)
-        positions[:, 20:] -= 20
-        split = logits(model, ids, position_ids=positions)
-        assert close(split[:, 20:], logits(model, ids[:, 20:]))
-        assert not close(split, whole)
-        del positions
-        gc.collect()
-        assert torch.equal(logits(model, ids, position_ids=torch.arange(LENGTH)[None]), whole)
-
-    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_packing_is_looked_for_once_per_forward(self, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Looking waits for the device: layers after the first take its answer."""
-        looked: list[str] = []
-        for name in ("_from_position_ids", "_from_mask"):
-            original = getattr(packing, name)
-
-            def spy(*args: Any, name: str = name, original: Any = original) -> Any:
-                looked.append(name)
-                return original(*args)
-
-            monkeypatch.setattr(packing, name, spy)
-        model, ids = tiny_model(), tokens(1, LENGTH)
-        positions = torch.arange(LENGTH)[None].clone()
-        with mode():
-            for split in (False, True, True):
-                here = positions - 20 * (positions >= 20) * split
-                model(ids, position_ids=here, use_cache=False)
-        assert looked == ["_from_position_ids", "_from_mask", "_from_mask"]
-
-    def test_packing_in_inference_mode_is_kept_within_a_forward_only(self) -> None:
-        """Tensors made there count no edits, so an earlier or equal layer, or another model, looks again."""
-        one, two = tiny_model().config, tiny_model().config
-
-        def ends(ids: torch.Tensor, *asker: Any) -> list[int]:
-            found = find_packing(
-                {"position_ids": ids}, 1, 6, 6, padding_given=False, asker=asker if asker else None
-            )
-            return [6] if found is None else [end for _, _, end in found.spans()]
-
-        with torch.inference_mode():
-            ids = torch.arange(6)[None].clone()
-            assert ends(ids, one, 0) == ends(ids, one, 2) == [6]
-            ids[:, 4:] -= 4
-            assert ends(ids, one, 3) == [6]  # still the same forward
-            assert ends(ids, one, 3) == [4, 6]
-            ids[:, 2:4] -= 2
-            assert ends(ids, two, 5) == [2, 4, 6]
-            ids.copy_(torch.arange(6))
-            assert ends(ids) == [6]
 
     def test_nothing_of_the_size_of_the_queries_is_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The operator gets the tensors that the model made; its output goes back as the model needs it."""

@@ -215,6 +215,10 @@ def test_as_a_process(tmp_path: Path) -> None:
 def test_help(run) -> None:  # type: ignore[no-untyped-def]
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    assert all(name in out for name in ("bench", "convert", "presets", "verify"))
+    listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
+    assert listed == [
+        *("convert", "presets", "verify", "inspect", "generate"),
+        *("eval", "calibrate", "plot", "bench", "lm-eval"),
+    ]
     assert "╭" not in out
     assert "--block-size" in run("convert", "--help")[1]

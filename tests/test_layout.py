@@ -27,6 +27,7 @@ LAYERS = [
     {"patching", "prefill"},
     {"probes"},
     {"attention"},
+    {"layer_plan", "mask"},
     {"loading"},
     {"adapter", "cache", "packing", "dense"},
     {"ops"},

@@ -1,0 +1,181 @@
+"""Commands about checkpoints: convert, presets, verify, inspect, generate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from moba_hf.cli.options import (
+    BlockSize,
+    FullLayers,
+    Gate,
+    LocalBlocks,
+    Preset,
+    SinkBlocks,
+    Topk,
+    quiet,
+    settings,
+)
+
+
+class LoadDtype(str, Enum):
+    """What a model may be loaded as; "auto" is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Dtype(str, Enum):
+    """What a GGUF file may be saved as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def convert(
+    src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
+    dst: Annotated[str, typer.Argument(help="Folder to make.")],
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    gate: Gate = None,
+    full_attention_layers: FullLayers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST if it is a checkpoint.")
+    ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link the weight files instead of copying.")
+    ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="GGUF only: what to save as. float32 (default) is exact; the others take half the size."
+        ),
+    ] = None,
+) -> None:
+    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
+    from moba_hf.convert import convert_checkpoint
+
+    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    if config is None:
+        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
+    quiet()
+    chosen = None if dtype is None else dtype.value
+    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
+    print(f"{made}: converted; block_size {config.block_size}, topk {config.topk}")
+    print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!r})")
+
+
+def presets() -> None:
+    """List the presets."""
+    from moba_hf.config import MobaConfig, preset_names, read_preset
+
+    rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
+    for name in preset_names():
+        moba = MobaConfig.from_preset(name)
+        full = ",".join(map(str, moba.full_attention_layers)) or "-"
+        numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
+        rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
+    _print_table(rows)
+
+
+def verify(
+    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
+    source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
+) -> None:
+    """Check a converted checkpoint against its source: weights, settings, loading, logits."""
+    from moba_hf.verify import verify_checkpoint
+
+    quiet()
+    report = verify_checkpoint(dst, source)
+    for check in report.checks:
+        if check.passed:
+            print(f"ok      {check.name:<8} {check.detail}")
+    if not report.passed:
+        failed = report.checks[-1]
+        raise ValueError(f"verify failed at {failed.name}: {failed.detail}")
+
+
+def inspect_model(
+    src: Annotated[str, typer.Argument(help="Folder with config.json, or that file; no weights are read.")],
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    gate: Gate = None,
+    full_attention_layers: FullLayers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what each layer would do and cost; settings from the config unless options give others."""
+    from moba_hf.inspection import describe, inspect_checkpoint
+
+    quiet()
+    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    result = inspect_checkpoint(src, config)
+    print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
+
+
+def generate(
+    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
+    prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
+    dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
+    chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+) -> None:
+    """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
+    from moba_hf import generation
+
+    text = generation.read_prompt(prompt_file, prompt)
+    quiet()
+    model, tokenizer = generation.load(dst, dtype.value)
+    ids = generation.encode(model, tokenizer, text)
+    runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
+    results = []
+    for name, function in runs.items():
+        if compare:
+            print(f"--- {name} ---", flush=True)
+        with _progress(ids.shape[1] - 1) as advance:
+            streamer = generation.text_streamer(tokenizer)
+            result = function(model, ids, max_new_tokens, chunk=chunk, streamer=streamer, on_prefill=advance)
+        results.append(result)
+    if compare:
+        print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))
+    else:
+        print(generation.summary(results[0], ids.shape[1]), file=sys.stderr)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="prefill", unit=" tokens", disable=None, file=sys.stderr, leave=False) as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+            if bar.n >= total:
+                bar.close()  # before the first token is printed
+
+        yield advance
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows in columns; the last column runs free."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))

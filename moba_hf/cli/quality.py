@@ -1,0 +1,140 @@
+"""Commands about quality: eval, calibrate, plot, lm-eval."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from moba_hf.cli.options import BlockSize, Gate, LocalBlocks, SinkBlocks, Topk, quiet
+
+_Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
+_Length = Annotated[int, typer.Option(help="Tokens of each text that are read.")]
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
+    text: _Texts = None,
+    length: _Length = 8192,
+    preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    gate: Gate = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="perplexity, agreement, recall; may be given again.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="needle, multi-needle, key-value, variables (RULER-like).")
+    ] = None,
+    task_length: Annotated[list[int] | None, typer.Option(help="Tokens of a task's context.")] = None,
+    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of tasks and samples.")] = 0,
+    out: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+) -> None:
+    """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
+    from moba_hf.evaluate import run
+
+    quiet()
+    numbers = {
+        "block_size": block_size,
+        "topk": topk,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+        "gate": gate,
+    }
+    loaded, tokenizer = run.load(model)
+    settings = run.settings_of(loaded, preset or [], numbers)
+    texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
+    result = run.evaluate(
+        loaded,
+        tokenizer,
+        texts,
+        settings,
+        measures=measure or ["perplexity"],
+        tasks=task or [],
+        task_lengths=task_length or [length],
+        contexts=contexts,
+        seed=seed,
+        store=store,
+    )
+    _write_json(out, result)
+    print(run.tables(result))
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
+    text: _Texts = None,
+    length: _Length = 8192,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Allowed rise of the loss of the last 2,048 tokens, in nats.")
+    ] = None,
+    keys: Annotated[float | None, typer.Option(help="Allowed key budget, e.g. 0.25.")] = None,
+    block_size: Annotated[list[int] | None, typer.Option(help="Block sizes to try (32).")] = None,
+    gate: Gate = None,
+    write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
+    out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+) -> None:
+    """Find, for each layer, full attention or how many blocks: the cheapest setting you allow."""
+    from moba_hf.calibrate import calibrate as search
+    from moba_hf.calibrate import write_settings
+    from moba_hf.evaluate import run
+
+    if not text:
+        raise ValueError("give --text FILE, texts like those the model will read")
+    quiet()
+    loaded, tokenizer = run.load(model)
+    texts = [run.read_ids(tokenizer, name, length) for name in text]
+    found = search(
+        loaded,
+        texts,
+        max_loss=max_loss,
+        keys=keys,
+        block_sizes=block_size or (32,),
+        gate=gate or "mean",
+        store=store,
+    )
+    _write_json(out, found.to_dict())
+    print(found.report())
+    if write:
+        write_settings(model, found.config)
+        print(f"{model}: settings stored in config.json")
+
+
+def plot(
+    kind: Annotated[str, typer.Argument(help="routing, recall, needles, budget or positions.")],
+    source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing a checkpoint.")],
+    out: Annotated[str, typer.Option(help="PNG, SVG or PDF file.")],
+    text: Annotated[str | None, typer.Option(help="routing: the text file that is read.")] = None,
+    length: Annotated[int, typer.Option(help="routing: tokens of it.")] = 2048,
+    layer: Annotated[int, typer.Option(help="routing: layer.")] = 0,
+    head: Annotated[int, typer.Option(help="routing: query head.")] = 0,
+) -> None:
+    """Draw results (needs matplotlib: extra 'plot')."""
+    from moba_hf import plots
+
+    quiet()
+    if kind == "routing":
+        if text is None:
+            raise ValueError("routing needs --text FILE")
+        plots.routing_of(source, text, length, layer, head).savefig(out, dpi=160)
+    else:
+        plots.from_json(kind, source).savefig(out, dpi=160)
+    print(out)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with "moba" registered; all arguments go to it (extra 'eval')."""
+    from moba_hf.evaluate.harness import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
+def _write_json(path: str | None, values: Any) -> None:
+    if path is not None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)

@@ -1,0 +1,146 @@
+"""Which rule an attention layer follows: its config and its family's adapter, resolved to a `LayerPlan`.
+
+`layer_plan` is traced by torch.compile: it is written so that a compiled graph holds the plan as a constant
+and is compiled again when the settings change, see `_resolve`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+
+# Attribute of an attention module that turns its rule off for a while.
+SUSPENDED = "moba_suspended"
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention layer does, resolved from its config.
+
+    Attributes:
+        rule: the MoBA rule; None: full attention, also where `moba_hf.patching.suspend_moba` says so.
+        stock: why the layer keeps the stock implementation; None: it does not.
+        full_len: calls of at most this many queries attend every key; 0: none do.
+        max_keys: the most keys a query attends under the rule.
+    """
+
+    rule: LayerConfig | None
+    stock: str | None
+    full_len: int
+    max_keys: int = 0
+
+
+def moba_config(config: Any) -> MobaConfig:
+    """The MoBA settings of a text config: its `moba`, else the preset "default", which is said once."""
+    return _settings_of(getattr(config, "moba", None))
+
+
+def _settings_of(raw: Any) -> MobaConfig:
+    """`config.moba` read, or the preset where it is None."""
+    if raw is not None:
+        return MobaConfig.from_dict(raw)
+    moba = MobaConfig.from_preset(DEFAULT_PRESET)
+    logger.warning_once(
+        f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="
+        f"{moba.block_size}, topk={moba.topk}, sink_blocks={moba.sink_blocks}, local_blocks="
+        f"{moba.local_blocks}), which was measured at 8K tokens. Pass a MobaConfig to "
+        "moba_hf.patch_model, or set config.moba, to choose."
+    )
+    return moba
+
+
+def layer_plan(module: nn.Module) -> LayerPlan:
+    """The plan of an attention module, kept on it until its `config.moba` changes.
+
+    A compiled graph holds the plan as a constant and is compiled again when `config.moba` changes.
+    """
+    config: Any = module.config
+    raw = getattr(config, "moba", None)
+    suspended = bool(getattr(module, SUSPENDED, False))
+    layer_idx: Any = module.layer_idx
+    if torch.compiler.is_dynamo_compiling():
+        return _resolve(config, raw, int(layer_idx), suspended)
+    known: tuple[Any, bool, LayerPlan] | None = module.__dict__.get("_moba_plan")
+    if known is None or known[0] != raw or known[1] != suspended:
+        known = (copy.deepcopy(raw), suspended, _resolve(config, raw, int(layer_idx), suspended))
+        module.__dict__["_moba_plan"] = known
+    return known[2]
+
+
+def adapter_of(model_type: str) -> Adapter:
+    """`find_adapter`, also in functions that are traced."""
+    adapter: Adapter = getattr(_kept, _adapter_name(model_type))
+    return adapter
+
+
+class _Kept:
+    """What compiled graphs look up by name instead of computing it, see `_resolve`.
+
+    An object, not a dict: a graph that is being traced sees attributes that are set meanwhile.
+    """
+
+
+_kept: Any = _Kept()
+
+
+def _keep(kind: str, of: object, make: Callable[[], object]) -> str:
+    """The name under which `_kept` has `make()`; `repr(of)` tells what it is made of."""
+    name = f"{kind} {of!r}"
+    if not hasattr(_kept, name):
+        setattr(_kept, name, make())
+    return name
+
+
+def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPlan:
+    """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it.
+
+    It is traced. Functions whose result a graph holds as constant take and give plain values only (torch
+    before 2.13 takes no config there), so they give names of what they made; the adapter's are traced.
+    """
+    adapter = adapter_of(config.model_type)
+    settings = _settings(raw)
+    adapter.check(config, getattr(_kept, settings))
+    stock = adapter.stock_reason(config, layer_idx)
+    if stock is not None and not adapter.eligible_layers(config):
+        _warn_of_no_layer(config.model_type, stock)
+    plan: LayerPlan = getattr(_kept, _plan(settings, layer_idx, adapter.num_layers(config), stock, suspended))
+    return plan
+
+
+@torch._dynamo.assume_constant_result
+def _adapter_name(model_type: str) -> str:
+    adapter = find_adapter(model_type)
+    return _keep("adapter", (model_type, id(adapter)), lambda: adapter)
+
+
+@torch._dynamo.assume_constant_result
+def _settings(raw: Any) -> str:
+    return _keep("settings", raw, lambda: _settings_of(raw))
+
+
+@torch._dynamo.assume_constant_result
+def _warn_of_no_layer(model_type: str, stock: str) -> bool:
+    logger.warning_once(f"No layer of this {model_type} model can use MoBA: {stock}")
+    return True
+
+
+@torch._dynamo.assume_constant_result
+def _plan(settings: str, layer_idx: int, num_layers: int, stock: str | None, suspended: bool) -> str:
+    def make() -> LayerPlan:
+        moba: MobaConfig = getattr(_kept, settings)
+        rule = None if suspended else moba.for_layer(layer_idx, num_layers)
+        full_len = moba.decode_max_len if moba.decode == "full" else 0
+        return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.max_keys)
+
+    return _keep("plan", (settings, layer_idx, num_layers, stock, suspended), make)

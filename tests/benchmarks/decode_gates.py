@@ -1,0 +1,78 @@
+"""The correctness gates of `decode_gpu.py`: nothing is timed before they are green."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from moba_hf import MobaCache, kernels
+from moba_hf.attention import moba_attention_forward
+from moba_hf.block_means import block_means_of
+from moba_hf.kernels.decode import decode_attention
+from moba_hf.reference import moba_attention_ref
+from moba_hf.sequences import batched_table
+
+
+def check(name: str, got: Tensor, expected: Tensor, share: float = 2**-6) -> None:
+    """Correctness gate: bf16 rounding of the output and of the softmax weights, no more."""
+    error, size = (got.float() - expected.float()).abs().max(), expected.float().abs().max()
+    assert error <= share * size, f"{name}: wrong by {error:.2e} where values reach {size:.2e}"
+
+
+def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
+    """The sparse rows `(queries, heads, dim)` by the reference, one group of heads at a time."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for h in range(k.shape[1]):
+        queries = q[0, h * group : (h + 1) * group].transpose(0, 1)
+        keys, values = (x[0, h : h + 1].transpose(0, 1) for x in (k, v))
+        out, _ = moba_attention_ref(queries, keys, values, block_size=args.block_size, topk=args.topk)
+        rows.append(out.float())
+    return torch.cat(rows, dim=1)
+
+
+def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> None:
+    """Decode rows against prefill rows, the reference and torch's dense attention, on cached keys."""
+    first = cache.layers[0]
+    length = min(8 * args.block_size * args.topk + 77, max(args.lengths))
+    keys, values = first.keys[:, :, :length], first.values[:, :, :length]
+    heads, device = config.num_attention_heads, keys.device
+    queries = torch.randn(1, heads, 200, keys.shape[3], device=device, dtype=keys.dtype)
+    rule = (args.block_size, args.topk, 0, 0)
+    whole = kernels.select_blocks(queries, keys, batched_table(1, 200, length, device), 200, length, *rule)
+    means = block_means_of(keys, None, args.block_size)
+    for count in (1, 5, 16):
+        some, table = queries[:, :, -count:], batched_table(1, count, length, device)
+        choice = kernels.choose_blocks(some, means, table, length, *rule)
+        same = choice.sort(3).values == whole[:, -count:].sort(3).values
+        assert same.all(), f"{int((~same).sum())} of {same.numel()} chosen blocks differ from prefill's"
+        out, _ = decode_attention(
+            some, keys, values, choice, table, count, args.block_size, keys.shape[3] ** -0.5, by_row=True
+        )
+        if count == 1:
+            check("sparse", out[0], reference_row(some, keys, values, args))
+        group = heads // keys.shape[1]
+        mask = torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+        exact = nn.functional.scaled_dot_product_attention(
+            some.float(), *(x.float().repeat_interleave(group, 1) for x in (keys, values)), attn_mask=mask
+        )
+        dense, _ = kernels.dense_decode_attention(some, keys, values, table, keys.shape[3] ** -0.5)
+        check("dense", dense, exact.transpose(1, 2))
+
+
+def gate_model(model: Any, cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> None:
+    """The attention function on the longest cache, through the layer, against the reference."""
+    first, module = cache.layers[0], model.model.layers[0].self_attn
+    length = int(first.cumulative_length)
+    dtype, device = first.keys.dtype, first.keys.device
+    q = torch.randn(1, config.num_attention_heads, 1, first.keys.shape[3], device=device, dtype=dtype)
+    written = (torch.arange(first.max_cache_len, device=device) < length).to(torch.int8)
+    key = first.keys.view(first.keys.shape)
+    key.moba_layer = first
+    got = moba_attention_forward(module, q, key, first.values, written[None, None, None])[0]
+    keys, values = first.keys[:, :, :length], first.values[:, :, :length]
+    check("model", got[0], reference_row(q, keys, values, args))

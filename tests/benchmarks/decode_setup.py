@@ -1,0 +1,98 @@
+"""What the parts of `decode_gpu.py` share: the model's shape, one long static cache, the clock."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from moba_hf import MobaCache, MobaConfig
+
+SPARE = 2048  # slots for the tokens that are decoded
+Row = dict[str, Any]
+
+
+def model_config(args: argparse.Namespace) -> LlamaConfig:
+    """Llama-3.1-8B's shape, or a toy of it."""
+    shape: dict[str, int] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    if args.tiny:
+        shape = dict.fromkeys(shape, 64) | {"num_hidden_layers": 2, "num_attention_heads": 4}
+        shape["num_key_value_heads"] = 2
+    config = LlamaConfig(**shape, max_position_embeddings=max(args.lengths) + 2 * SPARE)
+    config.moba = MobaConfig(args.block_size, args.topk, decode="sparse").to_dict()
+    return config
+
+
+class Clock:
+    """Times work as CUDA graphs; without a GPU it runs the work once, to show that it runs."""
+
+    def __init__(self, device: str, replays: int):
+        self.device, self.replays = device, replays
+
+    def us(self, work: Callable[[], object], parts: int = 1) -> float:
+        """Microseconds of `work` divided by `parts`: the median of three runs of `replays` replays."""
+        if self.device != "cuda":
+            work()
+            return 1.0
+        graph = self.capture(work)
+        times = []
+        for _ in range(4):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(self.replays):
+                graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(1e3 * begin.elapsed_time(end) / self.replays / parts)
+        return sorted(times[1:])[1]
+
+    @staticmethod
+    def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph
+
+
+def filled_cache(config: LlamaConfig, length: int, device: str) -> MobaCache:
+    """A static cache whose every slot holds random numbers, and the means of its blocks."""
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    cache = MobaCache(config, static=True, max_cache_len=length + SPARE)
+    for index, layer in enumerate(cache.layers):
+        states = [torch.zeros(1, heads, 1, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        cache.update(*states, index)
+        layer.keys.normal_()
+        layer.values.normal_()
+    take_means(cache, config, length)
+    return cache
+
+
+def set_length(cache: MobaCache, length: int) -> None:
+    """Says that `length` slots are written; the means of their complete blocks are there already."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+
+
+def take_means(cache: MobaCache, config: LlamaConfig, length: int) -> None:
+    """Takes the means of `length` slots anew: what was timed at a shorter length wrote over later slots."""
+    set_length(cache, length)
+    for layer in cache.layers:
+        layer.block_means.forget(layer.max_cache_len)
+        start = torch.zeros(1, dtype=torch.int64, device=layer.keys.device)
+        layer.moba_means(layer.keys, start, config.moba["block_size"])
