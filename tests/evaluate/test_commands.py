@@ -45,7 +45,7 @@ def test_eval_prints_what_it_writes(
     text, out = checkpoint / "text.txt", tmp_path / "eval.json"
     rule = ("--block-size", 16, "--topk", 4, "--sink-blocks", 1, "--local-blocks", 1)
     measures = [a for m in ("perplexity", "agreement", "recall") for a in ("--measure", m)]
-    task = ("--task", "needle", "--task-length", 500, "--contexts", 1)
+    task = ("--task", "needle", "--task-length", 500, "--contexts", 1, "--depth", 0.25, "--depth", 0.75)
     printed = run(
         capsys, "eval", checkpoint, "--text", text, "--length", 512, *rule, *measures, *task, "--out", out
     )
@@ -55,10 +55,14 @@ def test_eval_prints_what_it_writes(
     assert f"{rise:+.4f}" in printed
     assert values["keys"][str(text)]["given"][0] == 4 * 16 / 512
     assert {t["setting"] for t in values["tasks"]} == {"dense", "given"}
+    assert [[depth for depth, _ in t["by_depth"]] for t in values["tasks"]] == [[0.25, 0.75]] * 2
     for kind in ("positions", "recall", "needles"):
         picture = tmp_path / f"{kind}.png"
         run(capsys, "plot", kind, out, "--out", picture)
         assert picture.read_bytes()[:4] == b"\x89PNG"
+    dense = tmp_path / "dense.png"
+    run(capsys, "plot", "needles", out, "--setting", "dense", "--out", dense)
+    assert dense.read_bytes() != picture.read_bytes()
 
 
 def test_calibrate_writes_the_checkpoint(
@@ -104,6 +108,9 @@ def test_errors_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str
         ("calibrate", checkpoint, "--text", text, "--length", 64),
         ("eval", checkpoint, "--text", text, "--length", 100000),
         ("plot", "poem", text, "--out", "x.png"),
+        ("plot", "routing", checkpoint, "--text", text, "--length", 64, "--out", "missing/x.png"),
+        ("eval", checkpoint, "--text", text, "--length", 64, "--out", "missing/x.json"),
+        ("calibrate", checkpoint, "--text", text, "--length", 64, "--keys", 0.5, "--store", "missing/x.json"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in args])
