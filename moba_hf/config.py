@@ -68,8 +68,8 @@ class MobaConfig:
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
             last layer. They are checked against a model when applied to it.
         decode: "full": a decode step attends every cached key (the paper's choice); "sparse": it follows the
-            rule of prefill, best with a `MobaCache`, which keeps the means of blocks; with `gate="mass"` a step
-            reads all cached keys to score their blocks.
+            rule of prefill, best with a `MobaCache`, which keeps the means of blocks; with `gate="mass"` each
+            step reads all cached keys to score their blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name of `moba_hf.backends.BACKENDS`. A choice of the machine: never saved.
