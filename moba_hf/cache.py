@@ -96,6 +96,7 @@ class MobaLayer(DynamicLayer):
         end = self._length + count
         states = (key_states, value_states)
         self._check_shapes(*states)
+        self._widen(*states)
         if _tracked(*states, *self._buffers):
             self._buffers = [
                 torch.cat([old[:, :, : self._length], new], dim=2)
@@ -134,6 +135,15 @@ class MobaLayer(DynamicLayer):
                     "other prompts; for beams or several sequences of one prefilled prompt, repeat it first "
                     "by batch_repeat_interleave(count)"
                 )
+
+    def _widen(self, *states: Tensor) -> None:
+        """Takes the buffers to the dtype that they and the states promote to, as after autocast."""
+        assert self._buffers is not None
+        for i, x in enumerate(states):
+            dtype = torch.promote_types(self._buffers[i].dtype, x.dtype)
+            if dtype != self._buffers[i].dtype:
+                self._buffers[i] = self._buffers[i].to(dtype)
+                self.block_means.forget(self._length)
 
     def _grow(self, capacity: int) -> None:
         assert self._buffers is not None

@@ -257,6 +257,17 @@ class TestDynamicLayer:
         layer.update(*states(1, 4))
         assert torch.equal(layer.moba_means(layer.keys, None, 4)[:, :, :4], before)
 
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+    def test_dtypes_promote_as_in_a_stock_layer(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        """Under autocast some states are narrower than those of calls without it."""
+        layer, stock = MobaLayer(), DynamicLayer()
+        for dtype, length in zip(dtypes, (17, 1), strict=True):
+            new = states(1, length, dtype)
+            for got, expected in zip(layer.update(*new), stock.update(*new), strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
+            assert_means(layer, None, 4, layer.get_seq_length())
+
     @pytest.mark.parametrize("shape", [(1, HEADS, DIM), (3, HEADS, DIM), (2, 1, DIM), (2, HEADS, 1)])
     def test_states_of_another_shape_are_refused(self, shape: tuple[int, int, int]) -> None:
         """One row or head would be spread over all of them by the assignment."""
