@@ -38,6 +38,10 @@ _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
     "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
 )
+_SPARSE_BY_MASS = (
+    'decode="sparse" with gate="mass" reads all cached keys at every step to score their blocks: a cache '
+    'keeps the means of blocks, not what that gate needs; gate="mean" reads the chosen blocks alone'
+)
 
 logger = logging.get_logger(__name__)
 
@@ -177,8 +181,8 @@ def _attend(
             backend=backend,
             **settings,
         )[0]
-    if block_means is None and q_len == 1 and not torch.compiler.is_compiling():
-        logger.warning_once(_SPARSE_WITHOUT_CACHE)
+    if (block_means is None or rule.gate == "mass") and q_len == 1 and not torch.compiler.is_compiling():
+        logger.warning_once(_SPARSE_BY_MASS if rule.gate == "mass" else _SPARSE_WITHOUT_CACHE)
     return batched_moba_attention(
         query,
         key,

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from moba_hf.backends import choose_backend
 from moba_hf.block_means import BlockMeans, writable
-from moba_hf.config import MobaConfig
+from moba_hf.config import MobaConfig, check_int
 
 # Attribute by which a key tensor names the cache layer that it came from.
 LAYER_ATTRIBUTE = "moba_layer"
@@ -95,6 +95,8 @@ class MobaLayer(DynamicLayer):
         assert self._buffers is not None
         end = self._length + count
         states = (key_states, value_states)
+        self._check_shapes(*states)
+        self._widen(*states)
         if _tracked(*states, *self._buffers):
             self._buffers = [
                 torch.cat([old[:, :, : self._length], new], dim=2)
@@ -122,6 +124,27 @@ class MobaLayer(DynamicLayer):
             for x, b in zip(states, self._buffers, strict=True)
         )
 
+    def _check_shapes(self, *states: Tensor) -> None:
+        """Raises ValueError unless states have the rows, heads and dims of the buffers."""
+        assert self._buffers is not None
+        for x, buffer in zip(states, self._buffers, strict=True):
+            if (x.shape[:2], x.shape[3]) != (buffer.shape[:2], buffer.shape[3]):
+                held, given = ((*y.shape[:2], y.shape[3]) for y in (buffer, x))
+                raise ValueError(
+                    f"the cache holds states of (batch, heads, dim) {held}, got {given}: reset() it for "
+                    "other prompts; for beams or several sequences of one prefilled prompt, repeat it first "
+                    "by batch_repeat_interleave(count)"
+                )
+
+    def _widen(self, *states: Tensor) -> None:
+        """Takes the buffers to the dtype that they and the states promote to, as after autocast."""
+        assert self._buffers is not None
+        for i, x in enumerate(states):
+            dtype = torch.promote_types(self._buffers[i].dtype, x.dtype)
+            if dtype != self._buffers[i].dtype:
+                self._buffers[i] = self._buffers[i].to(dtype)
+                self.block_means.forget(self._length)
+
     def _grow(self, capacity: int) -> None:
         assert self._buffers is not None
         for i, old in enumerate(self._buffers):
@@ -145,6 +168,7 @@ class MobaLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
+        self._assist_from = None  # assisted generation appends first; who crops at once appends no prompt
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         kept = tokens_to_remove if tokens_to_remove > 0 else self._length + tokens_to_remove
@@ -262,6 +286,13 @@ class MobaStaticLayer(StaticLayer):
             keys.detach(), self.cumulative_length, self.max_cache_len, kv_start, block_size
         )
 
+    def activate_past_recording(self) -> None:
+        """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""
+        raise ValueError(
+            "assisted and prompt-lookup generation need a dynamic cache, this one is static: pass "
+            "MobaCache(model.config), or generate without assistance"
+        )
+
     def reset(self) -> None:
         super().reset()
         self.block_means.forget(0)
@@ -280,14 +311,15 @@ class MobaCache(Cache):
 
     Args:
         config: the model's config.
-        max_cache_len: slots to allocate: prompt + new tokens, where known. A dynamic cache grows beyond it,
-            and without it, by an eighth at a time; a static cache needs it.
+        max_cache_len: slots to allocate, at least 1: prompt + new tokens, where known. A dynamic cache grows
+            beyond it, and without it, by an eighth at a time; a static cache needs it.
         static: fixed shapes, for `torch.compile` and CUDA graphs.
         offloading: keep layers on the CPU while they are not used (needs a GPU).
         offload_only_non_sliding: leave sliding layers where they are.
 
     Raises:
-        ValueError: a static cache without `max_cache_len`.
+        ValueError: a static cache without `max_cache_len`, one below 1, offloading without a CUDA device.
+        TypeError: `max_cache_len` not an int.
     """
 
     def __init__(
@@ -301,6 +333,12 @@ class MobaCache(Cache):
     ):
         if static and max_cache_len is None:
             raise ValueError("a static MobaCache needs max_cache_len: prompt length + max_new_tokens")
+        if max_cache_len is not None:
+            check_int("max_cache_len", max_cache_len, minimum=1)
+        if offloading and not torch.cuda.is_available():
+            raise ValueError(
+                "offloading moves layers between a CUDA device and the CPU: there is no such device"
+            )
         size = max_cache_len or 0
         text_config = config.get_text_config(decoder=True)
         stock: Cache = DynamicCache(config=text_config)

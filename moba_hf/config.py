@@ -70,7 +70,8 @@ class MobaConfig:
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
             last layer. They are checked against a model when applied to it.
         decode: "full": a decode step attends every cached key (the paper's choice); "sparse": it follows the
-            rule of prefill, best with a `MobaCache`, which keeps the means of blocks.
+            rule of prefill, best with a `MobaCache`, which keeps the means of blocks; with `gate="mass"` each
+            step reads all cached keys to score their blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name of `moba_hf.backends.BACKENDS`. A choice of the machine: never saved.
@@ -100,7 +101,7 @@ class MobaConfig:
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         if self.decode not in _DECODE:
             raise ValueError(f"decode must be one of {', '.join(map(repr, _DECODE))}, got {self.decode!r}")
-        _check_int("decode_max_len", self.decode_max_len, minimum=1)
+        check_int("decode_max_len", self.decode_max_len, minimum=1)
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {self.backend!r}")
         for layer in [self._base, *(self._override(pairs) for _, pairs in self.layers)]:
@@ -149,7 +150,7 @@ class MobaConfig:
             length: tokens of the sequence.
             num_layers: layers of the model.
         """
-        _check_int("length", length, minimum=1)
+        check_int("length", length, minimum=1)
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
         return sum(1.0 if r is None else min(1.0, r.max_keys / length) for r in rules) / num_layers
 
@@ -224,10 +225,10 @@ class MobaConfig:
 
 def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int, gate: str = "mean") -> None:
     """Raises TypeError or ValueError unless the four numbers make a rule and the gate is known."""
-    _check_int("block_size", block_size, minimum=1)
-    _check_int("topk", topk, minimum=1)
-    _check_int("sink_blocks", sink_blocks, minimum=0)
-    _check_int("local_blocks", local_blocks, minimum=0)
+    check_int("block_size", block_size, minimum=1)
+    check_int("topk", topk, minimum=1)
+    check_int("sink_blocks", sink_blocks, minimum=0)
+    check_int("local_blocks", local_blocks, minimum=0)
     if topk < 1 + sink_blocks + local_blocks:
         raise ValueError(
             f"topk={topk} is too small: it counts the query's own block, {sink_blocks} sink_blocks and "
@@ -252,7 +253,8 @@ def read_preset(name: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _check_int(name: str, value: object, *, minimum: int) -> None:
+def check_int(name: str, value: object, *, minimum: int) -> None:
+    """Raises TypeError unless `value` is an int, ValueError where it is below `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:

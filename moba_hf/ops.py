@@ -71,10 +71,11 @@ def moba_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit; the message says which.
-        TypeError: `block_size`, `topk`, `sink_blocks` or `local_blocks` not an int.
+        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an int.
     """
     _check_packed(q, k, v)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
+    lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
     if block_indices is not None:
         if block_indices.ndim != 3:
             raise ValueError(
@@ -91,8 +92,8 @@ def moba_attention(
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
         gate=gate,
-        max_seqlen_q=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        max_seqlen_k=k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+        max_seqlen_q=lengths[0],
+        max_seqlen_k=lengths[1],
         softmax_scale=softmax_scale,
         block_indices=block_indices,
         backend=backend,
@@ -125,10 +126,7 @@ def select_blocks(
     check_rule(block_size, topk, sink_blocks, local_blocks, gate)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
-    lengths = (
-        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
-    )
+    lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
     name = choose_backend(backend, q4, k4, k4, block_size)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     rule = (block_size, topk, sink_blocks, local_blocks)
@@ -318,6 +316,25 @@ def _check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, 
         raise ValueError(
             f"sequence {i} has more queries ({int(lengths_q[i])}) than keys ({int(lengths_k[i])})"
         )
+
+
+def _longest(
+    q: Tensor, k: Tensor, table: Tensor, max_seqlen_q: int | None, max_seqlen_k: int | None
+) -> tuple[int, int]:
+    """The bounds on sequence lengths, else the totals; kernels leave out what lies beyond them."""
+    if check_values(q):
+        for name, bound, begin in (("max_seqlen_q", max_seqlen_q, 1), ("max_seqlen_k", max_seqlen_k, 3)):
+            if bound is None:
+                continue
+            if not isinstance(bound, int):
+                raise TypeError(f"{name} must be an int, got {bound!r}")
+            lengths = (table[:, begin + 1] - table[:, begin]).tolist()
+            if bound < max(lengths, default=0):
+                raise ValueError(f"{name}={bound} is below the longest sequence, {max(lengths)} tokens")
+    return (
+        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+    )
 
 
 def _check_choice(block_indices: Tensor, q: Tensor, topk: int) -> None:

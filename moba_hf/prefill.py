@@ -47,7 +47,7 @@ def prefill(
 
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, or a cache that holds the
-            whole prompt.
+            whole prompt or, being static, has not a slot for every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -60,8 +60,10 @@ def prefill(
     seen = int(cache.get_seq_length())
     if seen >= length:
         raise ValueError(f"the cache holds {seen} tokens, the prompt has {length}: nothing is left to read")
+    _check_slots(cache, length)
     position_ids = None
     if attention_mask is not None:
+        attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
@@ -102,6 +104,17 @@ def _decode_max_len(model: Any) -> int:
     """The model's `decode_max_len`; 1 where it does not run MoBA."""
     config = model.config.get_text_config(decoder=True)
     return moba_config(config).decode_max_len if config._attn_implementation == NAME else 1
+
+
+def _check_slots(cache: Cache, length: int) -> None:
+    """Raises ValueError where a static layer has fewer slots than tokens; windows use theirs again."""
+    layers = [x for x in cache.layers if not getattr(x, "is_sliding", False)]
+    slots = min((int(getattr(x, "max_cache_len", length)) for x in layers), default=length)
+    if slots < length:
+        raise ValueError(
+            f"the static cache has {slots} slots, the prompt {length} tokens: make it with "
+            "max_cache_len = prompt length + max_new_tokens"
+        )
 
 
 def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:

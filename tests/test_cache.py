@@ -244,14 +244,52 @@ class TestDynamicLayer:
         assert torch.equal(second[1].grad, torch.ones_like(second[1]))
 
     def test_offload_and_prefetch_keep_everything(self) -> None:
-        layer = MobaLayer()
+        """Whole buffers move, and the means stay as they were: keys they came from may hold anything."""
+        layer = MobaLayer(max_cache_len=40)
         layer.update(*states(1, 16))
         expected = layer.keys.clone()
+        before = layer.moba_means(layer.keys, None, 4)[:, :, :4].clone()
         layer.offload()
         layer.prefetch()
         assert torch.equal(layer.keys, expected)
+        assert layer._buffers[0].shape[2] == 40
+        layer.keys.fill_(torch.nan)
         layer.update(*states(1, 4))
-        assert_means(layer, None, 4, 20)
+        assert torch.equal(layer.moba_means(layer.keys, None, 4)[:, :, :4], before)
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+    def test_dtypes_promote_as_in_a_stock_layer(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        """Under autocast some states are narrower than those of calls without it."""
+        layer, stock = MobaLayer(), DynamicLayer()
+        for dtype, length in zip(dtypes, (17, 1), strict=True):
+            new = states(1, length, dtype)
+            for got, expected in zip(layer.update(*new), stock.update(*new), strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
+            assert_means(layer, None, 4, layer.get_seq_length())
+
+    @pytest.mark.parametrize("shape", [(1, HEADS, DIM), (3, HEADS, DIM), (2, 1, DIM), (2, HEADS, 1)])
+    def test_states_of_another_shape_are_refused(self, shape: tuple[int, int, int]) -> None:
+        """One row or head would be spread over all of them by the assignment."""
+        batch, heads, dim = shape
+        layer = MobaLayer()
+        layer.update(*states(2, 5))
+        expected = layer.keys.clone()
+        with pytest.raises(ValueError, match=r"\(2, 2, 4\), got .* batch_repeat_interleave"):
+            layer.update(*(torch.randn(batch, heads, 1, dim) for _ in range(2)))
+        assert torch.equal(layer.keys, expected)
+        layer.reset()
+        keys, _ = layer.update(*(torch.randn(batch, heads, 3, dim) for _ in range(2)))
+        assert keys.shape == (batch, heads, 3, dim)
+
+    def test_crop_ends_the_watch_for_assisted_generation(self) -> None:
+        """Where the end of a text is noticed a step late, nothing lies between recording and cropping."""
+        layer = MobaLayer()
+        layer.update(*states(1, 8))
+        layer.activate_past_recording()
+        layer.crop(0)
+        keys, _ = layer.update(*states(1, 5))
+        assert keys.shape[2] == 13
 
     def test_positive_crop_is_the_length_to_keep(self) -> None:
         layer = MobaLayer()
@@ -293,6 +331,26 @@ class TestDecode:
                     torch.testing.assert_close(out[row, -real:], expected, **tolerance)
                     torch.testing.assert_close(lse[row, :, -real:], expected_lse, **tolerance)
                     assert not out[row, : q_len - real].any()
+
+    @pytest.mark.parametrize("q_len", [1, 3])
+    def test_only_chosen_blocks_are_read(self, q_len: int) -> None:
+        """Keys and values of every other block may hold anything once the means are taken."""
+        layer, rule = MobaLayer(), {"block_size": 4, "topk": 3, "sink_blocks": 1}
+        keys, values = layer.update(*states(2, 70))
+        q, starts = torch.randn(2, 2 * HEADS, q_len, DIM), torch.tensor([0, 9])
+        means = layer.moba_means(keys, starts, 4)
+        given = {"kv_start": starts, "block_means": means, **rule}
+        expected = batched_moba_attention(q, keys, values, **given)
+        for row, start in enumerate(starts.tolist()):
+            for head in range(HEADS):
+                queries = q[row, 2 * head : 2 * head + 2].transpose(0, 1)
+                chosen = select_blocks_ref(queries, keys[row, head, start:, None], **rule).unique()
+                block = (torch.arange(70) - start).div(4, rounding_mode="floor")
+                other = ~torch.isin(block, chosen)
+                assert 20 < int(other.sum()) < 70
+                keys[row, head, other] = values[row, head, other] = torch.nan
+        for got, want in zip(batched_moba_attention(q, keys, values, **given), expected, strict=True):
+            assert torch.equal(got, want)
 
     def test_unwritten_slots_are_never_read(self) -> None:
         keys, values = states(1, 32)
@@ -358,6 +416,17 @@ class TestMobaCache:
     def test_static_needs_a_length(self) -> None:
         with pytest.raises(ValueError, match="needs max_cache_len"):
             MobaCache(self.config(), static=True)
+
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_length_that_is_none(self, static: bool) -> None:
+        for length, kind in ((0, ValueError), (-5, ValueError), (64.0, TypeError), ("64", TypeError)):
+            with pytest.raises(kind, match="max_cache_len must be"):
+                MobaCache(self.config(), static=static, max_cache_len=length)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="offloading works here")
+    def test_offloading_needs_a_gpu(self) -> None:
+        with pytest.raises(ValueError, match="CUDA device"):
+            MobaCache(self.config(), offloading=True)
 
     def test_import_changes_no_table(self) -> None:
         assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moba_hf import backends, flash, ops
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.block_means import block_means_of
 
 RAGGED = [(50, 70), (0, 5), (33, 33), (0, 0), (1, 77)]
 CASES = {
@@ -195,6 +196,20 @@ def test_padded_batch_of_strided_views() -> None:
         assert (out[row, : part.start] == 0).all()
         assert (out[row, part.stop :] == 0).all()
         assert (lse[row, :, : part.start] == -torch.inf).all()
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("cached", [False, True])
+def test_decode_steps_over_cached_means(q_len: int, cached: bool) -> None:
+    q, k, v = (torch.randn(2, heads, length, 16).half() for heads, length in ((4, q_len), (2, 90), (2, 90)))
+    start = torch.tensor([0, 21])
+    means = block_means_of(k, start, 16) if cached else None
+    rule = {"block_size": 16, "topk": 3, "kv_start": start}
+    out, lse = ops.batched_moba_attention(q, k, v, backend="flash_attn", block_means=means, **rule)
+    expected = ops.batched_moba_attention(*(x.float() for x in (q, k, v)), backend="reference", **rule)
+    assert torch.allclose(out.float(), expected[0], atol=4e-3)
+    assert torch.allclose(lse, expected[1], atol=4e-3)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import moba_hf
 from moba_hf import MobaCache, MobaConfig, attention
 from moba_hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.portable import block_mean
 from moba_hf.prefill import _chunk_lengths
 
 SPARSE = MobaConfig(block_size=4, topk=3, decode="sparse")
@@ -228,6 +229,12 @@ class TestPrefill:
             for name in ("keys", "values"):
                 got, expected = (getattr(x, name).transpose(1, 2)[real] for x in (ours, one))
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            if chunk_size < 49:  # the last chunk chose by the means of the others
+                assert ours.block_means.behind == 0
+                for row, start in enumerate(pads):
+                    expected = block_mean(ours.keys[row, :, start:], 4)
+                    got = ours.block_means.means[row, :, : expected.shape[1]]
+                    torch.testing.assert_close(got, expected)
         expected = generate(model, None, **inputs)
         assert torch.equal(generate(model, caches[0], **inputs), expected)
 
@@ -238,6 +245,44 @@ class TestPrefill:
         assert cache.get_seq_length() == 59
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
+
+    def test_a_repeated_cache_serves_beams(self) -> None:
+        """One prompt read once; what the error about other shapes says to do."""
+        model, ids = tiny(), tokens(1, 40)
+        cache = moba_hf.prefill(model, ids, chunk_size=16, progress=False)
+        with pytest.raises(ValueError, match="batch_repeat_interleave"):
+            generate(model, copy.deepcopy(cache), input_ids=ids, num_beams=3)
+        cache.batch_repeat_interleave(3)
+        expected = generate(model, None, input_ids=ids, num_beams=3)
+        assert torch.equal(generate(model, cache, input_ids=ids, num_beams=3), expected)
+
+    @pytest.mark.parametrize("kind", ["moba", "stock"])
+    def test_a_static_cache_with_too_few_slots_is_refused(self, kind: str) -> None:
+        model, ids = tiny(), tokens(1, 50)
+        for slots in (49, 50):
+            cache = StaticCache(config=model.config, max_cache_len=slots)
+            if kind == "moba":
+                cache = MobaCache(model.config, static=True, max_cache_len=slots)
+            if slots == 49:
+                with pytest.raises(ValueError, match="has 49 slots, the prompt 50 tokens"):
+                    moba_hf.prefill(model, ids, 16, past_key_values=cache, progress=False)
+            else:
+                moba_hf.prefill(model, ids, 16, past_key_values=cache, progress=False)
+            assert int(cache.get_seq_length()) == (0 if slots == 49 else 49)
+
+    def test_what_the_model_is_given_lies_on_its_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tokenizer gives tensors of the CPU, whatever device the model is on."""
+        model, seen = tiny(), []
+        monkeypatch.setattr(type(model), "device", torch.device("meta"))
+
+        def record(self: Any, logits_to_keep: int = 0, use_cache: bool = True, **given: Any) -> None:
+            given.pop("past_key_values")
+            seen.append({name: x.device.type for name, x in given.items()})
+
+        monkeypatch.setattr(type(model), "forward", record)
+        moba_hf.prefill(model, **left_padded(tokens(2, 50), 14, 2), chunk_size=30, progress=False)
+        on_it = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), "meta")
+        assert seen == [on_it, on_it]
 
     def test_static_cache(self) -> None:
         model, ids = tiny(), tokens(1, 50)
@@ -303,4 +348,24 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
         with pytest.raises(ValueError, match="start from an empty cache, this one holds 39 tokens"):
             generate(model, cache, input_ids=extra, **kwargs)
     cache.reset()
-    assert generate(model, cache, input_ids=ids, **kwargs).shape[1] > 40
+    expected = generate(model, DynamicCache(config=model.config), input_ids=ids, **kwargs)
+    assert torch.equal(generate(model, cache, input_ids=ids, **kwargs), expected)
+
+
+@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])
+def test_assistance_on_a_static_cache_raises(kwargs: dict) -> None:
+    model, ids = tiny(eos_token_id=96), tokens(1, 40)
+    with pytest.raises(ValueError, match="need a dynamic cache, this one is static"):
+        generate(model, MobaCache(model.config, static=True, max_cache_len=96), input_ids=ids, **kwargs)
+
+
+def test_sparse_steps_by_mass_say_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    type(attention.logger).warning_once.cache_clear()
+    monkeypatch.setattr(attention.logger, "warning", said.append)
+    model = tiny(rule=MobaConfig(4, 3, decode="sparse", gate="mass"))
+    generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+    assert len(said) == 1
+    assert 'gate="mass" reads all cached keys at every step' in said[0]
+    generate(tiny(rule=MobaConfig(4, 3, gate="mass")), None, input_ids=tokens(1, 31))  # dense steps
+    assert len(said) == 1

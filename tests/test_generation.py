@@ -64,9 +64,10 @@ def test_covering_equals_dense() -> None:
 
 
 def test_a_prompt_of_one_token() -> None:
-    model = build_model(tiny_config("llama"))
+    model, ids = build_model(tiny_config("llama")), torch.tensor([[5]])
     with moba_hf.use_moba(model, SMALL):
-        assert len(generate(model, torch.tensor([[5]]), 3).tokens) == 3
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        assert generate(model, ids, 3).tokens == expected[0, 1:].tolist()
 
 
 def test_no_chunk_counts_as_decoding() -> None:

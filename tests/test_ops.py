@@ -103,6 +103,28 @@ class TestBadInput:
         with pytest.raises(ValueError, match=re.escape(message)):
             moba_attention(*qkv(), **RULE, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
+    @pytest.mark.parametrize(
+        ("bound", "kind", "message"),
+        [
+            ({"max_seqlen_q": 24}, ValueError, "max_seqlen_q=24 is below the longest sequence, 25 tokens"),
+            ({"max_seqlen_k": 24}, ValueError, "max_seqlen_k=24 is below the longest sequence, 25 tokens"),
+            ({"max_seqlen_q": -3}, ValueError, "max_seqlen_q=-3 is below"),
+            ({"max_seqlen_k": 25.0}, TypeError, "max_seqlen_k must be an int, got 25.0"),
+        ],
+    )
+    def test_bounds_on_lengths(self, bound: dict, kind: type[Exception], message: str) -> None:
+        """Kernels that run over bounds would leave rows out."""
+        q, k, v = qkv()
+        rule = RULE | {"cu_seqlens_q": cumulative((15, 25))}
+        with pytest.raises(kind, match=message):
+            moba_attention(q, k, v, **rule, **bound)
+        with pytest.raises(kind, match=message):
+            select_blocks(q, k, **rule, **bound)
+        expected = moba_attention(q, k, v, **rule)
+        for enough in (25, 90):
+            got = moba_attention(q, k, v, **rule, max_seqlen_q=enough, max_seqlen_k=enough)
+            assert torch.equal(got, expected)
+
     def test_offsets_of_a_wrong_dtype_or_device(self) -> None:
         with pytest.raises(ValueError, match="cu_seqlens_q must be int32"):
             moba_attention(*qkv(), **RULE, cu_seqlens_q=torch.tensor([0.0, 40.0]))

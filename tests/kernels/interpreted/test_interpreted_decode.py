@@ -11,10 +11,12 @@ from decode_checks import (
     assert_means_are_prefill_means,
 )
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.backends import load_backend
 from moba_hf.block_means import block_means_of
-from moba_hf.kernels import choose
+from moba_hf.kernels import choose, choose_blocks
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.ops import batched_moba_attention
@@ -39,6 +41,54 @@ def test_rows_equal_the_reference() -> None:
         expected = run("reference", None)
         for means in (None, block_means_of(k, starts, 16)):
             torch.testing.assert_close(run("triton", means), expected)
+
+
+def test_only_chosen_blocks_are_read() -> None:
+    """Keys and values of all others are NaN once their means are taken."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 2, 16), *(torch.randn(2, 2, 250, 16) for _ in range(2))
+    starts, rule = torch.tensor([0, 37]), (16, 3, 1, 0)
+    means = block_means_of(k, starts, 16)
+    given = {"kv_start": starts, "block_means": means, "block_size": 16, "topk": 3, "sink_blocks": 1}
+    expected = batched_moba_attention(q, k, v, backend="triton", **given)
+    choice = choose_blocks(q, means, batched_table(2, 2, 250, q.device, kv_start=starts), 250, *rule)
+    for row, start in enumerate(starts.tolist()):
+        for head in range(2):
+            chosen = choice[row, :, 2 * head : 2 * head + 2].unique()
+            block = (torch.arange(250) - start).div(16, rounding_mode="floor")
+            other = ~torch.isin(block, chosen)
+            assert 100 < int(other.sum()) < 220
+            k[row, head, other] = v[row, head, other] = torch.nan
+    got = batched_moba_attention(q, k, v, backend="triton", **given)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_model_decodes_by_it_as_by_the_portable_path(kind: str) -> None:
+    """Padded rows, then steps that complete a block: the logits of both backends, and of one call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 1}
+    config = LlamaConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.3
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids, mask = torch.randint(0, 50, (2, 68)), torch.ones(2, 68, dtype=torch.long)
+    mask[0, :11] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows: list[list[Tensor]] = []
+    for backend in ("triton", "portable"):
+        with use_moba(model, MobaConfig(16, 2, decode="sparse", backend=backend)), torch.no_grad():
+            cache = MobaCache(config, static=kind == "static", max_cache_len=72)
+            parts = []
+            for begin, end in ((0, 62), *((i, i + 1) for i in range(62, 68))):
+                given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+                parts.append(model(ids[:, begin:end], past_key_values=cache, **given).logits)
+            rows.append(parts)
+    with use_moba(model, MobaConfig(16, 2)), torch.no_grad():
+        one_call = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    ours, theirs = (torch.cat(parts, 1)[mask.bool()] for parts in rows)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, one_call[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
 def test_padding_rows_are_zero() -> None:
