@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_an_error_while_renaming_restores_the_old_target(
     assert snapshot(out) == before
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Hangups end a process, also where the tests run under nohup, which ignores them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_leaves_nothing(name: str, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     number = getattr(signal, name)
