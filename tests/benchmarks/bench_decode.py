@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from decode_setup import reference_row
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.attention import moba_attention_forward
-from moba_hf.reference import moba_attention_ref
 
 
 def layer(config: LlamaConfig) -> Any:
@@ -43,18 +43,6 @@ def one_layer_config(args: argparse.Namespace, decode: str) -> LlamaConfig:
     config._attn_implementation = "moba"
     config.moba = MobaConfig(args.block_size, args.topk, decode=decode).to_dict()
     return config
-
-
-def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
-    """The sparse row `(heads, dim)` by the reference, one group of heads at a time."""
-    group = q.shape[1] // k.shape[1]
-    rows = []
-    for h in range(k.shape[1]):
-        queries = q[0, h * group : (h + 1) * group].transpose(0, 1)
-        keys, values = (x[0, h : h + 1].transpose(0, 1) for x in (k, v))
-        out, _ = moba_attention_ref(queries, keys, values, block_size=args.block_size, topk=args.topk)
-        rows.append(out[0].float())
-    return torch.cat(rows)
 
 
 def median_ms(step: Callable[[], Any], runs: int) -> float:
@@ -98,7 +86,7 @@ def bench_layer(args: argparse.Namespace) -> None:
 
             outputs[name] = step()[0, 0].float()
             if name.endswith("sparse"):
-                check(outputs[name], reference_row(q, *(cache.layers[0].keys, cache.layers[0].values), args))
+                check(outputs[name], reference_row(q, cache.layers[0].keys, cache.layers[0].values, args)[0])
             times[name] = median_ms(step, args.runs)
     dense, expected = outputs["MobaCache + dense"], outputs["DynamicCache + sdpa"]
     check(dense, expected)

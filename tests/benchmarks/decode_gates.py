@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import torch
+from decode_setup import reference_row
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -13,7 +14,6 @@ from moba_hf import MobaCache, kernels
 from moba_hf.attention import moba_attention_forward
 from moba_hf.block_means import block_means_of
 from moba_hf.kernels.decode import decode_attention
-from moba_hf.reference import moba_attention_ref
 from moba_hf.sequences import batched_table
 
 
@@ -21,18 +21,6 @@ def check(name: str, got: Tensor, expected: Tensor, share: float = 2**-6) -> Non
     """Correctness gate: bf16 rounding of the output and of the softmax weights, no more."""
     error, size = (got.float() - expected.float()).abs().max(), expected.float().abs().max()
     assert error <= share * size, f"{name}: wrong by {error:.2e} where values reach {size:.2e}"
-
-
-def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
-    """The sparse rows `(queries, heads, dim)` by the reference, one group of heads at a time."""
-    group = q.shape[1] // k.shape[1]
-    rows = []
-    for h in range(k.shape[1]):
-        queries = q[0, h * group : (h + 1) * group].transpose(0, 1)
-        keys, values = (x[0, h : h + 1].transpose(0, 1) for x in (k, v))
-        out, _ = moba_attention_ref(queries, keys, values, block_size=args.block_size, topk=args.topk)
-        rows.append(out.float())
-    return torch.cat(rows, dim=1)
 
 
 def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of `decode_gpu.py` share: the model's shape, one long static cache, the clock."""
+"""What the decode benchmarks share: reference rows; the model's shape, one long static cache, the clock."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.reference import moba_attention_ref
 
 SPARE = 2048  # slots for the tokens that are decoded
 Row = dict[str, Any]
+
+
+def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
+    """The sparse rows `(queries, heads, dim)` by the reference, one group of heads at a time."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for h in range(k.shape[1]):
+        queries = q[0, h * group : (h + 1) * group].transpose(0, 1)
+        keys, values = (x[0, h : h + 1].transpose(0, 1) for x in (k, v))
+        out, _ = moba_attention_ref(queries, keys, values, block_size=args.block_size, topk=args.topk)
+        rows.append(out.float())
+    return torch.cat(rows, dim=1)
 
 
 def model_config(args: argparse.Namespace) -> LlamaConfig:
