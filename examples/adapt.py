@@ -38,7 +38,7 @@ from transformers import (
 
 from moba_hf import MobaConfig
 from moba_hf.evaluate.perplexity import token_losses
-from moba_hf.loading import dense_on_purpose
+from moba_hf.hf.loading import dense_on_purpose
 from moba_hf.training import RECIPES, MobaCallback
 
 CUDA = torch.cuda.is_available()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import moba_hf
 from moba_hf import MobaConfig
-from moba_hf.generation import common_tokens
+from moba_hf.hf.generation import common_tokens
 
 PRESETS = ("default", "fine", "paper-8k")
 OUT = Path("out/smollm2-moba")

@@ -4,13 +4,13 @@ Importing registers "moba" as an attention implementation of transformers, and l
 where a checkpoint with `config.moba` would run dense; it does nothing else.
 """
 
-from moba_hf.attention import register
-from moba_hf.cache import MobaCache, use_moba_cache
+from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.config import MobaConfig
-from moba_hf.convert import convert_checkpoint
-from moba_hf.ops import moba_attention, select_blocks
-from moba_hf.patching import patch_model, unpatch_model, use_moba
-from moba_hf.prefill import prefill
+from moba_hf.hf.attention import register
+from moba_hf.hf.cache import MobaCache, use_moba_cache
+from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
+from moba_hf.hf.prefill import prefill
+from moba_hf.op.ops import moba_attention, select_blocks
 
 __all__ = [
     "MobaCache",

@@ -24,13 +24,13 @@ from typing import Any
 
 from torch import Tensor
 
+from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key, with_moba
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.config import LayerConfig, MobaConfig
-from moba_hf.convert import check_config, read_model_config, text_config_key, with_moba
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
 from moba_hf.evaluate.passes import family_of, identity_of
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
-from moba_hf.inspection import inspect_config
 
 SHARES = (0.016, 0.023, 0.031, 0.047, 0.0625, 0.094, 0.125, 0.1875, 0.25, 0.375, 0.5)
 _CURVE = (0.05, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)

@@ -13,7 +13,7 @@ from typing import Any
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
-# How blocks are scored: "mean" is the paper's MoBA, "mass" is not (`moba_hf.gates`).
+# How blocks are scored: "mean" is the paper's MoBA, "mass" is not (`moba_hf.op.gates`).
 GATES = ("mean", "mass")
 _DECODE = ("full", "sparse")
 
@@ -74,11 +74,11 @@ class MobaConfig:
             step reads all cached keys to score their blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
-        backend: "auto" or a name of `moba_hf.backends.BACKENDS`. A choice of the machine: never saved.
+        backend: "auto" or a name of `moba_hf.op.backends.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
             `sink_blocks`, `local_blocks`, `gate` for that layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
-            mass, see `moba_hf.gates`; better for models never trained with MoBA).
+            mass, see `moba_hf.op.gates`; better for models never trained with MoBA).
 
     Raises:
         ValueError: a value out of range. TypeError: a value of the wrong type.

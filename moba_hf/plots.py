@@ -21,7 +21,7 @@ from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
 from moba_hf.evaluate.tasks import TaskScore
-from moba_hf.ops import select_blocks
+from moba_hf.op.ops import select_blocks
 
 _INK = "#808890"  # text and axes: contrast of about 4 on white and 5 on near-black
 _COLORS = ("#3b8fd4", "#e07b39", "#3fa66a", "#b565c9", "#c9a227", "#d1495b")
@@ -275,7 +275,7 @@ def plot_positions(results: Mapping[str, Perplexity]) -> Any:
 
 def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
     """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
-    from moba_hf.layer_plan import moba_config
+    from moba_hf.hf.layer_plan import moba_config
 
     model, tokenizer = load(checkpoint)
     adapter, text_config = family_of(model)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moba_hf.attention import moba_attention_forward
 from moba_hf.config import NAME
+from moba_hf.hf.attention import moba_attention_forward
 
 
 @dataclass

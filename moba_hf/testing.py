@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from moba_hf.adapter import Adapter, find_adapter, has_adapter, trying
 from moba_hf.config import NAME, MobaConfig
-from moba_hf.patching import patch_model, unpatch_model, use_moba
+from moba_hf.hf.adapter import Adapter, find_adapter, has_adapter, trying
+from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
+from moba_hf.op.reference import moba_attention_ref
 from moba_hf.probes import build_model, capture
-from moba_hf.reference import moba_attention_ref
 
 __all__ = ["Report", "build_model", "capture", "check_adapter"]
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from moba_hf.adapter import find_adapter
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.config import NAME, MobaConfig
-from moba_hf.inspection import inspect_config
-from moba_hf.layer_plan import moba_config
-from moba_hf.loading import runs_dense
-from moba_hf.patching import patch_model, suspend_moba
+from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.loading import runs_dense
+from moba_hf.hf.patching import patch_model, suspend_moba
 
 _ROWS = 512  # rows of logits turned to fp32 at a time
 
@@ -99,8 +99,8 @@ class MobaCallback(TrainerCallback):
     Adapters of PEFT are saved without a config: load their base model with MoBA.
 
     Adds to each training log line, and to `state.log_history`:
-        moba_key_budget: the key budget (see `moba_hf.inspection`) at the mean length of the rows since the
-            last line; 1 in full attention. Packed documents are shorter: they attend a larger share.
+        moba_key_budget: the key budget (see `moba_hf.checkpoints.inspection`) at the mean length of the rows
+            since the last line; 1 in full attention. Packed documents are shorter: they attend a larger share.
         moba_full: 1.0 for full attention, else 0.0; like the budget of the last step before the line.
         trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
             labels, of this process. Evaluations during training log `eval_trailing_loss`. Where a fused loss

@@ -1,6 +1,6 @@
 """Llama: every layer is full causal attention."""
 
-from moba_hf.adapter import Adapter
+from moba_hf.hf.adapter import Adapter
 
 
 class LlamaAdapter(Adapter):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import MobaConfig
+from moba_hf.hf.adapter import Adapter, find_adapter
 
 
 class MistralAdapter(Adapter):

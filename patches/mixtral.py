@@ -1,6 +1,6 @@
 """Mixtral: Mistral with experts, which attention does not see."""
 
-from moba_hf.adapter import Adapter
+from moba_hf.hf.adapter import Adapter
 
 
 class MixtralAdapter(Adapter):

@@ -1,6 +1,6 @@
 """Qwen2, Qwen2.5, Qwen3 and Qwen3-Next, dense and with experts."""
 
-from moba_hf.adapter import Adapter
+from moba_hf.hf.adapter import Adapter
 
 
 class QwenAdapter(Adapter):

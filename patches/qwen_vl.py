@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: MoBA in the text model, the vision tower stays stock."""
 
-from moba_hf.adapter import Adapter
+from moba_hf.hf.adapter import Adapter
 
 
 class QwenVLAdapter(Adapter):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.reference import (
+from moba_hf.op.reference import (
     accumulate_dtype,
     attend_ref,
     block_mean_ref,

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig
-from moba_hf.attention import moba_attention_forward
 from moba_hf.config import NAME
-from moba_hf.reference import moba_attention_ref
+from moba_hf.hf.attention import moba_attention_forward
+from moba_hf.op.reference import moba_attention_ref
 
 SMALL = MobaConfig(block_size=8, topk=2)
 COVERING = MobaConfig(block_size=8, topk=100)

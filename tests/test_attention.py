@@ -21,11 +21,11 @@ from model_checks import (
 )
 from torch import nn
 
-import moba_hf.ops
+import moba_hf.op.ops
 from moba_hf import MobaConfig
-from moba_hf.attention import moba_attention_forward
 from moba_hf.config import LayerConfig
-from moba_hf.mask import moba_mask
+from moba_hf.hf.attention import moba_attention_forward
+from moba_hf.hf.mask import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]
@@ -184,13 +184,13 @@ class TestPolicy:
     def test_nothing_of_the_size_of_the_queries_is_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The operator gets the tensors that the model made; its output goes back as the model needs it."""
         inner: list[tuple[Any, Any]] = []
-        original = moba_hf.ops.attend_op
+        original = moba_hf.op.ops.attend_op
 
         def spy(*args: Any) -> Any:
             inner.append((args, original(*args)))
             return inner[-1][1]
 
-        monkeypatch.setattr(moba_hf.ops, "attend_op", spy)
+        monkeypatch.setattr(moba_hf.op.ops, "attend_op", spy)
         layer = tiny_model().model.layers[0].self_attn
         given = [torch.randn(2, LENGTH, heads, 8).transpose(1, 2) for heads in (4, 2, 2)]
         out, _ = moba_attention_forward(layer, *given, None, scaling=0.3)

@@ -16,7 +16,7 @@ from moba_hf.bench import Options, checks, dense, measure, report
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, ROWS, TINY, Row
 from moba_hf.bench.stages import STAGES, stage_of, totals
-from moba_hf.reference import select_blocks_ref
+from moba_hf.op.reference import select_blocks_ref
 
 
 @pytest.mark.parametrize("row", [TINY, Row("ragged", 117, 3, 1, 16, 4), Row("own", 90, 2, 1, 32, 1)])

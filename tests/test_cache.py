@@ -14,12 +14,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.block_means import BlockMeans, block_means_of
-from moba_hf.cache import MobaLayer, MobaStaticLayer
-from moba_hf.decode import choose
-from moba_hf.ops import batched_moba_attention
-from moba_hf.portable import block_mean
-from moba_hf.reference import moba_attention_ref, select_blocks_ref
+from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.op.block_means import BlockMeans, block_means_of
+from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.portable import block_mean
+from moba_hf.op.portable_decode import choose
+from moba_hf.op.reference import moba_attention_ref, select_blocks_ref
 
 HEADS, DIM = 2, 4
 

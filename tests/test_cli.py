@@ -12,7 +12,8 @@ import pytest
 import torch
 from checkpoints import flip, save_tiny
 
-from moba_hf import MobaConfig, bench, cli, convert
+from moba_hf import MobaConfig, bench, cli
+from moba_hf.checkpoints import convert
 from moba_hf.config import preset_names
 
 

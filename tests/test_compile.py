@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
 
-from moba_hf import MobaCache, MobaConfig, backends
+from moba_hf import MobaCache, MobaConfig
+from moba_hf.op import backends
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
 FULL = MobaConfig(block_size=8, topk=3)

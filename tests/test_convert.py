@@ -14,9 +14,10 @@ from checkpoints import FAMILIES, MOBA, edit_json, save_tiny, snapshot
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moba_hf import MobaConfig, convert, folders, patch_model
-from moba_hf.adapter import Adapter
-from moba_hf.convert import convert_checkpoint
+from moba_hf import MobaConfig, patch_model
+from moba_hf.checkpoints import convert, folders
+from moba_hf.checkpoints.convert import convert_checkpoint
+from moba_hf.hf.adapter import Adapter
 
 INDEX = "model.safetensors.index.json"
 OTHER = MobaConfig(block_size=16, topk=3)

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
-from moba_hf.gates import MassGate
-from moba_hf.reference import mass_gate_ref
+from moba_hf.op.gates import MassGate
+from moba_hf.op.reference import mass_gate_ref
 
 
 def qkv(length: int, heads: int, kv_heads: int, dim: int = 16, dtype: torch.dtype = torch.float32) -> list:

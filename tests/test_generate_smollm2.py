@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import moba_hf
-from moba_hf import MobaConfig, generation
-from moba_hf.generation import (
+from moba_hf import MobaConfig
+from moba_hf.hf import generation
+from moba_hf.hf.generation import (
     common_tokens,
     generate,
     generate_dense,

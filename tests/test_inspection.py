@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from moba_hf import MobaConfig
-from moba_hf.inspection import LENGTHS, describe, inspect_config
+from moba_hf.checkpoints.inspection import LENGTHS, describe, inspect_config
 
 LLAMA_70B = {
     "model_type": "llama",

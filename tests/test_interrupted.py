@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from checkpoints import MOBA, save_tiny, snapshot
 
-from moba_hf import MobaConfig, convert, folders
-from moba_hf.convert import convert_checkpoint
-from moba_hf.folders import recover_folder
+from moba_hf import MobaConfig
+from moba_hf.checkpoints import convert, folders
+from moba_hf.checkpoints.convert import convert_checkpoint
+from moba_hf.checkpoints.folders import recover_folder
 
 OTHER = MobaConfig(block_size=16, topk=3)
 
@@ -121,7 +122,8 @@ def test_a_signal_while_renaming_waits(src: Path, out: Path, monkeypatch: pytest
 
 STALL = """
 import sys, time
-from moba_hf import MobaConfig, convert
+from moba_hf import MobaConfig
+from moba_hf.checkpoints import convert
 copy = convert.copy_file
 def stall(*args, **kwargs):
     copy(*args, **kwargs)

@@ -10,7 +10,8 @@ import torch
 from model_checks import LENGTH, SMALL, close, logits, sdpa_logits, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GPTNeoXConfig
 
-from moba_hf import MobaConfig, layer_plan, patch_model
+from moba_hf import MobaConfig, patch_model
+from moba_hf.hf import layer_plan
 
 
 class messages:

@@ -11,11 +11,12 @@ from moba_cases import cumulative, error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba_hf import moba_attention, portable, select_blocks
-from moba_hf.backends import BACKENDS, attend_op, select_op
-from moba_hf.ops import batched_moba_attention
-from moba_hf.reference import moba_attention_ref, select_blocks_ref
-from moba_hf.sequences import batched_table, packed_table
+from moba_hf import moba_attention, select_blocks
+from moba_hf.op import portable
+from moba_hf.op.backends import BACKENDS, attend_op, select_op
+from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.reference import moba_attention_ref, select_blocks_ref
+from moba_hf.op.sequences import batched_table, packed_table
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -10,8 +10,8 @@ import torch
 from model_checks import LENGTH, close, logits, tiny_model, tokens
 from transformers import StaticCache
 
-from moba_hf import packing
-from moba_hf.packing import find_packing
+from moba_hf.hf import packing
+from moba_hf.hf.packing import find_packing
 
 
 class TestRefused:

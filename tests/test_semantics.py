@@ -17,8 +17,8 @@ from moba_cases import (
 )
 
 from moba_hf import moba_attention, select_blocks
-from moba_hf.ops import batched_moba_attention
-from moba_hf.reference import attend_ref, moba_attention_ref, select_blocks_ref
+from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.reference import attend_ref, moba_attention_ref, select_blocks_ref
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from moba_hf import MobaConfig, patch_model, verify
-from moba_hf.convert import convert_checkpoint
-from moba_hf.verify import verify_checkpoint
+from moba_hf import MobaConfig, patch_model
+from moba_hf.checkpoints import verify
+from moba_hf.checkpoints.convert import convert_checkpoint
+from moba_hf.checkpoints.verify import verify_checkpoint
 
 CHECKS = ["config", "weights", "load", "logits"]
 

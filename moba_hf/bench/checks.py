@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf import portable
-from moba_hf.backends import load_backend, select_op
-from moba_hf.reference import block_mean_ref, gate_ref, mass_gate_ref
-from moba_hf.sequences import packed_table
+from moba_hf.op import portable
+from moba_hf.op.backends import load_backend, select_op
+from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
+from moba_hf.op.sequences import packed_table
 
 
 @dataclass

@@ -19,7 +19,7 @@ from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
 from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
-from moba_hf.ops import moba_attention
+from moba_hf.op.ops import moba_attention
 
 # Dense attention too long to be measured whole is measured on this part of the queries.
 PARTS = 32

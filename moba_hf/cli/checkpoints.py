@@ -65,7 +65,7 @@ def convert(
     ] = None,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
-    from moba_hf.convert import convert_checkpoint
+    from moba_hf.checkpoints.convert import convert_checkpoint
 
     config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
     if config is None:
@@ -95,7 +95,7 @@ def verify(
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
-    from moba_hf.verify import verify_checkpoint
+    from moba_hf.checkpoints.verify import verify_checkpoint
 
     quiet()
     report = verify_checkpoint(dst, source)
@@ -119,7 +119,7 @@ def inspect_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what each layer would do and cost; settings from the config unless options give others."""
-    from moba_hf.inspection import describe, inspect_checkpoint
+    from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 
     quiet()
     config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
@@ -137,7 +137,7 @@ def generate(
     chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
-    from moba_hf import generation
+    from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)
     quiet()

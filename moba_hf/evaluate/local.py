@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.passes import attention, attention_rows, family_of, sample_positions, watch
 from moba_hf.evaluate.results import progress
-from moba_hf.gates import MassGate
-from moba_hf.portable import block_mean
+from moba_hf.op.gates import MassGate
+from moba_hf.op.portable import block_mean
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import MobaConfig
-from moba_hf.patching import set_implementation, use_moba
+from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.hf.patching import set_implementation, use_moba
 
 _PROBED = "moba_probe"
 # Parts of a config that say where a model comes from and how it runs, not what it is.

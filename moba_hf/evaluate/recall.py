@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
-from moba_hf.ops import select_blocks
+from moba_hf.op.ops import select_blocks
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.passes import family_of, identity_of
@@ -18,8 +19,7 @@ from moba_hf.evaluate.perplexity import perplexity
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
-from moba_hf.inspection import inspect_config
-from moba_hf.layer_plan import moba_config
+from moba_hf.hf.layer_plan import moba_config
 
 MEASURES = ("perplexity", "agreement", "recall")
 

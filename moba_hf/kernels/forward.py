@@ -49,7 +49,7 @@ def attend(
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
         block_indices: int32 `(batch, q_len, H, K)`, own block in any slot, -1 for none.
-        table: see `moba_hf.sequences`.
+        table: see `moba_hf.op.sequences`.
         max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
         workspace: bytes that partial outputs and pairs may take, None: `tuning.WORKSPACE`; no result depends
             on it.

@@ -46,7 +46,7 @@ def select_blocks(
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.sequences`.
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
         max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
         levels: R; None: by `tuning.gate_levels`. Fewer send more rows to the second kernel.
     """

@@ -29,7 +29,7 @@ class Plan:
     """The numbering of one call.
 
     Attributes:
-        table: int32 `(S, 5)`, contiguous; see `moba_hf.sequences`.
+        table: int32 `(S, 5)`, contiguous; see `moba_hf.op.sequences`.
         block_offset: int32 `(S + 1,)`, flat number of each sequence's block 0.
         tile_offset: int32 `(chunks, S + 1)`, number of each sequence's first tile in a chunk.
         num_seqs: S.

@@ -96,7 +96,7 @@ def weights(folder: Path) -> None:
     """Writes `part1` and `part2`: weights.npz each, config.json and kinds.json in the first."""
     from gguf import GGUFReader
 
-    from moba_hf.gguf_files import load_gguf_model
+    from moba_hf.checkpoints.gguf_files import load_gguf_model
 
     model = load_gguf_model(gguf_file(), torch.float32)
     state = {n: t.numpy() for n, t in model.state_dict().items() if n != "lm_head.weight"}
@@ -129,7 +129,7 @@ def tokens(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from adapt import read_text
 
-    from moba_hf.gguf_files import load_gguf_tokenizer
+    from moba_hf.checkpoints.gguf_files import load_gguf_tokenizer
 
     tokenizer = load_gguf_tokenizer(gguf_file())
 

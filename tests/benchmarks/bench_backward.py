@@ -38,8 +38,8 @@ from moba_hf.bench.rows import HEAD_DIM, K, Row
 from moba_hf.bench.timing import GIB, median_ms
 from moba_hf.kernels import attend, attend_backward, select_blocks, tuning
 from moba_hf.kernels.tuning import BackwardTiles, Tile
-from moba_hf.ops import moba_attention
-from moba_hf.sequences import batched_table
+from moba_hf.op.ops import moba_attention
+from moba_hf.op.sequences import batched_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # milliseconds of forward and backward together: to reach, to aim for

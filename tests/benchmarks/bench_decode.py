@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.attention import moba_attention_forward
+from moba_hf.hf.attention import moba_attention_forward
 
 
 def layer(config: LlamaConfig) -> Any:

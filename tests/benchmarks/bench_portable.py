@@ -23,7 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moba_hf import moba_attention, select_blocks
-from moba_hf.reference import attend_ref, select_blocks_ref
+from moba_hf.op.reference import attend_ref, select_blocks_ref
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
 RULE = {"block_size": 128, "topk": 8}

@@ -81,7 +81,7 @@ class TimeIsUp(Exception):
 @contextmanager
 def parts_of(size: int) -> Iterator[None]:
     """The mass gate with parts of `size` keys."""
-    with mock.patch("moba_hf.gates.part_size", lambda block_size: min(size, block_size)):
+    with mock.patch("moba_hf.op.gates.part_size", lambda block_size: min(size, block_size)):
         yield
 
 

@@ -30,11 +30,11 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from moba_hf import MobaConfig
-from moba_hf.attention import moba_attention_forward
 from moba_hf.bench.measure import prove
 from moba_hf.bench.rows import ROWS
 from moba_hf.bench.timing import GIB
-from moba_hf.mask import moba_mask
+from moba_hf.hf.attention import moba_attention_forward
+from moba_hf.hf.mask import moba_mask
 
 CUDA = torch.cuda.is_available()
 WARM_UP = 4096

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from moba_hf import MobaCache, kernels
-from moba_hf.attention import moba_attention_forward
-from moba_hf.block_means import block_means_of
+from moba_hf.hf.attention import moba_attention_forward
 from moba_hf.kernels.decode import decode_attention
-from moba_hf.sequences import batched_table
+from moba_hf.op.block_means import block_means_of
+from moba_hf.op.sequences import batched_table
 
 
 def check(name: str, got: Tensor, expected: Tensor, share: float = 2**-6) -> None:

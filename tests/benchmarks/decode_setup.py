@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.reference import moba_attention_ref
+from moba_hf.op.reference import moba_attention_ref
 
 SPARE = 2048  # slots for the tokens that are decoded
 Row = dict[str, Any]

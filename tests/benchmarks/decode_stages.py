@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from moba_hf import MobaCache, kernels
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
-from moba_hf.sequences import batched_table
+from moba_hf.op.sequences import batched_table
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

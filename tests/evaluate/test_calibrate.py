@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moba_hf import MobaConfig, use_moba
 from moba_hf import calibrate as calibration
 from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
-from moba_hf.inspection import inspect_config
-from moba_hf.reference import attend_ref, select_blocks_ref
+from moba_hf.op.reference import attend_ref, select_blocks_ref
 
 
 def planted_model() -> Any:

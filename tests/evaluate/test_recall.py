@@ -9,7 +9,7 @@ from moba_hf.config import LayerConfig
 from moba_hf.evaluate import recall
 from moba_hf.evaluate.passes import watch
 from moba_hf.evaluate.recall import layer_recall
-from moba_hf.reference import select_blocks_ref
+from moba_hf.op.reference import select_blocks_ref
 
 
 @pytest.mark.parametrize("gate", ["mean", "mass"])

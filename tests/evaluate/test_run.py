@@ -11,10 +11,10 @@ from tiny import tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.evaluate import passes, run
 from moba_hf.evaluate.passes import attention, watch
 from moba_hf.evaluate.run import evaluate, tables
-from moba_hf.inspection import inspect_config
 
 SETTINGS = {"dense": None, "moba": MobaConfig(8, 3)}
 ALL = ("perplexity", "agreement", "recall")

@@ -9,10 +9,11 @@ import torch
 from test_tasks import Bytes
 from tiny import tiny_ids, tiny_model
 
-from moba_hf import MobaConfig, portable
+from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate import agreement, local, make_sample, perplexity, recall, run_task, tasks
 from moba_hf.evaluate.local import output_errors
+from moba_hf.op import portable
 
 CONFIG = MobaConfig(8, 8, 1, 1)
 

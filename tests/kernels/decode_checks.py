@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.dense import causal_mask
 from moba_hf.kernels import append, choose_blocks, dense_decode_attention, select_blocks, update_block_means
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
-from moba_hf.sequences import RowBounds, batched_table
+from moba_hf.op.dense import causal_mask
+from moba_hf.op.sequences import RowBounds, batched_table
 
 
 def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Tensor:

@@ -38,7 +38,7 @@ from moba_hf.kernels import (
 )
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.launch import INTERPRETED
-from moba_hf.sequences import batched_table
+from moba_hf.op.sequences import batched_table
 
 _TYPES = {
     torch.bfloat16: "bf16",

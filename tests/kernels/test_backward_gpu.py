@@ -9,10 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moba_hf import ops
 from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.kernels import attend_backward, tuning
 from moba_hf.kernels.tuning import BackwardTiles, Tile
+from moba_hf.op import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

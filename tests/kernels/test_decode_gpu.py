@@ -15,15 +15,15 @@ from decode_checks import (
 )
 
 from moba_hf.bench.checks import Case, assert_attention
-from moba_hf.block_means import BlockMeans, block_means_of
-from moba_hf.dense import dense_attention
 from moba_hf.kernels import choose
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
-from moba_hf.ops import batched_moba_attention
-from moba_hf.sequences import RowBounds, batched_table
+from moba_hf.op.block_means import BlockMeans, block_means_of
+from moba_hf.op.dense import dense_attention
+from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.sequences import RowBounds, batched_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

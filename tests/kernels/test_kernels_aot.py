@@ -94,7 +94,7 @@ def _check(call: object, capability: int, most_spills: int) -> None:
 def test_backend_refuses_cpu_tensors_without_the_interpreter() -> None:
     import torch
 
-    from moba_hf.backends import choose_backend
+    from moba_hf.op.backends import choose_backend
 
     x = torch.zeros(1, 1, 32, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):

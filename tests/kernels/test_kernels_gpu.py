@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moba_hf import ops
-from moba_hf.backends import choose_backend
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.op import ops
+from moba_hf.op.backends import choose_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

@@ -23,7 +23,7 @@ from model_checks import (
 from transformers import StaticCache
 
 from moba_hf import MobaConfig, patch_model, unpatch_model, use_moba
-from moba_hf.adapter import find_adapter
+from moba_hf.hf.adapter import find_adapter
 
 
 class FamilyContract:

@@ -13,8 +13,8 @@ import pytest
 from families import tiny_config
 from transformers import AutoConfig
 
-from moba_hf import adapter as adapter_module
-from moba_hf.adapter import ENTRY_POINTS, Adapter, find_adapter
+from moba_hf.hf import adapter as adapter_module
+from moba_hf.hf.adapter import ENTRY_POINTS, Adapter, find_adapter
 from moba_hf.testing import check_adapter
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -78,7 +78,7 @@ def test_a_foreign_adapter_in_its_own_wheel(tmp_path: Path) -> None:
     wheel = next(wheels.glob("*.whl"))
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
     code = (
-        "from transformers import AutoConfig; from moba_hf.adapter import find_adapter;"
+        "from transformers import AutoConfig; from moba_hf.hf.adapter import find_adapter;"
         "from moba_hf.testing import check_adapter; import moba_olmo2;"
         f"config = AutoConfig.for_model('olmo2', **{TINY!r});"
         "print(check_adapter(moba_olmo2.Olmo2Adapter, config, installed=True).passed)"
@@ -139,7 +139,7 @@ def test_an_adapter_that_is_not_installed_says_how() -> None:
 
 def test_wrong_numbers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention function that counts the own block twice, and one that loses the padding."""
-    from moba_hf import attention
+    from moba_hf.hf import attention
 
     right = attention.batched_moba_attention
 

@@ -11,9 +11,9 @@ from families import tiny_config
 from transformers import AutoModelForImageTextToText
 
 from moba_hf import convert_checkpoint
-from moba_hf.inspection import inspect_checkpoint
+from moba_hf.checkpoints.inspection import inspect_checkpoint
+from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.testing import SMALL, build_model
-from moba_hf.verify import verify_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import moba_hf
 from moba_hf import MobaConfig
-from moba_hf.adapter import find_adapter, known_families
+from moba_hf.hf.adapter import find_adapter, known_families
 from moba_hf.testing import COVERING, LENGTH, SMALL, build_model, check_adapter
 
 HYBRID = "linear-attention layers"

@@ -8,7 +8,7 @@ from family_contract import FamilyContract
 from model_checks import LENGTH, SMALL, logits, padded, sdpa_logits, tiny_model, tokens
 
 from moba_hf import patch_model, unpatch_model
-from moba_hf.adapter import find_adapter
+from moba_hf.hf.adapter import find_adapter
 
 
 class TestMistral(FamilyContract):

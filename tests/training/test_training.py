@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from moba_hf import MobaConfig, use_moba
 from moba_hf.config import LayerConfig
-from moba_hf.layer_plan import layer_plan
+from moba_hf.hf.layer_plan import layer_plan
 from moba_hf.training import RECIPES, MobaCallback, Recipe, recipe_of, trailing_loss
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import DataCollatorWithFlattening
 
-from moba_hf.patching import suspend_moba
+from moba_hf.hf.patching import suspend_moba
 from moba_hf.training import MobaCallback, Recipe
 
 RULES = pytest.mark.parametrize("rule", [RULE, HYBRID], ids=["moba", "hybrid"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_hf import ops
-from moba_hf.backends import choose_backend
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.kernels.routing import key_format, pair_keys, route
+from moba_hf.op import ops
+from moba_hf.op.backends import choose_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -78,8 +78,8 @@ def test_decode(case: Case) -> None:
 def test_any_scale(scale: float) -> None:
     case = Case([(20, 60)])
     args = (case.expected_choice(), case.table, *case.longest, case.block_size, scale)
-    from moba_hf.backends import load_backend
     from moba_hf.kernels import attend
+    from moba_hf.op.backends import load_backend
 
     out, lse = attend(case.q, case.k, case.v, *args)
     truth, truth_lse = load_backend("reference").forward(case.q, case.k, case.v, *args)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_hf import ops
-from moba_hf.backends import load_backend
 from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.kernels import attend_backward, tuning
 from moba_hf.kernels.tuning import BackwardTiles, Tile
+from moba_hf.op import ops
+from moba_hf.op.backends import load_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

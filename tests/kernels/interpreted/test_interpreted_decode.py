@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
-from moba_hf.backends import load_backend
-from moba_hf.block_means import block_means_of
 from moba_hf.kernels import choose, choose_blocks
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
-from moba_hf.ops import batched_moba_attention
-from moba_hf.sequences import RowBounds, batched_table
+from moba_hf.op.backends import load_backend
+from moba_hf.op.block_means import block_means_of
+from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.sequences import RowBounds, batched_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

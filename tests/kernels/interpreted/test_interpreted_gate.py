@@ -8,8 +8,8 @@ import torch
 from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.plan import make_plan
-from moba_hf.reference import block_mean_ref
-from moba_hf.sequences import packed_table
+from moba_hf.op.reference import block_mean_ref
+from moba_hf.op.sequences import packed_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moba_hf import MobaConfig, ops, patch_model
+from moba_hf import MobaConfig, patch_model
+from moba_hf.op import ops
 
 RULE: dict[str, Any] = {"block_size": 16, "topk": 3, "backend": "triton"}
 

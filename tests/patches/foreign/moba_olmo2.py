@@ -1,6 +1,6 @@
 """MoBA for OLMo 2 and OLMo 3, which moba_hf does not ship."""
 
-from moba_hf.adapter import Adapter
+from moba_hf.hf.adapter import Adapter
 
 
 class Olmo2Adapter(Adapter):

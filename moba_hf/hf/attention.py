@@ -14,15 +14,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
-from moba_hf.cache import LAYER_ATTRIBUTE
 from moba_hf.config import NAME, LayerConfig
-from moba_hf.dense import dense_attention, dense_packed_attention
-from moba_hf.layer_plan import LayerPlan, adapter_of, layer_plan
-from moba_hf.loading import watch_loads
-from moba_hf.mask import COMPACT, bounds_of, moba_mask, stock_mask
-from moba_hf.ops import attention_over, batched_moba_attention, check_tensors
-from moba_hf.packing import DOCUMENTS, Packing, check_separated, find_packing
-from moba_hf.sequences import RowBounds
+from moba_hf.hf.cache import LAYER_ATTRIBUTE
+from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
+from moba_hf.hf.loading import watch_loads
+from moba_hf.hf.mask import COMPACT, bounds_of, moba_mask, stock_mask
+from moba_hf.hf.packing import DOCUMENTS, Packing, check_separated, find_packing
+from moba_hf.op.dense import dense_attention, dense_packed_attention
+from moba_hf.op.ops import attention_over, batched_moba_attention, check_tensors
+from moba_hf.op.sequences import RowBounds
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {

@@ -2,7 +2,7 @@
 
 Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, K topk, C block columns.
 
-One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.sequences`).
+One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.op.sequences`).
 1. choose: scores of the means `(H, M, C)`; a key per block that orders them as the rule does, ties to the
    lower index, own and forced blocks first; top-k of these keys.
 2. gather: keys and values of the chosen blocks, `(H, M, K * B)` slots.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.reference import accumulate_dtype, full_precision
+from moba_hf.op.reference import accumulate_dtype, full_precision
 
 # Queries per row up to which this path is taken.
 MAX_QUERIES = 16

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.checkpoints.folders import check_target, copy_file, list_files, new_folder, recover_folder
+from moba_hf.checkpoints.gguf_files import (
+    DTYPES,
+    is_gguf,
+    load_gguf_model,
+    load_gguf_tokenizer,
+    read_gguf_config,
+)
+from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object
 from moba_hf.config import MobaConfig
-from moba_hf.folders import check_target, copy_file, list_files, new_folder, recover_folder
-from moba_hf.gguf_files import DTYPES, is_gguf, load_gguf_model, load_gguf_tokenizer, read_gguf_config
-from moba_hf.safetensors_files import read_checkpoint, read_json_object
+from moba_hf.hf.adapter import Adapter, find_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

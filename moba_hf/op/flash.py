@@ -160,7 +160,7 @@ def attend(
         varlen: what `load_varlen` gives.
         q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
         block_indices: int32 `(batch, q_len, num_heads, topk)`, own block in any slot, -1 for none.
-        table: see `moba_hf.sequences`; rows in order.
+        table: see `moba_hf.op.sequences`; rows in order.
         max_seqlen_q, max_seqlen_k: not needed: the table is read on the host.
         workspace: bytes that gathered queries and partial outputs may take; None: 2 GiB.
     """

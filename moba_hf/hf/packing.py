@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.ops import check_values
-from moba_hf.sequences import packed_table
+from moba_hf.op.ops import check_values
+from moba_hf.op.sequences import packed_table
 
 # The dtype of a mask that says where documents begin.
 DOCUMENTS = torch.int16
@@ -29,7 +29,7 @@ class Packing:
     """Sequences packed in the rows of one call that holds all their keys.
 
     Attributes:
-        table: the sequence table, see `moba_hf.sequences`.
+        table: the sequence table, see `moba_hf.op.sequences`.
         max_seqlen: length of the longest sequence, or a bound on it.
     """
 

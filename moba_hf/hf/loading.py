@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from moba_hf.adapter import find_adapter, has_adapter
 from moba_hf.config import NAME
+from moba_hf.hf.adapter import find_adapter, has_adapter
 
 logger = logging.get_logger(__name__)
 _silent = False

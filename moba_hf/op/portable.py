@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_hf.gates import MassGate
-from moba_hf.reference import accumulate_dtype, full_precision
+from moba_hf.op.gates import MassGate
+from moba_hf.op.reference import accumulate_dtype, full_precision
 
 # Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Elsewhere than
 # on CPUs so many times more, since launches are dear there and pages are not.
@@ -60,7 +60,7 @@ def select(
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.sequences`.
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
         block_means: `(batch, HK, >= complete blocks, D)` of a cache, one sequence per row; None: taken here.
         mass_scale: score by the mass gate, with this softmax scale; None: by block means.
     """

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key
+from moba_hf.checkpoints.gguf_files import is_gguf, load_gguf_model, tied_names
+from moba_hf.checkpoints.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
 from moba_hf.config import NAME, MobaConfig
-from moba_hf.convert import check_config, read_model_config, text_config_key
-from moba_hf.gguf_files import is_gguf, load_gguf_model, tied_names
-from moba_hf.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
+from moba_hf.hf.adapter import Adapter, find_adapter
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from moba_hf.reference import accumulate_dtype, part_size, spread_dtype
+from moba_hf.op.reference import accumulate_dtype, part_size, spread_dtype
 
 
 class MassGate:

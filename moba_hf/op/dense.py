@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.backends import choose_backend, load_backend
-from moba_hf.sequences import RowBounds, batched_table
+from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.sequences import RowBounds, batched_table
 
 # Elements of one mask (bool): bounds the memory of a chunk of queries.
 _MASK_BUDGET = 1 << 25

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moba_hf.adapter import Adapter, find_adapter
-from moba_hf.backends import load_backend
 from moba_hf.config import NAME, MobaConfig
-from moba_hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.op.backends import load_backend
 
 # Name of the attribute that keeps a patched model's state from before.
 _PREVIOUS = "_moba_previous"

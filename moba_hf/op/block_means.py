@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moba_hf.backends import choose_backend
-from moba_hf.portable import block_mean
+from moba_hf.op.backends import choose_backend
+from moba_hf.op.portable import block_mean
 
 # Elements of keys that one step of an update may gather.
 _GATHER_BUDGET = 1 << 24

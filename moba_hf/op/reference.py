@@ -80,7 +80,7 @@ def spread_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | None = None) -> Tensor:
-    """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.gates`."""
+    """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.op.gates`."""
     dtype, narrow = accumulate_dtype(q.dtype), spread_dtype(q.dtype)
     squares = q.to(dtype).square().to(narrow).to(dtype)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

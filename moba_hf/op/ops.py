@@ -12,16 +12,16 @@ import os
 import torch
 from torch import Tensor
 
-from moba_hf.backends import (
+from moba_hf.config import check_rule
+from moba_hf.op.backends import (
     attend_op,
     choose_backend,
     decode_op,
     load_backend,
     select_op,
 )
-from moba_hf.block_means import block_means_of
-from moba_hf.config import check_rule
-from moba_hf.sequences import batched_table, packed_table
+from moba_hf.op.block_means import block_means_of
+from moba_hf.op.sequences import batched_table, packed_table
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +58,7 @@ def moba_attention(
         topk: blocks a query attends, its own and the forced ones included.
         sink_blocks: first blocks of each sequence that are always attended.
         local_blocks: blocks just before the own one that are always attended.
-        gate: "mean", the paper's score, or "mass" (`moba_hf.gates`), which is not the paper's MoBA.
+        gate: "mean", the paper's score, or "mass" (`moba_hf.op.gates`), which is not the paper's MoBA.
         cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
             (keys take those of the queries when only these are given). A sequence with fewer queries than
             keys is aligned at its end. Sequences may be empty.
@@ -66,7 +66,7 @@ def moba_attention(
         softmax_scale: factor of the scores in the softmax; None: `head_dim ** -0.5`.
         block_indices: int32 `(total_q, num_heads, topk)`, a choice made before (`select_blocks`), relative
             to each sequence, -1 last; it holds the own block and no duplicate or later block.
-        backend: "auto" or a name of `moba_hf.backends.BACKENDS`.
+        backend: "auto" or a name of `moba_hf.op.backends.BACKENDS`.
         return_lse: also return `lse (num_heads, total_q)` fp32, the natural logarithm of the denominators.
 
     Raises:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from moba_hf.dense import causal_mask
-from moba_hf.ops import check_values
-from moba_hf.packing import DOCUMENTS, begins_in_forward, document_begins
-from moba_hf.sequences import RowBounds
+from moba_hf.hf.packing import DOCUMENTS, begins_in_forward, document_begins
+from moba_hf.op.dense import causal_mask
+from moba_hf.op.ops import check_values
+from moba_hf.op.sequences import RowBounds
 
 UNWRITTEN, REAL, PADDING = 0, 1, 2
 COMPACT = (torch.int8, torch.uint8)

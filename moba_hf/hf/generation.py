@@ -17,13 +17,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from moba_hf.adapter import find_adapter
-from moba_hf.cache import MobaCache
+from moba_hf.checkpoints.convert import read_model_config
 from moba_hf.config import NAME, MobaConfig
-from moba_hf.convert import read_model_config
-from moba_hf.loading import dense_on_purpose
-from moba_hf.patching import patch_model, unpatch_model
-from moba_hf.prefill import prefill
+from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.loading import dense_on_purpose
+from moba_hf.hf.patching import patch_model, unpatch_model
+from moba_hf.hf.prefill import prefill
 
 CHUNK = 2048
 DTYPES = ("auto", "float32", "bfloat16", "float16")

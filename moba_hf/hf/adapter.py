@@ -171,12 +171,12 @@ def find_adapter(model_type: str) -> Adapter:
         found = entry.load()()
         if not isinstance(found, Adapter):
             raise ValueError(
-                f"the entry point {entry.value} for {model_type!r} is no moba_hf.adapter.Adapter"
+                f"the entry point {entry.value} for {model_type!r} is no moba_hf.hf.adapter.Adapter"
             )
         return found
     raise ValueError(
         f"no MoBA adapter for model_type {model_type!r}; known: {', '.join(known_families())}. "
-        "To add one, subclass moba_hf.adapter.Adapter and publish it under the entry-point group "
+        "To add one, subclass moba_hf.hf.adapter.Adapter and publish it under the entry-point group "
         f"{ENTRY_POINTS!r} (patches/README.md shows how)"
     )
 

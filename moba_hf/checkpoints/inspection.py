@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from moba_hf.adapter import Adapter, find_adapter
+from moba_hf.checkpoints.convert import read_model_config
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
-from moba_hf.convert import read_model_config
-from moba_hf.reference import part_size
+from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.op.reference import part_size
 
 LENGTHS = (8192, 32768, 131072, 1048576)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
-from moba_hf.cache import MobaCache
 from moba_hf.config import NAME
-from moba_hf.layer_plan import moba_config
+from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.layer_plan import moba_config
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The table of backends, and the torch operators through which they run.
 
 A backend is three functions over strided `(batch, heads, length, dim)` tensors and a sequence table (see
-`moba_hf.sequences`), one that says what it cannot take, and perhaps one for decode steps. To add one, write a
-loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never
+`moba_hf.op.sequences`), one that says what it cannot take, and perhaps one for decode steps. To add one, write
+a loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never
 breaks the import.
 
 `select_op`, `attend_op` and `decode_op` are `torch.library` operators with fake kernels and an explicit
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.reference import accumulate_dtype
+from moba_hf.op.reference import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Backend:
 
 
 def _load_portable() -> Backend:
-    from moba_hf import decode, portable
+    from moba_hf.op import portable
+    from moba_hf.op import portable_decode as decode
 
     def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
         block_size, topk, sink, local, means, gate, scale = rest
@@ -91,7 +92,7 @@ def _load_portable() -> Backend:
 
 
 def _load_reference() -> Backend:
-    from moba_hf import reference
+    from moba_hf.op import reference
 
     def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
         block_size, topk, sink, local, _means, gate, scale = rest  # the truth takes its own means
@@ -164,7 +165,7 @@ def _load_triton() -> Backend:
 
 def _load_flash_attn() -> Backend:
     """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
-    from moba_hf import flash
+    from moba_hf.op import flash
 
     varlen, portable = flash.load_varlen(), _load_portable()
 

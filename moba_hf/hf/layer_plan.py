@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from moba_hf.adapter import Adapter, find_adapter
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.hf.adapter import Adapter, find_adapter
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -29,7 +29,7 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        rule: the MoBA rule; None: full attention, also where `moba_hf.patching.suspend_moba` says so.
+        rule: the MoBA rule; None: full attention, also where `moba_hf.hf.patching.suspend_moba` says so.
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
         max_keys: the most keys a query attends under the rule.

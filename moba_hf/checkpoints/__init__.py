@@ -1,0 +1,1 @@
+"""Checkpoint files: read, converted, verified, inspected."""
