@@ -35,16 +35,20 @@ class MassGate:
         k: `(HK, N, D)`.
         block_size: tokens in a block.
         scale: factor of the scores in the softmax.
+        rotary_pairs: average variances over the coordinates that a rotary embedding turns together, so that
+            scores do not depend on where positions begin: "halves" pairs d with d + D/2, "neighbours" 2d
+            with 2d + 1. None: variances as they are.
     """
 
-    def __init__(self, k: Tensor, block_size: int, scale: float):
+    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str | None = None):
         count, size = k.shape[1] // block_size, part_size(block_size)
         dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
         keys = k[:, : count * block_size].to(dtype)
         parts = keys.unflatten(1, (count, block_size // size, size))
         self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        var = parts.var(3, unbiased=False).to(self.narrow).to(dtype)
-        self.var = var.transpose(1, 2) * scale**2
+        self.pairs = rotary_pairs
+        var = self._paired(parts.var(3, unbiased=False)) / (1 if rotary_pairs is None else 2)
+        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
         self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
@@ -53,7 +57,7 @@ class MassGate:
     def scores(self, q: Tensor, columns: int) -> Tensor:
         """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
-        squares = queries.square().to(self.narrow).to(queries.dtype)
+        squares = self._paired(queries.square()).to(self.narrow).to(queries.dtype)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)
         for part in range(self.mean.shape[1]):
             score = queries @ self.mean[:, part, :columns].transpose(1, 2)
@@ -62,3 +66,13 @@ class MassGate:
             score += torch.where(spread <= 2 * self.log_size, spread / 2, far) + self.log_size
             total = torch.logaddexp(total, score)
         return total.view(q.shape[0], q.shape[1], columns)
+
+    def _paired(self, x: Tensor) -> Tensor:
+        """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
+        if self.pairs is None:
+            return x
+        if x.shape[-1] % 2:
+            raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
+        return (
+            x.unflatten(-1, (2, -1)).sum(-2) if self.pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
+        )
