@@ -170,7 +170,8 @@ def tile_table(table: Tensor, tile: int, bound: int) -> Tensor:
 
 def mask_words(max_seqlen_k: int, block_size: int) -> int:
     """Words of a block mask for sequences of at most `max_seqlen_k` keys."""
-    return -(-(-(-max_seqlen_k // block_size)) // WORD_BITS)
+    blocks = (max_seqlen_k + block_size - 1) // block_size
+    return (blocks + WORD_BITS - 1) // WORD_BITS
 
 
 def pack_blocks(chosen: Tensor, words: int) -> Tensor:

@@ -12,6 +12,7 @@ call begins, so that chunks of a prefill and decode steps have a reference too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def tiles_ref(q_len: int, kv_len: int, tile: int, cuts: Sequence[int] = ()) -> l
     first = kv_len - q_len
     edges = {first, kv_len, *range(0, kv_len, tile), *cuts}
     inside = sorted(edge for edge in edges if first <= edge <= kv_len)
-    return list(zip(inside[:-1], inside[1:], strict=True))
+    return list(pairwise(inside))
 
 
 def sampled_rows_ref(begin: int, end: int, sample: int) -> list[int]:
