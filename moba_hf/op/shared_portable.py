@@ -27,7 +27,7 @@ from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, unpack_blocks
 # Elements that the scores of one step may hold, and keys in one piece of a list. Elsewhere than on CPUs so
 # many times more scores, since launches are dear there.
 _MASS_BUDGET = 1 << 22
-_SCORE_BUDGET = 1 << 20
+_SCORE_BUDGET = 1 << 18
 _PIECE_KEYS = 4096
 _DEVICE_FACTOR = 64
 
