@@ -293,7 +293,7 @@ def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
         line["dense"] = "whole"
         line |= {f"{name}_ms": ms for name, ms in peers.times(q, k, v, found, repeats).items()}
     if row.length >= figure.slice_from or (row.length * 2 >= figure.slice_from and row.num_heads == 1):
-        sliced = dense.sliced_times(q, k, v, found, 1, PARTS)
+        sliced = peers.sliced_times(q, k, v, found, 1, PARTS)
         if row.length >= figure.slice_from:
             line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
             line |= {f"{name}_ms": ms for name, ms in sliced.items()}
