@@ -199,12 +199,7 @@ class MobaConfig:
             if name in named:
                 raise ValueError(f"{name} is given twice (as {key!r} too)")
             named[name] = value
-        if "backend" in named:
-            raise ValueError(
-                "backend is a choice of the machine and is not stored in a config: pass it to "
-                f"MobaConfig(..., backend={named['backend']!r}) and patch_model"
-            )
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "backend"]
+        known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(str(key) for key in named if key not in known)
         if unknown:
             raise ValueError(f"unknown MoBA settings: {', '.join(unknown)}; known are {', '.join(known)}")

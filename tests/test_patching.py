@@ -147,6 +147,7 @@ class TestCopies:
         with pytest.raises(ValueError, match="does not run MoBA"):
             unpatch_model(twin)
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
     @pytest.mark.parametrize("patch_first", [True, False])
     def test_through_peft(self, patch_first: bool) -> None:
         peft = pytest.importorskip("peft")
@@ -202,5 +203,5 @@ class TestCopies:
 def test_a_backend_among_stored_settings_is_refused() -> None:
     model = tiny_model(moba=None)
     model.config.moba = {**SMALL.to_dict(), "backend": "portable"}
-    with pytest.raises(ValueError, match=r"MobaConfig\(\.\.\., backend='portable'\) and patch_model"):
+    with pytest.raises(ValueError, match=r"patch_model\(model, MobaConfig\(\.\.\., backend='portable'\)\)"):
         logits(model, tokens(1, LENGTH))
