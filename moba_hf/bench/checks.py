@@ -209,8 +209,8 @@ def plain_attention_and_lse(case: Case, choice: Tensor) -> tuple[Tensor, Tensor]
 def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Attention under `choice` holds the tolerance rule; padding is zeros and -inf. Returns `(out, lse)`."""
     out, lse = case.attend(choice, **kwargs)
-    exact = (x.float() for x in (case.q, case.k, case.v))
-    truth, truth_lse = load_backend("reference").forward(*exact, choice, *case.where)
+    q, k, v = (x.float() for x in (case.q, case.k, case.v))
+    truth, truth_lse = load_backend("reference").forward(q, k, v, choice, *case.where)
     _require(
         (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32), "shape and dtypes"
     )

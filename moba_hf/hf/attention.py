@@ -95,11 +95,10 @@ def moba_attention_forward(
         )
     if packing is not None:
         _check_packing(module.config, kwargs)
+    sequences = None if mask is None else bounds_of(mask, q_len).sequences(kv_len)
     if packing is not None:
         longest = packing.max_seqlen
         sequences = Sequences(packing.table, longest, longest, by_row=False)
-    else:
-        sequences = None if mask is None else bounds_of(mask, q_len).sequences(kv_len)
     layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)

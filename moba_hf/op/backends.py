@@ -184,8 +184,9 @@ class ReferenceBackend:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
         settings: dict[str, Any] = {"block_size": block_size, "softmax_scale": softmax_scale}
         with full_precision(q.device):
-            for (row, part), parts in _each_sequence(sequences.table, q, k, v):
-                out[row, part], lse[row, :, part] = attend_ref(*parts, block_indices[row, part], **settings)
+            for (row, part), (queries, keys, values) in _each_sequence(sequences.table, q, k, v):
+                choice = block_indices[row, part]
+                out[row, part], lse[row, :, part] = attend_ref(queries, keys, values, choice, **settings)
         return out, lse
 
     def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
