@@ -90,7 +90,7 @@ def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
 
     Torch's kernels do not split the keys of a masked call, and the slots of a static cache need a mask.
     """
-    if q.device.type == "cpu" or q.shape[2] == k.shape[2]:
+    if q.shape[2] == k.shape[2]:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return None
