@@ -20,9 +20,12 @@ from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.mask import COMPACT, bounds_of, moba_mask, stock_mask
 from moba_hf.hf.packing import DOCUMENTS, Packing, check_separated, find_packing
+from moba_hf.op.backends import choose_backend
 from moba_hf.op.dense import dense_attention, dense_packed_attention
-from moba_hf.op.ops import attention_over, batched_moba_attention, check_tensors
-from moba_hf.op.sequences import RowBounds
+from moba_hf.op.gates import GATES
+from moba_hf.op.numerics import default_scale
+from moba_hf.op.ops import attention, check_tensors
+from moba_hf.op.sequences import Sequences, batched_table
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -38,8 +41,8 @@ _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
     "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
 )
-_SPARSE_BY_MASS = (
-    'decode="sparse" with gate="mass" reads all cached keys at every step to score their blocks: a cache '
+_SPARSE_BY_OTHER_GATE = (
+    'decode="sparse" with gate="{}" reads all cached keys at every step to score their blocks: a cache '
     'keeps the means of blocks, not what that gate needs; gate="mean" reads the chosen blocks alone'
 )
 
@@ -92,14 +95,17 @@ def moba_attention_forward(
         )
     if packing is not None:
         _check_packing(module.config, kwargs)
-    bounds = None if mask is None else bounds_of(mask, q_len)
-    means = None if packing is not None else _cached_means(plan, key, bounds, q_len)
+    sequences = None if mask is None else bounds_of(mask, q_len).sequences(kv_len)
+    if packing is not None:
+        longest = packing.max_seqlen
+        sequences = Sequences(packing.table, longest, longest, by_row=False)
+    layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    means = means if means is not None and means.dtype == key.dtype else None  # of keys before autocast
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
+    scale = default_scale(query) if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
-    return _attend(query, key, value, scale, bounds, packing, plan, backend, means), None
+    return _attend((query, key, value), scale, sequences, packing, plan, backend, layer), None
 
 
 def _packing_of(
@@ -127,73 +133,67 @@ def _packing_of(
     )
 
 
-def _cached_means(plan: LayerPlan, key: Tensor, bounds: RowBounds | None, q_len: int) -> Tensor | None:
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    sequences: Sequences | None,
+    packing: Packing | None,
+    plan: LayerPlan,
+    backend: str,
+    layer: Any,
+) -> Tensor:
+    """Full attention where the plan or the rule says so, else MoBA, by the one backend chosen here.
+
+    Args:
+        sequences: where they lie; None: every row is one sequence without padding.
+        layer: the MoBA cache layer that the keys come from, or None.
+    """
+    query, key, value = qkv
+    q_len, kv_len = query.shape[2], key.shape[2]
+    rule = plan.rule
+    longest = kv_len if packing is None or sequences is None else sequences.max_seqlen_k
+    if rule is not None and (q_len <= plan.full_len or plan.max_keys >= longest):
+        rule = None
+    if rule is None and packing is not None and torch.compiler.is_compiling():
+        rule = LayerConfig(q_len, 1)  # one block holds any sequence: the same, as an operator that is traced
+    backend = choose_backend(backend, query, key, value, rule)
+    means = None
+    if layer is not None and packing is None:
+        layer.backend = backend
+        means = _cached_means(layer, plan, key, sequences, sparse=rule is not None)
+    if rule is None:
+        if packing is not None:
+            return dense_packed_attention(query, key, value, scale, packing.spans(), backend)
+        return dense_attention(query, key, value, scale, sequences, backend)
+    if sequences is None:
+        table = batched_table(query.shape[0], q_len, kv_len, query.device)
+        sequences = Sequences(table, q_len, kv_len)
+    if q_len == 1 and packing is None and not torch.compiler.is_compiling():
+        _warn_of_reads(rule, means)
+    settings: Any = {"softmax_scale": scale, "backend": backend, "block_means": means}
+    return attention(query, key, value, sequences, rule, **settings)[0]
+
+
+def _cached_means(
+    layer: Any, plan: LayerPlan, key: Tensor, sequences: Sequences | None, *, sparse: bool
+) -> Tensor | None:
     """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
 
     A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
     """
-    layer: Any = getattr(key, LAYER_ATTRIBUTE, None)
-    if layer is None or plan.rule is None or plan.max_keys >= key.shape[2]:
+    if plan.rule is None or plan.max_keys >= key.shape[2] or not (sparse or layer.is_compileable):
         return None
-    if q_len <= plan.full_len and not layer.is_compileable:
-        return None
-    kv_start = None if bounds is None else bounds.kv_start
-    return layer.moba_means(key, kv_start, plan.rule.block_size)
+    kv_start = None if sequences is None else sequences.kv_start
+    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    return means
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    bounds: RowBounds | None,
-    packing: Packing | None,
-    plan: LayerPlan,
-    backend: str,
-    block_means: Tensor | None,
-) -> Tensor:
-    """Full attention where the plan or the rule says so, else MoBA."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    longest = kv_len if packing is None else packing.max_seqlen
-    rule = plan.rule
-    if rule is None or q_len <= plan.full_len or plan.max_keys >= longest:
-        if packing is None:
-            return dense_attention(query, key, value, scale, bounds)
-        if not torch.compiler.is_compiling():
-            return dense_packed_attention(query, key, value, scale, packing.spans())
-        rule = LayerConfig(q_len, 1)  # one block holds any sequence: the same, as an operator that is traced
-    settings: dict[str, Any] = {
-        "block_size": rule.block_size,
-        "topk": rule.topk,
-        "sink_blocks": rule.sink_blocks,
-        "local_blocks": rule.local_blocks,
-        "gate": rule.gate,
-    }
-    if packing is not None:
-        return attention_over(
-            query,
-            key,
-            value,
-            packing.table,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            softmax_scale=scale,
-            backend=backend,
-            **settings,
-        )[0]
-    if (block_means is None or rule.gate == "mass") and q_len == 1 and not torch.compiler.is_compiling():
-        logger.warning_once(_SPARSE_BY_MASS if rule.gate == "mass" else _SPARSE_WITHOUT_CACHE)
-    return batched_moba_attention(
-        query,
-        key,
-        value,
-        kv_start=None if bounds is None else bounds.kv_start,
-        table=None if bounds is None else bounds.table,
-        softmax_scale=scale,
-        backend=backend,
-        block_means=block_means,
-        **settings,
-    )[0]
+def _warn_of_reads(rule: LayerConfig, block_means: Tensor | None) -> None:
+    """Warns once where a decode step reads every cached key to score blocks."""
+    if not GATES[rule.gate].scores_means:
+        logger.warning_once(_SPARSE_BY_OTHER_GATE.format(rule.gate))
+    elif block_means is None:
+        logger.warning_once(_SPARSE_WITHOUT_CACHE)
 
 
 def _check_packing(config: Any, kwargs: dict[str, Any]) -> None:

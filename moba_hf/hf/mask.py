@@ -151,4 +151,4 @@ def stock_mask(mask: Tensor | None, q_len: int) -> Tensor | None:
     """A mask that the stock implementation understands: a compact one is written out."""
     if mask is None or mask.dtype not in COMPACT:
         return mask
-    return causal_mask(bounds_of(mask, q_len), 0, q_len, mask.shape[3])
+    return causal_mask(bounds_of(mask, q_len).sequences(mask.shape[3]), 0, q_len, mask.shape[3])
