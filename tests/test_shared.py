@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.op.sequences import batched_table, packed_table
+from moba_hf.op import backends
+from moba_hf.op.backend_table import BACKENDS
+from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.operators import flat_sequences
+from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, tile_bound, tile_table, unpack_blocks
-from moba_hf.op.shared_ops import (
-    Tiles,
-    attend_shared_op,
-    choose_shared_backend,
-    select_shared_op,
-    shared_attention_over,
-)
+from moba_hf.op.shared_ops import flat_shared_rule, select_shared_op, shared_attention
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref, tile_masses_ref, tiles_ref
 from tests.moba_cases import cumulative
 
@@ -42,11 +41,14 @@ def _tensors(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rule: SharedRule, backend: str = "portable"):
     """`out (batch, q_len, heads, dim)`, `lse`, and the choice with its tiles."""
-    limits = {"max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}
-    tiles = Tiles.of(table, q, rule.tile, **limits)
-    mask = select_shared_op(q, k, tiles, rule, q.shape[3] ** -0.5, backend)
-    out, lse = shared_attention_over(q, k, v, table, rule, **limits, backend=backend, block_mask=mask)
-    return out, lse, mask, tiles
+    where = Sequences(table, q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5
+    mask = select_shared_op(q, k, *flat_sequences(where), *flat_shared_rule(rule), scale, backend)
+    settings = {"softmax_scale": scale, "backend": backend}
+    out, lse = shared_attention(q, k, v, where, rule, **settings, block_mask=mask)
+    if backend == "portable":
+        assert torch.equal(shared_attention(q, k, v, where, rule, **settings)[0], out)
+    return out, lse, mask, tile_table(table, rule.tile, mask.shape[1])
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor, rule: SharedRule, cuts: tuple[int, ...] = ()):
@@ -68,7 +70,7 @@ def test_portable_equals_the_reference(rule, lengths) -> None:
     _assert_close(out[0], expected)
     _assert_close(lse[0], expected_lse)
     chosen = select_shared_ref(q[0].transpose(0, 1), k[0].transpose(0, 1), rule)
-    used = int((tiles.table[:, 2] > tiles.table[:, 1]).sum())
+    used = int((tiles[:, 2] > tiles[:, 1]).sum())
     assert used == chosen.shape[1]
     assert torch.equal(unpack_blocks(mask[:, :used], chosen.shape[2]), chosen)
     assert not mask[:, used:].any()
@@ -257,19 +259,18 @@ def test_long_lists_in_pieces_and_batches_equal_the_reference(monkeypatch) -> No
 def test_gradients_are_those_of_the_reference_and_of_differences(rule) -> None:
     q_lens, kv_lens = (20, 9), (33, 9)
     tensors = [x.requires_grad_() for x in _tensors(sum(q_lens), sum(kv_lens))]
-    table = packed_table(cumulative(q_lens), cumulative(kv_lens))
-    limits = {"max_seqlen_q": 29, "max_seqlen_k": 42}
+    where = Sequences(packed_table(cumulative(q_lens), cumulative(kv_lens)), 29, 42, by_row=False)
     q, k, _ = tensors
-    tiles = Tiles.of(table, q, rule.tile, **limits)
-    mask = select_shared_op(q, k, tiles, rule, 0.25, "portable")
+    mask = select_shared_op(q, k, *flat_sequences(where), *flat_shared_rule(rule), 0.25, "portable")
 
-    def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return attend_shared_op(*tensors, mask, tiles, rule.block_size, 0.25, "portable")
+    def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "portable") -> tuple[Tensor, Tensor]:
+        settings = {"softmax_scale": 0.25, "backend": backend, "block_mask": mask}
+        return shared_attention(q, k, v, where, rule, **settings)
 
     assert torch.autograd.gradcheck(attend, tensors, fast_mode=True)
     grads = []
     for backend in ("portable", "reference"):
-        out, lse = attend_shared_op(*tensors, mask, tiles, rule.block_size, 0.25, backend)
+        out, lse = attend(*tensors, backend)
         grads.append(torch.autograd.grad(out.square().sum() + lse.sin().sum(), tensors))
     for mine, expected in zip(*grads, strict=True):
         _assert_close(mine, expected)
@@ -279,8 +280,10 @@ def test_gradients_are_those_of_the_reference_and_of_differences(rule) -> None:
 def test_low_precision_follows_the_reference_under_one_choice(dtype) -> None:
     q, k, v = (x.to(dtype) for x in _tensors(131, 131))
     table = batched_table(1, 131, 131, q.device)
-    out, _, mask, tiles = _run(q, k, v, table, RULES[0])
-    expected, _ = attend_shared_op(q, k, v, mask, tiles, RULES[0].block_size, 0.25, "reference")
+    out, _, mask, _ = _run(q, k, v, table, RULES[0])
+    where = Sequences(table, 131, 131)
+    settings = {"softmax_scale": 0.25, "backend": "reference", "block_mask": mask}
+    expected, _ = shared_attention(q, k, v, where, RULES[0], **settings)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     reference = _run(q, k, v, table, RULES[0], "reference")[2]
@@ -290,15 +293,13 @@ def test_low_precision_follows_the_reference_under_one_choice(dtype) -> None:
 def test_operators_pass_the_checks_of_torch() -> None:
     q, k, v = (x.float() for x in _tensors(40, 60))
     rule = RULES[0]
-    tiles = Tiles.of(batched_table(1, 40, 60, q.device), q, rule.tile, 40, 60)
-    numbers = (rule.block_size, rule.tile, 0.3, None, None, 1, 1, 4, 0, "halves")
-    torch.library.opcheck(
-        torch.ops.moba_hf.select_shared.default, (q, k, tiles.table, 60, *numbers, 0.25, "portable")
-    )
-    mask = select_shared_op(q, k, tiles, rule, 0.25, "portable")
+    where = flat_sequences(Sequences(batched_table(1, 40, 60, q.device), 40, 60))
+    flat = (*where, *flat_shared_rule(rule), 0.25, "portable")
+    torch.library.opcheck(torch.ops.moba_hf.select_shared.default, (q, k, *flat))
+    mask = select_shared_op(q, k, *flat)
     args = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(
-        torch.ops.moba_hf.attend_shared.default, (*args, mask, tiles.table, 8, 16, 0.25, "portable")
+        torch.ops.moba_hf.attend_shared.default, (*args, mask, *where, 8, 16, 0.25, "portable")
     )
 
 
@@ -358,8 +359,20 @@ def test_a_threshold_that_is_no_number_is_refused() -> None:
         SharedRule(8, 16, threshold="high")
 
 
-def test_backends_that_cannot_share_a_choice_are_refused() -> None:
+def test_a_backend_that_cannot_share_a_choice_is_refused() -> None:
+    class Unable(type(load_backend("portable"))):  # type: ignore[misc]
+        shared = None
+
     q, k, v = _tensors(8, 8)
-    with pytest.raises(ValueError, match=r"backend 'flash_attn' cannot share a choice.*known are auto"):
-        choose_shared_backend("flash_attn", q, k, v, RULES[0])
-    assert choose_shared_backend("auto", q, k, v, RULES[0]) == "portable"
+    backends._loaded.keep("unable", Unable)
+    message = r'"unable" cannot run this: it cannot share a choice of blocks'
+    with patch.dict(BACKENDS, {"unable": "none:none"}), pytest.raises(ValueError, match=message):
+        choose_backend("unable", q, k, v, RULES[0])
+    assert choose_backend("auto", q, k, v, RULES[0]) == "portable"
+
+
+def test_an_odd_head_dim_is_refused() -> None:
+    q, k, v = (x[..., :15] for x in _tensors(8, 8))
+    where = Sequences(batched_table(1, 8, 8, q.device), 8, 8)
+    with pytest.raises(ValueError, match="needs an even head_dim, got 15"):
+        shared_attention(q, k, v, where, RULES[0], softmax_scale=1.0)

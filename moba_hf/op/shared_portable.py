@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import MassGate
-from moba_hf.op.reference import accumulate_dtype, full_precision
-from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, unpack_blocks
+from moba_hf.op.gates import MassSummary
+from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles, unpack_blocks
 
 # Elements that the scores of one step may hold, and keys in one piece of a list. Elsewhere than on CPUs so
 # many times more scores, since launches are dear there.
@@ -40,8 +40,7 @@ def _budget(elements: int, x: Tensor) -> int:
 def select(
     q: Tensor,
     k: Tensor,
-    tiles: Tensor,
-    max_seqlen_k: int,
+    sequences: Sequences,
     rule: SharedRule,
     softmax_scale: float,
 ) -> Tensor:
@@ -49,16 +48,15 @@ def select(
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
-        tiles: the tile table, int32 `(num_tiles, 6)`.
-        max_seqlen_k: a bound on the keys of one sequence.
     """
-    words = mask_words(max_seqlen_k, rule.block_size)
-    result = torch.zeros(q.shape[1], tiles.shape[0], words, dtype=torch.int32, device=q.device)
+    words = mask_words(sequences.max_seqlen_k, rule.block_size)
+    shape = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
+    result = torch.zeros(shape, dtype=torch.int32, device=q.device)
     with full_precision(q.device):
-        for numbers, rows in _sequences(tiles):
+        for numbers, rows in sequence_tiles(sequences, q, rule.tile):
             batch, _, _, _, k_begin, k_end = rows[0]
             blocks = -(-(k_end - k_begin) // rule.block_size)
-            gate = MassGate(k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs)
+            gate = MassSummary(k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs)
             step = max(1, _budget(_MASS_BUDGET, q) * rule.sample // (q.shape[1] * rule.tile * blocks))
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
@@ -68,18 +66,7 @@ def select(
     return result
 
 
-def _sequences(tiles: Tensor) -> Iterator[tuple[slice, list[list[int]]]]:
-    """Per sequence that has queries: the numbers of its tiles and their rows of the tile table."""
-    at = 0
-    for _, group in groupby(tiles.tolist(), key=lambda row: (row[0], row[4], row[5])):
-        # two sequences that share keys do not occur; rows that no tile needs are all zero
-        rows = list(group)
-        if rows[0][2] > rows[0][1]:
-            yield slice(at, at + len(rows)), rows
-        at += len(rows)
-
-
-def _choose_tiles(q: Tensor, gate: MassGate, rows: list[list[int]], rule: SharedRule) -> Tensor:
+def _choose_tiles(q: Tensor, gate: MassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
     """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
@@ -281,12 +268,12 @@ def _each_sequence(
     k: Tensor,
     v: Tensor,
     block_mask: Tensor,
-    tiles: Tensor,
+    sequences: Sequences,
     block_size: int,
     tile: int,
     scale: float,
 ) -> Iterator[_Sequence]:
-    for numbers, rows in _sequences(tiles):
+    for numbers, rows in sequence_tiles(sequences, q, tile):
         blocks = -(-(rows[0][5] - rows[0][4]) // block_size)
         chosen = unpack_blocks(block_mask[:, numbers], blocks)
         yield _Sequence(q, k, v, chosen, rows, tile, block_size, scale)
@@ -297,7 +284,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     block_mask: Tensor,
-    tiles: Tensor,
+    sequences: Sequences,
     *,
     block_size: int,
     tile: int,
@@ -307,14 +294,14 @@ def attend(
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
-        block_mask, tiles: see `moba_hf.op.shared`.
+        block_mask: see `moba_hf.op.shared`.
     """
     batch, num_heads, q_len, _ = q.shape
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
     dtype = accumulate_dtype(q.dtype)
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
-        for seq in _each_sequence(q, k, v, block_mask, tiles, block_size, tile, softmax_scale):
+        for seq in _each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
             outs = seq.q.new_empty(len(seq.q), v.shape[3])
             lses = seq.q.new_empty(len(seq.q))
             for problems in seq.batches():
@@ -349,25 +336,21 @@ def _attend_batch(seq: _Sequence, problems: _Batch) -> tuple[Tensor, Tensor]:
 def attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_mask: Tensor,
-    tiles: Tensor,
+    saved: Attended,
+    sequences: Sequences,
     *,
     block_size: int,
     tile: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    q, k, v, out, lse, block_mask = saved
     dtype = accumulate_dtype(q.dtype)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     with full_precision(q.device):
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(3).transpose(1, 2) - grad_lse.to(dtype)
-        for seq in _each_sequence(q, k, v, block_mask, tiles, block_size, tile, softmax_scale):
+        for seq in _each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
             d_out = seq.flat(grad_out[seq.batch, seq.queries].transpose(0, 1))
             d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
             lse_row = seq.with_none(lse[seq.batch, :, seq.queries].reshape(-1, 1), fill=torch.inf)
