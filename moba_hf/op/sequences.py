@@ -62,6 +62,24 @@ def batched_table(
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Where each sequence lies inside `(batch, heads, length, dim)` tensors; made once per forward.
+
+    Attributes:
+        table: int32 `(num_seqs, 5)`, the sequence table of this module.
+        max_seqlen_q, max_seqlen_k: host bounds on the queries and keys of one sequence.
+        by_row: row r of the table is batch row r, for every r.
+        kv_start: int `(batch,)`, slot of each row's first real key; None: 0 in every row.
+    """
+
+    table: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    by_row: bool = True
+    kv_start: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class RowBounds:
     """Where the real tokens of each batch row lie among the slots of the key tensor.
 
