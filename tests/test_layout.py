@@ -31,12 +31,16 @@ LAYERS = [
     {"hf.loading"},
     {"hf.adapter", "hf.cache", "hf.spans", "op.dense"},
     {"op.ops"},
-    {"op.backends", "op.block_means"},
-    {"kernels", "op.portable", "op.portable_decode", "op.flash"},
-    {"op.gates"},
+    {"op.block_means"},
+    {"op.operators"},
+    {"op.triton_backend", "op.flash"},
+    {"op.backends"},
+    {"kernels", "op.portable", "op.portable_decode"},
     {"op.reference", "op.sequences"},
     {"checkpoints.folders", "checkpoints.safetensors_files", "checkpoints.gguf_files"},
     {"config"},
+    {"op.backend_table", "op.gates"},
+    {"op.numerics", "op.registry"},
 ]
 # Packages whose modules have layers of their own; other packages are one part.
 SPLIT = {"hf", "op", "checkpoints"}

@@ -19,9 +19,11 @@ from moba_hf.hf.cache import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.rows import Layout, Rows, moba_mask
+from moba_hf.op.backends import choose_backend
 from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
-from moba_hf.op.ops import attention_over, batched_moba_attention, check_tensors
-from moba_hf.op.sequences import RowBounds, Sequences
+from moba_hf.op.gates import GATES
+from moba_hf.op.numerics import default_scale
+from moba_hf.op.ops import attention, check_tensors
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -37,8 +39,8 @@ _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
     "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
 )
-_SPARSE_BY_MASS = (
-    'decode="sparse" with gate="mass" reads all cached keys at every step to score their blocks: a cache '
+_SPARSE_BY_OTHER_GATE = (
+    'decode="sparse" with gate="{}" reads all cached keys at every step to score their blocks: a cache '
     'keeps the means of blocks, not what that gate needs; gate="mean" reads the chosen blocks alone'
 )
 
@@ -85,22 +87,23 @@ def moba_attention_forward(
         )
     _refuse_keywords(kwargs, tuple(_REFUSED))
     _refuse_unsupported(dropout, q_len, key.shape[2], kwargs)
-    if not isinstance(rows, Rows) or rows.windowed:
-        given = rows.dense if isinstance(rows, Rows) else rows
+    custom = rows.dense if isinstance(rows, Rows) else rows
+    if custom is not None:
         raise ValueError(
-            f"MoBA takes 2-D padding masks, got a custom mask{_described(given)}; use a stock "
-            "attn_implementation for it"
+            f"MoBA takes 2-D padding masks, got a custom mask of {custom.dtype} {tuple(custom.shape)}; "
+            "use a stock attn_implementation for it"
         )
+    assert isinstance(rows, Rows)
     layout = rows.layout(kwargs, query.device)
     if layout.packed:
         _check_packing(module.config, rows, kwargs)
-    means = None if layout.packed else _cached_means(plan, key, layout.sequences.kv_start, q_len)
+    layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    means = means if means is not None and means.dtype == key.dtype else None  # of keys before autocast
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
+    scale = default_scale(query) if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
-    return _attend(query, key, value, scale, layout, plan, backend, means), None
+    return _attend((query, key, value), scale, sequences, packing, plan, backend, layer), None
 
 
 def _stock_mask(
@@ -122,83 +125,75 @@ def _stock_mask(
         rows.check_separated(kwargs, stock)
     if layout.whole and rows.q_len in (1, rows.kv_len):
         return None
-    return causal_mask(_bounds(layout.sequences, rows.q_len), 0, rows.q_len, rows.kv_len)
-
-
-def _cached_means(plan: LayerPlan, key: Tensor, kv_start: Tensor | None, q_len: int) -> Tensor | None:
-    """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
-
-    A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
-    """
-    layer: Any = getattr(key, LAYER_ATTRIBUTE, None)
-    if layer is None or plan.rule is None or plan.max_keys >= key.shape[2]:
-        return None
-    if q_len <= plan.full_len and not layer.is_compileable:
-        return None
-    return layer.moba_means(key, kv_start, plan.rule.block_size)
+    return causal_mask(layout.sequences, 0, rows.q_len, rows.kv_len)
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
     scale: float,
     layout: Layout,
     plan: LayerPlan,
     backend: str,
-    block_means: Tensor | None,
+    layer: Any,
 ) -> Tensor:
-    """Full attention where the plan or the rule says so, else MoBA."""
+    """Full attention where the plan or the rule says so, else MoBA, by the one backend chosen here.
+
+    Args:
+        layer: the MoBA cache layer that the keys come from, or None.
+    """
+    query, key, value = qkv
     q_len, kv_len = query.shape[2], key.shape[2]
-    sequences = layout.sequences
+    sequences, rule = layout.sequences, plan.rule
     longest = sequences.max_seqlen_k if layout.packed else kv_len
-    rule = plan.rule
-    if rule is None or q_len <= plan.full_len or plan.max_keys >= longest:
-        if not layout.packed:
-            return dense_attention(
-                query, key, value, scale, None if layout.whole else _bounds(sequences, q_len)
-            )
+    if rule is not None and (q_len <= plan.full_len or plan.max_keys >= longest):
+        rule = None
+    if rule is None and _needs_table(layout, query, kv_len):
+        rule = LayerConfig(q_len, 1)  # one block holds any sequence: full attention, bounds on the device
+    backend = choose_backend(backend, query, key, value, rule)
+    means = None
+    if layer is not None and not layout.packed:
+        layer.backend = backend
+        means = _cached_means(layer, plan, key, sequences.kv_start, sparse=rule is not None)
+    if rule is None:
         if layout.spans is not None:
-            return dense_packed_attention(query, key, value, scale, layout.spans)
-        rule = LayerConfig(q_len, 1)  # one block holds any sequence: the same, as an operator that is traced
-    settings: dict[str, Any] = {
-        "block_size": rule.block_size,
-        "topk": rule.topk,
-        "sink_blocks": rule.sink_blocks,
-        "local_blocks": rule.local_blocks,
-        "gate": rule.gate,
-    }
+            return dense_packed_attention(query, key, value, scale, layout.spans, backend)
+        return dense_attention(query, key, value, scale, sequences, backend, whole=layout.whole)
+    if q_len == 1 and not layout.packed and not torch.compiler.is_compiling():
+        _warn_of_reads(rule, means)
+    settings: Any = {"softmax_scale": scale, "backend": backend, "block_means": means}
+    return attention(query, key, value, sequences, rule, **settings)[0]
+
+
+def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
+    """Whether full attention goes by the sequence table, which torch's fast kernels do not read.
+
+    So in graphs: for packed sequences, and for a padded prefill on a GPU, which would need a written-out mask.
+    """
     if layout.packed:
-        return attention_over(
-            query,
-            key,
-            value,
-            sequences.table,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            softmax_scale=scale,
-            backend=backend,
-            **settings,
-        )[0]
-    if (block_means is None or rule.gate == "mass") and q_len == 1 and not torch.compiler.is_compiling():
-        logger.warning_once(_SPARSE_BY_MASS if rule.gate == "mass" else _SPARSE_WITHOUT_CACHE)
-    return batched_moba_attention(
-        query,
-        key,
-        value,
-        kv_start=sequences.kv_start,
-        table=sequences.table,
-        softmax_scale=scale,
-        backend=backend,
-        block_means=block_means,
-        **settings,
-    )[0]
+        return layout.spans is None
+    padded = not layout.whole and torch.compiler.is_compiling()
+    return padded and query.shape[2] == kv_len and query.device.type != "cpu"
 
 
-def _bounds(sequences: Sequences, q_len: int) -> RowBounds:
-    """The bounds of sequences that are batch rows."""
-    _, _, q_end, start, end = sequences.table.long().unbind(1)
-    return RowBounds(start, end, end - q_end, q_len, sequences.table)
+def _cached_means(
+    layer: Any, plan: LayerPlan, key: Tensor, kv_start: Tensor | None, *, sparse: bool
+) -> Tensor | None:
+    """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
+
+    A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
+    """
+    if plan.rule is None or plan.max_keys >= key.shape[2] or not (sparse or layer.is_compileable):
+        return None
+    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    return means
+
+
+def _warn_of_reads(rule: LayerConfig, block_means: Tensor | None) -> None:
+    """Warns once where a decode step reads every cached key to score blocks."""
+    if not GATES[rule.gate].scores_means:
+        logger.warning_once(_SPARSE_BY_OTHER_GATE.format(rule.gate))
+    elif block_means is None:
+        logger.warning_once(_SPARSE_WITHOUT_CACHE)
 
 
 def _check_packing(config: Any, rows: Rows, kwargs: dict[str, Any]) -> None:
@@ -213,10 +208,6 @@ def _check_packing(config: Any, rows: Rows, kwargs: dict[str, Any]) -> None:
         if stock is not None and adapter.key_limit(config, index) != 0:
             rows.check_separated(kwargs, stock)
             return
-
-
-def _described(mask: Tensor | None) -> str:
-    return "" if mask is None else f" of {mask.dtype} {tuple(mask.shape)}"
 
 
 def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

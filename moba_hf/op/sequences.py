@@ -11,6 +11,7 @@ position `(k_end - k_begin) - (q_end - i)`. A query that no row covers is paddin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,37 +80,18 @@ class Sequences:
     kv_start: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RowBounds:
-    """Where the real tokens of each batch row lie among the slots of the key tensor.
+class Attended(NamedTuple):
+    """What attention over chosen blocks took and gave, as its backward needs it.
 
     Attributes:
-        kv_start, kv_end: int64 `(batch,)`; slots `[kv_start, kv_end)` hold real keys.
-        q_offset: int64 `(batch,)`, slot of the first query of the call.
-        q_len: queries of the call.
-        table: int32 `(batch, 5)`, the same as a sequence table.
+        q, k, v: `(batch, heads, length, dim)`.
+        out: `(batch, q_len, num_heads, v_dim)`. lse: `(batch, num_heads, q_len)`.
+        block_indices: int32 `(batch, q_len, num_heads, topk)`.
     """
 
-    kv_start: Tensor
-    kv_end: Tensor
-    q_offset: Tensor
-    q_len: int
-    table: Tensor
-
-    @classmethod
-    def of(cls, kv_start: Tensor, kv_end: Tensor, q_offset: Tensor, q_len: int) -> RowBounds:
-        """Bounds with their table, made once for all layers that get them."""
-        limits = {"kv_start": kv_start, "kv_end": kv_end, "q_offset": q_offset}
-        table = batched_table(kv_start.shape[0], q_len, 0, kv_start.device, **limits)
-        return cls(**limits, q_len=q_len, table=table)
-
-    @classmethod
-    def unpadded(cls, q_len: int, kv_len: int, device: torch.device) -> RowBounds:
-        """Bounds of one row whose queries stand at the end of `kv_len` real keys."""
-        start, end, offset = torch.tensor([[0], [kv_len], [kv_len - q_len]], device=device).unbind(0)
-        return cls.of(start, end, offset, q_len)
-
-    def real_queries(self, begin: int, end: int) -> Tensor:
-        """Bool `(batch, end - begin)`: which of queries `[begin, end)` are real tokens."""
-        slot = torch.arange(begin, end, device=self.kv_start.device) + self.q_offset[:, None]
-        return (slot >= self.kv_start[:, None]) & (slot < self.kv_end[:, None])
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    block_indices: Tensor
