@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from transformers import StaticCache
 
 # Three documents in one row.
 CUTS = [0, 20, 21, LENGTH]
-PACKED = torch.cat([torch.arange(end - begin) for begin, end in zip(CUTS[:-1], CUTS[1:], strict=True)])[None]
+PACKED = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(CUTS)])[None]
 
 
 def each_alone(model: Any, ids: torch.Tensor, cuts: list[int] = CUTS) -> torch.Tensor:
     """Logits of the documents of a row, each in a call of its own."""
-    parts = [logits(model, ids[:, begin:end]) for begin, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [logits(model, ids[:, begin:end]) for begin, end in itertools.pairwise(cuts)]
     return torch.cat(parts, dim=1)
 
 
@@ -68,11 +69,11 @@ class TestOffsets:
         positions = PACKED.clone()
         out = logits(model, ids, attention_mask=mask, position_ids=positions, **offsets(0, 20, 21, 40))
         assert close(out[:, :40], alone[:, :40])
-        with pytest.raises(ValueError, match="cu_seq_lens_q names 50 tokens .* others are padding"):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
             logits(model, ids, attention_mask=mask, **offsets(*CUTS))
         mask = torch.ones_like(ids)
         mask[:, :10] = 0
-        with pytest.raises(ValueError, match="cu_seq_lens_q names 50 tokens .* others are padding"):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
             logits(model, ids, attention_mask=mask, **offsets(*CUTS))
 
 

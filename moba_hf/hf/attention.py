@@ -103,7 +103,7 @@ def moba_attention_forward(
     layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
     scale = default_scale(query) if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
-    return _attend((query, key, value), scale, sequences, packing, plan, backend, layer), None
+    return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
 
 def _stock_mask(
@@ -167,7 +167,7 @@ def _attend(
 def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
     """Whether full attention goes by the sequence table, which torch's fast kernels do not read.
 
-    So in graphs: for packed sequences, and for a padded prefill on a GPU, which would need a written-out mask.
+    So in graphs: for packed sequences, and for a padded prefill on a GPU, which a mask would slow down.
     """
     if layout.packed:
         return layout.spans is None
