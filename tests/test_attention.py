@@ -25,7 +25,7 @@ import moba_hf.op.ops
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.mask import moba_mask
+from moba_hf.hf.rows import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]

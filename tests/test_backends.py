@@ -89,7 +89,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(BACKENDS, "spy", f"{__name__}:SpyBackend")
     monkeypatch.setitem(backends._AUTO, "cpu", ("spy",))
     ENTERED.clear()
-    yield
+    return
 
 
 def everything(backend: str) -> list[Tensor]:

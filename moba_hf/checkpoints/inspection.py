@@ -264,7 +264,7 @@ def describe(inspection: Inspection) -> str:
     if any(isinstance(row.rule, SharedRule) for row in inspection.layers):
         lines += [
             "",
-            "Shared choices take what the text asks for: their shares are the most that it may ask.",
+            "Shared choices follow the text: their shares are the most that it may ask for.",
         ]
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
