@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from moba_hf import MobaCache, MobaConfig, moba_attention, prefill, select_blocks
 from moba_hf.checkpoints.inspection import describe, inspect_config
 from moba_hf.config import LayerConfig, make_rule
-from moba_hf.op.shared import unpack_blocks
+from moba_hf.op.shared import tile_bound, unpack_blocks
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref
 from moba_hf.op.shared_rule import SharedRule
+from tests.moba_cases import cumulative
 from tests.model_checks import (
     Call,
     captured,
@@ -26,7 +27,6 @@ from tests.model_checks import (
     tokens,
     with_rule,
 )
-from tests.moba_cases import cumulative
 
 SETTINGS: dict[str, Any] = {
     "block_size": 8,
@@ -173,7 +173,7 @@ def test_operator_keywords_reach_the_rule() -> None:
     assert isinstance(rule, SharedRule)
     out, lse = moba_attention(q, k, v, **SETTINGS, **offsets, return_lse=True)
     mask = select_blocks(q, k, **SETTINGS, **offsets)
-    assert mask.shape == (4, 12, 1)
+    assert mask.shape == (4, tile_bound(2, 131, 131, 16), 1)
     assert torch.equal(moba_attention(q, k, v, **SETTINGS, **offsets, block_indices=mask), out)
     tile = 0
     for begin, end in ((0, 31), (31, 131)):
