@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from moba_hf.config import MobaConfig, check_int
+from moba_hf.config import MobaConfig
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans, writable
+from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 
 # Attribute by which a key tensor names the cache layer that it came from.
