@@ -51,8 +51,8 @@ def compiles(device: torch.device) -> bool:
     except Exception as error:  # whatever a foreign compiler, of a release not known yet, may raise
         warnings.warn(
             f"Triton {triton.__version__} does not compile the Gluon kernels of moba_hf "
-            f"({type(error).__name__}: {_first_cause(error)}): plain Triton kernels run instead, with the same "
-            "results but slower on this GPU; CONTRIBUTING.md names the releases of Triton that are tested",
+            f"({type(error).__name__}: {_first_cause(error)}): plain Triton kernels run instead, with the "
+            "same results but slower; CONTRIBUTING.md names the releases of Triton that are tested",
             RuntimeWarning,
             stacklevel=2,
         )
