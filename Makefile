@@ -36,7 +36,7 @@ MODEL_TESTS := tests/patches tests/test_layer_plan.py tests/test_attention.py te
 # The oldest release of transformers that is supported, and "newest": whatever pip finds. The pinned one is in
 # $(VENV). Likewise for Triton, whose releases are compiled with and need no GPU.
 TRANSFORMERS := 5.17.0 newest
-TRITON := 3.7 3.8 3.9 newest
+TRITON := 3.6 3.8 3.9 newest
 
 .matrix/constraints.txt: constraints.txt
 	mkdir -p .matrix
@@ -79,9 +79,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The newest releases of everything that pyproject.toml allows, written down; TORCH says which build of torch.
+# The newest releases that pyproject.toml allows, written down: beside this torch, and the Triton that it needs.
 TORCH ?= torch==2.13.0
-TRITON_PIN ?= triton==3.6.0
+TRITON_PIN ?= triton==3.7.1
 constraints:
 	rm -rf .matrix/pins
 	$(PYTHON) -m venv .matrix/pins
