@@ -34,7 +34,7 @@ LAYERS = [
     {"op.backends", "op.block_means"},
     {"kernels", "op.portable", "op.portable_decode", "op.flash"},
     {"op.gates"},
-    {"op.reference", "op.sequences"},
+    {"op.reference", "op.sequences", "hf.parallel"},
     {"checkpoints.folders", "checkpoints.safetensors_files", "checkpoints.gguf_files"},
     {"config"},
 ]
