@@ -63,8 +63,8 @@ def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextL
         wanted: the context to extend to.
 
     Raises:
-        ValueError: a model without rotary embeddings, a context that is not longer, or a rotary embedding that
-            is scaled already and cannot be scaled further, or not without `rescale`.
+        ValueError: a model without rotary embeddings, a context that is not longer, or a rotary embedding
+            that is scaled already and cannot be scaled further, or not without `rescale`.
     """
     old = int(config.max_position_embeddings)
     if wanted.length <= old:
