@@ -45,6 +45,8 @@ def dense_attention(
     scale: float,
     sequences: Sequences | None = None,
     backend: str = "auto",
+    *,
+    whole: bool = False,
 ) -> Tensor:
     """Causal attention `(batch, q_len, num_heads, v_dim)`, the last query standing at the last key.
 
@@ -53,6 +55,7 @@ def dense_attention(
         sequences: one per row; None: all tokens are real. Padding queries give zeros.
         backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`; its kernel, if it has one, takes a
             few queries.
+        whole: all tokens are real, `sequences` or not.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
@@ -60,7 +63,8 @@ def dense_attention(
     if kernel is not None:
         table = batched_table(batch, q_len, kv_len, q.device) if sequences is None else sequences.table
         return dense_decode_op(q, k, v, table, scale, kernel)[0]
-    if sequences is None and q_len == kv_len:
+    whole = whole or sequences is None
+    if whole and q_len == kv_len:
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
@@ -73,12 +77,14 @@ def dense_attention(
     for start in range(0, q_len, step):
         end = min(q_len, start + step)
         rows = q[:, :, start:end].reshape(batch, num_kv_heads, group_size * (end - start), head_dim)
-        mask = None if sequences is None else causal_mask(sequences, start, end, kv_len)
+        mask = None
+        if sequences is not None and not (whole and q_len == 1):
+            mask = causal_mask(sequences, start, end, kv_len)
         if mask is not None and group_size > 1:
             mask = mask.repeat(1, 1, group_size, 1)
         part = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         part = part.reshape(batch, num_heads, end - start, v.shape[3]).transpose(1, 2)
-        if sequences is not None:
+        if sequences is not None and not whole:
             real, _ = _slots(sequences, start, end)
             part = part.masked_fill(~real[:, :, None, None], 0.0)
         chunks.append(part)

@@ -95,32 +95,3 @@ class Attended(NamedTuple):
     out: Tensor
     lse: Tensor
     block_indices: Tensor
-
-
-@dataclass(frozen=True)
-class RowBounds:
-    """Where the real tokens of each batch row lie among the slots of the key tensor.
-
-    Attributes:
-        kv_start, kv_end: int64 `(batch,)`; slots `[kv_start, kv_end)` hold real keys.
-        q_offset: int64 `(batch,)`, slot of the first query of the call.
-        q_len: queries of the call.
-        table: int32 `(batch, 5)`, the same as a sequence table.
-    """
-
-    kv_start: Tensor
-    kv_end: Tensor
-    q_offset: Tensor
-    q_len: int
-    table: Tensor
-
-    @classmethod
-    def of(cls, kv_start: Tensor, kv_end: Tensor, q_offset: Tensor, q_len: int) -> RowBounds:
-        """Bounds with their table, made once for all layers that get them."""
-        limits = {"kv_start": kv_start, "kv_end": kv_end, "q_offset": q_offset}
-        table = batched_table(kv_start.shape[0], q_len, 0, kv_start.device, **limits)
-        return cls(**limits, q_len=q_len, table=table)
-
-    def sequences(self, kv_len: int) -> Sequences:
-        """The same for the operator, in `kv_len` slots."""
-        return Sequences(self.table, self.q_len, kv_len, kv_start=self.kv_start)
