@@ -10,6 +10,7 @@ from model_checks import tiny_model, tokens
 from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig, patch_model
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.backends import PortableBackend
@@ -111,7 +112,7 @@ def everything(backend: str) -> list[Tensor]:
                     out = model(
                         ids[:, begin:end],
                         attention_mask=mask[:, :end],
-                        past_key_values=cache,
+                        **cache_kwargs(model, cache),
                         use_cache=True,
                     )
                 results.append(out.logits)
