@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from model_checks import tiny_model, tokens
 from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig, patch_model
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.backends import PortableBackend
@@ -83,13 +83,12 @@ class SpyBackend(PortableBackend):
 
 
 @pytest.fixture(autouse=True)
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU."""
     monkeypatch.setattr(backends, "_loaded", Registry())
     monkeypatch.setitem(BACKENDS, "spy", f"{__name__}:SpyBackend")
     monkeypatch.setitem(backends._AUTO, "cpu", ("spy",))
     ENTERED.clear()
-    return
 
 
 def everything(backend: str) -> list[Tensor]:
@@ -113,7 +112,7 @@ def everything(backend: str) -> list[Tensor]:
                     out = model(
                         ids[:, begin:end],
                         attention_mask=mask[:, :end],
-                        past_key_values=cache,
+                        **cache_kwargs(model, cache),
                         use_cache=True,
                     )
                 results.append(out.logits)

@@ -11,6 +11,8 @@ import torch
 from model_checks import LENGTH, close, logits, padded, tiny_model, tokens
 from transformers import StaticCache
 
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
+
 # Three documents in one row.
 CUTS = [0, 20, 21, LENGTH]
 PACKED = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(CUTS)])[None]
@@ -45,7 +47,7 @@ class TestOffsets:
         positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
         cache = StaticCache(model.config, max_cache_len=64)
         with pytest.raises(ValueError, match="packed sequences"):
-            logits(model, ids, position_ids=positions, past_key_values=cache)
+            logits(model, ids, position_ids=positions, **cache_kwargs(model, cache))
         with pytest.raises(ValueError, match="one packed row, got a batch of 2"):
             logits(model, ids.expand(2, -1), **offsets(0, 20, 50))
 
@@ -150,14 +152,14 @@ class TestPositionIds:
         positions = torch.cat([torch.arange(25), torch.arange(25) + 140])[None]
         whole = logits(model, ids, position_ids=positions)
         with torch.no_grad():
-            cache = model(ids[:, :20], position_ids=positions[:, :20], use_cache=True).past_key_values
-        given = {"position_ids": positions[:, 20:], "past_key_values": cache}
+            cache = cache_of(model(ids[:, :20], position_ids=positions[:, :20], use_cache=True))
+        given = {"position_ids": positions[:, 20:], **cache_kwargs(model, cache)}
         assert close(logits(model, ids[:, 20:], **given), whole[:, 20:])
 
     def test_packing_on_a_filled_cache(self) -> None:
         model, ids = tiny_model(), tokens(1, LENGTH)
         with torch.no_grad():
-            cache = model(ids[:, :10], use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, :10], use_cache=True))
         positions = torch.cat([torch.arange(10, 20), torch.arange(30)])[None]
         with pytest.raises(ValueError, match="got 40 queries over 50 keys"):
-            logits(model, ids[:, 10:], position_ids=positions, past_key_values=cache)
+            logits(model, ids[:, 10:], position_ids=positions, **cache_kwargs(model, cache))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.kernels import choose, choose_blocks
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
@@ -82,7 +83,7 @@ def test_a_model_decodes_by_it_as_by_the_portable_path(kind: str) -> None:
             parts = []
             for begin, end in ((0, 62), *((i, i + 1) for i in range(62, 68))):
                 given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-                parts.append(model(ids[:, begin:end], past_key_values=cache, **given).logits)
+                parts.append(model(ids[:, begin:end], **cache_kwargs(model, cache), **given).logits)
             rows.append(parts)
     with use_moba(model, MobaConfig(16, 2)), torch.no_grad():
         one_call = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
