@@ -28,7 +28,7 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, se
 # Elements that the terms of masses, and the scores, of one step may hold, and keys in one piece of a list.
 # Elsewhere than on CPUs so many times more elements, since launches are dear there.
 _MASS_BUDGET = 1 << 20
-_SCORE_BUDGET = 1 << 18
+_SCORE_BUDGET = 1 << 19
 _PIECE_KEYS = 4096
 _DEVICE_FACTOR = 64
 
@@ -254,28 +254,23 @@ class _Sequence:
 
     def batches(self) -> Iterator[_Batch]:
         """All problems, those with like counts of blocks together."""
-        device = self.chosen.device
-        tiles = len(self.begin)
         counts = self.chosen.sum(1)
         order = counts.argsort(stable=True)
         sizes = counts[order].tolist()
-        lane = torch.arange(self.tile, device=device)
         queries = self.queries.stop - self.queries.start
+        head, tile = order // len(self.begin), order % len(self.begin)
+        lane, size = torch.arange(self.tile, device=order.device), self.size[tile][:, None]
+        row = (head * queries + self.begin[tile])[:, None] + lane
+        row = row.masked_fill(lane >= size, len(self.q) - 1)
+        position = self.position[tile][:, None] + torch.minimum(lane, size - 1)
+        kv_head = head // (self.num_heads // self.num_kv_heads)
         at = 0
         while at < len(sizes):
-            step = _budget(_SCORE_BUDGET, self.q) // (
-                self.tile * min(sizes[at] * self.block_size, _PIECE_KEYS)
-            )
-            end = min(len(sizes), at + max(1, step))
-            problem = order[at:end]
-            head, tile = problem // tiles, problem % tiles
-            size = self.size[tile][:, None]
-            row = head[:, None] * queries + self.begin[tile][:, None] + lane
-            row = row.masked_fill(lane >= size, len(self.q) - 1)
-            position = self.position[tile][:, None] + torch.minimum(lane, size - 1)
-            kv_head = head // (self.num_heads // self.num_kv_heads)
-            blocks = self._lists(self.chosen[problem], sizes[at:end])
-            yield _Batch(row, position, kv_head, blocks, sizes[at] < sizes[end - 1])
+            keys = min(sizes[at] * self.block_size, _PIECE_KEYS)
+            end = min(len(sizes), at + max(1, _budget(_SCORE_BUDGET, self.q) // (self.tile * keys)))
+            blocks = self._lists(self.chosen[order[at:end]], sizes[at:end])
+            padded = sizes[at] < sizes[end - 1]
+            yield _Batch(row[at:end], position[at:end], kv_head[at:end], blocks, padded)
             at = end
 
     @staticmethod
