@@ -13,6 +13,7 @@ import torch
 from model_checks import LENGTH, padded, tiny_model, tokens
 
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 
 pytestmark = pytest.mark.gpu
 
@@ -51,7 +52,7 @@ def test_waits(what: str, decode: str) -> None:
             given = None if mask is None else mask[:, :end]
 
             def call(begin: int = begin, end: int = end, given: Any = given, cache: Any = cache) -> None:
-                model(ids[:, begin:end], attention_mask=given, past_key_values=cache)
+                model(ids[:, begin:end], attention_mask=given, **cache_kwargs(model, cache))
 
             count = waits(call)
             assert not warm or count == (1 if end - begin > 1 else 0), (begin, end, count)
