@@ -37,7 +37,7 @@ class Options:
         stages, dense: also time the stages, the dense baselines.
         dense_limit: longest dense baseline, tokens.
         flash: also prove and time the backend "flash_attn".
-        workspace: GiB of the forward's workspace; None: `tuning.WORKSPACE`.
+        workspace: GiB of the forward's workspace; None: `budgets.WORKSPACE`.
         tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
         out: folder of the results.
     """
@@ -71,7 +71,7 @@ def run(options: Options) -> bool:
     Raises:
         ValueError: no GPU, and not the tiny case.
     """
-    from moba_hf.kernels import tuning
+    from moba_hf.kernels import budgets
     from moba_hf.kernels.launch import INTERPRETED
 
     if options.tiny:
@@ -80,13 +80,13 @@ def run(options: Options) -> bool:
         return problem is None
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
-    before = tuning.WORKSPACE
+    before = budgets.WORKSPACE
     if options.workspace is not None:
-        tuning.WORKSPACE = int(options.workspace * GIB)
+        budgets.WORKSPACE = int(options.workspace * GIB)
     try:
         return _run_figure(options) if options.figure is not None else _run_rows(options)
     finally:
-        tuning.WORKSPACE = before
+        budgets.WORKSPACE = before
 
 
 def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
@@ -293,7 +293,7 @@ def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
         line["dense"] = "whole"
         line |= {f"{name}_ms": ms for name, ms in peers.times(q, k, v, found, repeats).items()}
     if row.length >= figure.slice_from or (row.length * 2 >= figure.slice_from and row.num_heads == 1):
-        sliced = dense.sliced_times(q, k, v, found, 1, PARTS)
+        sliced = peers.sliced_times(q, k, v, found, 1, PARTS)
         if row.length >= figure.slice_from:
             line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
             line |= {f"{name}_ms": ms for name, ms in sliced.items()}

@@ -36,8 +36,9 @@ from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.bench.measure import inputs
 from moba_hf.bench.rows import HEAD_DIM, K, Row
 from moba_hf.bench.timing import GIB, median_ms
-from moba_hf.kernels import attend, attend_backward, select_blocks, tuning
-from moba_hf.kernels.tuning import BackwardTiles, Tile
+from moba_hf.kernels import attend, attend_backward, select_blocks, tuning_backward
+from moba_hf.kernels.tuning import Tile
+from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op.ops import moba_attention
 from moba_hf.op.sequences import batched_table
 
@@ -55,7 +56,7 @@ TINY = Row("tiny", 96, 4, 2, 16, 3)
 
 def variants(row: Row) -> dict[str, BackwardTiles]:
     """Tile choices to compare; a variant changes several kernels at once, as times are taken by kernel."""
-    base = tuning.backward_tiles((HEAD_DIM, HEAD_DIM), 2, row.block_size, (9, 0))
+    base = tuning_backward.backward_tiles((HEAD_DIM, HEAD_DIM), 2, row.block_size, (9, 0))
     if row.block_size <= 128:
         return {
             "tuned": base,

@@ -17,8 +17,8 @@ from decode_checks import (
 from moba_hf.bench.checks import Case, assert_attention
 from moba_hf.kernels import choose
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.decode import decode_attention
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.sparse_decode import decode_attention
+from moba_hf.kernels.tiling import make_tiling
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.block_means import BlockMeans, block_means_of
 from moba_hf.op.dense import dense_attention
@@ -54,8 +54,8 @@ class TestMeans:
             before = length
             got = means.bring_up(k[:, :, :length], length, 131072, None, block_size)
         table = batched_table(1, 1, 131072, k.device)
-        plan = make_plan(k[:, :, :1], k, table, 1, 131072, block_size=block_size, tile=64)
-        prefill = block_mean(k, plan)
+        tiling = make_tiling(k[:, :, :1], k, table, 1, 131072, block_size=block_size, tile=64)
+        prefill = block_mean(k, tiling)
         assert torch.equal(got[0, :, : prefill.shape[1]], prefill)
 
     def test_gathered_path_agrees(self) -> None:

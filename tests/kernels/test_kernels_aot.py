@@ -34,7 +34,7 @@ def test_a_tile_of_the_mass_gate_fits_every_gpu(capability: int) -> None:
 
     one = divmod(capability, 10)
     for dim, parts in itertools.product((16, 64, 128, 256), (1, 2, 4, 8, 64)):
-        tile = tuning.mass_gate_tile(dim, 2, parts, one)
+        tile = tuning.gate_tile(dim, 2, parts, one)
         assert tuning.fits(tuning.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
 
 
@@ -46,10 +46,10 @@ def test_memory_of_the_mass_gate(head_dim: int, block_size: int, parts: int, cap
     """What `tuning.mass_gate_memory` foretells is never less than what the compiled kernels take."""
     from moba_hf.kernels import tuning
 
-    tile = tuning.mass_gate_tile(head_dim, 2, parts, divmod(capability, 10))
+    tile = tuning.gate_tile(head_dim, 2, parts, divmod(capability, 10))
     rule = {"head_dim": head_dim, "block_size": block_size, "topk": 2048 // block_size, "gate": "mass"}
     call = kernel_aot.forward_call(length=8192, queries=64, **rule)
-    reports = kernel_aot.compiled(call, capability, "mass_gate")
+    reports = kernel_aot.compiled(call, capability, "gate_")
     assert reports
     for report in reports:
         assert report.shared <= tuning.mass_gate_memory(tile, head_dim, 2, parts), report

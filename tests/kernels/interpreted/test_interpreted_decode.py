@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.kernels import choose, choose_blocks
-from moba_hf.kernels.decode import decode_attention
+from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.backends import load_backend
 from moba_hf.op.block_means import block_means_of

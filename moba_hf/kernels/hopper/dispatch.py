@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import INTERPRETED, device_of, num_processors
-from moba_hf.kernels.plan import Plan, tile_table
 from moba_hf.kernels.routing import Routes
+from moba_hf.kernels.tiling import Tiling, tile_table
 
 _TRITON = ("3.6.",)  # releases whose Gluon these kernels are tested with
 _DIMS = (64, 128)
@@ -26,7 +26,7 @@ _DIMS = (64, 128)
 @cache
 def _kernels(name: str) -> Any:
     """A module of Gluon kernels."""
-    return import_module(f"moba_hf.kernels.hopper_{name}")
+    return import_module(f"moba_hf.kernels.hopper.{name}")
 
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -45,17 +45,17 @@ def _addressable(x: Tensor) -> bool:
 
 
 def takes_own(block_size: int) -> bool:
-    """Whether blocks of this size go to `hopper_own`."""
-    return block_size % tuning.HOPPER_OWN.n == 0
+    """Whether blocks of this size go to `own`."""
+    return block_size % tuning.HOPPER.own.n == 0
 
 
 def routed_tile(block_size: int, dims: tuple[int, int]) -> tuple[tuning.Tile, bool] | None:
     """The tile of the routed kernel, and whether the block stays resident; None: no kernel for this size."""
-    if block_size == tuning.HOPPER_RESIDENT.n and dims[0] == dims[1]:
-        return tuning.HOPPER_RESIDENT, True
-    if block_size < 2 * tuning.HOPPER_RESIDENT.n:
+    if block_size == tuning.HOPPER.resident.n and dims[0] == dims[1]:
+        return tuning.HOPPER.resident, True
+    if block_size < 2 * tuning.HOPPER.resident.n:
         return None
-    for tile in tuning.HOPPER_STREAM:
+    for tile in tuning.HOPPER.stream:
         if block_size % tile.n == 0:
             return tile, False
     return None
@@ -67,13 +67,13 @@ def own_attention(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
+    tiling: Tiling,
     chunk: int,
     softmax_scale: float,
     final: bool,
 ) -> None:
     """What `own.own_attention` does, for complete blocks only; arguments as there."""
-    tile, group = tuning.HOPPER_OWN, q.shape[1] // k.shape[1]
+    tile, group = tuning.HOPPER.own, q.shape[1] // k.shape[1]
     with device_of(q):
         _kernels("own").own_kernel[(num_processors(q),)](
             q,
@@ -81,16 +81,16 @@ def own_attention(
             _descriptor(v, tile.n),
             out,
             lse,
-            tile_table(plan, chunk, q.shape[2]),
-            plan.tile_offset[chunk],
-            plan.num_seqs,
+            tile_table(tiling, chunk, q.shape[2]),
+            tiling.tile_offset[chunk],
+            tiling.num_seqs,
             k.shape[1],
             q.shape[2],
-            *q.stride()[:3],
+            q.stride()[:3],
             softmax_scale,
             G=group,
-            TILE=plan.tile,
-            BLOCK_SIZE=plan.block_size,
+            TILE=tiling.tile,
+            BLOCK_SIZE=tiling.block_size,
             BLOCK_N=tile.n,
             D=q.shape[3],
             DV=v.shape[3],
@@ -104,7 +104,7 @@ def routed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    tiling: Tiling,
     routes: Routes,
     partial: Tensor,
     partial_lse: Tensor,
@@ -114,17 +114,17 @@ def routed_attention(
     resident: bool,
 ) -> None:
     """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
-    keys = plan.block_size if resident else tile.n
+    keys = tiling.block_size if resident else tile.n
     constants: dict[str, Any] = {
         "SLOTS": partial_lse.shape[-1],
         "HEADS": q.shape[1],
         "ONE_BATCH": q.shape[0] == 1,
-        "BLOCK_SIZE": plan.block_size,
+        "BLOCK_SIZE": tiling.block_size,
         "D": q.shape[3],
     }
     if resident:
-        kernel = _kernels("resident").resident_kernel
-        constants |= {"CONSUMERS": tile.m // 64, "REGISTERS": 160 if tile.m == 192 else 232}
+        kernel, consumers = _kernels("resident").resident_kernel, tile.m // 64
+        constants |= {"CONSUMERS": consumers, "REGISTERS": tuning.HOPPER.resident_registers[consumers]}
     else:
         kernel = _kernels("stream").stream_kernel
         constants |= {"BLOCK_N": tile.n, "DV": v.shape[3], "STAGES": tile.stages}
@@ -141,7 +141,7 @@ def routed_attention(
             routes.num_bins,
             first_row,
             q.shape[2],
-            *q.stride()[:3],
+            q.stride()[:3],
             softmax_scale,
             **constants,
             num_warps=4,
