@@ -30,7 +30,7 @@ LAYERS = [
     {"hf.layer_plan", "hf.mask"},
     {"hf.loading"},
     {"hf.adapter", "hf.cache", "hf.packing", "op.dense"},
-    {"op.ops"},
+    {"op.ops", "op.checks"},
     {"op.backends", "op.block_means"},
     {"kernels", "op.portable", "op.portable_decode", "op.flash"},
     {"op.gates"},

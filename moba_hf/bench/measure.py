@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moba_hf.bench import peers, report
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
 from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 from moba_hf.op.ops import moba_attention
 
 # Dense attention too long to be measured whole is measured on this part of the queries.
@@ -178,7 +178,6 @@ def _measure(
     q, k, v = inputs(row)
     result: dict[str, Any] = {"row": row.name, "tokens": row.length}
     result |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
-    result |= {"reach_ms": row.reach, "aim_ms": row.aim}
     for backend in backends:
         result |= _operator(row, backend, q, k, v, options.repeats)
     own, chosen = attended_pairs(row)

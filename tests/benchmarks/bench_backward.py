@@ -32,13 +32,13 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.bench.measure import inputs
 from moba_hf.bench.rows import HEAD_DIM, K, Row
 from moba_hf.bench.timing import GIB, median_ms
 from moba_hf.kernels import attend, attend_backward, select_blocks, tuning_backward
 from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
+from moba_hf.op.checks import Case, assert_gradients
 from moba_hf.op.ops import moba_attention
 from moba_hf.op.sequences import batched_table
 

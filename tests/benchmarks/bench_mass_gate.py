@@ -31,7 +31,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.evaluate.results import format_table
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
@@ -40,6 +39,7 @@ from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import head_split, make_tiling
 from moba_hf.kernels.tuning import Tile
+from moba_hf.op.checks import Case, assert_choice
 from moba_hf.op.ops import moba_attention
 from moba_hf.op.reference import part_size
 from moba_hf.op.sequences import batched_table

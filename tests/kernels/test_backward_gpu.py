@@ -9,11 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.kernels import attend_backward, budgets
 from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
+from moba_hf.op.checks import Case, assert_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

@@ -14,13 +14,13 @@ from decode_checks import (
     assert_means_are_prefill_means,
 )
 
-from moba_hf.bench.checks import Case, assert_attention
 from moba_hf.kernels import choose
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tiling import make_tiling
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.block_means import BlockMeans, block_means_of
+from moba_hf.op.checks import Case, assert_attention
 from moba_hf.op.dense import dense_attention
 from moba_hf.op.ops import batched_moba_attention
 from moba_hf.op.sequences import RowBounds, batched_table

@@ -7,9 +7,9 @@ import torch
 from forced import fewer_levels
 
 pytest.importorskip("triton")
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

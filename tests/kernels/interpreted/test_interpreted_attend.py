@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.kernels.routing import key_format, pair_keys, route
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

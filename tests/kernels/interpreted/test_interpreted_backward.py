@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_hf.bench.checks import Case, assert_gradients
 from moba_hf.kernels import attend_backward, budgets
 from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
 from moba_hf.op.backends import load_backend
+from moba_hf.op.checks import Case, assert_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

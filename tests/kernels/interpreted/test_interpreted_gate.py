@@ -6,9 +6,9 @@ import pytest
 import torch
 from forced import fewer_levels
 
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.tiling import make_tiling
+from moba_hf.op.checks import Case, assert_choice
 from moba_hf.op.reference import block_mean_ref
 from moba_hf.op.sequences import packed_table
 

@@ -7,9 +7,9 @@ import torch
 from forced import fewer_levels
 
 from moba_hf import moba_attention, select_blocks
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import make_tiling
+from moba_hf.op.checks import Case, assert_choice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -95,15 +95,8 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
-    def select(self, **kwargs: Any) -> Tensor:
-        """The backend's choice; keywords are those of `kernels.select_blocks` or `select_blocks_by_mass`."""
-        if kwargs:
-            from moba_hf import kernels
-
-            args = (self.q, self.k, self.table, *self.longest, *self.rule)
-            if self.gate == "mass":
-                return kernels.select_blocks_by_mass(*args, self.scale, **kwargs)
-            return kernels.select_blocks(*args, **kwargs)
+    def select(self) -> Tensor:
+        """The backend's choice."""
         gate = {"gate": self.gate, "softmax_scale": self.scale}
         return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend, **gate)
 
@@ -255,8 +248,6 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
 
     The truth is autograd of the reference in fp64. Keys and queries outside sequences get exact zeros.
     """
-    from moba_hf.kernels import attend_backward
-
     args = (case.table, *case.longest, case.block_size, case.scale)
     out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *args)
     covered = lse > -torch.inf
@@ -278,7 +269,9 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     def plain(twin: Case) -> tuple[Tensor, Tensor]:
         return plain_attention_and_lse(twin, choice)
 
-    grads = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs)
+    grads = load_backend("triton").backward(
+        grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs
+    )
     truths, lows = by_autograd(torch.float64, exact), by_autograd(case.dtype, plain)
     for name, x, grad, truth, low in zip("qkv", (case.q, case.k, case.v), grads, truths, lows, strict=True):
         _require(
