@@ -291,11 +291,14 @@ class TestDynamicLayer:
         keys, _ = layer.update(*states(1, 5))
         assert keys.shape[2] == 13
 
-    def test_positive_crop_is_the_length_to_keep(self) -> None:
-        layer = MobaLayer()
-        layer.update(*states(1, 16))
-        layer.crop(5)
-        assert layer.get_seq_length() == 5
+    @pytest.mark.parametrize("layer", [MobaLayer, DynamicLayer])
+    @pytest.mark.parametrize("length", [5, 30])
+    def test_positive_crop_is_refused_as_in_stock_layers(self, layer: type, length: int) -> None:
+        filled = layer()
+        filled.update(*states(1, 16))
+        with pytest.raises(ValueError, match=str(length)):
+            filled.crop(length)
+        assert filled.get_seq_length() == 16
 
 
 class TestDecode:

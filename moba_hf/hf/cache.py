@@ -167,12 +167,19 @@ class MobaLayer(DynamicLayer):
         self.block_means.forget(0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
+        """Removes the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number, as in transformers' dynamic cache.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number, the tokens to remove from the end, got {tokens_to_remove}"
+            )
         self._assist_from = None  # assisted generation appends first; who crops at once appends no prompt
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        kept = tokens_to_remove if tokens_to_remove > 0 else self._length + tokens_to_remove
-        removed = self._length - min(max(kept, 0), self._length)
+        removed = min(-tokens_to_remove, self._length)
         self._length -= removed
         self.block_means.cropped(removed, self._length)
 

@@ -49,7 +49,13 @@ def moba_config(config: Any) -> MobaConfig:
 def _settings_of(raw: Any) -> MobaConfig:
     """`config.moba` read, or the preset where it is None."""
     if raw is not None:
-        return MobaConfig.from_dict(raw)
+        moba = MobaConfig.from_dict(raw)
+        if moba.backend != "auto":
+            raise ValueError(
+                "a stored config names no backend, which is a choice of the machine: pass it to "
+                f"patch_model(model, MobaConfig(..., backend={moba.backend!r}))"
+            )
+        return moba
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
         f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="

@@ -2,8 +2,8 @@
 
 A backend is three functions over strided `(batch, heads, length, dim)` tensors and a sequence table (see
 `moba_hf.op.sequences`), one that says what it cannot take, and perhaps one for decode steps. To add one,
-write a loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package never
-breaks the import.
+write a loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package
+never breaks the import.
 
 `select_op`, `attend_op` and `decode_op` are `torch.library` operators with fake kernels and an explicit
 backward, so `torch.compile` and `torch.export` see one opaque node each and autograd keeps only inputs,
