@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # What a kernel's name holds, by stage, the first that fits; the rest is "other": fills and small sums.
 _NAMES = {
-    "plan": ("_tiling_kernel", "_tile_table_kernel"),
+    "tiling": ("_tiling_kernel", "_tile_table_kernel"),
     "means": ("_block_mean_kernel", "_update_means_kernel"),
     "gate": ("gate_fwd_kernel", "gate_rest_kernel"),
     "own": ("own_kernel",),

@@ -35,6 +35,7 @@ from moba_hf.kernels.layout import (
     head_offset,
     load_rows,
     row_offset,
+    store_rows,
 )
 from moba_hf.kernels.tiling import Tiling
 
@@ -258,14 +259,8 @@ def _own_gradients_kernel(
                 _complete(dq_ptr, at_dq, dq, mask, HEAD_DIM, PADDED_DIM, ROUTED)
         at_dk = row_offset(batch, kv_head, slot, dk_strides)
         at_dv = row_offset(batch, kv_head, slot, dv_strides)
-        result = narrow(dk * softmax_scale, dk_ptr)
-        tl.store(
-            dk_ptr + at_dk[:, None] + dim[None, :], result, mask=inside[:, None] & (dim < HEAD_DIM)[None, :]
-        )
-        result = narrow(dv, dv_ptr)
-        tl.store(
-            dv_ptr + at_dv[:, None] + v_dim[None, :], result, mask=inside[:, None] & (v_dim < V_DIM)[None, :]
-        )
+        store_rows(dk_ptr, at_dk, narrow(dk * softmax_scale, dk_ptr), inside, HEAD_DIM, PADDED_DIM)
+        store_rows(dv_ptr, at_dv, narrow(dv, dv_ptr), inside, V_DIM, PADDED_V)
 
 
 @triton.jit
@@ -275,9 +270,7 @@ def _complete(
     """Stores `dq (M, D)` at element `offset (M,)`, added to the routed part if there is one."""
     if ROUTED:
         dq += load_rows(dq_ptr, offset, mask, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
-    dim = tl.arange(0, PADDED_DIM)
-    target = dq_ptr + offset[:, None] + dim[None, :]
-    tl.store(target, narrow(dq, dq_ptr), mask=mask[:, None] & (dim < HEAD_DIM)[None, :])
+    store_rows(dq_ptr, offset, narrow(dq, dq_ptr), mask, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit(do_not_specialize=["q_len", "num_seqs", "row_tiles"])

@@ -40,6 +40,7 @@ from moba_hf.kernels.layout import (
     head_offset,
     load_rows,
     row_offset,
+    store_rows,
 )
 from moba_hf.kernels.routing import Routes
 from moba_hf.kernels.tiling import Tiling
@@ -280,9 +281,8 @@ def _pair_gradients_kernel(
             dk = add_dot(dk, ds, q)
             if WITH_DQ:
                 dq = dot(tl.trans(ds), keys) * softmax_scale
-                dim = tl.arange(0, PADDED_DIM)
-                target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(target, narrow(dq, dq_ptr), mask=mask[:, None] & (dim < HEAD_DIM)[None, :])
+                at_dq = pair.to(tl.int64) * HEAD_DIM
+                store_rows(dq_ptr, at_dq, narrow(dq, dq_ptr), mask, HEAD_DIM, PADDED_DIM)
         SIZE: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + V_DIM)
         bin = tl.load(info + RUN_BIN)
         part = tl.load(info + RUN_PART)
@@ -391,6 +391,5 @@ def _pair_dq_kernel(
                 p = tl.where(inside[None, :], p, 0.0)
             dp = dot(grad, tl.trans(values))
             dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
-        dim = tl.arange(0, PADDED_DIM)
-        target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(target, narrow(dq * softmax_scale, dq_ptr), mask=mask[:, None] & (dim < HEAD_DIM)[None, :])
+        at_dq = pair.to(tl.int64) * HEAD_DIM
+        store_rows(dq_ptr, at_dq, narrow(dq * softmax_scale, dq_ptr), mask, HEAD_DIM, PADDED_DIM)

@@ -12,7 +12,7 @@ from moba_hf.kernels.gate_scores import score_blocks, squares_of
 from moba_hf.kernels.launch import dot
 from moba_hf.kernels.layout import load_rows, row_offset
 from moba_hf.kernels.levels import EMPTY, SPENT, filled, insert, sortable, sortable_positive, take
-from moba_hf.kernels.tiling import find_tile
+from moba_hf.kernels.tiling import find_tile, tile_rows
 
 
 @triton.jit
@@ -126,13 +126,10 @@ def gate_fwd_kernel(
             TILE,
             TILES_PER_BLOCK,
         )
-        row = tl.arange(0, BLOCK_M)
-        token = row // HEADS
-        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
-        position = first + token
-        query = position + origin
-        mask = (token < TILE) & (position < (own + 1) * block_size) & (query >= low) & (query < high)
-        mask = mask & (in_group < group_size)
+        part = tl.program_id(1) % splits
+        _, query, in_group, mask = tile_rows(
+            own, first, origin, low, high, part, group_size, block_size, BLOCK_M, TILE, HEADS
+        )
         head = kv_head * group_size + in_group
         flat = (batch.to(tl.int64) * q_len + query) * num_heads + head
         out = choice_ptr + flat * TOPK

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
-from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset
+from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
 from moba_hf.kernels.softmax import accumulate
-from moba_hf.kernels.tiling import Tiling, find_tile, head_split
+from moba_hf.kernels.tiling import Tiling, find_tile, head_split, tile_rows
 
 
 def own_attention(
@@ -133,13 +133,11 @@ def _own_kernel(
             TILES_PER_BLOCK,
         )
         batch = batch.to(tl.int64)
-        row = tl.arange(0, BLOCK_M)
-        token = row // HEADS
-        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
+        part = tl.program_id(1) % splits
+        token, query, in_group, mask = tile_rows(
+            own, first, origin, low, high, part, group_size, block_size, BLOCK_M, TILE, HEADS
+        )
         before = first - own * block_size  # keys of the block before the tile
-        query = first + token + origin
-        mask = (token < TILE) & (before + token < block_size) & (query >= low) & (query < high)
-        mask = mask & (in_group < group_size)
         if ONLY_PARTIAL:
             mask = mask & ((own + 1) * block_size > k_len)
         head = kv_head * group_size + in_group
@@ -171,11 +169,8 @@ def _own_kernel(
             visible = (key[None, :] <= (before + token)[:, None]) & inside[None, :]
             scores = tl.where(visible, dot(q, tl.trans(keys)), float("-inf"))
             acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
-        dim = tl.arange(0, PADDED_V)
         flat = (batch * q_len + query) * num_heads + head
-        at = out_ptr + flat[:, None] * V_DIM + dim[None, :]
-        result = narrow(acc / l_i[:, None], out_ptr)
-        tl.store(at, result, mask=mask[:, None] & (dim < V_DIM)[None, :])
+        store_rows(out_ptr, flat * V_DIM, narrow(acc / l_i[:, None], out_ptr), mask, V_DIM, PADDED_V)
         lse = m_i + tl.log2(l_i)
         if FINAL:
             lse = lse * LN_2

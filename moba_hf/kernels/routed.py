@@ -28,6 +28,7 @@ from moba_hf.kernels.layout import (
     RUN_KV_HEAD,
     load_rows,
     row_offset,
+    store_rows,
 )
 from moba_hf.kernels.routing import Routes
 from moba_hf.kernels.softmax import accumulate
@@ -111,10 +112,8 @@ def _query_offsets(
 @triton.jit
 def _store_partial(out_ptr, lse_ptr, pair, mask, acc, m_i, l_i, V_DIM: tl.constexpr, PADDED_V: tl.constexpr):
     """Scatters normalised outputs `acc / l_i` and their base-2 log-sum-exp to `pair (M,)`."""
-    dim = tl.arange(0, PADDED_V)
     out = narrow(acc / l_i[:, None], out_ptr)
-    at = out_ptr + pair.to(tl.int64)[:, None] * V_DIM + dim[None, :]
-    tl.store(at, out, mask=mask[:, None] & (dim < V_DIM)[None, :])
+    store_rows(out_ptr, pair.to(tl.int64) * V_DIM, out, mask, V_DIM, PADDED_V)
     tl.store(lse_ptr + pair, m_i + tl.log2(l_i), mask=mask)
 
 

@@ -35,7 +35,7 @@ from moba_hf.kernels.layout import (
     SEQ_COLUMNS,
     SEQ_K_BEGIN,
 )
-from moba_hf.kernels.tiling import Tiling, find_tile, head_split
+from moba_hf.kernels.tiling import Tiling, find_tile, head_split, tile_rows
 
 
 @dataclass(frozen=True)
@@ -235,13 +235,11 @@ def _pair_key_kernel(
             TILE,
             TILES_PER_BLOCK,
         )
-        row = tl.arange(0, BLOCK_M)
         slot = tl.arange(0, PADDED_TOPK)
-        token = row // HEADS
-        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
-        query = first + token + origin
-        mask = (token < TILE) & (first + token < (own + 1) * block_size) & (query >= low) & (query < high)
-        mask = mask & (in_group < group_size)
+        part = tl.program_id(1) % splits
+        _, query, in_group, mask = tile_rows(
+            own, first, origin, low, high, part, group_size, block_size, BLOCK_M, TILE, HEADS
+        )
         flat = (batch.to(tl.int64) * q_len + query) * num_heads + kv_head * group_size + in_group
         source = choice_ptr + flat[:, None] * TOPK
         block = tl.load(source + slot[None, :], mask=mask[:, None] & (slot < TOPK)[None, :], other=-1)

@@ -270,6 +270,34 @@ def find_tile(
     return seq, batch, own, first, q_end - k_len, low, high, k_begin, k_len
 
 
+@triton.jit
+def tile_rows(
+    own,
+    first,
+    origin,
+    low,
+    high,
+    part,
+    group_size,
+    block_size,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Token of the tile, query index, head of the group, and mask `(M,)` of a program's rows.
+
+    A row is a token and a head; `part`: which HEADS of the group's heads the program takes. The rest is what
+    `find_tile` returns.
+    """
+    row = tl.arange(0, BLOCK_M)
+    token = row // HEADS
+    in_group = part * HEADS + row % HEADS
+    position = first + token
+    query = position + origin
+    mask = (token < TILE) & (position < (own + 1) * block_size) & (query >= low) & (query < high)
+    return token, query, in_group, mask & (in_group < group_size)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "block_size"])
 def _tile_table_kernel(
     result_ptr,
