@@ -20,12 +20,13 @@ from torch import Tensor
 
 from moba_hf.kernels import budgets, sparse_decode, tuning
 from moba_hf.kernels.hopper import dispatch as hopper
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.merge import merge
 from moba_hf.kernels.own import own_attention
 from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
-from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
+from moba_hf.kernels.tiling import head_split, make_tiling
 
 
 def attend(
@@ -82,6 +83,7 @@ def attend(
     tiling = make_tiling(
         q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=rows
     )
+    inputs = Inputs(q, k, v, tiling, softmax_scale)
     final = topk == 1 or tiling.num_blocks == 0
     # the merge turns rows that no sequence covers into zeros; without one they are zero from the start
     out = (torch.zeros if final else torch.empty)(
@@ -96,9 +98,9 @@ def attend(
         )
     routed = _routed_stage(q, k, v, block_size, on_hopper, resident)
     for chunk in range(tiling.num_chunks):
-        own.run(q, k, v, out, lse, tiling, chunk, softmax_scale, final)
+        own.run(inputs, chunk, out, lse, final)
         if space is not None:
-            _earlier_blocks(q, k, v, block_indices, out, lse, tiling, chunk, softmax_scale, space, routed)
+            _earlier_blocks(inputs, block_indices, chunk, out, lse, space, routed)
     return out, lse
 
 
@@ -111,20 +113,16 @@ class OwnStage:
 
     def run(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        inputs: Inputs,
+        chunk: int,
         out: Tensor,
         lse: Tensor,
-        tiling: Tiling,
-        chunk: int,
-        softmax_scale: float,
         final: bool,
     ) -> None:
         """Starts `out` and `lse` of a chunk; see `own.own_attention`."""
         if self.on_hopper:
-            hopper.own_attention(q, k, v, out, lse, tiling, chunk, softmax_scale, final)
-        own_attention(q, k, v, out, lse, tiling, chunk, softmax_scale, self.tile, final, self.on_hopper)
+            hopper.own_attention(inputs, chunk, out, lse, final)
+        own_attention(inputs, chunk, out, lse, self.tile, final, self.on_hopper)
 
 
 @dataclass(frozen=True)
@@ -151,23 +149,15 @@ class RoutedStage:
 
     def run(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiling: Tiling,
+        inputs: Inputs,
         routes: Routes,
         partial: Tensor,
         partial_lse: Tensor,
         first_row: int,
-        softmax_scale: float,
     ) -> None:
         """Writes partial outputs; see `routed.routed_attention`."""
         kernel = hopper.routed_attention if self.on_hopper else routed_attention
-        kernel(
-            *(q, k, v, tiling, routes, partial, partial_lse, first_row, softmax_scale),
-            self.tile,
-            self.resident,
-        )
+        kernel(inputs, routes, partial, partial_lse, first_row, self.tile, self.resident)
 
 
 def _own_stage(q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool) -> OwnStage:
@@ -189,23 +179,20 @@ def _routed_stage(
 
 
 def _earlier_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
     block_indices: Tensor,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    tiling: Tiling,
-    chunk: int,
-    softmax_scale: float,
     space: tuple[Tensor, Tensor],
     routed: RoutedStage,
 ) -> None:
     """Adds the routed blocks of one chunk to `out` and `lse`, which hold the own blocks' part."""
-    num_bins = k.shape[1] * tiling.num_blocks
-    keys = pair_keys(block_indices, tiling, chunk, k.shape[1])
-    routes = route(keys, tiling, k.shape[1], routed.rows)
+    tiling, num_kv_heads = inputs.tiling, inputs.k.shape[1]
+    num_bins = num_kv_heads * tiling.num_blocks
+    keys = pair_keys(block_indices, tiling, chunk, num_kv_heads)
+    routes = route(keys, tiling, num_kv_heads, routed.rows)
     first_row = chunk * tiling.chunk_rows
     partial, partial_lse = (x[: keys.shape[0]] for x in space)
-    routed.run(q, k, v, tiling, routes, partial, partial_lse, first_row, softmax_scale)
+    routed.run(inputs, routes, partial, partial_lse, first_row)
     merge(out, lse, partial, partial_lse, keys, num_bins + key_format(num_bins)[1], first_row)

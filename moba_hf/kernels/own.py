@@ -15,21 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
 from moba_hf.kernels.softmax import accumulate
-from moba_hf.kernels.tiling import Tiling, find_tile, head_split, tile_rows
+from moba_hf.kernels.tiling import find_tile, head_split, tile_rows
 
 
 def own_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    tiling: Tiling,
-    chunk: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     final: bool,
     only_partial: bool = False,
@@ -37,11 +34,11 @@ def own_attention(
     """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the chunk's covered queries.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
-        tile: `m` at least the rows of a tile of `tiling`.
+        tile: `m` at least the rows of a tile of `inputs.tiling`.
         final: no merge follows: lse is the natural logarithm.
         only_partial: leave complete blocks alone: `hopper` has done them.
     """
+    q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     num_heads, num_kv_heads, head_dim, v_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     heads, _ = head_split(num_heads // num_kv_heads, tile.m)
     splits = triton.cdiv(num_heads // num_kv_heads, heads)
@@ -66,7 +63,7 @@ def own_attention(
             min(tiling.chunk_rows, tiling.num_rows - first_row),
             tiling.num_seqs,
             tiling.block_size,
-            softmax_scale,
+            inputs.softmax_scale,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             V_DIM=v_dim,

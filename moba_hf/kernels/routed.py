@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
@@ -32,31 +33,26 @@ from moba_hf.kernels.layout import (
 )
 from moba_hf.kernels.routing import Routes
 from moba_hf.kernels.softmax import accumulate
-from moba_hf.kernels.tiling import Tiling
 
 
 def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiling: Tiling,
+    inputs: Inputs,
     routes: Routes,
     partial: Tensor,
     partial_lse: Tensor,
     first_row: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     resident: bool,
 ) -> None:
     """Writes `partial (P, DV)` and `partial_lse (P,)` fp32, base 2, for every pair that has a bin.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         first_row: flat query row at which the chunk begins.
         tile, resident: as `tuning.routed_tile` gives; `routes.rows` is a multiple of `tile.m`.
     """
     kernel = _resident_kernel if resident else _routed_kernel
-    head_dim, v_dim, block_size = q.shape[3], v.shape[3], tiling.block_size
+    q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
+    head_dim, v_dim = q.shape[3], v.shape[3]
     slots = partial_lse.shape[-1]
     with device_of(q):
         kernel[(routes.tile_info.shape[0],)](
@@ -72,7 +68,7 @@ def routed_attention(
             v.stride()[:3],
             q.shape[2],
             first_row,
-            softmax_scale,
+            inputs.softmax_scale,
             SLOTS=slots,
             HEADS=q.shape[1],
             ONE_BATCH=q.shape[0] == 1,

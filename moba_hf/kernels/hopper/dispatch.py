@@ -15,9 +15,10 @@ import triton
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import INTERPRETED, device_of, num_processors
 from moba_hf.kernels.routing import Routes
-from moba_hf.kernels.tiling import Tiling, tile_table
+from moba_hf.kernels.tiling import tile_table
 
 _TRITON = ("3.6.",)  # releases whose Gluon these kernels are tested with
 _DIMS = (64, 128)
@@ -62,17 +63,14 @@ def routed_tile(block_size: int, dims: tuple[int, int]) -> tuple[tuning.Tile, bo
 
 
 def own_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    tiling: Tiling,
-    chunk: int,
-    softmax_scale: float,
     final: bool,
 ) -> None:
     """What `own.own_attention` does, for complete blocks only; arguments as there."""
+    q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     tile, group = tuning.HOPPER.own, q.shape[1] // k.shape[1]
     with device_of(q):
         _kernels("own").own_kernel[(num_processors(q),)](
@@ -87,7 +85,7 @@ def own_attention(
             k.shape[1],
             q.shape[2],
             q.stride()[:3],
-            softmax_scale,
+            inputs.softmax_scale,
             G=group,
             TILE=tiling.tile,
             BLOCK_SIZE=tiling.block_size,
@@ -101,25 +99,22 @@ def own_attention(
 
 
 def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiling: Tiling,
+    inputs: Inputs,
     routes: Routes,
     partial: Tensor,
     partial_lse: Tensor,
     first_row: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     resident: bool,
 ) -> None:
     """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
-    keys = tiling.block_size if resident else tile.n
+    q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
+    keys = block_size if resident else tile.n
     constants: dict[str, Any] = {
         "SLOTS": partial_lse.shape[-1],
         "HEADS": q.shape[1],
         "ONE_BATCH": q.shape[0] == 1,
-        "BLOCK_SIZE": tiling.block_size,
+        "BLOCK_SIZE": block_size,
         "D": q.shape[3],
     }
     if resident:
@@ -142,7 +137,7 @@ def routed_attention(
             first_row,
             q.shape[2],
             q.stride()[:3],
-            softmax_scale,
+            inputs.softmax_scale,
             **constants,
             num_warps=4,
         )
