@@ -1,4 +1,4 @@
-"""The choice of blocks: gate scores and top-k in one kernel, never tokens x blocks in memory.
+"""The choice of blocks: gate scores and top-k in one kernel, never tokens x blocks in memory, for any gate.
 
 Legend: B block size, D head dim, G query heads of a program, K1 scored choices per query, W classes (columns
 modulo the tile width), R levels kept per class.
@@ -6,15 +6,16 @@ modulo the tile width), R levels kept per class.
 1. A program takes one tile of queries (see `tiling`; all share the own block c) for G heads of one kv head,
    as up to BLOCK_M rows, and scans the candidates [sinks, c - local) of its sequence, W blocks at a time.
 2. A score becomes an int32 that sorts like it; the number of the tile replaces its lowest bits (reversed: of
-   equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone. Where the
-   first tile already has K1 positive scores for every row, no negative one can be chosen, and the bits of a
-   float sort as they are.
+   equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone. In the
+   mean gate, where the first tile already has K1 positive scores for every row, no negative one can be chosen,
+   and the bits of a float sort as they are.
 3. K1 times, the largest class head (the lower class of equals) is taken and its class moves up: ties go to
    the lower block index, for negative scores too.
 4. A row is exact unless a class had given all its R entries before the last choice was made. Such rows go
    to a list per kv head, and a second kernel scans for them again, below what was already taken, until done.
 Scores that differ by less than 2^(bits - 23) relative count as equal; bits is 7 (2^-16) up to 8,192 blocks.
-The list is filled by atomics, but its order changes no result.
+The list is filled by atomics, but its order changes no result. The kernels are in `gate_kernels`; gates
+differ in what they know of a block (`Summary`) and in how they score it (`gate_scores`).
 """
 
 from __future__ import annotations

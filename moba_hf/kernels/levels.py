@@ -1,4 +1,4 @@
-"""Keeping the best scores of a row while scanning blocks, by max and min alone: what both gates are made of.
+"""Keeping the best scores of a row while scanning blocks, by max and min alone: what the gates are made of.
 
 Legend: W classes (columns modulo the tile width), R levels kept per class.
 
@@ -21,8 +21,8 @@ SPENT = tl.constexpr(-(2**31) + 1)  # a class that gave all its entries
 def tile_bits(count: int) -> int:
     """Bits that number `count` tiles, at least 7.
 
-    A common least keeps near ties falling alike in calls of any length, so that a prompt in chunks chooses as
-    the whole does, up to 8,192 blocks.
+    A shared minimum makes near ties break the same way in calls of any length, so that a prompt in chunks
+    chooses as the whole does, up to 8,192 blocks.
     """
     return max(7, (count - 1).bit_length() if count > 0 else 0)
 

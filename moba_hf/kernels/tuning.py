@@ -215,6 +215,9 @@ class HopperChoices:
     resident: Tile
     resident_registers: dict[int, int]
 
+    def __post_init__(self) -> None:
+        assert self.own.m == self.own_partial.m, "both run the same tiles of queries"
+
 
 HOPPER = HopperChoices(
     own=Tile(128, 64, 4, 4),

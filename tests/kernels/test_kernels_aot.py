@@ -38,6 +38,27 @@ def test_a_tile_of_the_mass_gate_fits_every_gpu(capability: int) -> None:
         assert tuning.fits(tuning.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
 
 
+def test_a_gpu_can_have_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from moba_hf.kernels import tuning
+    from moba_hf.kernels.tuning import Tile
+
+    others = tuning.choices((9, 0))
+    its_own = replace(others, own=(Tile(32, 32, 4, 2),), mean_gate=Tile(32, 32, 4, 2), resident_tiles=8)
+    monkeypatch.setitem(tuning.TABLE, (8, 0), its_own)
+    assert tuning.own_tile((128, 128), 2, (8, 0)) == Tile(32, 32, 4, 2)
+    assert tuning.own_tile((128, 128), 2, (9, 0)) == others.own[0]
+    launched = {
+        kernel.__name__: keywords
+        for call in (kernel_aot.forward_call(), kernel_aot.decode_call())
+        for kernel, _, keywords in kernel_aot.recorded_for(call, 80)
+    }
+    # a decode step scores blocks in the gate's tile, whatever that is
+    for name in ("gate_fwd_kernel", "_score_kernel"):
+        assert (launched[name]["BLOCK_M"], launched[name]["BLOCK_N"]) == (32, 32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 @pytest.mark.parametrize(("block_size", "parts"), [(16, 1), (32, 2), (64, 4), (128, 8)])

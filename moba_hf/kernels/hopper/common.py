@@ -195,7 +195,7 @@ def attend_ring(
             s, m_i, l_i, scale, last_seen, seen_by_all, start, dtype, p_layout, MASKED
         )
         if OVERLAP:
-            # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+            # returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax
             mbarrier.wait(k_ready.index(later), later_phase)
             acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
             gl.thread_barrier()
