@@ -7,8 +7,8 @@ modulo the tile width), R levels kept per class.
    as up to BLOCK_M rows, and scans the candidates [sinks, c - local) of its sequence, W blocks at a time.
 2. A score becomes an int32 that sorts like it; the number of the tile replaces its lowest bits (reversed: of
    equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone. In the
-   mean gate, where the first tile already has K1 positive scores for every row, no negative one can be chosen,
-   and the bits of a float sort as they are.
+   mean gate, where the first tile already has K1 positive scores for every row, no negative one can be chosen
+   then, and the bits of a float sort as they are.
 3. K1 times, the largest class head (the lower class of equals) is taken and its class moves up: ties go to
    the lower block index, for negative scores too.
 4. A row is exact unless a class had given all its R entries before the last choice was made. Such rows go
