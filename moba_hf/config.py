@@ -104,6 +104,10 @@ class MobaConfig:
         check_int("decode_max_len", self.decode_max_len, minimum=1)
         if not isinstance(self.backend, str):
             raise TypeError(f"backend must be a string, got {self.backend!r}")
+        if self.backend != "auto":
+            from moba_hf.op.backends import check_backend  # brings torch, which plain settings do not need
+
+            check_backend(self.backend)
         for layer in [self._base, *(self._override(pairs) for _, pairs in self.layers)]:
             if self.decode_max_len > layer.max_keys:
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
 
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
@@ -123,9 +124,9 @@ def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
 
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
-    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    expected = model.generate(ids, **cache_kwargs(model.generate, MobaCache(model.config)), **kwargs)
     for _ in range(2):
-        out = model.generate(ids, past_key_values=cache(), compile_config=config, **kwargs)
+        out = model.generate(ids, **cache_kwargs(model.generate, cache()), compile_config=config, **kwargs)
         assert torch.equal(out, expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -137,9 +138,9 @@ def test_chunks_and_decode_under_compile() -> None:
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
     kwargs = {"max_new_tokens": 64, "do_sample": False, "prefill_chunk_size": 20}
-    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    expected = model.generate(ids, **cache_kwargs(model.generate, MobaCache(model.config)), **kwargs)
     cache = MobaCache(model.config, static=True, max_cache_len=128)
-    out = model.generate(ids, past_key_values=cache, compile_config=config, **kwargs)
+    out = model.generate(ids, **cache_kwargs(model.generate, cache), compile_config=config, **kwargs)
     assert torch.equal(out, expected)
     assert counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op.gates import MassGate
 from moba_hf.op.reference import mass_gate_ref
 
@@ -120,8 +121,8 @@ def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
             mean = model(ids).logits
         with use_moba(model, dataclasses.replace(mass, decode="sparse")):
             cache = MobaCache(model.config)
-            model(ids[:, :100], past_key_values=cache)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+            model(ids[:, :100], **cache_kwargs(model, cache))
+            steps = [model(ids[:, i : i + 1], **cache_kwargs(model, cache)).logits for i in range(100, 120)]
     assert torch.allclose(torch.cat(steps, 1), out[:, 100:], atol=1e-4)
     assert torch.allclose(left[:, 9:], out, atol=1e-4)
     assert not torch.allclose(out, mean, atol=1e-4)

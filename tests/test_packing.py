@@ -11,6 +11,7 @@ from model_checks import LENGTH, close, logits, tiny_model, tokens
 from transformers import StaticCache
 
 from moba_hf.hf import packing
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.packing import find_packing
 
 
@@ -33,7 +34,7 @@ class TestRefused:
         positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
         cache = StaticCache(model.config, max_cache_len=64)
         with pytest.raises(ValueError, match="packed sequences"):
-            logits(model, ids, position_ids=positions, past_key_values=cache)
+            logits(model, ids, position_ids=positions, **cache_kwargs(model, cache))
         offsets = torch.tensor([0, 20, 50], dtype=torch.int32)
         with pytest.raises(ValueError, match="one packed row, got a batch of 2"):
             logits(model, ids.expand(2, -1), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)

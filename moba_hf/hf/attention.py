@@ -36,7 +36,7 @@ _REFUSED = {
 
 _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
-    "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
+    "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
 )
 _SPARSE_BY_MASS = (
     'decode="sparse" with gate="mass" reads all cached keys at every step to score their blocks: a cache '

@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from moba_hf.config import MobaConfig, check_int
+from moba_hf.config import NAME, MobaConfig, check_int
 from moba_hf.op.backends import choose_backend
 from moba_hf.op.block_means import BlockMeans, writable
 
@@ -26,6 +27,12 @@ LAYER_ATTRIBUTE = "moba_layer"
 # Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
 _MIN_GROWTH = 64
 _FULL = "full_attention"
+# The method of GenerationMixin that makes the cache, private, and what to do when it has changed.
+_PREPARE = "_prepare_cache_for_generation"
+_WRITTEN_FOR = (
+    f"this moba_hf was written for transformers 5.17 to 5.24, {transformers.__version__} is installed: pass "
+    "MobaCache(model.config, max_cache_len=prompt + new tokens) to generate instead"
+)
 # A block size that every backend takes, to ask which one runs where no blocks matter.
 _ANY_BLOCK_SIZE = 128
 
@@ -383,20 +390,25 @@ class use_moba_cache:
             model.generate(...)
 
     Dynamic caches are then allocated for the longest text that the call may produce.
+
+    Raises:
+        RuntimeError: a release of transformers in which `generate` makes its cache in another way.
     """
 
     def __init__(self) -> None:
         tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
         self._tables = [(table, table[_FULL]) for table in tables]
-        self._prepare = GenerationMixin._prepare_cache_for_generation
+        self._prepare = getattr(GenerationMixin, _PREPARE, None)
+        if self._prepare is None:
+            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
+        setattr(GenerationMixin, _PREPARE, _with_reserve(self._prepare))
         tables[0][_FULL], tables[1][_FULL] = MobaLayer, MobaStaticLayer
-        GenerationMixin._prepare_cache_for_generation = _with_reserve(self._prepare)  # type: ignore[method-assign]
 
     def undo(self) -> None:
         """Puts back what was there before."""
         for table, layer in self._tables:
             table[_FULL] = layer
-        GenerationMixin._prepare_cache_for_generation = self._prepare  # type: ignore[method-assign]
+        setattr(GenerationMixin, _PREPARE, self._prepare)
 
     def __enter__(self) -> use_moba_cache:
         return self
@@ -407,21 +419,41 @@ class use_moba_cache:
         self.undo()
 
 
+def _caches(model_kwargs: dict[str, Any]) -> list[Cache]:
+    """The caches among a model's arguments, whatever this release calls them."""
+    return [value for value in model_kwargs.values() if isinstance(value, Cache)]
+
+
+def _runs_moba(model: Any) -> bool:
+    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+
+
 def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare`, telling the layers of a cache that it made how many slots the call will need."""
+    """`prepare`, telling the layers of a cache that it made how many slots the call will need.
+
+    No public place knows both the cache that `generate` makes and the length that it settles on.
+    """
     signature = inspect.signature(prepare)
+    missing = {"self", "generation_config", "model_kwargs", "max_cache_length"} - set(signature.parameters)
+    if missing:
+        raise RuntimeError(
+            f"GenerationMixin.{_PREPARE} takes no {', '.join(sorted(missing))} any more; {_WRITTEN_FOR}"
+        )
 
     @wraps(prepare)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        model_kwargs, length = given.get("model_kwargs", {}), given.get("max_cache_length", 0)
-        before = model_kwargs.get("past_key_values")
+        model_kwargs, length = given["model_kwargs"], int(given["max_cache_length"])
+        before = _caches(model_kwargs)
         result = prepare(*args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not before:
-            for layer in getattr(cache, "layers", ()):
-                if isinstance(layer, MobaLayer):
-                    layer.reserve = int(length)
+        caches = _caches(model_kwargs)
+        if not caches and given["generation_config"].use_cache and _runs_moba(given["self"]):
+            raise RuntimeError(f"generate prepared no cache that use_moba_cache() can find; {_WRITTEN_FOR}")
+        for cache in caches:
+            if not any(cache is other for other in before):
+                for layer in cache.layers:
+                    if isinstance(layer, MobaLayer):
+                        layer.reserve = length
         return result
 
     return wrapped

@@ -198,6 +198,12 @@ class _Loaded:
 _loaded: Any = _Loaded()
 
 
+def check_backend(name: str) -> None:
+    """Raises ValueError unless `name` is one of `BACKENDS`."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+
+
 def load_backend(name: str) -> Backend:
     """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
     _ensure_loaded(name)
@@ -208,8 +214,7 @@ def load_backend(name: str) -> Backend:
 @torch._dynamo.assume_constant_result
 def _ensure_loaded(name: str) -> bool:
     """Loads `name`, outside what is traced."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+    check_backend(name)
     if not hasattr(_loaded, name):
         setattr(_loaded, name, BACKENDS[name]())
     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import triton
@@ -17,3 +19,9 @@ def fewer_levels(levels: int) -> AbstractContextManager[object]:
         return levels, levels >= min(count, triton.cdiv(max_blocks, width))
 
     return mock.patch.object(tuning, "gate_levels", gate_levels)
+
+
+def with_choices(**changes: Any) -> AbstractContextManager[object]:
+    """Fields of `tuning.Choices` take other values on every GPU."""
+    original = tuning.choices
+    return mock.patch.object(tuning, "choices", lambda one: replace(original(one), **changes))

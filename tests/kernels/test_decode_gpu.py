@@ -13,8 +13,8 @@ from decode_checks import (
     assert_dense,
     assert_means_are_prefill_means,
 )
+from forced import with_choices
 
-from moba_hf.kernels import choose
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tiling import make_tiling
@@ -114,10 +114,10 @@ class TestChoice:
         q, k = rand(1, 4, 20, 64), rand(1, 1, 16 * blocks, 64)
         assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 16, 0, 0), 3)
 
-    def test_more_blocks_than_are_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choose, "_MOST_HELD", 1024)
+    def test_more_blocks_than_are_held(self) -> None:
         q, k = rand(1, 4, 20, 64), rand(1, 1, 16 * 5000, 64)
-        assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 33, 1, 1), 16)
+        with with_choices(choose_held=1024):
+            assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 33, 1, 1), 16)
 
 
 class TestRows:

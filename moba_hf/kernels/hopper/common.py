@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -18,6 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moba_hf.kernels.layout import INFO_COLUMNS, RUN_BEGIN, RUN_END
+
+# Gluon renamed these: thread_barrier until Triton 3.6, async_copy_global_to_shared until 3.7.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load_rows = (
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+)
 
 
 @gluon.jit
@@ -92,14 +100,10 @@ def fill_ring(
         phase = (step // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(stage), phase)
         mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_desc, [batch, head, first + start, 0], k_ready.index(stage), keys.index(stage)
-        )
+        load_tile(k_desc, [batch, head, first + start, 0], k_ready.index(stage), keys.index(stage))
         mbarrier.wait(v_free.index(stage), phase)
         mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [batch, head, first + start, 0], v_ready.index(stage), values.index(stage)
-        )
+        load_tile(v_desc, [batch, head, first + start, 0], v_ready.index(stage), values.index(stage))
         step += 1
     return step
 
@@ -173,7 +177,7 @@ def attend_ring(
     key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
     s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
     p, alpha, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
     for start in range(BLOCK_N, num_keys, BLOCK_N):
@@ -188,7 +192,7 @@ def attend_ring(
         s = warpgroup_mma_wait(1, deps=[s])
         if not OVERLAP:
             acc = warpgroup_mma_wait(0, deps=[acc])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
         next_p, alpha, m_i, l_i = _weights(
@@ -198,7 +202,7 @@ def attend_ring(
             # returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax
             mbarrier.wait(k_ready.index(later), later_phase)
             acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
         p = next_p
@@ -209,6 +213,6 @@ def attend_ring(
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(v_free.index(stage), count=1)
     return acc, m_i, l_i, step + 1
