@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, Static
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
+from moba_hf.op.registry import Registry
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
 FULL = MobaConfig(block_size=8, topk=3)
@@ -92,7 +93,7 @@ class TestPrefill:
 
     def test_a_backend_that_refuses_in_the_first_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both backends are loaded while the graph is traced, as on a GPU in a dtype without kernels."""
-        monkeypatch.setattr(backends, "_loaded", backends._Loaded())
+        monkeypatch.setattr(backends, "_loaded", Registry())
         monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
         model, ids = tiny(FULL), tokens(1, 50)
         with torch.no_grad():

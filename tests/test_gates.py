@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.op.gates import MassGate
+from moba_hf.op.gates import MassSummary
 from moba_hf.op.reference import mass_gate_ref
 
 
@@ -23,7 +23,7 @@ def qkv(length: int, heads: int, kv_heads: int, dim: int = 16, dtype: torch.dtyp
 @pytest.mark.parametrize(("block_size", "kv_heads"), [(1, 2), (7, 1), (16, 4), (32, 2), (48, 1)])
 def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> None:
     q, k, _ = qkv(100, 4, kv_heads, dtype=torch.float64)
-    scores = MassGate(k.transpose(0, 1), block_size, 0.3).scores(q.transpose(0, 1), 100 // block_size)
+    scores = MassSummary(k.transpose(0, 1), block_size, 0.3).scores(q.transpose(0, 1), 100 // block_size)
     assert torch.allclose(scores.transpose(0, 1), mass_gate_ref(q, k, block_size, 0.3))
     size = 16 if block_size % 16 == 0 else block_size
     for head, t, block in ((0, 99, 0), (3, 57, 1), (2, 98, 100 // block_size - 1)):
@@ -41,7 +41,7 @@ def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> 
 
 def test_blocks_of_one_key_are_scored_exactly() -> None:
     q, k, _ = qkv(30, 2, 1, dtype=torch.float64)
-    scores = MassGate(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
+    scores = MassSummary(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
     exact = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * 0.25 + math.log(
         2
     )  # the key counts as mean and as itself
@@ -131,7 +131,7 @@ def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
 def test_low_precision_summaries_are_rounded_alike() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         q, k, _ = qkv(100, 4, 2, dtype=dtype)
-        scores = MassGate(k.transpose(0, 1), 32, 0.25).scores(q.transpose(0, 1), 3).transpose(0, 1)
+        scores = MassSummary(k.transpose(0, 1), 32, 0.25).scores(q.transpose(0, 1), 3).transpose(0, 1)
         assert torch.allclose(scores, mass_gate_ref(q, k, 32, 0.25), atol=1e-5)
         exact = mass_gate_ref(q.float(), k.float(), 32, 0.25)
         assert 0 < (scores - exact).abs().max() < 0.1

@@ -14,7 +14,7 @@ from moba_hf.hf import attention
 from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
 from moba_hf.hf.prefill import _chunk_lengths
-from moba_hf.op.portable import block_mean
+from moba_hf.op.gates import block_mean
 
 SPARSE = MobaConfig(block_size=4, topk=3, decode="sparse")
 RULES = {

@@ -19,7 +19,7 @@ from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from moba_hf.config import NAME, MobaConfig, check_int
-from moba_hf.op.backends import choose_backend
+from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans, writable
 
 # Attribute by which a key tensor names the cache layer that it came from.
@@ -33,8 +33,6 @@ _WRITTEN_FOR = (
     f"this moba_hf was written for transformers 5.17 to 5.24, {transformers.__version__} is installed: pass "
     "MobaCache(model.config, max_cache_len=prompt + new tokens) to generate instead"
 )
-# A block size that every backend takes, to ask which one runs where no blocks matter.
-_ANY_BLOCK_SIZE = 128
 
 
 class MobaLayer(DynamicLayer):
@@ -44,6 +42,10 @@ class MobaLayer(DynamicLayer):
 
     Args:
         max_cache_len: slots to allocate at first; 0: as needed.
+
+    Attributes:
+        backend: the backend that the attention function chose for these keys; torch's own operators until
+            then.
     """
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):
@@ -51,6 +53,7 @@ class MobaLayer(DynamicLayer):
         self._length = 0
         self._assist_from: int | None = None
         self.reserve = max_cache_len
+        self.backend = "portable"
         self.block_means = BlockMeans()
         super().__init__(**kwargs)
 
@@ -162,8 +165,8 @@ class MobaLayer(DynamicLayer):
     def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
         assert self._buffers is not None
-        capacity = self._buffers[0].shape[2]
-        return self.block_means.bring_up(keys.detach(), self._length, capacity, kv_start, block_size)
+        capacity, keys = self._buffers[0].shape[2], keys.detach()
+        return self.block_means.bring_up(keys, self._length, capacity, kv_start, block_size, self.backend)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -246,10 +249,14 @@ class MobaStaticLayer(StaticLayer):
     Args:
         max_cache_len: slots of the buffers.
         block_size: tokens in a block; None: taken from the first call.
+
+    Attributes:
+        backend: as in `MobaLayer`.
     """
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
         super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.backend = "portable"
         self.block_means = BlockMeans(block_size, static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -261,13 +268,12 @@ class MobaStaticLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._by_kernel(key_states, value_states):
-            from moba_hf.kernels import append
-
+        kernels = self._kernels_for(key_states, value_states)
+        if kernels is not None:
             keys, values = self.keys, self.values
             assert keys is not None
             assert values is not None
-            append(keys, values, self.cumulative_length, key_states, value_states)
+            kernels.append(keys, values, self.cumulative_length, key_states, value_states)
         else:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
         # calls that take no means count once: what is compiled must not see a number that keeps rising
@@ -277,10 +283,10 @@ class MobaStaticLayer(StaticLayer):
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
-    def _by_kernel(self, *states: Tensor) -> bool:
-        """Whether few enough rows come in for one kernel; under compile torch's own operators are fused."""
+    def _kernels_for(self, *states: Tensor) -> CacheKernels | None:
+        """Kernels that append so few rows at once; under compile torch's own operators are fused."""
         if not self.is_initialized or torch.compiler.is_compiling() or _tracked(*states):
-            return False
+            return None
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -288,17 +294,15 @@ class MobaStaticLayer(StaticLayer):
             (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
             for x, b in zip(states, (keys, values), strict=True)
         )
-        if not fits or choose_backend("auto", keys, keys, values, _ANY_BLOCK_SIZE) != "triton":
-            return False
-        from moba_hf.kernels import MAX_APPENDED_ROWS
-
-        return 0 < states[0][..., 0].numel() <= MAX_APPENDED_ROWS
+        kernels = load_backend(self.backend).cache if fits else None
+        if kernels is None or not 0 < states[0][..., 0].numel() <= kernels.max_append_rows:
+            return None
+        return kernels
 
     def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
-        return self.block_means.bring_up(
-            keys.detach(), self.cumulative_length, self.max_cache_len, kv_start, block_size
-        )
+        length, capacity = self.cumulative_length, self.max_cache_len
+        return self.block_means.bring_up(keys.detach(), length, capacity, kv_start, block_size, self.backend)
 
     def activate_past_recording(self) -> None:
         """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -35,7 +34,7 @@ from moba_hf.kernels.launch import device_of, num_processors, padded, rows_conti
 from moba_hf.kernels.levels import tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
-from moba_hf.op.reference import part_size
+from moba_hf.op.numerics import part_size
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,6 @@ def select_blocks(
         summary = summarize_mass(k, tiling, mass_scale)
     gate(q, summary, tiling, choice, sink_blocks, local_blocks)
     return choice
-
-
-def select_blocks_by_mass(*args: Any, softmax_scale: float) -> Tensor:
-    """`select_blocks` by the mass gate."""
-    return select_blocks(*args, mass_scale=softmax_scale)
 
 
 def gate_tile(q: Tensor, parts: int) -> tuning.Tile:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moba_hf.kernels.launch import device_of, narrow, padded
 from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, row_offset
 from moba_hf.kernels.tiling import Tiling, bisect
-from moba_hf.op.reference import part_size, spread_dtype
+from moba_hf.op.numerics import part_size, spread_dtype
 
 
 def mass_summary(k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.config import LayerConfig
 from moba_hf.op import portable
-from moba_hf.op.backends import load_backend, select_op
+from moba_hf.op.backends import load_backend
+from moba_hf.op.operators import select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
-from moba_hf.op.sequences import packed_table
+from moba_hf.op.sequences import Sequences, packed_table
 
 
 @dataclass
@@ -97,21 +99,12 @@ class Case:
 
     def select(self) -> Tensor:
         """The backend's choice."""
-        gate = {"gate": self.gate, "softmax_scale": self.scale}
-        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend, **gate)
+        flat = (self.table, *self.longest, *self.rule, self.gate, self.scale)
+        return select_op(self.q, self.k, *flat, self.backend)
 
     def expected_choice(self) -> Tensor:
-        block_size, topk, sink, local = self.rule
-        return portable.select(
-            self.q,
-            self.k,
-            self.table,
-            block_size=block_size,
-            topk=topk,
-            sink_blocks=sink,
-            local_blocks=local,
-            mass_scale=self.scale if self.gate == "mass" else None,
-        )
+        rule = LayerConfig(*self.rule, self.gate)
+        return portable.select(self.q, self.k, self.table, rule, self.scale)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Reference scores `(q_len, H, blocks)` of one sequence, and how far accumulation may move them."""
@@ -126,17 +119,17 @@ class Case:
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The backend's `(out, lse)` under `choice`; keywords are those of `kernels.attend`."""
-        return load_backend(self.backend).forward(
-            self.q,
-            self.k,
-            self.v,
-            choice,
-            self.table,
-            *self.longest,
-            self.block_size,
-            self.scale,
-            **kwargs,
-        )
+        if kwargs:
+            from moba_hf import kernels
+
+            args = (self.table, *self.longest, self.block_size, self.scale)
+            return kernels.attend(self.q, self.k, self.v, choice, *args, **kwargs)
+        return load_backend(self.backend).forward(self.q, self.k, self.v, choice, *self.where)
+
+    @property
+    def where(self) -> tuple[Sequences, int, float]:
+        """What backends' `forward` takes after the choice: sequences, block size, scale."""
+        return Sequences(self.table, *self.longest, by_row=False), self.block_size, self.scale
 
 
 def assert_choice(case: Case, choice: Tensor) -> None:
@@ -209,16 +202,8 @@ def plain_attention_and_lse(case: Case, choice: Tensor) -> tuple[Tensor, Tensor]
 def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Attention under `choice` holds the tolerance rule; padding is zeros and -inf. Returns `(out, lse)`."""
     out, lse = case.attend(choice, **kwargs)
-    truth, truth_lse = load_backend("reference").forward(
-        case.q.float(),
-        case.k.float(),
-        case.v.float(),
-        choice,
-        case.table,
-        *case.longest,
-        case.block_size,
-        case.scale,
-    )
+    q, k, v = (x.float() for x in (case.q, case.k, case.v))
+    truth, truth_lse = load_backend("reference").forward(q, k, v, choice, *case.where)
     _require(
         (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32), "shape and dtypes"
     )
@@ -248,8 +233,10 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
 
     The truth is autograd of the reference in fp64. Keys and queries outside sequences get exact zeros.
     """
+    from moba_hf.kernels import attend_backward
+
     args = (case.table, *case.longest, case.block_size, case.scale)
-    out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *args)
+    out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *case.where)
     covered = lse > -torch.inf
     grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
     grad_lse = torch.randn(lse.shape, device=lse.device)
@@ -264,14 +251,12 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
         return torch.autograd.grad(loss, (twin.q, twin.k, twin.v))
 
     def exact(twin: Case) -> tuple[Tensor, Tensor]:
-        return load_backend("reference").forward(twin.q, twin.k, twin.v, choice, *args)
+        return load_backend("reference").forward(twin.q, twin.k, twin.v, choice, *case.where)
 
     def plain(twin: Case) -> tuple[Tensor, Tensor]:
         return plain_attention_and_lse(twin, choice)
 
-    grads = load_backend("triton").backward(
-        grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs
-    )
+    grads = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs)
     truths, lows = by_autograd(torch.float64, exact), by_autograd(case.dtype, plain)
     for name, x, grad, truth, low in zip("qkv", (case.q, case.k, case.v), grads, truths, lows, strict=True):
         _require(

@@ -170,9 +170,10 @@ def _check(call: object, capability: int, most_spills: int) -> None:
 def test_backend_refuses_cpu_tensors_without_the_interpreter() -> None:
     import torch
 
+    from moba_hf.config import LayerConfig
     from moba_hf.op.backends import choose_backend
 
     x = torch.zeros(1, 1, 32, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        choose_backend("triton", x, x, x, 16)
-    assert choose_backend("auto", x, x, x, 16) == "portable"
+        choose_backend("triton", x, x, x, LayerConfig(16, 3))
+    assert choose_backend("auto", x, x, x, LayerConfig(16, 3)) == "portable"
