@@ -19,7 +19,7 @@ from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
 from moba_hf.kernels.softmax import accumulate
-from moba_hf.kernels.tiling import find_tile, head_split, tile_rows
+from moba_hf.kernels.tiling import find_tile, head_split
 
 
 def own_attention(
@@ -130,11 +130,14 @@ def _own_kernel(
             TILES_PER_BLOCK,
         )
         batch = batch.to(tl.int64)
-        part = tl.program_id(1) % splits
-        token, query, in_group, mask = tile_rows(
-            own, first, origin, low, high, part, group_size, block_size, BLOCK_M, TILE, HEADS
-        )
+        # as `tiling.tile_rows`, but relative to the block: with its positions, registers spill on Ampere
+        row = tl.arange(0, BLOCK_M)
+        token = row // HEADS
+        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
         before = first - own * block_size  # keys of the block before the tile
+        query = first + token + origin
+        mask = (token < TILE) & (before + token < block_size) & (query >= low) & (query < high)
+        mask = mask & (in_group < group_size)
         if ONLY_PARTIAL:
             mask = mask & ((own + 1) * block_size > k_len)
         head = kv_head * group_size + in_group
