@@ -30,7 +30,7 @@ LAYERS = [
     {"hf.layer_plan", "hf.rows"},
     {"hf.loading"},
     {"hf.adapter", "hf.cache", "hf.spans", "op.dense"},
-    {"op.ops"},
+    {"op.ops", "op.checks"},
     {"op.block_means"},
     {"op.operators"},
     {"op.triton_backend", "op.flash"},
