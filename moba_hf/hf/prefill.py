@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from moba_hf.config import NAME
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.op.shared_rule import SharedRule
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -35,9 +41,11 @@ def prefill(
         cache = moba_hf.prefill(model, input_ids)
         model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
-    Every row equals that of a prefill in one call. Chunks of `decode_max_len` tokens or fewer would count as
-    decoding, so none is left: the last two chunks are evened out, and so few tokens altogether on top of a
-    filled cache are left to `generate`. Assisted generation needs an empty cache: no prefill before it.
+    Every row equals that of a prefill in one call; where queries share a choice of blocks, chunks end between
+    tiles for that, and padded batches, whose rows begin anywhere, differ a little. Chunks of `decode_max_len`
+    tokens or fewer would count as decoding, so none is left: the last two chunks are evened out, and so few
+    tokens altogether on top of a filled cache are left to `generate`. Assisted generation needs an empty
+    cache: no prefill before it.
 
     Args:
         model: a causal language model of transformers.
@@ -71,7 +79,7 @@ def prefill(
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
+    chunks = _chunks(model, seen, length - 1, chunk_size, padded=attention_mask is not None)
     hidden = not (progress and _is_first_process())
     with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
         for count in chunks:
@@ -128,6 +136,44 @@ def _check_slots(cache: Cache, length: int) -> None:
             f"the static cache has {slots} slots, the prompt {length} tokens: make it with "
             "max_cache_len = prompt length + max_new_tokens"
         )
+
+
+def _chunks(model: Any, seen: int, end: int, chunk_size: int, *, padded: bool) -> list[int]:
+    """Lengths of the chunks of tokens `[seen, end)`, cut between tiles where queries share a choice.
+
+    A tile that is cut is chosen for twice, by the rows of each chunk. Where that cannot be helped it is said.
+    """
+    tile, shortest = _tile(model), _decode_max_len(model) + 1
+    if tile == 1 or end - seen <= chunk_size:
+        return _chunk_lengths(end - seen, chunk_size, shortest, empty=seen == 0)
+    size = chunk_size - chunk_size % tile
+    size = size if size >= 2 * shortest - 1 else chunk_size
+    cuts = [seen]
+    while end - cuts[-1] > chunk_size:
+        cut = (cuts[-1] + size) // tile * tile
+        cuts.append(cut if cut - cuts[-1] >= shortest else cuts[-1] + size)
+    if end - cuts[-1] < shortest:  # would count as decoding
+        cut = (end - shortest) // tile * tile
+        fits = cut - cuts[-2] >= shortest and end - cut <= chunk_size
+        cuts[-1] = cut if fits else (cuts[-2] + end) // 2
+    if padded or any(cut % tile for cut in cuts[1:]):
+        why = "rows of a padded batch begin anywhere" if padded else f"chunk_size={chunk_size} does not fit"
+        logger.warning_once(
+            f"chunks of this prefill cut tiles of {tile} queries that share a choice of blocks ({why}): rows "
+            "of a cut tile choose apart, so results differ a little from a prefill in one call"
+        )
+    return [b - a for a, b in pairwise([*cuts, end])]
+
+
+def _tile(model: Any) -> int:
+    """A multiple of the tiles of all layers; 1 where every query chooses for itself."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != NAME:
+        return 1
+    moba = moba_config(config)
+    layers = int(config.num_hidden_layers)
+    rules = [moba.for_layer(i, layers) for i in range(layers)]
+    return math.lcm(*(rule.tile for rule in rules if isinstance(rule, SharedRule)))
 
 
 def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:
