@@ -290,3 +290,25 @@ def test_a_prefill_in_chunks_is_one_shot() -> None:
         for one, other in zip(parts.layers, whole.layers, strict=True):
             assert close(one.keys[:, :, :90], other.keys[:, :, :90])
             assert close(one.values[:, :, :90], other.values[:, :, :90])
+
+
+@pytest.mark.parametrize("moba", [SHARED, MobaConfig(8, 2)], ids=["shared", "per query"])
+def test_the_end_of_a_prompt_may_be_read_dense(moba) -> None:
+    model = tiny_model(moba=moba)
+    ids = tokens(1, 91)
+    tail = 60 // 16 * 16 if moba is SHARED else 61  # the tail is 30 tokens, and whole tiles
+    with captured() as calls:
+        prefill(model, ids, chunk_size=40, dense_tail=30, progress=False)
+    for call in calls:
+        end = call.key.shape[2]
+        begin = end - call.query.shape[2]
+        assert (begin < tail) == (end <= tail)
+        if begin >= tail:
+            everything = SharedRule(8, 16, 0.5, dense_below=1024)
+            assert close(call.out[0], _by_hand(call, everything, 0, end)[1])
+        elif moba is SHARED and begin >= 32:
+            assert close(call.out[0], _by_hand(call, SHARED.for_layer(0, 3), 0, end)[1])
+    assert calls[-1].key.shape[2] == 90
+    assert not any(vars(layer.self_attn).get("moba_suspended") for layer in model.model.layers)
+    with pytest.raises(ValueError, match="dense_tail must be at least 0, got -1"):
+        prefill(model, ids, dense_tail=-1, progress=False)

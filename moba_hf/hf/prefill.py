@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -16,9 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from moba_hf.config import NAME
+from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
-from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 
 logger = logging.get_logger(__name__)
@@ -34,6 +37,7 @@ def prefill(
     progress: bool = True,
     on_chunk: Callable[[int], None] | None = None,
     *,
+    dense_tail: int = 0,
     past_key_values: Cache | None = None,
 ) -> Cache:
     """A cache that holds `input_ids` but for the last token, which `generate` must still see::
@@ -56,14 +60,18 @@ def prefill(
             `MobaCache`.
         progress: show a progress bar; of several processes only the first does.
         on_chunk: called after every chunk with its tokens, for a progress display of one's own.
+        dense_tail: so many tokens at the end of the prompt attend every key, say the question after a long
+            text; more where a tile of queries that share a choice would be cut.
         past_key_values: another name of `cache`, as in transformers before 5.24.
 
     Raises:
-        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a cache under both names,
-            or one that holds the whole prompt or, being static, has not a slot for every token.
+        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, a
+            cache under both names, or one that holds the whole prompt or, being static, has not a slot for
+            every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
+    check_int("dense_tail", dense_tail, minimum=0)
     length = input_ids.shape[1]
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -79,24 +87,54 @@ def prefill(
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    chunks = _chunks(model, seen, length - 1, chunk_size, padded=attention_mask is not None)
+    tail = _tail_begin(model, seen, length, dense_tail)
+    chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=attention_mask is not None)]
+    read = seen + sum(n for n, _ in chunks)
+    if dense_tail:
+        chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and _is_first_process())
     with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
-        for count in chunks:
+        for count, dense in chunks:
             end = seen + count
-            model(
-                input_ids=input_ids[:, seen:end].to(model.device),
-                attention_mask=None if attention_mask is None else attention_mask[:, :end],
-                position_ids=None if position_ids is None else position_ids[:, seen:end],
-                **cache_kwargs(model, cache),
-                use_cache=True,
-                **last,
-            )
+            with _attending_everything(model, dense):
+                model(
+                    input_ids=input_ids[:, seen:end].to(model.device),
+                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                    position_ids=None if position_ids is None else position_ids[:, seen:end],
+                    **cache_kwargs(model, cache),
+                    use_cache=True,
+                    **last,
+                )
             bar.update(count)
             if on_chunk is not None:
                 on_chunk(count)
             seen = end
     return cache
+
+
+def _tail_begin(model: Any, seen: int, length: int, dense_tail: int) -> int:
+    """Where the dense tail of a prompt begins, between tiles; its last token is left to `generate`."""
+    if dense_tail == 0:
+        return length - 1
+    begin = max(0, length - dense_tail)
+    return min(length - 1, max(seen, begin - begin % _tile(model)))
+
+
+@contextmanager
+def _attending_everything(model: Any, wanted: bool) -> Iterator[None]:
+    """Full attention in every layer inside the block, where `wanted`."""
+    config = model.config.get_text_config(decoder=True)
+    modules: list[Any] = []
+    if wanted and config._attn_implementation == NAME:
+        layers = find_adapter(model.config.model_type).attention_layers(model)
+        modules = [module for _, module in layers if not getattr(module, SUSPENDED, False)]
+    for module in modules:
+        setattr(module, SUSPENDED, True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, SUSPENDED)
 
 
 def _is_first_process() -> bool:
