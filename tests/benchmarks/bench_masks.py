@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from statistics import median
 from time import perf_counter
@@ -84,8 +85,8 @@ def compare(model: Any, length: int, steps: int, rounds: int, compiled: bool) ->
         order = (True, False) if turn % 2 else (False, True)
         if compiled:
             masks = {True: torch.ones_like(ids), False: None}
-            took = {m: timed(lambda m=m: model(ids, attention_mask=masks[m], use_cache=False)) for m in order}  # type: ignore[misc]
-            found = {"compiled prefill": took}
+            calls = {m: partial(model, ids, attention_mask=masks[m], use_cache=False) for m in order}
+            found = {"compiled prefill": {m: timed(call) for m, call in calls.items()}}
         else:
             found = one_round(model, ids, steps, order)
         for stage, each in found.items():
