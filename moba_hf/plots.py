@@ -89,7 +89,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
         chosen = chosen_mask(choice, blocks)[0].cpu()
         first = row // rule.block_size
     kind = chosen.int()
-    kind[chosen & ((column < rule.sink_blocks) | (column >= first - rule.local_blocks))] = 2
+    kind[chosen & rule.forces(column, first)] = 2
     kind[chosen & (column >= first)] = 3
     rows = max(1, q.shape[1] // 512)  # every pixel row is one query
     figure, ax = _figure(6.6, 5.2)

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_shared_portable.py --lengths 2048 8192 32768 --share 0.25 0.1
 
 9 query and 3 kv heads of 64, fp32, random q, k, v; the best of `--runs`. Every stage runs; attention is then
-timed over random causal lists of the stated share of candidates, forced blocks included, since random keys have
-flat mass. `pairs` is what these lists hold of the causal (query, key) pairs.
+timed over random causal lists of the stated share of candidates, forced blocks included, since random keys
+have flat mass. `pairs` is what these lists hold of the causal (query, key) pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def random_lists(where: Sequences, q: Tensor, tile: int, block: int, share: floa
     own = (number >= first) & (number * block < position + tile)
     chosen = (own | ((number < first) & (torch.rand(HEADS, len(rows), len(number)) < share))) & used
     tiles = torch.arange(length) // tile
-    kept = chosen[:, tiles].sum() * block - HEADS * (length * (block - 1) // 2)  # own blocks are causal
+    later = HEADS * (length * (max(tile, block) - 1) // 2)  # keys of own blocks after their row
+    kept = chosen[:, tiles].sum() * block - later
     return pack_blocks(chosen, mask_words(length, block)), float(kept) / (HEADS * length * (length + 1) / 2)
 
 
