@@ -1,0 +1,88 @@
+"""Tile choices of the shared choice's kernels; see `tuning`, whose rules hold here too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_hf.kernels.tuning import Tile, fits
+
+# Most memory for masses of rows, and for lists of blocks, of a chunk of tiles, in bytes.
+MASS_WORKSPACE = 1 << 30
+LIST_WORKSPACE = 256 << 20
+
+
+@dataclass(frozen=True)
+class MassTile(Tile):
+    """As `Tile`: `m` sampled rows (tiles x rows x heads), `n` blocks of a step."""
+
+
+def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
+    """The tile of `shared_mass`; `dim`: padded head dim, `parts` of a block."""
+    for tile in _MASS:
+        if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
+            return tile
+    return _MASS[-1]
+
+
+def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
+    """Bytes of shared memory of `shared_mass`: queries, their squares, and vectors of `stages` steps."""
+    half = max(16, dim // 2)
+    vectors = tile.n * ((parts + 1) * dim + parts * half)
+    return (tile.m * (dim + half) + tile.stages * vectors) * itemsize + 1024
+
+
+_MASS = (
+    MassTile(64, 32, 4, 2),
+    MassTile(64, 16, 4, 2),
+    MassTile(64, 16, 4, 1),
+)
+# Query rows held, keys streamed; 128 rows halve what is read of keys.
+_ATTEND = (
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 8, 2),
+    Tile(64, 64, 4, 2),
+    Tile(64, 32, 4, 2),
+    Tile(32, 32, 4, 2),
+)
+_ATTEND_WIDE = (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+
+
+def attend_tile(
+    dims: tuple[int, int], itemsize: int, tile: int, block_size: int, device_capability: tuple[int, int]
+) -> Tile:
+    """The tile of `shared_attend`: `m` divides `tile`, `n` is a multiple or a divisor of `block_size`."""
+    for shape in _ATTEND_WIDE if max(dims) > 128 else _ATTEND:
+        if shape.m <= tile and fits(shape.shared_memory(dims, itemsize), device_capability):
+            return shape
+    return Tile(min(16, tile), 16, 4, 1)
+
+
+_DQ = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+_HELD = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+
+
+@dataclass(frozen=True)
+class SharedBackwardTiles:
+    """Shapes of the backward: `dq` holds rows and streams keys, `held` holds keys and streams rows."""
+
+    dq: Tile
+    held: Tile
+
+
+def backward_tiles(
+    dims: tuple[int, int], itemsize: int, tile: int, block_size: int, device_capability: tuple[int, int]
+) -> SharedBackwardTiles:
+    """The tiles of the backward; `m` divides `tile`, `held.n` divides `block_size`."""
+    wide = max(dims) > 128
+
+    def memory(shape: Tile) -> int:
+        flight = shape.n if shape.stages == 1 else shape.stages * max(shape.m, shape.n)
+        return (max(shape.m, shape.n) + flight) * sum(dims) * itemsize + shape.m * shape.n * itemsize + 2048
+
+    def first(shapes: tuple[Tile, ...], keys: int) -> Tile:
+        for shape in shapes:
+            if shape.m <= tile and shape.n <= keys and fits(memory(shape), device_capability):
+                return Tile(shape.m, shape.n, 8 if wide and shape.m == 64 else shape.warps, shape.stages)
+        return Tile(min(16, tile), 16, 4, 1)
+
+    return SharedBackwardTiles(first(_DQ, 1 << 30), first(_HELD, block_size))
