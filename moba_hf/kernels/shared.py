@@ -12,14 +12,19 @@ No result depends on a budget or on the batch, and nothing here waits for the de
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import shared_tuning, tuning
+from moba_hf.kernels import shared_hopper, shared_tuning, tuning
+from moba_hf.kernels.backward_routed import Rows
+from moba_hf.kernels.backward_rows import row_stats
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.shared_attend import attend_lists
+from moba_hf.kernels.shared_backward import dkv_of_lists, dq_of_lists
 from moba_hf.kernels.shared_choose import choose
-from moba_hf.kernels.shared_lists import Lists, block_lists
+from moba_hf.kernels.shared_lists import Lists, block_lists, tile_lists
 from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
@@ -101,6 +106,7 @@ def attend(
     *,
     workspace: int | None = None,
     shape: tuning.Tile | None = None,
+    use_hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
 
@@ -110,6 +116,7 @@ def attend(
         table, max_seqlen_q, max_seqlen_k: as for `select`.
         workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
         shape: the tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
+        use_hopper: run the Gluon kernel; None: where it can.
     """
     q, k, v, block_mask = (
         rows_contiguous(q),
@@ -126,12 +133,71 @@ def attend(
         dims = (padded(q.shape[3]), padded(v.shape[3]))
         capability = tuning.capability(q.device)
         shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
+    if use_hopper is None:
+        use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
+    left_by = shared_hopper.SHAPE.n if use_hopper else 0
     for first, lists in _chunks_of_lists(block_mask, plan, workspace):
-        attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale, shape)
+        if use_hopper:
+            shared_hopper.attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale)
+        attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale, shape, left_by)
     return out, lse
 
 
-def _chunks_of_lists(block_mask: Tensor, plan: SharedPlan, workspace: int | None):  # type: ignore[no-untyped-def]
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_mask: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    shapes: shared_tuning.SharedBackwardTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v with the choice held, contiguous, in their dtypes; 0 where nothing attends.
+
+    Args:
+        grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
+        out, lse: what `attend` returned; the rest as it took them.
+        workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
+        shapes: None: by `shared_tuning.backward_tiles`.
+    """
+    q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
+    block_mask = rows_contiguous(block_mask)
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    plan = make_shared_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tile)
+    if plan.num_tiles == 0 or q.numel() == 0:
+        return grad_q, grad_k, grad_v
+    if shapes is None:
+        dims = (padded(q.shape[3]), padded(v.shape[3]))
+        capability = tuning.capability(q.device)
+        shapes = shared_tuning.backward_tiles(dims, q.element_size(), tile, block_size, capability)
+    rows = Rows(q, k, v, grad_out, row_stats(out, grad_out, lse, grad_lse), softmax_scale)
+    for first, lists in _chunks_of_lists(block_mask, plan, workspace):
+        dq_of_lists(rows, plan, lists, first, grad_q, shapes.dq)
+    num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    tiles = group * (1 + (min(max_seqlen_q, q.shape[2]) + tile - 2) // tile)
+    blocks = plan.num_blocks + plan.num_seqs
+    budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
+    chunk = _even_chunk(blocks, budget // Lists.tile_bytes(num_kv_heads, tiles), 1)
+    lists = Lists.empty(chunk, num_kv_heads, tiles, q)
+    for first in range(0, blocks, chunk):
+        tile_lists(block_mask, plan, group, first, lists)
+        dkv_of_lists(rows, plan, lists, first, grad_k, grad_v, shapes.held)
+    return grad_q, grad_k, grad_v
+
+
+def _chunks_of_lists(
+    block_mask: Tensor, plan: SharedPlan, workspace: int | None
+) -> Iterator[tuple[int, Lists]]:
     """Per chunk of tiles: its first tile, and the lists of its tiles, in memory that every chunk uses anew."""
     num_heads = block_mask.shape[0]
     budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace

@@ -33,12 +33,14 @@ def attend_lists(
     first_tile: int,
     softmax_scale: float,
     tile: Tile,
+    left_by: int = 0,
 ) -> None:
     """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the rows of the listed tiles.
 
     Args:
         q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         lists: of tiles from `first_tile` on.
+        left_by: only tiles whose last keys do not fill so many; 0: all tiles.
     """
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
@@ -70,6 +72,7 @@ def attend_lists(
             PADDED_V=padded(v.shape[3]),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
+            LEFT_BY=left_by,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
@@ -125,6 +128,7 @@ def _attend_lists_kernel(
     PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LEFT_BY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     PARTS: tl.constexpr = (TILE + BLOCK_M - 1) // BLOCK_M
@@ -143,7 +147,11 @@ def _attend_lists_kernel(
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     query = q_begin + row
     there = query < q_end
-    if q_begin + program % PARTS * BLOCK_M < q_end:
+    wanted = q_begin + program % PARTS * BLOCK_M < q_end
+    if LEFT_BY > 0:
+        own = position + q_end - q_begin - first // BLOCK_SIZE * BLOCK_SIZE
+        wanted = wanted & (own % LEFT_BY != 0)
+    if wanted:
         q_at = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
         q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, False)
         k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n

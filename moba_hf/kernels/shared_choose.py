@@ -21,8 +21,6 @@ from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.op.shared import SharedRule
 
-_COLUMNS = 256
-
 
 def choose(
     masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
@@ -34,6 +32,8 @@ def choose(
     """
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
+    # a row of masses spread over all threads: rows are then added up within a thread
+    columns = min(1024, max(32, masses.step, triton.next_power_of_2(blocks)))
     with device_of(scratch):
         _choose_kernel[(tiles, num_heads)](
             masses.mass,
@@ -58,12 +58,12 @@ def choose(
             SAMPLE=rule.sample,
             ROWS=rows,
             BLOCK_R=min(rows, 8),
-            BLOCK_N=_COLUMNS,
+            BLOCK_N=columns,
             STEP=masses.step,
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
-            num_warps=4,
+            num_warps=max(1, columns // 256),
         )
 
 
@@ -84,27 +84,28 @@ def _tile_masses(
     STEP: tl.constexpr,
 ):
     """Writes the tile's masses to `scratch_ptr`; returns the largest. Rows `[first_row, last_row)` count."""
+    STEPS: tl.constexpr = BLOCK_N // STEP
     largest = 0.0
-    each = tl.arange(0, BLOCK_R)
+    count = (last_row - first_row).to(tl.float32)
     for start in range(0, columns, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = column < columns
-        mean = tl.zeros([BLOCK_N], tl.float32)
+        # (steps, blocks of a step): all blocks of a step refer to one unit
+        step = start // STEP + tl.arange(0, STEPS)
+        column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
+        mean = tl.zeros([STEPS, STEP], tl.float32)
         for at in range(0, ROWS, BLOCK_R):
-            row = item * ROWS + at + each
-            there = (at + each >= first_row) & (at + each < last_row)
+            each = at + tl.arange(0, BLOCK_R)
+            there = (each >= first_row) & (each < last_row)
+            row = item * ROWS + each
             high = tl.load(total_ptr + row * 2, mask=there, other=0.0)
             total = tl.load(total_ptr + row * 2 + 1, mask=there, other=1.0)
-            factor = 1.0 / (total * (last_row - first_row).to(tl.float32))
-            both = there[:, None] & inside[None, :]
-            unit = tl.load(
-                high_ptr + row[:, None] * (blocks // STEP) + (column // STEP)[None, :], mask=both, other=-1e30
-            )
-            mass = tl.load(mass_ptr + row[:, None] * blocks + column[None, :], mask=both, other=0.0)
-            weight = tl.exp2(unit - high[:, None]) * factor[:, None]
-            mean += tl.sum(mass.to(tl.float32) * weight, 0)
-        tl.store(scratch_ptr + column, mean, mask=inside)
-        largest = tl.maximum(largest, tl.max(tl.where(inside, mean, 0.0), 0))
+            both = there[:, None] & (step * STEP < columns)[None, :]
+            unit = tl.load(high_ptr + row[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30)
+            weight = tl.exp2(unit - high[:, None]) / (total * count)[:, None]
+            inside = there[:, None, None] & (column < columns)[None, :, :]
+            mass = tl.load(mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=inside, other=0.0)
+            mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
+        tl.store(scratch_ptr + column, mean, mask=column < columns)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.where(column < columns, mean, 0.0), 1), 0))
     return largest
 
 

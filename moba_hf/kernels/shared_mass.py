@@ -127,6 +127,7 @@ def row_masses(
             PADDED_HALF=padded(head_dim // 2),
             HALVES=rule.rotary_pairs == "halves",
             BLOCK_N=tile.n,
+            WIDE=tile.wide,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
@@ -175,6 +176,7 @@ def _row_masses_kernel(
     PADDED_HALF: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = TILES * BLOCK_ROWS * HEADS
@@ -231,28 +233,48 @@ def _row_masses_kernel(
                 done = here
                 center_at = center_ptr + (here + column)[None, :].to(tl.int64) * HEAD_DIM + dim[:, None]
                 spread_at = spread_ptr + (here + column)[None, :].to(tl.int64) * HALF + pair[:, None]
+                if WIDE:
+                    w = tl.arange(0, PARTS * BLOCK_N)
+                    w_column = w % BLOCK_N
+                    w_at = (here + w_column).to(tl.int64) + (w // BLOCK_N).to(tl.int64) * step
+                    wide_c = center_ptr + w_at[None, :] * HEAD_DIM + dim[:, None]
+                    wide_s = spread_ptr + w_at[None, :] * HALF + pair[:, None]
                 last = tl.max(seen, 0)
                 for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
                     valid = (start + column < last)[None, :]
-                    c_mask = valid & (dim < HEAD_DIM)[:, None]
-                    s_mask = valid & (pair < HALF)[:, None]
+                    there_column = (start + column)[None, :] < seen[:, None]
                     c_at = center_at + start * HEAD_DIM
                     s_at = spread_at + start * HALF
+                    c_mask = valid & (dim < HEAD_DIM)[:, None]
+                    s_mask = valid & (pair < HALF)[:, None]
                     least = dot(q, tl.load(c_at + PARTS * step * HEAD_DIM, mask=c_mask, other=0.0)) * scale
-                    terms = (least,)
-                    top = least
-                    for part in tl.static_range(PARTS):
-                        center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
-                        spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
+                    least = tl.where(there_column, least, -1e30)
+                    if WIDE:
+                        w_valid = (start + w_column < last)[None, :]
+                        at_wide = wide_c + start * HEAD_DIM
+                        center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
+                        at_wide = wide_s + start * HALF
+                        spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
                         term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
-                        terms = terms + (term,)
-                        top = tl.maximum(top, term)
-                    there_column = (start + column)[None, :] < seen[:, None]
-                    top = tl.where(there_column, top, -1e30)
-                    new_high = tl.maximum(high, tl.max(top, 1))
-                    mass = tl.exp2(terms[0] - new_high[:, None])
-                    for part in tl.static_range(PARTS):
-                        mass += tl.exp2(terms[part + 1] - new_high[:, None])
+                        term = tl.where((start + w_column)[None, :] < seen[:, None], term, -1e30)
+                        new_high = tl.maximum(tl.maximum(high, tl.max(least, 1)), tl.max(term, 1))
+                        weight = tl.exp2(term - new_high[:, None])
+                        mass = tl.exp2(least - new_high[:, None])
+                        mass += tl.sum(tl.reshape(weight, (BLOCK_M, PARTS, BLOCK_N)), 1)
+                    else:
+                        terms = (least,)
+                        top = least
+                        for part in tl.static_range(PARTS):
+                            center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
+                            spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
+                            term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                            terms = terms + (term,)
+                            top = tl.maximum(top, term)
+                        top = tl.where(there_column, top, -1e30)
+                        new_high = tl.maximum(high, tl.max(top, 1))
+                        mass = tl.exp2(terms[0] - new_high[:, None])
+                        for part in tl.static_range(PARTS):
+                            mass += tl.exp2(terms[part + 1] - new_high[:, None])
                     mass = tl.where(there_column, mass, 0.0)
                     total = total * tl.exp2(high - new_high) + tl.sum(mass, 1)
                     high = new_high

@@ -31,6 +31,7 @@ class SharedPlan:
     Attributes:
         table: int32 `(S, 5)`, contiguous; see `moba_hf.op.sequences`.
         tiles: int32 `(num_tiles, 8)`, see the module; rows that are not needed are zero.
+        tile_offset: int32 `(S + 1,)`, number of each sequence's first tile.
         block_offset: int32 `(S + 1,)`, flat number of each sequence's block 0.
         num_seqs: S. num_tiles: rows of `tiles`, a host bound.
         tile: T. block_size: B.
@@ -40,6 +41,7 @@ class SharedPlan:
 
     table: Tensor
     tiles: Tensor
+    tile_offset: Tensor
     block_offset: Tensor
     num_seqs: int
     num_tiles: int
@@ -81,6 +83,7 @@ def make_shared_plan(
     return SharedPlan(
         table=table,
         tiles=tiles,
+        tile_offset=offsets[0],
         block_offset=offsets[1],
         num_seqs=num_seqs,
         num_tiles=num_tiles,
@@ -142,18 +145,3 @@ def _tiles_kernel(table_ptr, offset_ptr, tile_ptr, num_seqs, num_tiles, tile_siz
     tl.store(out + 5, tl.where(used, k_begin + k_len, 0), mask=there)
     tl.store(out + 6, tl.where(used, tl.load(offset_ptr + num_seqs + 1 + low), 0), mask=there)
     tl.store(out + 7, tl.zeros([BLOCK], tl.int32), mask=there)
-
-
-@triton.jit
-def load_tile(tile_ptr, number):
-    """Batch row, query range, position of the first query, key range and first flat block of a tile."""
-    row = tile_ptr + number.to(tl.int64) * COLUMNS
-    return (
-        tl.load(row).to(tl.int64),
-        tl.load(row + 1),
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-        tl.load(row + 6),
-    )

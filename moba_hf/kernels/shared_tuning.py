@@ -13,7 +13,13 @@ LIST_WORKSPACE = 256 << 20
 
 @dataclass(frozen=True)
 class MassTile(Tile):
-    """As `Tile`: `m` sampled rows (tiles x rows x heads), `n` blocks of a step."""
+    """As `Tile`: `m` sampled rows (tiles x rows x heads), `n` blocks of a step.
+
+    Attributes:
+        wide: the parts of all blocks of a step are one matrix product, not one each.
+    """
+
+    wide: bool = False
 
 
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
@@ -32,6 +38,7 @@ def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
 
 
 _MASS = (
+    MassTile(128, 32, 8, 2),
     MassTile(64, 32, 4, 2),
     MassTile(64, 16, 4, 2),
     MassTile(64, 16, 4, 1),
