@@ -79,21 +79,41 @@ def attend_lists(
 
 
 @triton.jit
-def list_keys(list_ptr, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys `(BLOCK_N,)` of step `step` over the listed blocks, and which of them exist.
+def first_blocks(list_ptr, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The listed block, or blocks `(BLOCK_N,)`, of step 0.
 
-    A block is a whole number of steps, or a step a whole number of blocks.
+    A block is a whole number of steps, or a step a whole number of blocks. Blocks are loaded a step ahead, so
+    that the loads of keys do not wait for them.
     """
+    if BLOCK_SIZE >= BLOCK_N:
+        return tl.load(list_ptr, mask=count > 0, other=0).to(tl.int32)
+    else:
+        at = tl.arange(0, BLOCK_N) // BLOCK_SIZE
+        return tl.load(list_ptr + at, mask=at < count, other=0).to(tl.int32)
+
+
+@triton.jit
+def later_blocks(list_ptr, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What `first_blocks` returns, of the step after `step`."""
+    if BLOCK_SIZE >= BLOCK_N:
+        per_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
+        return tl.load(list_ptr + tl.minimum((step + 1) // per_block, count - 1)).to(tl.int32)
+    else:
+        per_step: tl.constexpr = BLOCK_N // BLOCK_SIZE
+        at = (step + 1) * per_step + tl.arange(0, BLOCK_N) // BLOCK_SIZE
+        return tl.load(list_ptr + at, mask=at < count, other=0).to(tl.int32)
+
+
+@triton.jit
+def list_keys(block, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys `(BLOCK_N,)` of step `step` in the listed `block` or blocks, and which of them exist."""
     column = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE >= BLOCK_N:
         per_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
-        block = tl.load(list_ptr + step // per_block).to(tl.int32)
         return block * BLOCK_SIZE + step % per_block * BLOCK_N + column, column >= 0
     else:
         per_step: tl.constexpr = BLOCK_N // BLOCK_SIZE
-        at = step * per_step + column // BLOCK_SIZE
-        block = tl.load(list_ptr + at, mask=at < count, other=0).to(tl.int32)
-        return block * BLOCK_SIZE + column % BLOCK_SIZE, at < count
+        return block * BLOCK_SIZE + column % BLOCK_SIZE, step * per_step + column // BLOCK_SIZE < count
 
 
 @triton.jit(do_not_specialize=["q_len", "first_tile"])
@@ -166,8 +186,10 @@ def _attend_lists_kernel(
             steps = count * (BLOCK_SIZE // BLOCK_N)
         else:
             steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+        ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
         for step in tl.range(0, steps, num_stages=STAGES):
-            key, known = list_keys(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
+            key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
+            ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
             key = key.to(tl.int64)
             keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
-from moba_hf.kernels.shared_attend import list_keys
+from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.softmax import load_rows
@@ -186,8 +186,10 @@ def _dq_kernel(
         else:
             steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
         EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
+        ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
         for step in tl.range(0, steps, num_stages=STAGES):
-            key, known = list_keys(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
+            key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
+            ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             key = key.to(tl.int64)
             keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
             values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
@@ -289,13 +291,13 @@ def _dkv_kernel(
         end = tl.minimum((block * BLOCK_SIZE + BLOCK_SIZE - 1) // TILE * TILE + TILE, k_len)
         steps = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0) * GROUP
         for step in tl.range(0, steps, num_stages=STAGES):
-            position = begin + step // GROUP * BLOCK_M + tl.arange(0, BLOCK_M)
+            start = begin + step // GROUP * BLOCK_M
+            position = start + tl.arange(0, BLOCK_M)
             q, grad, lse, delta = _load_queries(
                 q_ptr,
                 grad_ptr,
                 stats_ptr,
-                position,
-                position < end,
+                start,
                 shift,
                 begin,
                 end,
@@ -305,6 +307,7 @@ def _dkv_kernel(
                 grad_stride_h,
                 grad_stride_n,
                 stat_stride,
+                BLOCK_M,
                 HEAD_DIM,
                 PADDED_DIM,
                 V_DIM,
@@ -318,16 +321,17 @@ def _dkv_kernel(
         item = number.to(tl.int64) * tl.num_programs(1) + kv_head
         list_ptr += item * list_length
         steps = tl.load(count_ptr + item) * PER_TILE
+        # loaded a step ahead, so that the queries' loads do not wait for it
+        next_entry = tl.load(list_ptr, mask=steps > 0, other=0).to(tl.int32)
         for step in tl.range(0, steps, num_stages=STAGES):
-            entry = tl.load(list_ptr + step // PER_TILE).to(tl.int32)
-            position = (first // TILE + entry // GROUP) * TILE + step % PER_TILE * BLOCK_M
-            position += tl.arange(0, BLOCK_M)
+            entry = next_entry
+            next_entry = tl.load(list_ptr + tl.minimum(step + 1, steps - 1) // PER_TILE).to(tl.int32)
+            start = (first // TILE + entry // GROUP) * TILE + step % PER_TILE * BLOCK_M
             q, grad, lse, delta = _load_queries(
                 q_ptr,
                 grad_ptr,
                 stats_ptr,
-                position,
-                (position >= first) & (position < k_len),
+                start,
                 shift,
                 first,
                 k_len,
@@ -337,6 +341,7 @@ def _dkv_kernel(
                 grad_stride_h,
                 grad_stride_n,
                 stat_stride,
+                BLOCK_M,
                 HEAD_DIM,
                 PADDED_DIM,
                 V_DIM,
@@ -361,8 +366,7 @@ def _load_queries(
     q_ptr,
     grad_ptr,
     stats_ptr,
-    position,
-    there,
+    start,
     shift,
     begin,
     end,
@@ -372,15 +376,24 @@ def _load_queries(
     grad_stride_h,
     grad_stride_n,
     stat_stride,
+    BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
 ):
-    """Queries, output gradients, lse and delta of rows at `position (M,)`; those not `there` are silenced."""
-    query = (tl.minimum(tl.maximum(position, begin), end - 1) + shift).to(tl.int64)
+    """Queries, output gradients, lse and delta of rows from position `start` on, inside `[begin, end)`.
+
+    Others are silenced. Offsets from the first row are int32: they save registers.
+    """
     head = in_group.to(tl.int64)
-    q = load_rows(q_ptr, head * q_stride_h + query * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
-    grad = load_rows(grad_ptr, head * grad_stride_h + query * grad_stride_n, there, V_DIM, PADDED_V, True)
-    lse, delta = load_stats(stats_ptr + query * stat_stride + head * 2)
+    first = (start + shift).to(tl.int64)
+    position = start + tl.arange(0, BLOCK_M)
+    there = (position >= begin) & (position < end)
+    row = tl.minimum(tl.maximum(position, begin), end - 1) - start
+    q_ptr += head * q_stride_h + first * q_stride_n
+    grad_ptr += head * grad_stride_h + first * grad_stride_n
+    q = load_rows(q_ptr, row * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
+    grad = load_rows(grad_ptr, row * grad_stride_n, there, V_DIM, PADDED_V, True)
+    lse, delta = load_stats(stats_ptr + head * 2 + first * stat_stride + row * stat_stride)
     return q, grad, tl.where(there, lse, float("inf")), delta

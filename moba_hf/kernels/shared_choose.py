@@ -22,6 +22,9 @@ from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.op.shared import SharedRule
 
 
+_SHAPE = (512, 2, 128)
+
+
 def choose(
     masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
 ) -> None:
@@ -33,7 +36,7 @@ def choose(
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
     # a row of masses spread over all threads: rows are then added up within a thread
-    columns = min(1024, max(32, masses.step, triton.next_power_of_2(blocks)))
+    columns = min(_SHAPE[0], max(32, masses.step, triton.next_power_of_2(blocks)))
     with device_of(scratch):
         _choose_kernel[(tiles, num_heads)](
             masses.mass,
@@ -57,13 +60,13 @@ def choose(
             TILE=rule.tile,
             SAMPLE=rule.sample,
             ROWS=rows,
-            BLOCK_R=min(rows, 8),
+            BLOCK_R=min(rows, _SHAPE[1]),
             BLOCK_N=columns,
             STEP=masses.step,
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
-            num_warps=max(1, columns // 256),
+            num_warps=max(1, columns // _SHAPE[2]),
         )
 
 
