@@ -144,7 +144,8 @@ class MassSummary:
         parts = keys.unflatten(1, (count, block_size // size, size))
         self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
         self.pairs = rotary_pairs
-        var = self._paired(parts.var(3, unbiased=False)) / (1 if rotary_pairs is None else 2)
+        var = parts.var(3, unbiased=False) if count else parts.mean(3)  # torch warns of variances of nothing
+        var = var if rotary_pairs is None else self._paired(var) / 2
         self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])

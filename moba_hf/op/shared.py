@@ -37,97 +37,27 @@ zero (`q_begin == q_end`), their masks are zero. A query that no tile covers is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from moba_hf.config import check_int
+from moba_hf.op.sequences import Sequences
+from moba_hf.op.shared_rule import SharedRule
 
-# How the two coordinates that a rotary embedding turns together are paired: (d, d + D/2), or (2d, 2d + 1).
-ROTARY_PAIRS = ("halves", "neighbours")
+__all__ = [
+    "SharedRule",
+    "mask_words",
+    "num_tiles",
+    "pack_blocks",
+    "sequence_tiles",
+    "tile_table",
+    "unpack_blocks",
+]
+
 TILE_COLUMNS = ("batch", "q_begin", "q_end", "position", "k_begin", "k_end")
 WORD_BITS = 32
-
-
-@dataclass(frozen=True)
-class SharedRule:
-    """Which blocks a tile of queries attends; see the module.
-
-    Attributes:
-        block_size: tokens in a block.
-        tile: queries in a tile, a multiple or a divisor of `block_size`.
-        threshold: blocks of at least so many times the largest mass are attended; in (0, 1). None: not asked.
-        share: the heaviest blocks that reach this share of the mass are attended; in (0, 1). None: not asked.
-        topk: the most blocks that a tile attends, forced ones included; None: no cap.
-        sink_blocks, local_blocks: first blocks, and blocks just before the tile, that are always attended.
-        sample: one row in so many speaks for the tile; a divisor of `tile`.
-        dense_below: rows before this position attend every key; a multiple of `tile`.
-        rotary_pairs: one of `ROTARY_PAIRS`, as the model's rotary embedding pairs coordinates.
-
-    Raises:
-        ValueError: a value out of range. TypeError: a value of the wrong type.
-    """
-
-    block_size: int
-    tile: int
-    threshold: float | None = None
-    share: float | None = None
-    topk: int | None = None
-    sink_blocks: int = 1
-    local_blocks: int = 1
-    sample: int = 1
-    dense_below: int = 0
-    rotary_pairs: str = "halves"
-
-    def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("tile", 1), ("sink_blocks", 0), ("local_blocks", 0)):
-            check_int(name, getattr(self, name), minimum=least)
-        check_int("sample", self.sample, minimum=1)
-        check_int("dense_below", self.dense_below, minimum=0)
-        if self.tile % self.block_size and self.block_size % self.tile:
-            raise ValueError(
-                f"tile={self.tile} must be a multiple or a divisor of block_size={self.block_size}"
-            )
-        if self.tile % self.sample:
-            raise ValueError(f"sample={self.sample} must divide tile={self.tile}")
-        if self.dense_below % self.tile:
-            raise ValueError(f"dense_below={self.dense_below} must be a multiple of tile={self.tile}")
-        for name in ("threshold", "share"):
-            _check_fraction(name, getattr(self, name))
-        if self.threshold is None and self.share is None and self.topk is None:
-            raise ValueError("a shared choice needs threshold, share or topk")
-        if self.topk is not None:
-            check_int("topk", self.topk, minimum=1)
-            if self.topk < self.forced_blocks:
-                raise ValueError(
-                    f"topk={self.topk} is too small: it counts the {self.own_blocks} blocks that a tile "
-                    f"overlaps, {self.sink_blocks} sink_blocks and {self.local_blocks} local_blocks, so it "
-                    f"must be at least {self.forced_blocks}"
-                )
-        if self.rotary_pairs not in ROTARY_PAIRS:
-            raise ValueError(
-                f"rotary_pairs must be one of {', '.join(map(repr, ROTARY_PAIRS))}, got {self.rotary_pairs!r}"
-            )
-
-    @property
-    def own_blocks(self) -> int:
-        """Blocks that a whole tile overlaps."""
-        return max(1, self.tile // self.block_size)
-
-    @property
-    def forced_blocks(self) -> int:
-        """Blocks that a whole tile always attends."""
-        return self.own_blocks + self.sink_blocks + self.local_blocks
-
-
-def _check_fraction(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number between 0 and 1, got {value!r}")
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value}")
 
 
 def tile_bound(num_seqs: int, max_seqlen_q: int, total_q: int, tile: int) -> int:
@@ -141,6 +71,25 @@ def tile_bound(num_seqs: int, max_seqlen_q: int, total_q: int, tile: int) -> int
     """
     longest = 0 if max_seqlen_q == 0 else (max_seqlen_q + tile - 2) // tile + 1
     return min(num_seqs * longest, (total_q + num_seqs * 2 * (tile - 1)) // tile)
+
+
+def num_tiles(sequences: Sequences, q: Tensor, tile: int) -> int:
+    """Rows of the tile table of `q (batch, heads, q_len, dim)`, known without looking at values."""
+    return tile_bound(sequences.table.shape[0], sequences.max_seqlen_q, q.shape[0] * q.shape[2], tile)
+
+
+def sequence_tiles(sequences: Sequences, q: Tensor, tile: int) -> Iterator[tuple[slice, list[list[int]]]]:
+    """Per sequence that has queries: the numbers of its tiles, and their rows of the tile table.
+
+    Reading them waits for the device.
+    """
+    rows = tile_table(sequences.table, tile, num_tiles(sequences, q, tile)).tolist()
+    at = 0
+    for _, group in groupby(rows, key=lambda row: (row[0], row[4], row[5])):
+        tiles = list(group)
+        if tiles[0][2] > tiles[0][1]:  # else rows that are not needed
+            yield slice(at, at + len(tiles)), tiles
+        at += len(tiles)
 
 
 def tile_table(table: Tensor, tile: int, bound: int) -> Tensor:
@@ -170,7 +119,8 @@ def tile_table(table: Tensor, tile: int, bound: int) -> Tensor:
 
 def mask_words(max_seqlen_k: int, block_size: int) -> int:
     """Words of a block mask for sequences of at most `max_seqlen_k` keys."""
-    return -(-(-(-max_seqlen_k // block_size)) // WORD_BITS)
+    blocks = (max_seqlen_k + block_size - 1) // block_size
+    return (blocks + WORD_BITS - 1) // WORD_BITS
 
 
 def pack_blocks(chosen: Tensor, words: int) -> Tensor:

@@ -12,12 +12,13 @@ call begins, so that chunks of a prefill and decode steps have a reference too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import MassGate
-from moba_hf.op.reference import accumulate_dtype
+from moba_hf.op.gates import MassSummary
+from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.shared import SharedRule
 
 # Positions [begin, end) of the rows of a tile that one call holds.
@@ -29,7 +30,7 @@ def tiles_ref(q_len: int, kv_len: int, tile: int, cuts: Sequence[int] = ()) -> l
     first = kv_len - q_len
     edges = {first, kv_len, *range(0, kv_len, tile), *cuts}
     inside = sorted(edge for edge in edges if first <= edge <= kv_len)
-    return list(zip(inside[:-1], inside[1:], strict=True))
+    return list(pairwise(inside))
 
 
 def sampled_rows_ref(begin: int, end: int, sample: int) -> list[int]:
@@ -48,7 +49,7 @@ def tile_masses_ref(
     """Per tile, the masses `(num_heads, candidates)` of its candidates, summing to 1, in fp32 (fp64)."""
     q_len, kv_len = q.shape[0], k.shape[0]
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    gate = MassGate(k.detach().transpose(0, 1), rule.block_size, scale, rotary_pairs=rule.rotary_pairs)
+    gate = MassSummary(k.detach().transpose(0, 1), rule.block_size, scale, rotary_pairs=rule.rotary_pairs)
     scores = gate.scores(q.detach().transpose(0, 1), kv_len // rule.block_size)  # (H, q_len, blocks)
     masses = []
     for begin, end in tiles_ref(q_len, kv_len, rule.tile, cuts):
