@@ -28,7 +28,8 @@ from moba_hf.kernels.shared_lists import Lists, block_lists, tile_lists
 from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
-from moba_hf.op.reference import part_size
+from moba_hf.op.numerics import part_size
+from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule
 
 
@@ -48,9 +49,7 @@ def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
 def select(
     q: Tensor,
     k: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     rule: SharedRule,
     softmax_scale: float,
     *,
@@ -61,15 +60,11 @@ def select(
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
-        table: see `moba_hf.op.sequences`.
-        max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
         workspace: bytes that masses may take, None: `shared_tuning.MASS_WORKSPACE`.
         mass_tile: None: by `shared_tuning.mass_tile`.
     """
     q, k = rows_contiguous(q), rows_contiguous(k)
-    plan = make_shared_plan(
-        q, k, table, max_seqlen_q, max_seqlen_k, block_size=rule.block_size, tile=rule.tile
-    )
+    plan = _plan(q, k, sequences, rule.block_size, rule.tile)
     num_heads = q.shape[1]
     block_mask = torch.empty(num_heads, plan.num_tiles, plan.words, dtype=torch.int32, device=q.device)
     if block_mask.numel() == 0:
@@ -97,9 +92,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     block_mask: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     block_size: int,
     tile: int,
     softmax_scale: float,
@@ -113,7 +106,6 @@ def attend(
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
         block_mask: int32 `(H, num_tiles, words)`, as `select` returns it.
-        table, max_seqlen_q, max_seqlen_k: as for `select`.
         workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
         shape: the tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
         use_hopper: run the Gluon kernel; None: where it can.
@@ -126,7 +118,7 @@ def attend(
     )
     out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    plan = make_shared_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tile)
+    plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return out, lse
     if shape is None:
@@ -146,15 +138,8 @@ def attend(
 def attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_mask: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    saved: Attended,
+    sequences: Sequences,
     block_size: int,
     tile: int,
     softmax_scale: float,
@@ -166,25 +151,26 @@ def attend_backward(
 
     Args:
         grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
-        out, lse: what `attend` returned; the rest as it took them.
+        saved: what `attend` took and returned; the choice is its block mask.
         workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
         shapes: None: by `shared_tuning.backward_tiles`.
     """
-    q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
-    block_mask = rows_contiguous(block_mask)
+    q, k, v, out, grad_out, block_mask = (
+        rows_contiguous(x) for x in (*saved[:4], grad_out, saved.block_indices)
+    )
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    plan = make_shared_plan(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tile)
+    plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return grad_q, grad_k, grad_v
     if shapes is None:
         dims = (padded(q.shape[3]), padded(v.shape[3]))
         capability = tuning.capability(q.device)
         shapes = shared_tuning.backward_tiles(dims, q.element_size(), tile, block_size, capability)
-    rows = Rows(q, k, v, grad_out, row_stats(out, grad_out, lse, grad_lse), softmax_scale)
+    rows = Rows(q, k, v, grad_out, row_stats(out, grad_out, saved.lse, grad_lse), softmax_scale)
     for first, lists in _chunks_of_lists(block_mask, plan, workspace):
         dq_of_lists(rows, plan, lists, first, grad_q, shapes.dq)
     num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    tiles = group * (1 + (min(max_seqlen_q, q.shape[2]) + tile - 2) // tile)
+    tiles = group * (1 + (min(sequences.max_seqlen_q, q.shape[2]) + tile - 2) // tile)
     blocks = plan.num_blocks + plan.num_seqs
     budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
     chunk = _even_chunk(blocks, budget // Lists.tile_bytes(num_kv_heads, tiles), 1)
@@ -193,6 +179,11 @@ def attend_backward(
         tile_lists(block_mask, plan, group, first, lists)
         dkv_of_lists(rows, plan, lists, first, grad_k, grad_v, shapes.held)
     return grad_q, grad_k, grad_v
+
+
+def _plan(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, tile: int) -> SharedPlan:
+    limits = sequences.max_seqlen_q, sequences.max_seqlen_k
+    return make_shared_plan(q, k, sequences.table, *limits, block_size=block_size, tile=tile)
 
 
 def _chunks_of_lists(

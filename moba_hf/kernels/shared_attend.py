@@ -10,7 +10,6 @@ first, so that the short ones fill the gaps at the end. A row's result depends o
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

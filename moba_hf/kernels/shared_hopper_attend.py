@@ -101,7 +101,7 @@ def _produce(
         entries = list_ptr + at * list_length
         if total > 0:
             block = gl.load(entries, mask=listed > 0, other=0).to(gl.int32)
-            for i in range(0, listed):
+            for i in range(listed):
                 begin = k_begin + block * BLOCK_SIZE + i % PER_BLOCK * BLOCK_N
                 more = gl.minimum(i + 1, listed - 1) // PER_BLOCK
                 block = gl.load(entries + more).to(gl.int32)

@@ -113,9 +113,7 @@ def _block_lists_kernel(
     tl.store(count_ptr + item, count)
 
 
-def tile_lists(
-    block_mask: Tensor, plan: SharedPlan, group: int, first_block: int, lists: Lists
-) -> None:
+def tile_lists(block_mask: Tensor, plan: SharedPlan, group: int, first_block: int, lists: Lists) -> None:
     """Writes per (block, kv head) which tiles of which query heads of the group chose the block.
 
     An entry is `tile * group + head of the group`, tiles counted from the first one of the sequence; those

@@ -3,8 +3,8 @@
 Legend: T tile, B block size, D head dim, G query heads of a kv head, P parts of a block, R sampled rows of a
 tile, N blocks of a step.
 
-A program holds the sampled rows of a few tiles times the heads of one kv head, so that summaries of blocks are
-read once for all, and runs over the candidates N at a time. The score of a block is, in log2 units, the
+A program holds the sampled rows of a few tiles times the heads of one kv head, so that summaries of blocks
+are read once for all, and runs over the candidates N at a time. The score of a block is, in log2 units, the
 log-sum-exp of P parts and of the smallest key (`moba_hf.op.gates`); with `high` the largest term that a row
 has met so far, `sum of exp2(term - high)` is the block's unnormalised mass: P + 1 exponentials, no logarithm.
 It is stored in fp16 with the `high` it refers to, and `shared_choose` puts rows of a tile together once
@@ -24,7 +24,7 @@ from torch import Tensor
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import MassTile
-from moba_hf.op.reference import part_size
+from moba_hf.op.numerics import part_size
 from moba_hf.op.shared import SharedRule
 
 _LOG2_E = math.log2(math.e)

@@ -1,4 +1,4 @@
-"""What the shared choice knows of a block: the vectors of the mass gate, variances averaged over rotary pairs.
+"""What the shared choice knows of a block: the mass gate's vectors, variances averaged over rotary pairs.
 
 Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `shared_plan`), P parts of a block.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from moba_hf.kernels.launch import device_of, narrow, padded
 from moba_hf.kernels.plan import bisect
 from moba_hf.kernels.shared_plan import SharedPlan
-from moba_hf.op.reference import part_size, spread_dtype
+from moba_hf.op.numerics import part_size, spread_dtype
 
 
 def shared_summary(k: Tensor, plan: SharedPlan, rotary_pairs: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,58 @@
+"""The shared choice under the interpreter: tiles, choice, attention, gradients, chunks of a bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice
+
+from moba_hf.bench.checks import Case
+from moba_hf.op.shared import SharedRule
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+RAGGED = [(40, 70), (0, 5), (33, 33), (0, 0), (1, 77), (16, 48)]
+CASES = {
+    "tile of two blocks": (
+        Case(RAGGED, num_heads=4, num_kv_heads=2, head_dim=32),
+        SharedRule(16, 32, threshold=0.3),
+    ),
+    "block of two tiles": (
+        Case(RAGGED, num_heads=2, head_dim=32, spare=3, dtype=torch.bfloat16),
+        SharedRule(32, 16, threshold=0.6, sample=4, local_blocks=2),
+    ),
+    "share, odd group, narrow pairs": (
+        Case([(70, 200), (9, 33)], num_heads=3, head_dim=24, v_dim=40),
+        SharedRule(16, 64, share=0.6, sample=8, rotary_pairs="neighbours"),
+    ),
+    "all limits, dense below": (
+        Case([(90, 260)], num_kv_heads=2, head_dim=32, dtype=torch.float16),
+        SharedRule(16, 32, share=0.9, threshold=0.1, topk=7, sample=32, dense_below=192),
+    ),
+    "equal masses": (
+        Case([(64, 160)], head_dim=16, kind="constant"),
+        SharedRule(16, 16, topk=6, sample=2, sink_blocks=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_choice_and_attention(name: str) -> None:
+    case, rule = CASES[name]
+    assert_plan(case, rule)
+    mask = checked_choice(case, rule)
+    assert_attention(case, rule, mask)
+
+
+@pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
+def test_gradients(name: str) -> None:
+    case, rule = CASES[name]
+    assert_gradients(case, rule, checked_choice(case, rule))
+
+
+def test_memory_changes_nothing() -> None:
+    case, rule = CASES["tile of two blocks"]
+    mask = checked_choice(case, rule)
+    assert torch.equal(mask, checked_choice(case, rule, workspace=1))
+    whole, parts = assert_attention(case, rule, mask), assert_attention(case, rule, mask, workspace=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
