@@ -1,4 +1,4 @@
-"""The shared choice of blocks on the GPU: choose, attend, and the gradients. The rule is in `moba_hf.op.shared`.
+"""The shared choice of blocks on the GPU: choose, attend, gradients. The rule is in `moba_hf.op.shared`.
 
 Legend: H query heads, HK kv heads, D and DV head dims, T tile, B block size.
 
@@ -189,7 +189,7 @@ def _plan(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, tile: int
 def _chunks_of_lists(
     block_mask: Tensor, plan: SharedPlan, workspace: int | None
 ) -> Iterator[tuple[int, Lists]]:
-    """Per chunk of tiles: its first tile, and the lists of its tiles, in memory that every chunk uses anew."""
+    """Per chunk of tiles: its first tile, and its lists, in memory that every chunk uses anew."""
     num_heads = block_mask.shape[0]
     budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
     chunk = _even_chunk(plan.num_tiles, budget // Lists.tile_bytes(num_heads, plan.max_blocks), 1)

@@ -32,7 +32,7 @@ def attend_lists(
     first_tile: int,
     softmax_scale: float,
 ) -> None:
-    """What `shared_attend.attend_lists` does, for tiles whose last keys fill `SHAPE.n`; arguments as there."""
+    """What `shared_attend.attend_lists` does, for tiles whose last keys fill `SHAPE.n`; same arguments."""
     from moba_hf.kernels.shared_hopper_attend import attend_lists_kernel
 
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)

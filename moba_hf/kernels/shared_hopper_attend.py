@@ -1,4 +1,4 @@
-"""Attention of tiles of queries over their lists of blocks for Hopper, in Gluon: what `shared_attend` computes.
+"""Attention of tiles over their lists of blocks for Hopper, in Gluon: what `shared_attend` computes.
 
 Legend: T tile, B block size, D and DV head dims, G query heads of a kv head, S stages of the ring.
 
@@ -34,7 +34,7 @@ def _place(item, tiles, G: gl.constexpr):
 
 @gluon.jit
 def _steps(info, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Key tiles from the list, all key tiles (none if this kernel leaves the tile out), first own position."""
+    """Key tiles of the list, all key tiles (0 if this kernel leaves the tile out), first own position."""
     position = gl.load(info + 3)
     rows = gl.load(info + 2) - gl.load(info + 1)
     first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "kernels")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from shared_checks import assert_attention, assert_gradients, checked_choice
 from shared_masks import random_mask, share_of
@@ -207,7 +208,7 @@ def measure(row: Row, rule: SharedRule, args: argparse.Namespace) -> None:
             f"  backward {ms:.2f}, with the forward {(ms + whole) / whole:.2f} times the forward", flush=True
         )
     if args.dense and row.length <= args.dense_limit:
-        found = {name: dense for name, dense in peers.implementations(False).items()}
+        found = peers.implementations(False)
         times = peers.times(call.q, call.k, call.v, found, min(3, args.repeats))
         print(
             "  dense:",

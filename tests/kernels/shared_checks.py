@@ -58,7 +58,9 @@ def checked_choice(case: Case, rule: SharedRule, **kwargs: object) -> Tensor:
         for head, tile, block in differ.tolist():
             mass = masses[tile][head]
             assert block < len(mass), "a forced block differs"
-            assert rule.threshold is not None and rule.share is None and rule.topk is None, (tile, block)
+            assert rule.threshold is not None, (tile, block)
+            assert rule.share is None, (tile, block)
+            assert rule.topk is None, (tile, block)
             decides = rule.threshold * mass.max()
             assert abs(mass[block] - decides) < 0.01 * decides, (head, tile, block, mass[block], decides)
         last = tiles.stop
@@ -81,12 +83,13 @@ def assert_attention(case: Case, rule: SharedRule, mask: Tensor, **kwargs: objec
         assert (lse[0, :, queries] - truth_lse).abs().max() < 1e-4
         covered[queries] = True
     assert (error / size) ** 0.5 < ERROR[case.dtype], (error / size) ** 0.5
-    assert (out[0, ~covered] == 0).all() and (lse[0, :, ~covered] == -torch.inf).all()
+    assert (out[0, ~covered] == 0).all()
+    assert (lse[0, :, ~covered] == -torch.inf).all()
     return out, lse
 
 
 def assert_gradients(case: Case, rule: SharedRule, mask: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
-    """Gradients of the kernels under `mask`, after comparing; keywords are those of `shared.attend_backward`."""
+    """Gradients of the kernels under `mask`, after comparing; keywords: of `shared.attend_backward`."""
     limits = (sequences_of(case), rule.block_size, rule.tile, case.scale)
     out, lse = shared.attend(case.q, case.k, case.v, mask, *limits)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)

@@ -1,4 +1,4 @@
-"""The shared choice on a GPU: shapes of heads and blocks, Gluon against Triton, two runs, a million tokens."""
+"""The shared choice on a GPU: shapes of heads and blocks, Gluon against Triton, two runs, long inputs."""
 
 from __future__ import annotations
 

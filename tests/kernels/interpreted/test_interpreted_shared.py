@@ -1,4 +1,4 @@
-"""The shared choice under the interpreter: tiles, choice, attention, gradients, chunks of a bounded memory."""
+"""The shared choice under the interpreter: tiles, choice, attention, gradients, bounded memory."""
 
 from __future__ import annotations
 
