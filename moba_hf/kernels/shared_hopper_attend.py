@@ -4,10 +4,10 @@ Legend: T tile, B block size, D and DV head dims, G query heads of a kv head, S 
 
 Persistent programs take (tile, head) items from a queue, those of one kv head after another, the longest
 lists first. A producer warp streams the listed blocks, then those that the tile overlaps, through the ring
-of `hopper_common`; two consumer warpgroups hold half of the tile's rows each. The producer draws the next
-item before it streams the present one, so that the consumers load its queries meanwhile. A row's result does
-not depend on who draws it. Tiles whose last keys do not fill BLOCK_N are left to `shared_attend`: keys behind
-their end must not be read.
+of `hopper_common`; two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead, so
+that while one is attended the queries of the next and the place of the one after it are loaded. A row's
+result does not depend on who draws it. Tiles whose last keys do not fill BLOCK_N are left to
+`shared_attend`: keys behind their end must not be read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,27 @@ def _place(item, tiles, G: gl.constexpr):
 
 
 @gluon.jit
-def _steps(info, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
+def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
+    """What an item is: batch row, first and last + 1 query, position of the first, head, listed blocks."""
+    tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
+    tile, kv_head, in_group = _place(gl.minimum(item, work - 1), tiles, G)
+    info = tile_ptr + (first_tile + tile) * 8
+    head = kv_head * G + in_group
+    count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + head)
+    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), head, count
+
+
+@gluon.jit
+def _rows(batch, q_begin, q_end, head, row, q_strides):
+    """Element offsets int64 of the query rows of an item; those beyond it are its last one."""
+    query = gl.minimum(q_begin + row, gl.maximum(q_end - 1, 0))
+    offset = batch.to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
+    return offset + head.to(gl.int64) * q_strides[1]
+
+
+@gluon.jit
+def _steps(position, rows, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
     """Key tiles of the list, all key tiles (0 if this kernel leaves the tile out), first own position."""
-    position = gl.load(info + 3)
-    rows = gl.load(info + 2) - gl.load(info + 1)
     first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
     own = position + rows - first
     listed = count * (BLOCK_SIZE // BLOCK_N)
@@ -82,10 +99,11 @@ def _produce(
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     PER_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     item = gl.program_id(0)
+    following = item + gl.num_programs(0)
     step = 0
     turn = 0
     while item < work:
-        later = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        later = gl.atomic_add(counter_ptr, 1) + 2 * gl.num_programs(0)
         slot = turn % 2
         mbarrier.wait(taken.index(slot), (turn // 2 & 1) ^ 1)
         items.index(slot).store(gl.full([1], 0, gl.int32, one) + later)
@@ -95,7 +113,9 @@ def _produce(
         info = tile_ptr + (first_tile + tile) * 8
         at = tile.to(gl.int64) * num_heads + kv_head * G + in_group
         count = gl.load(count_ptr + at)
-        listed, total, first = _steps(info, count, TILE, BLOCK_SIZE, BLOCK_N)
+        position = gl.load(info + 3)
+        rows = gl.load(info + 2) - gl.load(info + 1)
+        listed, total, first = _steps(position, rows, count, TILE, BLOCK_SIZE, BLOCK_N)
         batch = gl.load(info)
         k_begin = gl.load(info + 4)
         entries = list_ptr + at * list_length
@@ -111,7 +131,8 @@ def _produce(
                 begin = k_begin + first + (i - listed) * BLOCK_N
                 _fill(k_desc, v_desc, ring, batch, kv_head, begin, step, STAGES)
                 step += 1
-        item = later
+        item = following
+        following = later
         turn += 1
 
 
@@ -210,7 +231,6 @@ def _consume(
 ):
     """Attends rows `[64 * PART, 64 * PART + 64)` of every item."""
     items, drawn, taken = queue
-    tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale = data
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -227,38 +247,31 @@ def _consume(
     step = 0
     turn = 0
     item = gl.program_id(0)
-    tile, kv_head, in_group = _place(item, tiles, G)
-    info = tile_ptr + (first_tile + tile) * 8
-    count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + kv_head * G + in_group)
-    query = gl.minimum(gl.load(info + 1) + q_row, gl.maximum(gl.load(info + 2) - 1, 0))
-    at = gl.load(info).to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
-    at += (kv_head * G + in_group).to(gl.int64) * q_strides[1]
-    q = gl.load(q_ptr + at[:, None] + q_column)
+    batch, q_begin, q_end, position, head, count = _item(
+        pointers, item, first_tile, tiles, work, num_heads, G
+    )
+    q = gl.load(q_ptr + _rows(batch, q_begin, q_end, head, q_row, q_strides)[:, None] + q_column)
+    following = item + gl.num_programs(0)
+    next_batch, next_begin, next_end, next_position, next_head, next_count = _item(
+        pointers, following, first_tile, tiles, work, num_heads, G
+    )
     while item < work:
         gl.thread_barrier()  # all warps have done with the queries before
         q_smem.store(q)
         fence_async_shared()
         gl.thread_barrier()
+        at = _rows(next_batch, next_begin, next_end, next_head, q_row, q_strides)
+        q = gl.load(q_ptr + at[:, None] + q_column)
         slot = turn % 2
         mbarrier.wait(drawn.index(slot), turn // 2 & 1)
         later = gl.max(items.index(slot).load(one), 0)
         gl.thread_barrier()
         mbarrier.arrive(taken.index(slot), count=1)
         turn += 1
-        head = kv_head * G + in_group
-        batch = gl.load(info)
-        q_begin = gl.load(info + 1)
-        q_end = gl.load(info + 2)
-        position = gl.load(info + 3)
-        listed, total, first = _steps(info, count, TILE, BLOCK_SIZE, BLOCK_N)
-        # queries of the next item
-        tile, kv_head, in_group = _place(gl.minimum(later, work - 1), tiles, G)
-        info = tile_ptr + (first_tile + tile) * 8
-        count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + kv_head * G + in_group)
-        query = gl.minimum(gl.load(info + 1) + q_row, gl.maximum(gl.load(info + 2) - 1, 0))
-        at = gl.load(info).to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
-        at += (kv_head * G + in_group).to(gl.int64) * q_strides[1]
-        q = gl.load(q_ptr + at[:, None] + q_column)
+        later_batch, later_begin, later_end, later_position, later_head, later_count = _item(
+            pointers, later, first_tile, tiles, work, num_heads, G
+        )
+        listed, total, first = _steps(position, q_end - q_begin, count, TILE, BLOCK_SIZE, BLOCK_N)
         if total > 0:
             last_seen = listed * BLOCK_N + position - first + s_row
             acc, high, mass, step = _attend(
@@ -273,7 +286,12 @@ def _consume(
             s_query = q_begin + s_row
             row = (batch.to(gl.int64) * num_heads + head) * q_len + s_query
             gl.store(lse_ptr + row, lse, mask=s_query < q_end)
-        item = later
+        item = following
+        following = later
+        batch, q_begin, q_end, position = next_batch, next_begin, next_end, next_position
+        head, count = next_head, next_count
+        next_batch, next_begin, next_end, next_position = later_batch, later_begin, later_end, later_position
+        next_head, next_count = later_head, later_count
 
 
 @gluon.jit(do_not_specialize=["q_len", "first_tile", "tiles"])

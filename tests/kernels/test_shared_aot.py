@@ -1,4 +1,4 @@
-"""The kernels of the shared choice compile for Ampere, Hopper and Blackwell, fit their memory, spill little."""
+"""The kernels of the shared choice compile for every generation, fit its memory, and hardly spill."""
 
 from __future__ import annotations
 

@@ -29,10 +29,6 @@ CASES = {
         Case([(90, 260)], num_kv_heads=2, head_dim=32, dtype=torch.float16),
         SharedRule(16, 32, share=0.9, threshold=0.1, topk=7, sample=32, dense_below=192),
     ),
-    "equal masses": (
-        Case([(64, 160)], head_dim=16, kind="constant"),
-        SharedRule(16, 16, topk=6, sample=2, sink_blocks=0),
-    ),
 }
 
 
@@ -42,6 +38,14 @@ def test_choice_and_attention(name: str) -> None:
     assert_plan(case, rule)
     mask = checked_choice(case, rule)
     assert_attention(case, rule, mask)
+
+
+@pytest.mark.parametrize("limit", [{"topk": 5}, {"share": 0.45}, {"threshold": 0.5, "topk": 4}])
+def test_of_equal_masses_the_lower_block_comes_first(limit: dict[str, float]) -> None:
+    case = Case([(64, 160)], head_dim=16)
+    case.q.zero_()  # every block has the same score, exactly
+    mask = checked_choice(case, SharedRule(16, 16, sample=2, sink_blocks=0, **limit))
+    assert mask.unique().numel() > 1
 
 
 @pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
