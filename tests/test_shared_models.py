@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from moba_hf import MobaCache, MobaConfig, moba_attention, prefill, select_blocks
 from moba_hf.checkpoints.inspection import describe, inspect_config
 from moba_hf.config import LayerConfig, make_rule
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op.shared import tile_bound, unpack_blocks
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref
 from moba_hf.op.shared_rule import SharedRule
@@ -118,7 +119,7 @@ def test_whole_tiles_in_chunks_are_one_shot() -> None:
     whole = logits(model, ids)
     for static in (False, True):
         cache = MobaCache(model.config, max_cache_len=128, static=static)
-        parts = [logits(model, ids[:, a : a + 32], past_key_values=cache) for a in range(0, 96, 32)]
+        parts = [logits(model, ids[:, a : a + 32], **cache_kwargs(model, cache)) for a in range(0, 96, 32)]
         assert close(torch.cat(parts, 1), whole)
 
 
@@ -128,10 +129,10 @@ def test_decode_steps_follow_their_setting(decode, static) -> None:
     model = with_rule(tiny_model(), MobaConfig(**SETTINGS, decode=decode))
     ids = tokens(2, 90)
     cache = MobaCache(model.config, max_cache_len=128, static=static)
-    prefill(model, ids[:, :71], past_key_values=cache, progress=False)
+    prefill(model, ids[:, :71], cache=cache, progress=False)
     with captured() as calls:
         for at in range(70, 90):
-            logits(model, ids[:, at : at + 1], past_key_values=cache)
+            logits(model, ids[:, at : at + 1], **cache_kwargs(model, cache))
     rule = SHARED.for_layer(0, 3)
     if decode == "full":
         rule = SharedRule(8, 16, 0.5, dense_below=1024)
@@ -152,7 +153,7 @@ def test_generation_runs_with_every_cache() -> None:
         MobaCache(model.config),
         MobaCache(model.config, max_cache_len=96, static=True),
     ]
-    made = [model.generate(ids, past_key_values=cache, **settings) for cache in caches]
+    made = [model.generate(ids, **cache_kwargs(model.generate, cache), **settings) for cache in caches]
     assert all(torch.equal(one, made[0]) for one in made)
 
 

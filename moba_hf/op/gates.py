@@ -154,7 +154,7 @@ class MassSummary:
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
-        squares = self._paired(queries.square()).to(self.narrow).to(queries.dtype)
+        squares = self.squares(queries)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)
         for part in range(self.mean.shape[1]):
             score = queries @ self.mean[:, part, :columns].transpose(1, 2)
@@ -163,6 +163,10 @@ class MassSummary:
             score += torch.where(spread <= 2 * self.log_size, spread / 2, far) + self.log_size
             total = torch.logaddexp(total, score)
         return total.view(q.shape[0], q.shape[1], columns)
+
+    def squares(self, queries: Tensor) -> Tensor:
+        """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
+        return self._paired(queries.square()).to(self.narrow).to(queries.dtype)
 
     def _paired(self, x: Tensor) -> Tensor:
         """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""

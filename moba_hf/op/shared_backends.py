@@ -79,8 +79,8 @@ class SharedReference:
         result = torch.zeros(shape, dtype=torch.int32, device=q.device)
         with full_precision(q.device):
             for numbers, rows in sequence_tiles(sequences, q, rule.tile):
-                _, _, parts = _parts(rows, q, k)
-                result[:, numbers] = pack_blocks(select_shared_ref(*parts, rule, softmax_scale), words)
+                _, _, (queries, keys) = _parts(rows, q, k)
+                result[:, numbers] = pack_blocks(select_shared_ref(queries, keys, rule, softmax_scale), words)
         return result
 
     def attend(
@@ -101,9 +101,11 @@ class SharedReference:
         settings: dict[str, Any] = {"block_size": block_size, "tile": tile, "softmax_scale": softmax_scale}
         with full_precision(q.device):
             for numbers, rows in sequence_tiles(sequences, q, tile):
-                batch, queries, parts = _parts(rows, q, k, v)
-                chosen = unpack_blocks(block_mask[:, numbers], -(-len(parts[1]) // block_size))
-                out[batch, queries], lse[batch, :, queries] = attend_shared_ref(*parts, chosen, **settings)
+                batch, at, (queries, keys, values) = _parts(rows, q, k, v)
+                chosen = unpack_blocks(block_mask[:, numbers], -(-len(keys) // block_size))
+                out[batch, at], lse[batch, :, at] = attend_shared_ref(
+                    queries, keys, values, chosen, **settings
+                )
         return out, lse
 
     def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

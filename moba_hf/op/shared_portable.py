@@ -13,6 +13,7 @@ for CPUs, MPS and GPUs without a kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,10 +25,10 @@ from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles, unpack_blocks
 
-# Elements that the scores of one step may hold, and keys in one piece of a list. Elsewhere than on CPUs so
-# many times more scores, since launches are dear there.
-_MASS_BUDGET = 1 << 22
-_SCORE_BUDGET = 1 << 18
+# Elements that the terms of masses, and the scores, of one step may hold, and keys in one piece of a list.
+# Elsewhere than on CPUs so many times more elements, since launches are dear there.
+_MASS_BUDGET = 1 << 20
+_SCORE_BUDGET = 1 << 19
 _PIECE_KEYS = 4096
 _DEVICE_FACTOR = 64
 
@@ -57,7 +58,8 @@ def select(
             batch, _, _, _, k_begin, k_end = rows[0]
             blocks = -(-(k_end - k_begin) // rule.block_size)
             gate = MassSummary(k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs)
-            step = max(1, _budget(_MASS_BUDGET, q) * rule.sample // (q.shape[1] * rule.tile * blocks))
+            terms = q.shape[1] * (rule.tile // rule.sample) * blocks * gate.mean.shape[1]
+            step = max(1, _budget(_MASS_BUDGET, q) // terms)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 chosen = _choose_tiles(q[batch], gate, part, rule)
@@ -83,13 +85,39 @@ def _choose_tiles(q: Tensor, gate: MassSummary, rows: list[list[int]], rule: Sha
         return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
     sampled, speaks = _sampled_rows(begin, count, rule.sample)
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    scores = gate.scores(q[:, at.flatten()], columns).unflatten(1, at.shape)
-    scores.masked_fill_(~earlier[:, None, :columns], -torch.inf)
-    masses = scores.softmax(3).nan_to_num_(0.0)  # a tile without candidates has no mass
+    hidden = ~earlier[:, None, :columns].expand(-1, at.shape[1], -1)
+    masses = _row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1)).unflatten(1, at.shape)
     mass = (masses * speaks[:, :, None]).sum(2) / speaks.sum(1)[:, None]
     taken = _take(mass, candidates, rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
     return torch.where(dense, earlier, taken) | own
+
+
+def _row_masses(q: Tensor, gate: MassSummary, hidden: Tensor) -> Tensor:
+    """The softmax of the scores of `q (H, M, D)` over blocks that are not `hidden (M, columns)`.
+
+    A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
+    """
+    kv_heads, columns = gate.mean.shape[0], hidden.shape[1]
+    queries = q.to(gate.mean.dtype).reshape(kv_heads, 1, -1, q.shape[2])
+    spread = gate.squares(queries) @ gate.var[:, :, :columns].transpose(2, 3)
+    # f(v) of `moba_hf.op.gates` is m (2 r - m), with r = sqrt(v / 2) and m = min(r, sqrt(log n))
+    root = spread.mul_(0.5).sqrt_()
+    least = root.clamp(max=math.sqrt(gate.log_size))
+    terms = queries @ gate.mean[:, :, :columns].transpose(2, 3)
+    terms += root.mul_(2).sub_(least).mul_(least).add_(gate.log_size)
+    single = queries @ gate.smallest[:, None, :columns].transpose(2, 3)
+    terms = torch.cat([terms, single], 1).view(kv_heads, terms.shape[1] + 1, -1, *hidden.shape)
+    terms.masked_fill_(hidden, -torch.inf)
+    high = terms.amax((1, 4), keepdim=True).clamp_(min=torch.finfo(terms.dtype).min)
+    mass = _weights(terms, high).masked_fill_(hidden, 0.0).sum(1)
+    return mass.div_(mass.sum(3, keepdim=True).clamp_(min=torch.finfo(mass.dtype).tiny)).flatten(0, 1)
+
+
+def _weights(scores: Tensor, shift: Tensor) -> Tensor:
+    """`exp(scores - shift)` in place; rounded up to normal numbers, as CPUs are slow at the smaller ones."""
+    least = math.ceil(math.log(torch.finfo(scores.dtype).tiny))
+    return scores.sub_(shift).clamp_(min=least).exp_()
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
@@ -141,6 +169,39 @@ class _Batch:
     padded: bool
 
 
+@dataclass
+class _Piece:
+    """A piece of the lists of a batch.
+
+    Attributes:
+        index: `(P, n)` rows of the sequence's `keys` and `values`.
+        keys, values: `(P, n B, D or Dv)`.
+        scores: `(P, T, n B)`, scaled, -inf where a row may not attend.
+        later: bool `(P, T, last columns)`, keys after a row; None: there are none.
+        none: bool `(P, 1, n B)`, columns before the first block of a list; None: there are none.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    later: Tensor | None
+    none: Tensor | None
+
+    def hide(self, value: float) -> None:
+        """Writes `value` where a row may not attend."""
+        if self.later is not None:
+            self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
+        if self.none is not None:
+            self.scores.masked_fill_(self.none, value)
+
+    def weights(self, shift: Tensor) -> Tensor:
+        """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
+        _weights(self.scores, shift)
+        self.hide(0.0)
+        return self.scores
+
+
 class _Sequence:
     """One sequence's queries, keys and values, laid out for gathers.
 
@@ -169,6 +230,7 @@ class _Sequence:
         self.q = self.with_none((q[self.batch, :, self.queries].to(self.dtype) * scale).flatten(0, 1))
         self.keys, self.values = self._blocks(k), self._blocks(v)
         self.chosen = chosen.flatten(0, 1)  # (H * tiles, NB)
+        self.space: dict[str, Tensor] = {}
         table = torch.tensor(rows, device=q.device)
         self.begin, self.size, self.position = (
             table[:, 1] - self.first,
@@ -192,28 +254,23 @@ class _Sequence:
 
     def batches(self) -> Iterator[_Batch]:
         """All problems, those with like counts of blocks together."""
-        device = self.chosen.device
-        tiles = len(self.begin)
         counts = self.chosen.sum(1)
         order = counts.argsort(stable=True)
         sizes = counts[order].tolist()
-        lane = torch.arange(self.tile, device=device)
         queries = self.queries.stop - self.queries.start
+        head, tile = order // len(self.begin), order % len(self.begin)
+        lane, size = torch.arange(self.tile, device=order.device), self.size[tile][:, None]
+        row = (head * queries + self.begin[tile])[:, None] + lane
+        row = row.masked_fill(lane >= size, len(self.q) - 1)
+        position = self.position[tile][:, None] + torch.minimum(lane, size - 1)
+        kv_head = head // (self.num_heads // self.num_kv_heads)
         at = 0
         while at < len(sizes):
-            step = _budget(_SCORE_BUDGET, self.q) // (
-                self.tile * min(sizes[at] * self.block_size, _PIECE_KEYS)
-            )
-            end = min(len(sizes), at + max(1, step))
-            problem = order[at:end]
-            head, tile = problem // tiles, problem % tiles
-            size = self.size[tile][:, None]
-            row = head[:, None] * queries + self.begin[tile][:, None] + lane
-            row = row.masked_fill(lane >= size, len(self.q) - 1)
-            position = self.position[tile][:, None] + torch.minimum(lane, size - 1)
-            kv_head = head // (self.num_heads // self.num_kv_heads)
-            blocks = self._lists(self.chosen[problem], sizes[at:end])
-            yield _Batch(row, position, kv_head, blocks, sizes[at] < sizes[end - 1])
+            keys = min(sizes[at] * self.block_size, _PIECE_KEYS)
+            end = min(len(sizes), at + max(1, _budget(_SCORE_BUDGET, self.q) // (self.tile * keys)))
+            blocks = self._lists(self.chosen[order[at:end]], sizes[at:end])
+            padded = sizes[at] < sizes[end - 1]
+            yield _Batch(row[at:end], position[at:end], kv_head[at:end], blocks, padded)
             at = end
 
     @staticmethod
@@ -228,11 +285,8 @@ class _Sequence:
         lists[place >= missing[:, None]] = numbers
         return lists
 
-    def pieces(self, batch: _Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Cuts lists in pieces, the last first: row of `keys` `(P, n)`, keys, values `(P, n B, .)`, scores.
-
-        Scores `(P, T, n B)` are scaled and masked. The first piece holds a key for every row.
-        """
+    def pieces(self, batch: _Batch) -> Iterator[_Piece]:
+        """Cuts lists in pieces, the last first: it holds a key for every row."""
         own = max(1, self.tile // self.block_size)
         most = max(own, _PIECE_KEYS // self.block_size)
         queries = self.gather(self.q, batch.row)
@@ -241,21 +295,31 @@ class _Sequence:
         for end in range(total, 0, -most):
             blocks = batch.blocks[:, max(0, end - most) : end]
             index = batch.kv_head[:, None] * self.count + blocks.clamp(min=0)
-            keys, values = (self.take(x, index) for x in (self.keys, self.values))
-            scores = torch.bmm(queries, keys.transpose(1, 2))
+            keys, values = self.take("keys", self.keys, index), self.take("values", self.values, index)
+            scores = self.room("scores", (len(index), self.tile, keys.shape[1]))
+            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+            later = none = None
             if end == total:
                 key = (blocks[:, -own:, None] * self.block_size + inside).flatten(1)
                 later = key[:, None, :] > batch.position[:, :, None]
-                scores[:, :, -key.shape[1] :].masked_fill_(later, -torch.inf)
             if batch.padded and bool((blocks < 0).any()):
-                none = (blocks < 0).repeat_interleave(self.block_size, 1)
-                scores.masked_fill_(none[:, None], -torch.inf)
-            yield index, keys, values, scores
+                none = (blocks < 0).repeat_interleave(self.block_size, 1)[:, None]
+            piece = _Piece(index, keys, values, scores, later, none)
+            piece.hide(-torch.inf)
+            yield piece
 
-    def take(self, x: Tensor, index: Tensor) -> Tensor:
-        """`x (HK * NB, B * D)` at `index (P, n)`, `(P, n B, D)`."""
-        gathered = x.index_select(0, index.flatten())
+    def take(self, name: str, x: Tensor, index: Tensor) -> Tensor:
+        """`x (HK * NB, B * D)` at `index (P, n)`, `(P, n B, D)`, in the memory `name`."""
+        gathered = self.room(name, (index.numel(), x.shape[1]))
+        torch.index_select(x, 0, index.flatten(), out=gathered)
         return gathered.view(len(index), index.shape[1] * self.block_size, -1)
+
+    def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory `name` that every piece uses anew: fresh pages are dear."""
+        size = math.prod(shape)
+        if name not in self.space or self.space[name].numel() < size:
+            self.space[name] = self.q.new_empty(size)
+        return self.space[name][:size].view(shape)
 
     @staticmethod
     def gather(x: Tensor, row: Tensor) -> Tensor:
@@ -316,21 +380,21 @@ def attend(
 
 def _attend_batch(seq: _Sequence, problems: _Batch) -> tuple[Tensor, Tensor]:
     """Outputs `(P, T, Dv)` and log denominators `(P, T)`."""
-    high = total = out = None
-    for _, _, values, scores in seq.pieces(problems):
-        top = scores.amax(2, keepdim=True)
-        if high is not None:
-            top = torch.maximum(top, high)
-        weights = scores.sub_(top).exp_()
-        mass, part = weights.sum(2, keepdim=True), torch.bmm(weights, values)
-        if high is not None:
+    so_far: tuple[Tensor, Tensor, Tensor] | None = None
+    for piece in seq.pieces(problems):
+        top = piece.scores.amax(2, keepdim=True)
+        if so_far is not None:
+            top = torch.maximum(top, so_far[0])
+        weights = piece.weights(top)
+        mass, part = weights.sum(2, keepdim=True), torch.bmm(weights, piece.values)
+        if so_far is not None:
+            high, total, out = so_far
             shrink = torch.exp(high - top)
             mass, part = mass + total * shrink, part + out * shrink
-        high, total, out = top, mass, part
-    assert out is not None
-    assert total is not None
-    assert high is not None
-    return out / total, (high + total.log())[:, :, 0]
+        so_far = (top, mass, part)
+    assert so_far is not None
+    high, total, out = so_far
+    return out.div_(total), (high + total.log())[:, :, 0]
 
 
 def attend_backward(
@@ -357,13 +421,14 @@ def attend_backward(
             d_q, d_keys, d_values = (torch.zeros_like(x) for x in (seq.q, seq.keys, seq.values))
             for problems in seq.batches():
                 d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
-                queries, part = seq.gather(seq.q, problems.row), 0.0
-                for index, keys, values, scores in seq.pieces(problems):
-                    weights = scores.sub_(log).exp_()
-                    d_scores = torch.bmm(d_tile, values.transpose(1, 2)).sub_(d_sum).mul_(weights)
-                    part = part + torch.bmm(d_scores, keys)
-                    _add_blocks(d_keys, index, torch.bmm(d_scores.transpose(1, 2), queries))
-                    _add_blocks(d_values, index, torch.bmm(weights.transpose(1, 2), d_tile))
+                queries = seq.gather(seq.q, problems.row)
+                part = torch.zeros_like(queries)
+                for piece in seq.pieces(problems):
+                    weights = piece.weights(log)
+                    d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
+                    part.baddbmm_(d_scores, piece.keys)
+                    _add_blocks(d_keys, piece.index, torch.bmm(d_scores.transpose(1, 2), queries))
+                    _add_blocks(d_values, piece.index, torch.bmm(weights.transpose(1, 2), d_tile))
                 d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
             d_q = (d_q[:-1] * softmax_scale).unflatten(0, (q.shape[1], -1))
             grad_q[seq.batch, :, seq.queries] = d_q.to(q.dtype)
