@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
+from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.shared_plan import SharedPlan
-from moba_hf.kernels.softmax import accumulate, load_rows
+from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tuning import Tile
 
 

@@ -12,16 +12,18 @@ Every sum has one order, given by the inputs: two runs agree bit for bit.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
 from moba_hf.kernels.shared_plan import SharedPlan
-from moba_hf.kernels.softmax import load_rows
 from moba_hf.kernels.tuning import Tile
 
 
@@ -43,7 +45,7 @@ def dq_of_lists(
             plan.tiles,
             lists.blocks,
             lists.counts,
-            *rows.strides,
+            *chain(*rows.strides),
             *grad_q.stride()[:3],
             q.shape[2],
             first_tile,
@@ -88,7 +90,7 @@ def dkv_of_lists(
             plan.block_offset,
             lists.blocks,
             lists.counts,
-            *rows.strides,
+            *chain(*rows.strides),
             *grad_k.stride()[:3],
             *grad_v.stride()[:3],
             q.shape[2],
@@ -386,7 +388,7 @@ def _load_queries(
 
     Others are silenced. Offsets from the first row are int32: they save registers.
     """
-    head = in_group.to(tl.int64)
+    head = tl.cast(in_group, tl.int64)
     first = (start + shift).to(tl.int64)
     position = start + tl.arange(0, BLOCK_M)
     there = (position >= begin) & (position < end)

@@ -1,11 +1,11 @@
-"""Where the Gluon kernel of the shared choice is used, and how it is launched; see `hopper`."""
+"""Where the Gluon kernel of the shared choice is used, and how it is launched; see `hopper.dispatch`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import hopper
+from moba_hf.kernels.hopper import dispatch
 from moba_hf.kernels.launch import device_of, num_processors
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.shared_plan import SharedPlan
@@ -18,7 +18,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, block_size: int, tile: int) -> bool:
     """Whether `attend_lists` can take these `(batch, heads, length, dim)` tensors and this rule."""
     if tile != SHAPE.m or block_size % SHAPE.n:
         return False
-    return hopper.available(q, k, v)
+    return dispatch.available(q, k, v)
 
 
 def attend_lists(
@@ -40,8 +40,8 @@ def attend_lists(
     with device_of(q):
         attend_lists_kernel[(num_processors(q),)](
             q,
-            hopper._descriptor(k, SHAPE.n),
-            hopper._descriptor(v, SHAPE.n),
+            dispatch._descriptor(k, SHAPE.n),
+            dispatch._descriptor(v, SHAPE.n),
             out,
             lse,
             plan.tiles,

@@ -4,7 +4,7 @@ Legend: T tile, B block size, D and DV head dims, G query heads of a kv head, S 
 
 Persistent programs take (tile, head) items from a queue, those of one kv head after another, the longest
 lists first. A producer warp streams the listed blocks, then those that the tile overlaps, through the ring
-of `hopper_common`; two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead, so
+of `hopper.common`; two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead, so
 that while one is attended the queries of the next and the place of the one after it are loaded. A row's
 result does not depend on who draws it. Tiles whose last keys do not fill BLOCK_N are left to
 `shared_attend`: keys behind their end must not be read.
@@ -17,12 +17,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper_common import _weights, allocate_ring
+from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier, load_tile
 
 
 @gluon.jit
@@ -69,10 +68,10 @@ def _fill(k_desc, v_desc, ring, batch, head, key, step, STAGES: gl.constexpr):
     phase = (step // STAGES & 1) ^ 1
     mbarrier.wait(k_free.index(stage), phase)
     mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [batch, head, key, 0], k_ready.index(stage), keys.index(stage))
+    load_tile(k_desc, [batch, head, key, 0], k_ready.index(stage), keys.index(stage))
     mbarrier.wait(v_free.index(stage), phase)
     mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [batch, head, key, 0], v_ready.index(stage), values.index(stage))
+    load_tile(v_desc, [batch, head, key, 0], v_ready.index(stage), values.index(stage))
 
 
 @gluon.jit
@@ -107,7 +106,7 @@ def _produce(
         slot = turn % 2
         mbarrier.wait(taken.index(slot), (turn // 2 & 1) ^ 1)
         items.index(slot).store(gl.full([1], 0, gl.int32, one) + later)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(drawn.index(slot), count=1)
         tile, kv_head, in_group = _place(item, tiles, G)
         info = tile_ptr + (first_tile + tile) * 8
@@ -174,7 +173,7 @@ def _attend(
     key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
     s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
     unmasked = listed * BLOCK_N
     p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, unmasked, 0, dtype, p_layout, True)
@@ -197,7 +196,7 @@ def _attend(
         # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
         mbarrier.wait(k_ready.index(later), later_phase)
         acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(k_free.index(later), count=1)
         mbarrier.arrive(v_free.index(stage), count=1)
         p = next_p
@@ -208,7 +207,7 @@ def _attend(
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(v_free.index(stage), count=1)
     return acc, high, mass, step + 1
 
@@ -256,16 +255,16 @@ def _consume(
         pointers, following, first_tile, tiles, work, num_heads, G
     )
     while item < work:
-        gl.thread_barrier()  # all warps have done with the queries before
+        barrier()  # all warps have done with the queries before
         q_smem.store(q)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         at = _rows(next_batch, next_begin, next_end, next_head, q_row, q_strides)
         q = gl.load(q_ptr + at[:, None] + q_column)
         slot = turn % 2
         mbarrier.wait(drawn.index(slot), turn // 2 & 1)
         later = gl.max(items.index(slot).load(one), 0)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(taken.index(slot), count=1)
         turn += 1
         later_batch, later_begin, later_end, later_position, later_head, later_count = _item(

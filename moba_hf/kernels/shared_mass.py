@@ -262,19 +262,19 @@ def _row_masses_kernel(
                         mass = tl.exp2(least - new_high[:, None])
                         mass += tl.sum(tl.reshape(weight, (BLOCK_M, PARTS, BLOCK_N)), 1)
                     else:
-                        terms = (least,)
+                        terms = ()
                         top = least
                         for part in tl.static_range(PARTS):
                             center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
                             spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
                             term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
-                            terms = terms + (term,)
+                            terms = terms + (term,)  # type: ignore[assignment]
                             top = tl.maximum(top, term)
                         top = tl.where(there_column, top, -1e30)
                         new_high = tl.maximum(high, tl.max(top, 1))
-                        mass = tl.exp2(terms[0] - new_high[:, None])
+                        mass = tl.exp2(least - new_high[:, None])
                         for part in tl.static_range(PARTS):
-                            mass += tl.exp2(terms[part + 1] - new_high[:, None])
+                            mass += tl.exp2(terms[part] - new_high[:, None])
                     mass = tl.where(there_column, mass, 0.0)
                     total = total * tl.exp2(high - new_high) + tl.sum(mass, 1)
                     high = new_high

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, narrow, padded
-from moba_hf.kernels.plan import bisect
 from moba_hf.kernels.shared_plan import SharedPlan
+from moba_hf.kernels.tiling import bisect
 from moba_hf.op.numerics import part_size, spread_dtype
 
 
@@ -106,6 +106,6 @@ def _shared_summary_kernel(
             tl.store(center_at + step * (2 * HALF) + high, narrow(mean_b, center_ptr), mask=inside)
             tl.store(spread_at + step * HALF, narrow(spread, spread_ptr), mask=inside)
         center_at += tl.cast(blocks, tl.int64) * (PARTS * 2 * HALF)
-        k_ptr += smallest.to(tl.int64) * k_stride_n
+        k_ptr += tl.cast(smallest, tl.int64) * k_stride_n
         tl.store(center_at + low, tl.load(k_ptr + low, mask=inside, other=0.0), mask=inside)
         tl.store(center_at + high, tl.load(k_ptr + high, mask=inside, other=0.0), mask=inside)

@@ -33,7 +33,6 @@ from shared_checks import assert_attention, assert_gradients, checked_choice
 from shared_masks import random_mask, share_of
 
 from moba_hf.bench import peers
-from moba_hf.bench.checks import Case
 from moba_hf.bench.timing import elapsed_ms, median_ms
 from moba_hf.kernels import shared, shared_hopper, shared_tuning, tuning
 from moba_hf.kernels.shared_attend import attend_lists
@@ -42,6 +41,7 @@ from moba_hf.kernels.shared_lists import Lists, block_lists
 from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
+from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Attended, Sequences, batched_table
 from moba_hf.op.shared import SharedRule
 
@@ -209,7 +209,10 @@ def measure(row: Row, rule: SharedRule, args: argparse.Namespace) -> None:
         )
     if args.dense and row.length <= args.dense_limit:
         found = peers.implementations(False)
-        times = peers.times(call.q, call.k, call.v, found, min(3, args.repeats))
+        times = {
+            name: behind_work_ms(partial(dense, call.q, call.k, call.v, True), min(3, args.repeats))
+            for name, dense in found.items()
+        }
         print(
             "  dense:",
             ", ".join(f"{k} {v:.3f} ({v / whole:.1f}x)" for k, v in times.items() if v),

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moba_hf.bench.checks import Case
 from moba_hf.kernels import shared
 from moba_hf.kernels.shared_plan import make_shared_plan
+from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule, tile_table, unpack_blocks
 from moba_hf.op.shared_reference import attend_shared_ref, select_shared_ref, tile_masses_ref, tiles_ref

@@ -8,8 +8,8 @@ from shared_checks import assert_attention, assert_gradients, checked_choice, se
 
 pytest.importorskip("triton")
 
-from moba_hf.bench.checks import Case
 from moba_hf.kernels import shared, shared_hopper
+from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import SharedRule
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice
+from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice, sequences_of
 
-from moba_hf.bench.checks import Case
-from moba_hf.op.shared import SharedRule
+from moba_hf.kernels import shared
+from moba_hf.op.checks import Case
+from moba_hf.op.shared import SharedRule, unpack_blocks
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -40,12 +41,19 @@ def test_choice_and_attention(name: str) -> None:
     assert_attention(case, rule, mask)
 
 
-@pytest.mark.parametrize("limit", [{"topk": 5}, {"share": 0.45}, {"threshold": 0.5, "topk": 4}])
-def test_of_equal_masses_the_lower_block_comes_first(limit: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "taken"),
+    [({"topk": 5}, [3] * 4), ({"share": 0.45}, [3, 4, 4, 5]), ({"threshold": 0.5, "topk": 4}, [2] * 4)],
+)
+def test_of_equal_masses_the_lower_block_comes_first(limit: dict[str, float], taken: list[int]) -> None:
     case = Case([(64, 160)], head_dim=16)
-    case.q.zero_()  # every block has the same score, exactly
-    mask = checked_choice(case, SharedRule(16, 16, sample=2, sink_blocks=0, **limit))
-    assert mask.unique().numel() > 1
+    case.q.zero_()  # every candidate has the same score; the reference's mean over rows rounds by position
+    rule = SharedRule(16, 16, sample=2, sink_blocks=0, **limit)
+    mask = shared.select(case.q, case.k, sequences_of(case), rule, case.scale)
+    for tile, (candidates, count) in enumerate(zip(range(6, 10), taken, strict=True)):
+        expected = [block < count or block >= candidates - 1 for block in range(candidates + 1)]
+        for head in range(2):
+            assert unpack_blocks(mask[head, tile], candidates + 1).tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
