@@ -32,6 +32,8 @@ from moba_hf.op.numerics import part_size
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule
 
+MAX_BLOCK_SIZE = 256  # parts of a block are unrolled
+
 
 def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
     """Why the kernels cannot take a rule, or None."""
@@ -39,6 +41,8 @@ def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
         size = getattr(rule, name)
         if size < 16 or size & (size - 1):
             return f"{name}={size} is not a power of two of at least 16"
+    if rule.block_size > MAX_BLOCK_SIZE:
+        return f"block_size={rule.block_size} is more than {MAX_BLOCK_SIZE}"
     if rule.sample & (rule.sample - 1):
         return f"sample={rule.sample} is not a power of two"
     if head_dim % 2:
@@ -200,6 +204,7 @@ def _chunks_of_lists(
 
 
 def _even_chunk(tiles: int, most: int, multiple: int) -> int:
-    """Tiles of a chunk, at most `most`, all chunks alike but for rounding to `multiple`."""
+    """Tiles of a chunk, about `most` at most, all chunks alike but for rounding to `multiple`."""
     chunks = -(-tiles // max(1, most))
+    multiple = multiple if most >= multiple else 1
     return min(tiles, -(-tiles // (chunks * multiple)) * multiple)

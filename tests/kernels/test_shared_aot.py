@@ -48,7 +48,8 @@ def _check(name: str, capability: int) -> None:
         report = kernel_aot.compile_launch(launch, capability)
         assert report.shared <= _SHARED[capability], report
         assert report.columns <= 512, report
-        assert report.spills <= (64 if capability == 90 else 800), report
+        # 208 bytes of dk and dv at head_dim 256
+        assert report.spills <= (256 if capability == 90 else 800), report
     assert {"_row_masses_kernel", "_choose_kernel", "_attend_lists_kernel", "_dkv_kernel"} <= seen
 
 
