@@ -9,6 +9,7 @@ from shared_checks import assert_attention, assert_gradients, assert_plan, check
 from moba_hf.kernels import shared
 from moba_hf.op.checks import Case
 from moba_hf.op.shared import SharedRule, unpack_blocks
+from moba_hf.op.shared_ops import shared_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -68,3 +69,16 @@ def test_memory_changes_nothing() -> None:
     assert torch.equal(mask, checked_choice(case, rule, workspace=1))
     whole, parts = assert_attention(case, rule, mask), assert_attention(case, rule, mask, workspace=1)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_the_operator_runs_the_kernels() -> None:
+    case, rule = Case([(20, 70), (33, 33)], head_dim=32), SharedRule(16, 32, threshold=0.3)
+    grads = []
+    for backend in ("triton", "reference"):
+        tensors = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        settings = {"softmax_scale": case.scale, "backend": backend}
+        out, lse = shared_attention(*tensors, sequences_of(case), rule, **settings)
+        (out.square().sum() + lse[lse > -torch.inf].sum()).backward()
+        grads.append([out.detach(), *(x.grad for x in tensors)])
+    for got, expected in zip(*grads, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5, rtol=1e-4)
