@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key
+from moba_hf.checkpoints.convert import check_config, read_model_config
 from moba_hf.checkpoints.gguf_files import is_gguf, load_gguf_model, tied_names
 from moba_hf.checkpoints.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
 from moba_hf.config import NAME, MobaConfig
@@ -118,7 +118,7 @@ def _check_settings(folder: Path) -> tuple[_Target, str]:
         raise ValueError(f"{folder / 'config.json'}: has no {NAME!r} settings")
     moba = MobaConfig.from_dict(settings)
     adapter = check_config(config, moba)
-    key = text_config_key(adapter, config)
+    key = adapter.nested_key(config)
     wanted: Any = NAME if key is None else {key: NAME}
     field = values.get("attn_implementation")
     if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == NAME):
@@ -128,7 +128,7 @@ def _check_settings(folder: Path) -> tuple[_Target, str]:
 
 
 def _text_values(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    key = text_config_key(find_adapter(config.model_type), config)
+    key = find_adapter(config.model_type).nested_key(config)
     return values if key is None else values.get(key) or {}
 
 
@@ -252,7 +252,7 @@ def _prompt_length(target: _Target, text: Any) -> int:
 def _logits(model: Any, implementation: str, ids: torch.Tensor, target: _Target) -> torch.Tensor:
     import torch
 
-    key = text_config_key(target.adapter, model.config)
+    key = target.adapter.nested_key(model.config)
     model.set_attn_implementation(implementation if key is None else {key: implementation})
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
