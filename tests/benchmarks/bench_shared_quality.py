@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -146,7 +147,52 @@ def curves() -> Iterator[Rule]:
     yield from (Rule(alpha=a, causal=True) for a in alphas[:4])
 
 
-SUITES = {"questions": (questions, ("dev/", "dev-copies/")), "curves": (curves, (PLAIN, COPIES, RECURRING))}
+def cheaper() -> Iterator[Rule]:
+    """What keeps the loss when fewer rows vote, on the development texts; then blocks and thresholds."""
+    base = Rule(tile=64, block=32, alpha=0.01, means=True, causal=True)
+    yield base
+    for changes in (
+        {"stride": 2},
+        {"stride": 2, "before": 0.5},
+        {"stride": 2, "before": 1.0},
+        {"stride": 4, "before": 0.5},
+        {"stride": 4, "before": 1.0},
+        {"stride": 8, "before": 1.0},
+        {"before": 0.5},
+        {"pool": 2},
+        {"pool": 4},
+        {"pool": 4, "before": 0.5},
+        {"part": 32},
+        {"part": 32, "before": 0.5},
+        {"part": 8},
+        {"strongest": 0.1},
+        {"strongest": 0.2, "alpha": 0.015},
+        {"tile": 128},
+        {"tile": 128, "stride": 2, "before": 0.5},
+        {"block": 16, "alpha": 0.005},
+        {"block": 16},
+        {"alpha": 0.005},
+        {"alpha": 0.02},
+        {"own": True, "share": 0.9, "alpha": 0.015},
+        {"own": True, "share": 0.93, "alpha": 0.02},
+    ):
+        yield replace(base, **changes)
+    for changes in ({"stride": 2}, {"stride": 4}, {"stride": 8}, {"stride": 8, "before": 1.0}):
+        yield replace(base, causal=False, **changes)
+
+
+def chosen() -> Iterator[Rule]:
+    """The whole curve of the rule that ships, on the test texts, in both readings."""
+    for alpha in (0.01, 0.008, 0.002, 0.003, 0.02, 0.04, 0.1, 0.3, 0.001):
+        yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
+
+
+SUITES = {
+    "questions": (questions, ("dev/", "dev-copies/")),
+    "cheaper": (cheaper, ("dev/", "dev-copies/")),
+    "chosen": (chosen, (PLAIN, COPIES, RECURRING)),
+    "curves": (curves, (PLAIN, COPIES, RECURRING)),
+}
 
 
 class Runner:
@@ -171,7 +217,9 @@ class Runner:
             if time.monotonic() > self.end:
                 return False
             if name not in self.dense:
-                self.dense[name] = tail_losses(self.model, self.ids[name].to(self.device), DENSE, self.tail)[0]
+                self.dense[name] = tail_losses(self.model, self.ids[name].to(self.device), DENSE, self.tail)[
+                    0
+                ]
             if name in found:
                 continue
             losses, pairs = tail_losses(self.model, self.ids[name].to(self.device), rule, self.tail)
@@ -300,10 +348,30 @@ def check() -> None:
         error = float((got - want).norm() / want.norm())
         assert error < 1e-5, (rule.label(), error)
         assert torch.equal(pairs, counted), (rule.label(), pairs, counted)
-        print(f"{rule.label()}: error {error:.1e}, pairs {float(pairs.mean()) / (length * (length + 1) / 2):.3f}")
+        print(
+            f"{rule.label()}: error {error:.1e}, pairs {float(pairs.mean()) / (length * (length + 1) / 2):.3f}"
+        )
+    votes = (
+        {"before": 0.5},
+        {"before": 1.0, "stride": 2, "causal": True},
+        {"pool": 4},
+        {"pool": 2, "causal": True},
+    )
+    for changes in votes:
+        rule = replace(base, **changes)
+        whole = attend(q, k, v, rule, scale)
+        with mock.patch("shared_rules.ROWS", 16):
+            pieces = attend(q, k, v, rule, scale)
+        assert torch.equal(whole[1], pieces[1]), rule.label()
+        assert torch.allclose(whole[0], pieces[0], atol=1e-5), rule.label()
+        later = q.clone()
+        later[:, 50:] = 5
+        moved = attend(later, k, v, rule, scale)[0]
+        assert torch.allclose(moved[:, :48], whole[0][:, :48], atol=1e-6), rule.label()
+        if rule.causal:
+            assert torch.allclose(moved[:, :50], whole[0][:, :50], atol=1e-6), rule.label()
     want, _ = attend(q, k, v, DENSE, scale)
-    exact = F.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), is_causal=True,
-                                           scale=scale)
+    exact = F.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q), is_causal=True, scale=scale)
     assert torch.allclose(want, exact, atol=1e-5)
     for kind in ("antidiagonal", "pooled"):
         full, _ = attend(q, k, v, Rule(kind, 16, 16, share=1.1), scale)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ROWS = 1024  # query rows scored at once, a multiple of every tile
+ROWS = 2048  # query rows scored at once, a multiple of every tile
 INF = float("inf")
 
 
@@ -37,6 +37,8 @@ class Rule:
         topk: this many blocks, forced ones included; 0: no such limit.
         cap: at most this many candidates beside the forced blocks; 0: no such limit.
         stride: the mass is taken from rows 0, stride, 2 stride, ... of a tile.
+        pool: instead of sampled rows, means of this many queries vote.
+        before: weight of the votes of the tile before, beside those of the tile.
         strongest: the mass is the larger of the mean over rows and `strongest` times the maximum over rows.
         own: a row's softmax counts the keys of its own tile too, so that what a row reads nearby needs no block.
         floor: keeps blocks of at least this mass; 0: does not.
@@ -60,6 +62,8 @@ class Rule:
     topk: int = 0
     cap: int = 0
     stride: int = 1
+    pool: int = 1
+    before: float = 0.0
     strongest: float = 0.0
     own: bool = False
     floor: float = 0.0
@@ -84,8 +88,9 @@ class Rule:
         for name in ("gate", "both"):
             if getattr(self, name) != getattr(Rule, name):
                 parts.append(str(getattr(self, name)))
-        shown = ("part", "alpha", "share", "topk", "cap", "stride", "strongest", "floor", "true_every", "sink", "local")
-        for name in (*shown, "dense_below", "dense_last", "antidiagonal"):
+        shown = ("part", "alpha", "share", "topk", "cap", "stride", "pool", "before", "strongest", "floor")
+        shown += ("true_every", "sink", "local", "dense_below", "dense_last", "antidiagonal")
+        for name in shown:
             if getattr(self, name) != getattr(Rule, name):
                 parts.append(f"{name} {getattr(self, name):g}")
         flags = [f" +{name}" for name in ("own", "means") if getattr(self, name)]
@@ -175,21 +180,34 @@ def tile_mass(weights: Tensor, rule: Rule) -> Tensor:
     """Mass `(heads, tiles, blocks)`, or `(heads, rows, blocks)` if lists are causal, from rows' weights."""
     heads, rows, columns = weights.shape
     tiles = weights.view(heads, rows // rule.tile, rule.tile, columns)
+    sampled = tiles[:, :, rule.pool - 1 :: rule.stride * rule.pool]
+    votes = sampled.sum(2)
+    earlier = torch.cat([votes[:, :1] * 0, votes[:, :-1]], 1) * rule.before
     if not rule.causal or rule.tile == 1:
-        sampled = tiles[:, :, :: rule.stride]
-        mass = sampled.mean(2)
+        mass = (votes + earlier) / (sampled.shape[2] * (1 + rule.before))
         if rule.strongest:
             mass = torch.maximum(mass, rule.strongest * sampled.amax(2))
         return mass
+    at = torch.arange(rule.tile, device=weights.device)
     if rule.stride > 1:
         tiles = tiles.clone()
-        off = torch.arange(rule.tile, device=weights.device) % rule.stride > 0
-        tiles[:, :, off] = 0
-    count = torch.arange(rule.tile, device=weights.device) // rule.stride + 1
-    mass = tiles.cumsum(2) / count[:, None]
+        tiles[:, :, at % rule.stride > 0] = 0
+    heard = tiles.cumsum(2)
+    if rule.pool > 1:  # whole groups, and the part of a group that a row ends
+        whole = tiles.masked_fill((at % rule.pool < rule.pool - 1)[:, None], 0.0)
+        heard = whole.cumsum(2) - whole + tiles
+    count = at // (rule.stride * rule.pool) + 1
+    count = count + rule.before * sampled.shape[2]
+    mass = (heard + earlier[:, :, None]) / count[:, None]
     if rule.strongest:
         mass = torch.maximum(mass, rule.strongest * tiles.cummax(2).values)
     return mass.view(heads, rows, columns)
+
+
+def running_means(q: Tensor, size: int) -> Tensor:
+    """For each row, the mean of the queries of its group of `size` rows up to itself."""
+    count = torch.arange(1, size + 1, device=q.device)[:, None]
+    return (q.unflatten(1, (-1, size)).cumsum(2) / count).flatten(1, 2)
 
 
 def shared(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) -> Tensor:
@@ -200,7 +218,8 @@ def shared(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) -> Tenso
     complete = min(columns, keys.mean.shape[1])
     scores = q.new_full((q.shape[0], q.shape[1], columns), -INF)
     estimate = true_scores if rule.gate == "true" else row_scores
-    scores[:, :, :complete] = estimate(q, keys, rule, complete)
+    voters = running_means(q, rule.pool) if rule.pool > 1 else q
+    scores[:, :, :complete] = estimate(voters, keys, rule, complete)
     if rule.true_every:
         rows = torch.arange(0, q.shape[1], rule.true_every, device=q.device)
         scores[:, rows, :complete] = true_scores(q[:, rows], keys, rule, complete)
@@ -300,7 +319,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> tuple[T
             keep = whole[:, first // rule.tile : end // rule.tile, :columns]
         else:
             choose = {"shared": shared, "antidiagonal": antidiagonal, "relative": relative}[rule.kind]
-            keep = choose(chunk, keys, rule, first, columns)
+            lead = rule.tile if rule.before and first else 0  # the tile before votes too
+            keep = choose(q[:, first - lead : end], keys, rule, first - lead, columns)
+            rows_of_tile = 1 if rule.causal else rule.tile
+            keep = keep[:, lead // rows_of_tile :]
         if keep.shape[1] != end - first:
             keep = keep.repeat_interleave(rule.tile, 1)
         keep = keep | ((rows < rule.dense_below) | (rows >= last))[:, None]
