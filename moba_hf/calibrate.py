@@ -16,6 +16,9 @@ minutes, most of it loading; it has not been measured.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -364,7 +367,24 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
     place = Path(folder)
     values, model_config = read_model_config(place)
     adapter = check_config(model_config, config)
-    text = json.dumps(with_moba(values, config, text_config_key(adapter, model_config)), indent=2)
-    beside = place / "config.json.part"
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(place / "config.json")
+    new = with_moba(values, config, text_config_key(adapter, model_config))
+    replace_text(place / "config.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces the content of a file in one step; it keeps its mode, and an error leaves it as it was.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(path, name)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

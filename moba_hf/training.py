@@ -100,7 +100,7 @@ class MobaCallback(TrainerCallback):
 
     Adds to each training log line, and to `state.log_history`:
         moba_key_budget: the key budget (see `moba_hf.checkpoints.inspection`) at the mean length of the rows
-            since the last line; 1 in full attention. Packed documents are shorter: they attend a larger share.
+            since the last line; 1 in full attention. Packed documents attend a larger share.
         moba_full: 1.0 for full attention, else 0.0; like the budget of the last step before the line.
         trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
             labels, of this process. Evaluations during training log `eval_trailing_loss`. Where a fused loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from moba_cases import chosen_keys
 
-from moba_hf.bench import Options, checks, dense, measure, report
+from moba_hf.bench import Options, checks, measure, peers, report
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, ROWS, TINY, Row
 from moba_hf.bench.stages import STAGES, stage_of, totals
@@ -43,17 +43,17 @@ def test_slices_cover_their_share_of_the_pairs(monkeypatch: pytest.MonkeyPatch) 
         return cost
 
     cost = 0.0
-    monkeypatch.setattr(dense, "median_ms", ms)
+    monkeypatch.setattr(peers, "median_ms", ms)
     q = torch.zeros(320, 1, 4)
-    whole = dense.times(q, q, q, {"x": counted}, 1)["x"]
+    whole = peers.times(q, q, q, {"x": counted}, 1)["x"]
     assert whole == 320 * 321 / 2
-    assert dense.sliced_times(q, q, q, {"x": counted}, 1, 32)["x"] == pytest.approx(whole)
+    assert peers.sliced_times(q, q, q, {"x": counted}, 1, 32)["x"] == pytest.approx(whole)
 
 
 def test_dense_implementations_agree() -> None:
     q, k, v = (torch.randn(1, heads, 20, 8) for heads in (4, 2, 2))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found = dense.implementations()
+    found = peers.implementations()
     assert {"fa2", "cudnn"} <= set(found)
     assert torch.allclose(found["fa2"](q, k, v, True), expected, atol=1e-5)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +115,93 @@ class TestSwitching:
         config = tiny_config("llama", SMALL)
         AutoModelForCausalLM.from_config(config, attn_implementation="moba")
         assert config.moba == SMALL.to_dict()
+
+
+def _copied(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def _pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+class TestCopies:
+    """What a patched model was before belongs to the model, whoever holds it."""
+
+    @pytest.mark.parametrize("copied", [_copied, _pickled])
+    @pytest.mark.parametrize("had_settings", [False, True])
+    def test_a_copy_is_undone_and_saved(
+        self, copied: Callable[[Any], Any], had_settings: bool, tmp_path: Path
+    ) -> None:
+        model, ids = tiny_model(moba=MobaConfig(8, 5) if had_settings else None), tokens(1, LENGTH)
+        model.set_attn_implementation("sdpa")
+        before = logits(model, ids)
+        patched = logits(patch_model(model, SMALL), ids)
+        twin = copied(model)
+        assert torch.equal(logits(twin, ids), patched)
+        assert torch.equal(logits(unpatch_model(twin), ids), before)
+        assert getattr(twin.config, "moba", None) == (MobaConfig(8, 5).to_dict() if had_settings else None)
+        twin.save_pretrained(tmp_path)
+        assert torch.equal(logits(model, ids), patched)
+        assert torch.equal(logits(unpatch_model(model), ids), before)
+        with pytest.raises(ValueError, match="does not run MoBA"):
+            unpatch_model(twin)
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+    @pytest.mark.parametrize("patch_first", [True, False])
+    def test_through_peft(self, patch_first: bool) -> None:
+        peft = pytest.importorskip("peft")
+        model, ids = tiny_model(moba=None), tokens(1, LENGTH)
+        model.set_attn_implementation("sdpa")
+        before = logits(model, ids)
+        if patch_first:
+            patch_model(model, SMALL)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+        if not patch_first:
+            patch_model(wrapped, SMALL)
+        assert not torch.equal(logits(wrapped, ids), before)
+        merged = wrapped.merge_and_unload()
+        assert torch.equal(logits(unpatch_model(merged), ids), before)
+        assert not hasattr(merged.config, "moba")
+
+    @pytest.mark.parametrize("undo", ["wrapped", "inner"])
+    def test_through_compile(self, undo: str) -> None:
+        model, ids = tiny_model(moba=None), tokens(1, LENGTH)
+        model.set_attn_implementation("sdpa")
+        before = logits(model, ids)
+        compiled = torch.compile(model, backend="eager")
+        patch_model(compiled, SMALL)
+        assert model.config._attn_implementation == "moba"
+        unpatch_model(compiled if undo == "wrapped" else model)
+        assert torch.equal(logits(model, ids), before)
+        assert not hasattr(model.config, "moba")
+
+    @pytest.mark.parametrize("inner_first", [True, False])
+    def test_through_the_base_model(self, inner_first: bool) -> None:
+        model, ids = tiny_model(moba=None), tokens(1, LENGTH)
+        model.set_attn_implementation("sdpa")
+        before = logits(model, ids)
+        patch_model(model.model if inner_first else model, SMALL)
+        unpatch_model(model if inner_first else model.model)
+        assert torch.equal(logits(model, ids), before)
+        assert not hasattr(model.config, "moba")
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_models_that_share_a_config(self, first: int) -> None:
+        one = tiny_model(moba=None)
+        one.set_attn_implementation("sdpa")
+        pair, ids = [one, type(one)(one.config).eval()], tokens(1, LENGTH)
+        before = [logits(model, ids) for model in pair]
+        for model in pair:
+            patch_model(model, SMALL)
+        unpatch_model(pair[first])
+        unpatch_model(pair[1 - first])
+        assert all(torch.equal(logits(model, ids), was) for model, was in zip(pair, before, strict=True))
+        assert not hasattr(one.config, "moba")
+
+
+def test_a_backend_among_stored_settings_is_refused() -> None:
+    model = tiny_model(moba=None)
+    model.config.moba = {**SMALL.to_dict(), "backend": "portable"}
+    with pytest.raises(ValueError, match=r"patch_model\(model, MobaConfig\(\.\.\., backend='portable'\)\)"):
+        logits(model, tokens(1, LENGTH))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.bench import dense, report
+from moba_hf.bench import peers, report
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
 from moba_hf.bench.stages import stage_times
@@ -161,7 +161,7 @@ def _gate(rows: Sequence[Row], backends: Sequence[str]) -> list[str]:
 
 def _header(limits: dict[str, float], problems: Sequence[str]) -> str:
     return (
-        f"{torch.cuda.get_device_name()}, {', '.join(dense.versions())}; bf16, head_dim {HEAD_DIM}, batch 1; "
+        f"{torch.cuda.get_device_name()}, {', '.join(peers.versions())}; bf16, head_dim {HEAD_DIM}, batch 1; "
         f"ceilings {limits['matmul_tflops']:.0f} TFLOP/s, {limits['copy_tbps']:.2f} TB/s; "
         f"correctness gate {'RED' if problems else 'green'}"
     )
@@ -189,7 +189,7 @@ def _measure(
         shape = (row.length, row.num_heads, row.num_kv_heads)
         if shape not in known:
             repeats = max(2, options.repeats // 4)
-            known[shape] = dense.times(q, k, v, dense.implementations(), repeats)
+            known[shape] = peers.times(q, k, v, peers.implementations(), repeats)
         result |= {f"{name}_ms": value for name, value in known[shape].items()}
     return result
 
@@ -287,13 +287,13 @@ def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
     line["tflops"] = 4 * HEAD_DIM * (own + chosen) / line["ms"] / 1e9
     if not options.dense:
         return line
-    found = dense.implementations(packages=False)
+    found = peers.implementations(packages=False)
     repeats = max(2, options.repeats // 4)
     if row.length < figure.slice_from:
         line["dense"] = "whole"
-        line |= {f"{name}_ms": ms for name, ms in dense.times(q, k, v, found, repeats).items()}
+        line |= {f"{name}_ms": ms for name, ms in peers.times(q, k, v, found, repeats).items()}
     if row.length >= figure.slice_from or (row.length * 2 >= figure.slice_from and row.num_heads == 1):
-        sliced = dense.sliced_times(q, k, v, found, 1, PARTS)
+        sliced = peers.sliced_times(q, k, v, found, 1, PARTS)
         if row.length >= figure.slice_from:
             line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
             line |= {f"{name}_ms": ms for name, ms in sliced.items()}

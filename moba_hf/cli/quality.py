@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,13 +151,30 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _check_folder(*paths: str | None) -> None:
-    """Raises ValueError where a file would have no folder to stand in: before the work, not after."""
+    """Raises ValueError where a file cannot be written: before the work, not after."""
     for path in paths:
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {Path(path).absolute().parent}; make it first")
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"{path}: there is no folder {folder}; make it first")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if Path(path).exists():
+                with open(path, "ab"):
+                    pass
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _write_json(path: str | None, values: Any) -> None:
-    if path is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
+    """Writes `values` to a file; where that fails after all, they are printed, so that no work is lost."""
+    if path is None:
+        return
+    text = json.dumps(values, indent=1)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError:
+        print(text)
+        raise

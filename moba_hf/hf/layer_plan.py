@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.op.registry import Registry
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -49,7 +50,13 @@ def moba_config(config: Any) -> MobaConfig:
 def _settings_of(raw: Any) -> MobaConfig:
     """`config.moba` read, or the preset where it is None."""
     if raw is not None:
-        return MobaConfig.from_dict(raw)
+        moba = MobaConfig.from_dict(raw)
+        if moba.backend != "auto":
+            raise ValueError(
+                "a stored config names no backend, which is a choice of the machine: pass it to "
+                f"patch_model(model, MobaConfig(..., backend={moba.backend!r}))"
+            )
+        return moba
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
         f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="
@@ -84,22 +91,13 @@ def adapter_of(model_type: str) -> Adapter:
     return adapter
 
 
-class _Kept:
-    """What compiled graphs look up by name instead of computing it, see `_resolve`.
-
-    An object, not a dict: a graph that is being traced sees attributes that are set meanwhile.
-    """
-
-
-_kept: Any = _Kept()
+# What compiled graphs look up by name instead of computing it, see `_resolve`.
+_kept = Registry()
 
 
 def _keep(kind: str, of: object, make: Callable[[], object]) -> str:
     """The name under which `_kept` has `make()`; `repr(of)` tells what it is made of."""
-    name = f"{kind} {of!r}"
-    if not hasattr(_kept, name):
-        setattr(_kept, name, make())
-    return name
+    return _kept.keep(f"{kind} {of!r}", make)
 
 
 def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPlan:

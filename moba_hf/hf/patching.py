@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.op.backends import load_backend
 
-# Name of the attribute that keeps a patched model's state from before.
+# Attribute of attention modules that keeps a patched model's state from before. It stands on modules, which
+# PEFT, torch.compile and a model's own base model share, and holds plain data, which copies and pickles keep.
 _PREVIOUS = "_moba_previous"
-_MISSING = object()
 # Attributes of attention modules that say how they run, and are no part of a checkpoint.
 _ON_MODULES = ("moba_backend", SUSPENDED)
+# The states from before of configs that run MoBA by `patch_model`: models may share a config. Keyed by id.
+_BY_CONFIG: dict[int, tuple[weakref.ref[Any], _State]] = {}
 
 
 @dataclass(frozen=True)
 class _State:
-    """What switching changes: the text config's attention implementation and `moba`, and how modules run."""
+    """What switching changes, as plain data.
+
+    Attributes:
+        implementation: the text config's attention implementation.
+        settings: `(config.moba,)`; empty: the config had none.
+        modules: how each attention module ran, in order.
+    """
 
     implementation: str
-    moba: Any
-    modules: list[tuple[Any, dict[str, Any]]]
+    settings: tuple[Any, ...]
+    modules: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, model: Any, adapter: Adapter, text_config: Any) -> _State:
-        modules = [
-            (module, {name: module.__dict__[name] for name in _ON_MODULES if name in module.__dict__})
+        modules = tuple(
+            {name: module.__dict__[name] for name in _ON_MODULES if name in module.__dict__}
             for _, module in adapter.attention_layers(model)
-        ]
-        return cls(text_config._attn_implementation, getattr(text_config, "moba", _MISSING), modules)
+        )
+        return cls(text_config._attn_implementation, _settings(text_config), modules)
 
     def restore(self, model: Any, adapter: Adapter, text_config: Any) -> None:
-        if self.moba is not _MISSING:
-            text_config.moba = self.moba
+        if self.settings:
+            text_config.moba = self.settings[0]
         elif hasattr(text_config, "moba"):
             del text_config.moba
         if text_config._attn_implementation != self.implementation:
             set_implementation(model, adapter, self.implementation)
-        for module, attributes in self.modules:
+        modules = [module for _, module in adapter.attention_layers(model)]
+        for module in modules:
             for name in ("_moba_plan", *_ON_MODULES):
                 module.__dict__.pop(name, None)
+        for module, attributes in zip(modules, self.modules, strict=False):
             module.__dict__.update(attributes)
 
 
 def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     """Turns MoBA on in `model`, in place, and returns it.
 
+    Models that share a config object are switched together, as by transformers' own
+    `set_attn_implementation`.
+
     Args:
-        model: a loaded transformers model of a known family.
+        model: a loaded transformers model of a known family; also one inside PEFT or `torch.compile`.
         config: the settings, kept as `config.moba` of the model's text config (without `backend`, which
             stays on the loaded modules). None: what `config.moba` holds, else the preset "default".
 
@@ -77,24 +91,27 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     for _, module in adapter.attention_layers(model):
         module.moba_backend = moba.backend  # type: ignore[assignment]
         module.__dict__.pop(SUSPENDED, None)
-    model.__dict__.setdefault(_PREVIOUS, before)
+    _keep_previous(model, adapter, text_config, _previous(model, adapter, text_config) or before)
     return model
 
 
 def unpatch_model(model: Any) -> Any:
     """Gives `model` back the attention implementation and `config.moba` it had before `patch_model`.
 
-    A model that was loaded with `attn_implementation="moba"` goes to "sdpa" and keeps its `config.moba`.
+    `model` may be the patched model, its base model, or the same in PEFT or `torch.compile`, wrapped before
+    or after patching. A model that was loaded with `attn_implementation="moba"` goes to "sdpa" and keeps its
+    `config.moba`.
 
     Raises:
         ValueError: the model does not run MoBA.
     """
     adapter, text_config = _family(model)
-    before = model.__dict__.pop(_PREVIOUS, None)
+    before = _previous(model, adapter, text_config)
     if before is None:
         if text_config._attn_implementation != NAME:
             raise ValueError(f"the model does not run MoBA but {text_config._attn_implementation!r}")
-        before = _State("sdpa", getattr(text_config, "moba", _MISSING), [])
+        before = _State("sdpa", _settings(text_config))
+    _keep_previous(model, adapter, text_config, None)
     before.restore(model, adapter, text_config)
     return model
 
@@ -104,14 +121,37 @@ def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
     """MoBA inside the `with` block; before and after, the model is the same, exceptions included."""
     adapter, text_config = _family(model)
     before = _State.of(model, adapter, text_config)
-    outer = model.__dict__.get(_PREVIOUS)
+    outer = _previous(model, adapter, text_config)
     try:
         yield patch_model(model, config)
     finally:
         before.restore(model, adapter, text_config)
-        model.__dict__.pop(_PREVIOUS, None)
-        if outer is not None:
-            model.__dict__[_PREVIOUS] = outer
+        _keep_previous(model, adapter, text_config, outer)
+
+
+def _settings(text_config: Any) -> tuple[Any, ...]:
+    return (text_config.moba,) if hasattr(text_config, "moba") else ()
+
+
+def _previous(model: Any, adapter: Adapter, text_config: Any) -> _State | None:
+    """The state from before `patch_model`, kept by the model's modules or by another model of its config."""
+    for _, module in adapter.attention_layers(model):
+        if _PREVIOUS in module.__dict__:
+            return cast(_State, module.__dict__[_PREVIOUS])
+    reference, state = _BY_CONFIG.get(id(text_config), (None, None))
+    return state if reference is not None and reference() is text_config else None
+
+
+def _keep_previous(model: Any, adapter: Adapter, text_config: Any, state: _State | None) -> None:
+    """Lets every attention module and the config remember `state`; None: forget it."""
+    for _, module in adapter.attention_layers(model):
+        module.__dict__.pop(_PREVIOUS, None)
+        if state is not None:
+            module.__dict__[_PREVIOUS] = state
+    key = id(text_config)
+    _BY_CONFIG.pop(key, None)
+    if state is not None:
+        _BY_CONFIG[key] = (weakref.ref(text_config, lambda _: _BY_CONFIG.pop(key, None)), state)
 
 
 def suspend_moba(model: Any, suspended: bool = True) -> Any:

@@ -3,8 +3,8 @@
 Legend: N cached slots, B block size, HK kv heads, D head dim, NB = capacity // B blocks.
 
 A row's blocks start at its first real token, which only the attention function knows, so the means are
-brought up to date by it, from the stored keys, with the routine that prefill uses: `portable.block_mean`, or
-the kernel whose bits equal those of the prefill kernel where the backend "auto" runs Triton. What is computed
+brought up to date by it, from the stored keys, with the routine that prefill uses: `gates.block_mean`, or
+the backend's kernel, whose bits equal those of its prefill kernel. What is computed
 is what the last calls completed: a decode step reads one block at most. Everything but the number of new
 tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
 """
@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moba_hf.op.backends import choose_backend
-from moba_hf.op.portable import block_mean
+from moba_hf.op.backends import load_backend
+from moba_hf.op.gates import block_mean
+from moba_hf.op.operators import update_means_op
 
 # Elements of keys that one step of an update may gather.
 _GATHER_BUDGET = 1 << 24
@@ -32,6 +33,7 @@ class BlockMeans:
         means: `(batch, HK, NB + 1, D)` in the dtype of the keys; the last block is a dump for writes that do
             not count. Blocks that are not complete hold anything finite.
         starts: int64 `(batch,)`, slot of each row's first real token; None: all 0.
+        starts_read: the same on the host, where the caller has read it.
         behind: tokens that were cached since the means were up to date.
         empty: no mean has been taken yet, so the next start and block size are taken as they come.
     """
@@ -41,6 +43,7 @@ class BlockMeans:
         self.static = static
         self.means: Tensor | None = None
         self.starts: Tensor | None = None
+        self.starts_read: tuple[int, ...] | None = None
         self.behind = 0
         self.empty = True
 
@@ -64,6 +67,7 @@ class BlockMeans:
             self.means = change(self.means)
         if self.starts is not None:
             self.starts = change(self.starts)
+        self.starts_read = None
 
     def allocate(self, keys: Tensor, block_size: int, capacity: int) -> None:
         """Makes room for the blocks of `capacity` tokens, keeping the means that fit."""
@@ -78,7 +82,14 @@ class BlockMeans:
         self.means, self.block_size = means, block_size
 
     def bring_up(
-        self, keys: Tensor, length: int | Tensor, capacity: int, kv_start: Tensor | None, block_size: int
+        self,
+        keys: Tensor,
+        length: int | Tensor,
+        capacity: int,
+        kv_start: Tensor | None,
+        block_size: int,
+        backend: str,
+        starts_read: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Means `(batch, HK, NB, D)` of the complete blocks of slots `[kv_start, length)`.
 
@@ -88,17 +99,20 @@ class BlockMeans:
             capacity: slots of the cache.
             kv_start: int `(batch,)`, slot of each row's first real token; None: all 0.
             block_size: tokens in a block. Another one than before, or another start, rebuilds the means.
+            backend: the backend that was chosen for tensors like `keys`.
+            starts_read: values of `kv_start` on the host, where they are known: saves waiting for the device.
         """
-        if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start)):
+        if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start, starts_read)):
             self.forget(length if isinstance(length, int) else capacity)
         means = self._room(keys, capacity, block_size)
         if self.empty:
-            self._set_starts(kv_start)
+            self._set_starts(kv_start, starts_read)
         if self.behind:
-            if choose_backend("auto", keys, keys, keys, block_size) == "triton":
+            kernels = load_backend(backend).cache
+            if kernels is not None and block_size >= kernels.min_block_size:
                 on_device = length if isinstance(length, Tensor) else None
                 slots = 0 if isinstance(length, Tensor) else length
-                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size)
+                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size, backend)
             elif isinstance(length, int) and (kv_start is None or _on_host(keys)):
                 self._update_slices(keys, length, kv_start)
             else:
@@ -122,12 +136,12 @@ class BlockMeans:
         self.means = writable(self.means)
         return self.means
 
-    def _starts_at(self, kv_start: Tensor | None) -> bool:
+    def _starts_at(self, kv_start: Tensor | None, starts_read: tuple[int, ...] | None) -> bool:
         """Whether the rows start where they did.
 
-        On other devices than the CPU the values are compared when more than one token was added: a start
-        changes with a new prompt, never between decode steps, and a comparison waits for the device. Compiled
-        and captured graphs cannot wait.
+        Values on other devices than the CPU are compared when more than one token was added and the host does
+        not know them: a start changes with a new prompt, never between decode steps, and a comparison waits
+        for the device. Compiled and captured graphs cannot wait.
         """
         known = self.starts
         if known is None and kv_start is None:
@@ -135,12 +149,20 @@ class BlockMeans:
         if known is None or kv_start is None:
             given = kv_start if known is None else known
             assert given is not None
-            return not _in_graph() and not bool(given.any())
+            if _in_graph() or bool(given.any()):
+                return False
+            self._set_starts(
+                kv_start, starts_read
+            )  # the same in another form, so that later calls need not ask
+            return True
+        if starts_read is not None and self.starts_read is not None:
+            return starts_read == self.starts_read
         if _in_graph() or not (_on_host(known) or self.behind > 1):
             return True
         return torch.equal(known, kv_start)
 
-    def _set_starts(self, kv_start: Tensor | None) -> None:
+    def _set_starts(self, kv_start: Tensor | None, starts_read: tuple[int, ...] | None) -> None:
+        self.starts_read = starts_read
         if kv_start is None:
             self.starts = None
         elif self.starts is None or self.starts.shape != kv_start.shape:
@@ -185,33 +207,11 @@ class BlockMeans:
             self.means.scatter_(2, place[:, None, :, None].expand(-1, heads, -1, dim), new)
 
 
-@torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))
-def update_means_op(
-    means: Tensor,
-    keys: Tensor,
-    kv_start: Tensor | None,
-    length: Tensor | None,
-    slots: int,
-    behind: int,
-    block_size: int,
-) -> None:
-    """Triton's update of `means`: `length`, or `slots` where it is None, slots of `keys` are written."""
-    from moba_hf.kernels import update_block_means
-
-    written = slots if length is None else length
-    update_block_means(means, keys, kv_start, written, behind, block_size)
-
-
-@update_means_op.register_fake
-def _(means, keys, kv_start, length, slots, behind, block_size):  # type: ignore[no-untyped-def]
-    return None
-
-
-def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str) -> Tensor:
     """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start."""
     means = BlockMeans()
     means.forget(keys.shape[2])
-    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size)
+    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size, backend)
 
 
 def writable(x: Tensor) -> Tensor:
