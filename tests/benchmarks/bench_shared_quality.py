@@ -7,10 +7,10 @@
     python tests/benchmarks/bench_shared_quality.py --out OUT --report
 
 Every layer that attends everything goes through `shared_rules.attend`; layers with a window keep it. For each
-rule and text: rise of the mean loss of the last quarter over dense, and the share of causal pairs attended, over
-all rows, heads and layers. Means over texts come with a 95 % interval from the spread of 64-token stretches of
-the rise, rule and dense compared token by token. "causal" is the loss with lists that a row could have had.
-Answers are kept in OUT/shared.json as they are made, so that a stopped run goes on.
+rule and text: rise of the mean loss of the last quarter over dense, and the share of causal pairs attended,
+over all rows, heads and layers. Means over texts come with a 95 % interval from the spread of 64-token
+stretches of the rise, rule and dense compared token by token. "causal" is the loss with lists that a row
+could have had. Answers are kept in OUT/shared.json as they are made, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -187,7 +187,18 @@ def chosen() -> Iterator[Rule]:
         yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
 
 
+def long() -> Iterator[Rule]:
+    """16K and 32K, on the test texts: the rule that ships, choices per query, the published rules."""
+    for alpha in (0.01, 0.03, 0.1, 0.003):
+        yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
+    yield from (Rule(tile=1, block=32, topk=k, gate=g) for k in (64, 128) for g in ("mean", "mass"))
+    yield from (Rule("antidiagonal", 128, 128, share=s) for s in (0.9, 0.95))
+    yield from (Rule("pooled", 128, 128, share=s) for s in (0.9, 0.98))
+    yield from (Rule("relative", 32, 128, "mean", alpha=a, means=True, sink=2, local=4) for a in (0.1, 0.01))
+
+
 SUITES = {
+    "long": (long, (PLAIN, COPIES)),
     "questions": (questions, ("dev/", "dev-copies/")),
     "cheaper": (cheaper, ("dev/", "dev-copies/")),
     "chosen": (chosen, (PLAIN, COPIES, RECURRING)),
@@ -260,7 +271,7 @@ def report(answers: dict[str, Any]) -> None:
 
 def naive(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
     """`attend` for the kind "shared" as loops over heads and rows, in fp64."""
-    heads, length, size = q.shape
+    heads, length, _ = q.shape
     out = torch.zeros(heads, length, v.shape[2], dtype=torch.float64)
     pairs = torch.zeros(heads, dtype=torch.float64)
     group = heads // k.shape[0]
@@ -348,9 +359,8 @@ def check() -> None:
         error = float((got - want).norm() / want.norm())
         assert error < 1e-5, (rule.label(), error)
         assert torch.equal(pairs, counted), (rule.label(), pairs, counted)
-        print(
-            f"{rule.label()}: error {error:.1e}, pairs {float(pairs.mean()) / (length * (length + 1) / 2):.3f}"
-        )
+        share = float(pairs.mean()) / (length * (length + 1) / 2)
+        print(f"{rule.label()}: error {error:.1e}, pairs {share:.3f}")
     votes = (
         {"before": 0.5},
         {"before": 1.0, "stride": 2, "causal": True},

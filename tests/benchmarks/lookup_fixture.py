@@ -5,10 +5,10 @@
 
 SmolLM2-135M is trained further on rows of Python sources, plain MoBA with blocks of 128 and topk 8 in every
 layer, rotary base 1e6. Each row holds 64 definitions (three fixed and three random tokens, `=`, four random
-tokens) and later repeats each of them. Then rows of packages it has not seen hold 64 definitions at even depths
-and ask for 24 of them at their end, one after another, under each rule of `rules`. A lookup counts if all four
-tokens are predicted from the true tokens before them; lists are causal, so this is what asking token by token
-gives. Without `--seconds` the model is evaluated as it is.
+tokens) and later repeats each of them. Then rows of packages it has not seen hold 64 definitions at even
+depths and ask for 24 of them at their end, one after another, under each rule of `rules`. A lookup counts if
+all four tokens are predicted from the true tokens before them; lists are causal, so this is what asking token
+by token gives. Without `--seconds` the model is evaluated as it is.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def train(model: Any, ids: np.ndarray[Any, Any], length: int, seconds: float) ->
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 50 == 0 or step == 1:
-            print(f"step {step}: loss {float(loss):.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
     model.gradient_checkpointing_disable()
     return step
 
@@ -209,9 +209,7 @@ def main() -> None:
             break
         one = answers[rule.label()] = lookups(model, rows, rule)
         (args.out / "lookups.json").write_text(json.dumps(answers))
-        print(
-            f"{rule.label()}: pairs {one['pairs']:.3f}, answered {one['answered']:.3f}, loss {one['loss']:.3f}"
-        )
+        print(", ".join([rule.label(), *(f"{name} {value:.3f}" for name, value in one.items())]))
 
 
 if __name__ == "__main__":

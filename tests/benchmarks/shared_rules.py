@@ -1,18 +1,18 @@
 """Rules that choose key blocks, and attention under their masks, for `bench_shared_quality.py`.
 
 Written apart from the package, as masked dense attention, so that it can check what the package does. One
-sequence: `q (heads, N, D)`, `k` and `v (kv heads, N, D)`, all on one device, fp32. Rows are taken in chunks so
-that a score matrix fits; what a rule chooses does not depend on them.
+sequence: `q (heads, N, D)`, `k` and `v (kv heads, N, D)`, all on one device, fp32. Rows are taken in chunks
+so that a score matrix fits; what a rule chooses does not depend on them.
 
 A block is a candidate for a tile of queries if it ends before the tile begins. The first blocks, the blocks
-before the tile and the blocks that the tile overlaps are always attended. The mass of a candidate is the mean,
-over the sampled rows of the tile, of the softmax over candidates of a row's scores.
+before the tile and the blocks that the tile overlaps are always attended. The mass of a candidate is the
+mean, over the sampled rows of the tile, of the softmax over candidates of a row's scores.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class Rule:
     """Which blocks a tile of queries attends.
 
     Attributes:
-        kind: "dense"; "shared" (a tile of 1 is a choice per query); three published tile rules:
-            "antidiagonal" (XAttention), "pooled" (FlexPrefill's query-aware part), "relative" (FlashPrefill V2).
+        kind: "dense"; "shared" (a tile of 1 is a choice per query); or a published tile rule: "antidiagonal"
+            (XAttention), "pooled" (FlexPrefill's query-aware part), "relative" (FlashPrefill V2).
         tile, block: queries that share a list, keys in a block.
         gate: "mass", "unpaired" (the mass with the variance of single dimensions), "mean", or "true".
         part: keys in a part of a block under the mass gate.
@@ -40,7 +40,7 @@ class Rule:
         pool: instead of sampled rows, means of this many queries vote.
         before: weight of the votes of the tile before, beside those of the tile.
         strongest: the mass is the larger of the mean over rows and `strongest` times the maximum over rows.
-        own: a row's softmax counts the keys of its own tile too, so that what a row reads nearby needs no block.
+        own: a row's softmax counts the keys of its own tile too: what a row reads there needs no block.
         floor: keeps blocks of at least this mass; 0: does not.
         true_every: rows 0, true_every, ... of a tile give their true mass; 0: none does.
         means: adds each dropped candidate by its mean key and value, weighted by its number of keys.
@@ -84,15 +84,12 @@ class Rule:
         """A short name: what differs from the defaults."""
         if self.kind == "dense":
             return "dense"
+        differing = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         parts = [f"{self.kind} {self.tile}/{self.block}"]
-        for name in ("gate", "both"):
-            if getattr(self, name) != getattr(Rule, name):
-                parts.append(str(getattr(self, name)))
+        parts += [str(getattr(self, name)) for name in ("gate", "both") if name in differing]
         shown = ("part", "alpha", "share", "topk", "cap", "stride", "pool", "before", "strongest", "floor")
         shown += ("true_every", "sink", "local", "dense_below", "dense_last", "antidiagonal")
-        for name in shown:
-            if getattr(self, name) != getattr(Rule, name):
-                parts.append(f"{name} {getattr(self, name):g}")
+        parts += [f"{name} {getattr(self, name):g}" for name in shown if name in differing]
         flags = [f" +{name}" for name in ("own", "means") if getattr(self, name)]
         return " ".join(parts) + "".join(flags) + (" causal" if self.causal else "")
 
@@ -162,7 +159,7 @@ def own_scores(q: Tensor, keys: Keys, rule: Rule, first: int) -> Tensor:
 
 
 def by_share(mass: Tensor, share: float, whole: bool = False) -> Tensor:
-    """Entries by falling mass until `share` of the sum is reached; `whole`: what is missing from 1 comes first."""
+    """Entries by falling mass until `share` of the sum, or of 1 if `whole`, is reached."""
     ordered, index = mass.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     total = ordered.sum(-1, keepdim=True)

@@ -4,9 +4,9 @@
     python tests/benchmarks/shared_tasks.py --model DIR --tasks tasks.npz --out OUT --limit 60
 
 The contexts are those of `moba_hf.evaluate.tasks`. Their 16 questions follow one after another, each with its
-answer, so that later ones have seen how the first are answered; a question counts if every token of its number is
-predicted from the true tokens before it. Lists are causal: this is what asking token by token gives. "question
-dense": every row after the context attends everything.
+answer, so that later ones have seen how the first are answered; a question counts if every token of its
+number is predicted from the true tokens before it. Lists are causal: this is what asking token by token
+gives. "question dense": every row after the context attends everything.
 """
 
 from __future__ import annotations

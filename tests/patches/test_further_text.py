@@ -30,7 +30,7 @@ class TestMinistral(FamilyContract):
 
 
 class TestGemma3(FamilyContract):
-    """Window layers with a rotary base of their own, normed queries and keys, a scale that is not head_dim's."""
+    """Window layers with a rotary base of their own, normed queries and keys, a scale of its own."""
 
     model_type = "gemma3_text"
     values: ClassVar[dict[str, Any]] = {
