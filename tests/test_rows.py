@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf import rows as rows_module
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
 from moba_hf.hf.rows import Rows, moba_mask
 from moba_hf.op import block_means
 
@@ -60,10 +61,10 @@ class TestHoles:
         static = StaticCache(model.config, max_cache_len=64)
         with torch.no_grad():
             cache = static if kind == "static" else None
-            cache = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(ids, attention_mask=mask, **cache_kwargs(model, cache), use_cache=True))
         turn, more = padded([tokens(12), tokens(7)], "left")
         with pytest.raises(ValueError, match=HOLED):
-            logits(model, turn, attention_mask=torch.cat([mask, more], dim=1), past_key_values=cache)
+            logits(model, turn, attention_mask=torch.cat([mask, more], dim=1), **cache_kwargs(model, cache))
 
     def test_virtual_tokens_before_left_padding(self, model: Any) -> None:
         """As prompt tuning puts them."""
@@ -81,8 +82,8 @@ class TestHoles:
         cache = StaticCache(model.config, max_cache_len=64) if length == 1 else None
         if cache is not None:
             with torch.no_grad():
-                model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-        given = {"past_key_values": cache} if cache is not None else {"use_cache": False}
+                model(ids[:, :-1], attention_mask=mask[:, :-1], **cache_kwargs(model, cache))
+        given = cache_kwargs(model, cache) if cache is not None else {"use_cache": False}
         mask[1, 20] = 0
         with pytest.raises(RuntimeError, match="has holes"):
             logits(compiled, ids[:, -length:], attention_mask=mask, **given)
@@ -95,10 +96,10 @@ class TestMasks:
         for kind in ("dynamic", "static"):
             cache = StaticCache(model.config, max_cache_len=64) if kind == "static" else None
             with torch.no_grad():
-                out = model(ids[:, :-queries], past_key_values=cache, use_cache=True)
+                out = model(ids[:, :-queries], **cache_kwargs(model, cache), use_cache=True)
             mask = torch.ones(1, LENGTH - 1, dtype=torch.long)
             with pytest.raises(ValueError, match=f"it has 49, the cache holds {LENGTH - queries} tokens"):
-                logits(model, ids[:, -queries:], attention_mask=mask, past_key_values=out.past_key_values)
+                logits(model, ids[:, -queries:], attention_mask=mask, **cache_kwargs(model, cache_of(out)))
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.bool])
     @pytest.mark.parametrize("rows", [1, LENGTH])
@@ -116,7 +117,7 @@ class TestMasks:
             for begin, end in ((0, 30), (30, 48), (48, 49), (49, 50)):
                 given = None if mask is None else mask[:, :end]
                 with torch.no_grad():
-                    step = model(ids[:, begin:end], attention_mask=given, past_key_values=cache)
+                    step = model(ids[:, begin:end], attention_mask=given, **cache_kwargs(model, cache))
                 out.append(step.logits)
             results.append(torch.cat(out, dim=1))
         assert torch.equal(*results)
@@ -133,8 +134,8 @@ class TestMasks:
         ids = tokens(2, LENGTH)
         with torch.no_grad():
             ones = torch.ones_like(ids)
-            cache = model(ids[:, :-1], attention_mask=ones[:, :-1], use_cache=True).past_key_values
-            model(ids[:, -1:], attention_mask=ones, past_key_values=cache)
+            cache = cache_of(model(ids[:, :-1], attention_mask=ones[:, :-1], use_cache=True))
+            model(ids[:, -1:], attention_mask=ones, **cache_kwargs(model, cache))
         assert masks == [None] * 4  # one full layer in prefill, three layers in the decode step
 
     def test_the_rows_of_generate_are_taken_as_they_are(self) -> None:
@@ -225,7 +226,7 @@ class TestWaits:
         with torch.no_grad(), looks(monkeypatch) as seen:
             for count, begin, end in ((1, 0, 30), (2, 30, 40), (2, 40, 41), (2, 41, 42), (3, 42, 50)):
                 given = None if mask is None else mask[:, :end]
-                model(ids[:, begin:end], attention_mask=given, past_key_values=cache)
+                model(ids[:, begin:end], attention_mask=given, **cache_kwargs(model, cache))
                 assert len(seen) == count
 
     def test_a_table_is_made_once(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +268,6 @@ def test_padded_rows_in_a_static_cache_by_either_way(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(rows_module, "check_values", lambda x, free=free: free)
         cache = StaticCache(model.config, max_cache_len=64)
         with torch.no_grad():
-            model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
-            results.append(model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
+            model(ids[:, :-1], attention_mask=mask[:, :-1], **cache_kwargs(model, cache))
+            results.append(model(ids[:, -1:], attention_mask=mask, **cache_kwargs(model, cache)).logits)
     assert close(*results)

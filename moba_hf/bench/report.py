@@ -9,6 +9,7 @@ from typing import Any
 
 from moba_hf.bench.rows import Figure
 from moba_hf.bench.stages import STAGES
+from moba_hf.evaluate.results import format_table
 
 Result = dict[str, Any]
 DENSE_NAMES = {
@@ -63,29 +64,21 @@ def write_figure(
 
 
 def rows_table(results: Sequence[Result]) -> str:
-    """What was asked for: the operator beside dense attention."""
+    """The operator beside dense attention."""
     dense = [name for name in DENSE_NAMES if any(f"{name}_ms" in result for result in results)]
     flash = any("flash_backend_ms" in result for result in results)
-    head = ["tokens", "heads", "block/topk", "MoBA ms", "reach", "aim", "reached"]
+    head = ["tokens", "heads", "block/topk", "MoBA ms"]
     head += ["backend flash_attn ms"] * flash + [f"{DENSE_NAMES[name]} ms" for name in dense]
     head += ["over the best dense", "TFLOP/s", "GiB"]
     lines = []
     for result in results:
-        reached = (
-            "aim"
-            if result["ms"] <= result["aim_ms"]
-            else "yes"
-            if result["ms"] <= result["reach_ms"]
-            else "no"
-        )
         line = [f"{result['tokens']:,}", result["heads"], result["rule"], number(result["ms"])]
-        line += [f"{result['reach_ms']:g}", f"{result['aim_ms']:g}", reached]
         line += [number(result.get("flash_backend_ms"))] * flash
         line += [number(result.get(f"{name}_ms")) for name in dense]
         speedup = result.get("speedup")
         line += ["-" if speedup is None else f"{speedup:.1f} x", number(result["tflops"])]
         lines.append([*line, number(result.get("peak_gib"))])
-    return _markdown(head, lines)
+    return format_table([head, *lines])
 
 
 def stages_table(results: Sequence[Result]) -> str:
@@ -101,7 +94,7 @@ def stages_table(results: Sequence[Result]) -> str:
         for result in results
         if "gate_ms" in result
     ]
-    return _markdown(head, lines)
+    return format_table([head, *lines])
 
 
 def figure_table(lines: Sequence[Result]) -> str:
@@ -129,7 +122,7 @@ def figure_table(lines: Sequence[Result]) -> str:
         if any(scaled):
             note += f" (its last queries, scaled, give {' and '.join(number(x) for x in scaled)} ms)"
         rows.append([*row, *("-" if x is None else f"{x:.2f} x" for x in over), note])
-    return _markdown(head, rows)
+    return format_table([head, *rows])
 
 
 def _staged(results: Sequence[Result]) -> bool:
@@ -138,11 +131,6 @@ def _staged(results: Sequence[Result]) -> bool:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:

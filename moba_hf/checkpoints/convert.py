@@ -112,11 +112,6 @@ def check_config(config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
     return adapter
 
 
-def text_config_key(adapter: Adapter, config: PreTrainedConfig) -> str | None:
-    """Name of the text config nested in `config`; None where `config` is it."""
-    return None if adapter.text_config(config) is config else adapter.text_config_key
-
-
 def with_moba(values: Mapping[str, Any], moba: MobaConfig, key: str | None) -> dict[str, Any]:
     """The JSON of a config with MoBA turned on, everything else as it is.
 
@@ -148,7 +143,7 @@ def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: 
     if inside := [path for path in files if target in (source / path).resolve().parents]:
         raise ValueError(f"{target}: holds the file that {source / inside[0]} links to")
     check_target(target, overwrite=overwrite)
-    key = text_config_key(adapter, config)
+    key = adapter.nested_key(config)
     if key is not None and not values.get(key):  # published flat: the text model's values at the top level
         values = {**values, key: adapter.text_config(config).to_dict()}
     converted = with_moba(values, moba, key)
@@ -179,7 +174,7 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
         tokenizer.save_pretrained(folder)
         adapter = find_adapter(model.config.model_type)
         values = read_json_object(folder / _CONFIG)
-        _write_config(folder, with_moba(values, moba, text_config_key(adapter, model.config)))
+        _write_config(folder, with_moba(values, moba, adapter.nested_key(model.config)))
 
 
 def _check_apart(source: Path, target: Path) -> None:

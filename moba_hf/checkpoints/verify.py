@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key
+from moba_hf.checkpoints.convert import check_config, read_model_config
 from moba_hf.checkpoints.gguf_files import is_gguf, load_gguf_model, tied_names
 from moba_hf.checkpoints.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
 from moba_hf.config import NAME, MobaConfig
@@ -118,7 +118,7 @@ def _check_settings(folder: Path) -> tuple[_Target, str]:
         raise ValueError(f"{folder / 'config.json'}: has no {NAME!r} settings")
     moba = MobaConfig.from_dict(settings)
     adapter = check_config(config, moba)
-    key = text_config_key(adapter, config)
+    key = adapter.nested_key(config)
     wanted: Any = NAME if key is None else {key: NAME}
     field = values.get("attn_implementation")
     if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == NAME):
@@ -128,7 +128,7 @@ def _check_settings(folder: Path) -> tuple[_Target, str]:
 
 
 def _text_values(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    key = text_config_key(find_adapter(config.model_type), config)
+    key = find_adapter(config.model_type).nested_key(config)
     return values if key is None else values.get(key) or {}
 
 
@@ -242,17 +242,17 @@ def _check_logits(model: Any, target: _Target) -> str:
 
 
 def _prompt_length(target: _Target, text: Any) -> int:
-    """Tokens that `topk` blocks cover in every MoBA layer."""
+    """Tokens that every MoBA layer attends in full."""
     layers = target.adapter.num_layers(text)
     rules = [target.moba.for_layer(i, layers) for i in range(layers)]
-    limits = [rule.max_keys for rule in rules if rule is not None]
+    limits = [rule.dense_len for rule in rules if rule is not None]
     return min([_PROMPT, *limits, getattr(text, "max_position_embeddings", None) or _PROMPT])
 
 
 def _logits(model: Any, implementation: str, ids: torch.Tensor, target: _Target) -> torch.Tensor:
     import torch
 
-    key = text_config_key(target.adapter, model.config)
+    key = target.adapter.nested_key(model.config)
     model.set_attn_implementation(implementation if key is None else {key: implementation})
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
 )
 from transformers.generation.streamers import BaseStreamer, TextStreamer
@@ -22,7 +20,7 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.loading import dense_on_purpose
+from moba_hf.hf.loading import auto_class, dense_on_purpose
 from moba_hf.hf.patching import patch_model, unpatch_model
 from moba_hf.hf.prefill import prefill
 
@@ -93,11 +91,11 @@ def load(folder: str | Path, dtype: str = "auto", moba: MobaConfig | None = None
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: its tokenizer does not load ({error})") from error
-    nested = config.get_text_config() is not config
-    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with dense_on_purpose():
-        model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
+        model = auto_class(config).from_pretrained(
+            folder, attn_implementation="sdpa", dtype=dtype, **placement
+        )
     return patch_model(model.eval(), moba), tokenizer
 
 

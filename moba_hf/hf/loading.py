@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.config import NAME
@@ -44,6 +44,12 @@ def warn_if_dense(model: Any) -> None:
             f'{running!r}, so it runs full attention. Pass attn_implementation="moba" to from_pretrained, or '
             "call moba_hf.patch_model(model), to run it as it was made."
         )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of `config`, with its other towers if it has any."""
+    nested = config.get_text_config() is not config
+    return AutoModelForImageTextToText if nested else AutoModelForCausalLM
 
 
 @contextmanager
