@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_shared_portable.py --lengths 2048 8192 32768 --share 0.25 0.1
 
 9 query and 3 kv heads of 64, fp32, random q, k, v; the best of `--runs`. Every stage runs; attention is then
-timed over random causal lists of the stated share of candidates, forced blocks included, since random keys have
-flat mass. `pairs` is what these lists hold of the causal (query, key) pairs.
+timed over random causal lists of the stated share of candidates, forced blocks included, since random keys
+have flat mass. `pairs` is what these lists hold of the causal (query, key) pairs.
 """
 
 from __future__ import annotations
