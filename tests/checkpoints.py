@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig
 
@@ -36,6 +37,18 @@ def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
     config = CONFIG_MAPPING[family](**SIZES, **FAMILIES[family])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, **kwargs)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
+    return folder
+
+
+def save_tokenizer(folder: Path, size: int = 96) -> Path:
+    """Adds a tokenizer of `size` tokens, one per character, to a folder; it puts `<s>` before a text."""
+    words = ["<s>", "</s>", "<unk>", *(chr(33 + i) for i in range(size - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
     return folder
 
 

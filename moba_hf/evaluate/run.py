@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.passes import family_of, identity_of
@@ -24,14 +25,11 @@ from moba_hf.hf.layer_plan import moba_config
 MEASURES = ("perplexity", "agreement", "recall")
 
 
-def load(path: str, device: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint folder; fp32 on a CPU, the stored dtype elsewhere."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def load(path: str, device: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
+    dtype = "float32" if device == "cpu" else "auto"
+    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def settings_of(
