@@ -38,6 +38,7 @@ LAYERS = [
     {"op.gates"},
     {"op.reference", "op.sequences"},
     {"checkpoints.safetensors_files", "checkpoints.gguf_files"},
+    {"checkpoints.gguf_header"},
     {"config"},
 ]
 # Packages whose modules have layers of their own; other packages are one part.

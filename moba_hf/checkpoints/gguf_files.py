@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moba_hf.checkpoints.gguf_header import check_gguf_header
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
@@ -93,6 +95,7 @@ def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
         from gguf import GGUFReader
     except ImportError:
         raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    check_gguf_header(path)
     reader = _read(path, lambda: GGUFReader(path))
     names = tuple(str(tensor.name) for tensor in reader.tensors)
 
@@ -116,7 +119,7 @@ def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
 def _read(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
-    except (MemoryError, ImportError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
         raise
-    except Exception as error:  # the readers let numpy's, struct's and their own errors through
+    except BaseException as error:  # numpy's, struct's, their own, and panics of the Rust tokenizers
         raise ValueError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from error

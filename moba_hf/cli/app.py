@@ -87,7 +87,7 @@ def _signals() -> Iterator[None]:
         raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)
 
     for number, handler in before.items():
-        if handler in (signal.SIG_DFL, signal.default_int_handler):  # ignored ones stay so, as under nohup
+        if handler != signal.SIG_IGN:  # ignored ones stay so, as under nohup
             signal.signal(number, end)
     try:
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +51,11 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tenso
     Raises:
         ValueError: the file holds fewer tokens.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    ids: Tensor = tokenizer(text[: 16 * length], return_tensors="pt").input_ids[:, :length]
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(16 * length)  # no more: a device has no end
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
     return ids

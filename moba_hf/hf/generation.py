@@ -50,6 +50,8 @@ def read_prompt(file: str | Path | None, text: str | None) -> str:
     """
     parts = []
     if file is not None:
+        if Path(file).is_char_device() and Path(file).resolve().parent == Path("/dev"):
+            raise ValueError(f"{file}: is a device, which may have no end; give a file or a pipe")
         try:
             parts.append(Path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
