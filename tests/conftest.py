@@ -1,7 +1,9 @@
 """Fixtures and options of the whole suite."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -10,12 +12,20 @@ import pytest
 import torch
 
 # A deprecation that transformers reports about our use is a failure now, not a surprise at its next release.
-# The warning may be attributed to its module or, by stacklevel, to ours.
+# The warning may be attributed to its module or, by stacklevel, to ours or to the one that calls forward.
 _DEPRECATIONS = [
     f"error::{category}:{module}"
     for category in ("FutureWarning", "DeprecationWarning")
-    for module in (r"transformers(\..*)?", r"moba_hf(\..*)?")
+    for module in (r"transformers(\..*)?", r"moba_hf(\..*)?", r"torch\.nn\.modules\.module")
 ]
+
+
+# Marks whose tests are left out where they cannot run or were not asked for, and how to run them.
+_LEFT_OUT = {
+    "gpu": "that need a CUDA device; run them on a machine with one by `make test-gpu`",
+    "slow": "that take minutes; run them by `python -m pytest --slow`",
+}
+_COUNTS = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,11 +38,36 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+    skipped = set()
+    if not config.getoption("--slow"):
+        skipped.add("slow")
+    if not torch.cuda.is_available():
+        skipped.add("gpu")
+    left_out = {
+        item: next(x for x in _LEFT_OUT if x in skipped and x in item.keywords)
+        for item in items
+        if skipped & set(item.keywords)
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+    config.stash[_COUNTS] = Counter(left_out.values())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the main process prints
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_COUNTS, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what a worker of pytest-xdist left out; every worker collects the same tests."""
+    node.config.stash[_COUNTS] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for the tests that need a GPU, and one for the slow ones, in place of a skip for each."""
+    for mark, count in sorted(config.stash.get(_COUNTS, Counter()).items()):
+        terminalreporter.write_line(f"not run: {count} tests {_LEFT_OUT[mark]}")
 
 
 @pytest.fixture(autouse=True)

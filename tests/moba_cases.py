@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.op.reference import (
-    accumulate_dtype,
-    attend_ref,
-    block_mean_ref,
-    gate_ref,
-    select_blocks_ref,
-)
+from moba_hf.config import LayerConfig
+from moba_hf.op.numerics import accumulate_dtype, default_scale
+from moba_hf.op.ops import attention, check_tensors
+from moba_hf.op.reference import attend_ref, block_mean_ref, gate_ref, select_blocks_ref
+from moba_hf.op.sequences import Sequences, batched_table
 
 # Scores that differ by less than this, relative to the largest, may be ordered either way.
 SCORE_TIE = 2.0**-15
@@ -154,6 +152,35 @@ def _case(block_size, topk, group_size, lengths, forced, dims, dtype) -> Case:
     }
     num_kv_heads = 2 if group_size <= 3 else 1
     return Case(q_lens, kv_lens, group_size, num_kv_heads, *dims, dtype, rule)
+
+
+def batched_moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    block_means: Tensor | None = None,
+    **rule: Any,
+) -> tuple[Tensor, Tensor]:
+    """`attention` over one sequence per batch row, from the limits of each row and the rule's keywords."""
+    check_tensors(q, k, v)
+    limits = (kv_start, kv_end, q_offset)
+    table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, *limits)
+    return attention(
+        q,
+        k,
+        v,
+        Sequences(table, q.shape[2], k.shape[2], kv_start=kv_start),
+        LayerConfig(**rule),
+        softmax_scale=default_scale(q) if softmax_scale is None else softmax_scale,
+        backend=backend,
+        block_means=block_means,
+    )
 
 
 def packed_attend_ref(

@@ -25,7 +25,8 @@ import moba_hf.op.ops
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.mask import moba_mask
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
+from moba_hf.hf.rows import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]
@@ -119,8 +120,8 @@ class TestPolicy:
             layer.self_attn.scaling = scaling
         ids = tokens(1, LENGTH)
         with captured() as calls, torch.no_grad():
-            cache = model(ids[:, :-1], use_cache=True).past_key_values
-            model(ids[:, -1:], past_key_values=cache)
+            cache = cache_of(model(ids[:, :-1], use_cache=True))
+            model(ids[:, -1:], **cache_kwargs(model, cache))
         prefill, decode = calls[:3], calls[3:]
         for call in prefill:
             assert call.scaling == scaling
@@ -137,9 +138,9 @@ class TestPolicy:
         model = tiny_model(moba=MobaConfig(8, 2, decode_max_len=limit))
         ids = tokens(1, LENGTH)
         with torch.no_grad():
-            cache = model(ids[:, :-queries], use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, :-queries], use_cache=True))
             with captured() as calls:
-                model(ids[:, -queries:], past_key_values=cache)
+                model(ids[:, -queries:], **cache_kwargs(model, cache))
         for call in calls:
             assert call.query.shape[2] == queries
             assert close(call.out, by_hand(call, None if dense else LayerConfig(8, 2), FULL))
@@ -167,10 +168,10 @@ class TestPolicy:
                     ids[:, part],
                     attention_mask=mask,
                     position_ids=positions[:, part],
-                    past_key_values=cache,
+                    **cache_kwargs(model, cache),
                     use_cache=True,
                 )
-            cache = out.past_key_values
+            cache = cache_of(out)
             real = mask[:, part].bool()
             assert close(out.logits[real], whole[:, part][real])
 

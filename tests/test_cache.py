@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moba_cases import batched_moba_attention
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.config import LayerConfig
 from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.op.block_means import BlockMeans, block_means_of
-from moba_hf.op.ops import batched_moba_attention
-from moba_hf.op.portable import block_mean
+from moba_hf.op.gates import block_mean
 from moba_hf.op.portable_decode import choose
 from moba_hf.op.reference import moba_attention_ref, select_blocks_ref
 
@@ -143,7 +144,7 @@ class TestMeansEqualRecomputed:
         for behind in (41, 17, 1):
             means = [BlockMeans(), BlockMeans()]
             for one, update in zip(means, ("_update_slices", "_update_gathered"), strict=True):
-                one.bring_up(keys[:, :, : 41 - behind], 41 - behind, 64, starts, 4)
+                one.bring_up(keys[:, :, : 41 - behind], 41 - behind, 64, starts, 4, "portable")
                 one.behind = behind
                 getattr(one, update)(keys, 41, starts)
             torch.testing.assert_close(
@@ -373,7 +374,7 @@ class TestDecode:
         q = torch.ones(1, 2, 4, dtype=dtype)
         expected = select_blocks_ref(q, keys, block_size=4, topk=5)
         means = block_mean(keys.transpose(0, 1), 4)[None]
-        got = choose(q.transpose(0, 1)[None], means, torch.tensor([[40]]), 4, 5, 0, 0)
+        got = choose(q.transpose(0, 1)[None], means, torch.tensor([[40]]), LayerConfig(4, 5))
         assert torch.equal(got[0, :, 0].sort().values.int(), expected[0].sort().values)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -383,7 +384,7 @@ class TestDecode:
         for q in (torch.randint(-2, 3, (1, 4, 4)).to(dtype), torch.randn(1, 4, 4, dtype=dtype)):
             expected = select_blocks_ref(q, keys, block_size=2, topk=9)
             means = block_mean(keys.transpose(0, 1), 2)[None]
-            got = choose(q.transpose(0, 1)[None], means, torch.tensor([[2199]]), 2, 9, 0, 0)
+            got = choose(q.transpose(0, 1)[None], means, torch.tensor([[2199]]), LayerConfig(2, 9))
             assert torch.equal(got[0, :, 0].sort().values.int(), expected[0].sort().values)
 
     def test_gradients_take_the_differentiable_path(self) -> None:
@@ -449,6 +450,6 @@ class TestMobaCache:
 
 def test_means_without_a_cache() -> None:
     keys, starts = states(2, 19)[0], torch.tensor([2, 0])
-    means = block_means_of(keys, starts, 4)
+    means = block_means_of(keys, starts, 4, "portable")
     torch.testing.assert_close(means[0, :, :4], block_mean(keys[0, :, 2:], 4))
     torch.testing.assert_close(means[1, :, :4], block_mean(keys[1], 4))

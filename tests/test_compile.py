@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
 
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
+from moba_hf.op.registry import Registry
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
 FULL = MobaConfig(block_size=8, topk=3)
@@ -91,7 +93,7 @@ class TestPrefill:
 
     def test_a_backend_that_refuses_in_the_first_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both backends are loaded while the graph is traced, as on a GPU in a dtype without kernels."""
-        monkeypatch.setattr(backends, "_loaded", backends._Loaded())
+        monkeypatch.setattr(backends, "_loaded", Registry())
         monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
         model, ids = tiny(FULL), tokens(1, 50)
         with torch.no_grad():
@@ -123,9 +125,9 @@ def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
 
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
-    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    expected = model.generate(ids, **cache_kwargs(model.generate, MobaCache(model.config)), **kwargs)
     for _ in range(2):
-        out = model.generate(ids, past_key_values=cache(), compile_config=config, **kwargs)
+        out = model.generate(ids, **cache_kwargs(model.generate, cache()), compile_config=config, **kwargs)
         assert torch.equal(out, expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -137,9 +139,9 @@ def test_chunks_and_decode_under_compile() -> None:
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
     kwargs = {"max_new_tokens": 64, "do_sample": False, "prefill_chunk_size": 20}
-    expected = model.generate(ids, past_key_values=MobaCache(model.config), **kwargs)
+    expected = model.generate(ids, **cache_kwargs(model.generate, MobaCache(model.config)), **kwargs)
     cache = MobaCache(model.config, static=True, max_cache_len=128)
-    out = model.generate(ids, past_key_values=cache, compile_config=config, **kwargs)
+    out = model.generate(ids, **cache_kwargs(model.generate, cache), compile_config=config, **kwargs)
     assert torch.equal(out, expected)
     assert counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]

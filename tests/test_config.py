@@ -9,6 +9,7 @@ import pytest
 
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig, preset_names, read_preset
+from moba_hf.op.backends import BACKENDS
 
 PRESETS = ("default", "default-mass", "fine", "paper-10m", "paper-1m", "paper-32k", "paper-8k")
 
@@ -138,6 +139,13 @@ class TestDict:
     )
     def test_round_trip_through_json(self, config: MobaConfig) -> None:
         assert MobaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_an_unknown_backend_is_refused(self) -> None:
+        for values in ({"backend": "x"}, {"backend": ""}, {"backend": "Auto"}):
+            with pytest.raises(ValueError, match=r"unknown backend .*; known are auto, reference, portable"):
+                MobaConfig(64, 4, **values)
+        for name in ("auto", *BACKENDS):
+            assert MobaConfig(64, 4, backend=name).backend == name
 
     def test_the_backend_is_read_but_never_saved(self) -> None:
         config = MobaConfig.from_dict({"block_size": 64, "topk": 4, "backend": "reference"})

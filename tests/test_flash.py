@@ -12,9 +12,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from moba_cases import batched_moba_attention
 from torch import Tensor
 
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.config import LayerConfig
 from moba_hf.op import backends, flash, ops
 from moba_hf.op.block_means import block_means_of
 
@@ -161,7 +163,10 @@ def test_own_block_in_any_slot_and_chunks_of_queries() -> None:
     choice = case.select()
     out, lse = case.attend(choice)
     turned = choice[..., [1, 2, 0, 3]].contiguous()
-    for again, again_lse in (case.attend(choice, workspace=1), case.attend(turned)):
+    backend = backends.load_backend("flash_attn")
+    args = (case.table, case.block_size, case.scale)
+    small = flash.attend(backend._varlen, case.q, case.k, case.v, choice, *args, workspace=1)
+    for again, again_lse in (small, case.attend(turned)):
         assert torch.allclose(again.float(), out.float(), atol=2**-7)
         assert torch.allclose(again_lse, lse, atol=1e-5)
 
@@ -170,11 +175,11 @@ def test_own_block_in_any_slot_and_chunks_of_queries() -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_any_scale(scale: float) -> None:
     case = Case([(20, 60)], dtype=torch.float16, backend="flash_attn")
-    args = (case.expected_choice(), case.table, *case.longest, case.block_size, scale)
-    out, lse = backends.load_backend("flash_attn").forward(case.q, case.k, case.v, *args)
-    truth, truth_lse = backends.load_backend("reference").forward(
-        case.q.float(), case.k.float(), case.v.float(), *args
-    )
+    case.softmax_scale = scale
+    choice = case.expected_choice()
+    out, lse = case.attend(choice)
+    exact = (x.float() for x in (case.q, case.k, case.v))
+    truth, truth_lse = backends.load_backend("reference").forward(*exact, choice, *case.where)
     assert torch.allclose(out.float(), truth, atol=4e-3)
     assert torch.allclose(lse, truth_lse, atol=1e-4)
 
@@ -186,7 +191,7 @@ def test_padded_batch_of_strided_views() -> None:
     rule = {"block_size": 16, "topk": 3, "kv_start": start, "kv_end": end, "q_offset": torch.tensor([0])}
     k[0, :, 58:], k[1, :, :21] = torch.nan, torch.nan
     v[0, :, 58:], v[1, :, :21] = torch.nan, torch.nan
-    out, lse = ops.batched_moba_attention(q, k, v, backend="flash_attn", **rule)
+    out, lse = batched_moba_attention(q, k, v, backend="flash_attn", **rule)
     for row in range(2):
         part = slice(int(start[row]), int(end[row]))
         alone = ops.moba_attention(
@@ -204,10 +209,10 @@ def test_padded_batch_of_strided_views() -> None:
 def test_decode_steps_over_cached_means(q_len: int, cached: bool) -> None:
     q, k, v = (torch.randn(2, heads, length, 16).half() for heads, length in ((4, q_len), (2, 90), (2, 90)))
     start = torch.tensor([0, 21])
-    means = block_means_of(k, start, 16) if cached else None
+    means = block_means_of(k, start, 16, "portable") if cached else None
     rule = {"block_size": 16, "topk": 3, "kv_start": start}
-    out, lse = ops.batched_moba_attention(q, k, v, backend="flash_attn", block_means=means, **rule)
-    expected = ops.batched_moba_attention(*(x.float() for x in (q, k, v)), backend="reference", **rule)
+    out, lse = batched_moba_attention(q, k, v, backend="flash_attn", block_means=means, **rule)
+    expected = batched_moba_attention(*(x.float() for x in (q, k, v)), backend="reference", **rule)
     assert torch.allclose(out.float(), expected[0], atol=4e-3)
     assert torch.allclose(lse, expected[1], atol=4e-3)
 
@@ -238,22 +243,24 @@ def test_empty_inputs() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case([(20, 60)], dtype=torch.float16)
-    assert backends.choose_backend("flash_attn", case.q, case.k, case.v, 1) == "flash_attn"
+    assert backends.choose_backend("flash_attn", case.q, case.k, case.v, LayerConfig(1, 3)) == "flash_attn"
     with pytest.raises(ValueError, match="bf16 and fp16, not"):
-        backends.choose_backend("flash_attn", case.q.float(), case.k.float(), case.v.float(), 16)
+        backends.choose_backend(
+            "flash_attn", case.q.float(), case.k.float(), case.v.float(), LayerConfig(16, 3)
+        )
     wide = case.q.new_zeros(1, 1, 4, 257)
     with pytest.raises(ValueError, match="at most 256"):
-        backends.choose_backend("flash_attn", wide, wide, wide, 16)
+        backends.choose_backend("flash_attn", wide, wide, wide, LayerConfig(16, 3))
     monkeypatch.setattr(flash, "DEVICES", ("cuda",))
     with pytest.raises(ValueError, match="CUDA device; q is on cpu"):
-        backends.choose_backend("flash_attn", case.q, case.k, case.v, 16)
+        backends.choose_backend("flash_attn", case.q, case.k, case.v, LayerConfig(16, 3))
 
 
 def test_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, None)
     case = Case([(20, 60)], dtype=torch.float16)
     with pytest.raises(ValueError, match=r'pip install "moba-hf\[flash\]"\) is not installed'):
-        backends.choose_backend("flash_attn", case.q, case.k, case.v, 16)
+        backends.choose_backend("flash_attn", case.q, case.k, case.v, LayerConfig(16, 3))
 
 
 @pytest.mark.gpu

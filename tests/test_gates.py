@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
-from moba_hf.op.gates import MassGate
+from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.op.gates import MassSummary
 from moba_hf.op.reference import mass_gate_ref
 
 
@@ -22,7 +23,7 @@ def qkv(length: int, heads: int, kv_heads: int, dim: int = 16, dtype: torch.dtyp
 @pytest.mark.parametrize(("block_size", "kv_heads"), [(1, 2), (7, 1), (16, 4), (32, 2), (48, 1)])
 def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> None:
     q, k, _ = qkv(100, 4, kv_heads, dtype=torch.float64)
-    scores = MassGate(k.transpose(0, 1), block_size, 0.3).scores(q.transpose(0, 1), 100 // block_size)
+    scores = MassSummary(k.transpose(0, 1), block_size, 0.3).scores(q.transpose(0, 1), 100 // block_size)
     assert torch.allclose(scores.transpose(0, 1), mass_gate_ref(q, k, block_size, 0.3))
     size = 16 if block_size % 16 == 0 else block_size
     for head, t, block in ((0, 99, 0), (3, 57, 1), (2, 98, 100 // block_size - 1)):
@@ -40,7 +41,7 @@ def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> 
 
 def test_blocks_of_one_key_are_scored_exactly() -> None:
     q, k, _ = qkv(30, 2, 1, dtype=torch.float64)
-    scores = MassGate(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
+    scores = MassSummary(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
     exact = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * 0.25 + math.log(
         2
     )  # the key counts as mean and as itself
@@ -120,8 +121,8 @@ def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
             mean = model(ids).logits
         with use_moba(model, dataclasses.replace(mass, decode="sparse")):
             cache = MobaCache(model.config)
-            model(ids[:, :100], past_key_values=cache)
-            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 120)]
+            model(ids[:, :100], **cache_kwargs(model, cache))
+            steps = [model(ids[:, i : i + 1], **cache_kwargs(model, cache)).logits for i in range(100, 120)]
     assert torch.allclose(torch.cat(steps, 1), out[:, 100:], atol=1e-4)
     assert torch.allclose(left[:, 9:], out, atol=1e-4)
     assert not torch.allclose(out, mean, atol=1e-4)
@@ -130,7 +131,7 @@ def test_a_model_runs_it_by_layer_and_the_config_keeps_it() -> None:
 def test_low_precision_summaries_are_rounded_alike() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         q, k, _ = qkv(100, 4, 2, dtype=dtype)
-        scores = MassGate(k.transpose(0, 1), 32, 0.25).scores(q.transpose(0, 1), 3).transpose(0, 1)
+        scores = MassSummary(k.transpose(0, 1), 32, 0.25).scores(q.transpose(0, 1), 3).transpose(0, 1)
         assert torch.allclose(scores, mass_gate_ref(q, k, 32, 0.25), atol=1e-5)
         exact = mass_gate_ref(q.float(), k.float(), 32, 0.25)
         assert 0 < (scores - exact).abs().max() < 0.1

@@ -12,8 +12,9 @@ import moba_hf
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf import attention
 from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
 from moba_hf.hf.prefill import _chunk_lengths
-from moba_hf.op.portable import block_mean
+from moba_hf.op.gates import block_mean
 
 SPARSE = MobaConfig(block_size=4, topk=3, decode="sparse")
 RULES = {
@@ -66,7 +67,7 @@ def generate(model: Any, cache: Any, seed: int = 7, **kwargs: Any) -> Tensor:
     """Tokens of `model.generate`; the padding token is never one, generate would mask it in the next turn."""
     torch.manual_seed(seed)
     settings = {"do_sample": False, "max_new_tokens": NEW, "suppress_tokens": [0]} | kwargs
-    return model.generate(past_key_values=cache, **settings)
+    return model.generate(**cache_kwargs(model.generate, cache), **settings)
 
 
 def caches(model: Any, length: int = 96) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class TestAgainstStock:
         model, document = tiny(family, RULES[rule]), tokens(1, 37)
         ours = moba_hf.prefill(model, document, chunk_size=16, progress=False)
         stock = moba_hf.prefill(
-            model, document, chunk_size=16, past_key_values=DynamicCache(config=model.config), progress=False
+            model, document, chunk_size=16, cache=DynamicCache(config=model.config), progress=False
         )
         for i in range(2):
             ids = torch.cat([document, tokens(1, 9 + i)], dim=1)
@@ -159,9 +160,9 @@ class TestAgainstStock:
                 out = generate(model, None, input_ids=ids, return_dict_in_generate=True, **kwargs)
             assert torch.equal(out.sequences, expected)
             kind = MobaStaticLayer if kwargs else MobaLayer
-            assert all(type(layer) is kind for layer in out.past_key_values.layers)
+            assert all(type(layer) is kind for layer in cache_of(out).layers)
             if not kwargs:
-                assert out.past_key_values.layers[0]._buffers[0].shape[2] in (41 + NEW - 1, 41 + NEW)
+                assert cache_of(out).layers[0]._buffers[0].shape[2] in (41 + NEW - 1, 41 + NEW)
 
 
 def test_hybrid_layers() -> None:
@@ -194,7 +195,7 @@ def test_sparse_decode_rows_equal_prefill_rows(family: str, pads: tuple[int, int
                 ids[:, begin:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, begin:end],
-                past_key_values=cache,
+                **cache_kwargs(model, cache),
                 use_cache=True,
             )
             rows.append(out.logits)
@@ -242,7 +243,7 @@ class TestPrefill:
     def test_goes_on_where_a_cache_ends(self) -> None:
         model, ids = tiny(), tokens(1, 60)
         cache = moba_hf.prefill(model, ids[:, :25], chunk_size=10, progress=False)
-        moba_hf.prefill(model, ids, chunk_size=10, past_key_values=cache, progress=False)
+        moba_hf.prefill(model, ids, chunk_size=10, cache=cache, progress=False)
         assert cache.get_seq_length() == 59
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
@@ -266,9 +267,9 @@ class TestPrefill:
                 cache = MobaCache(model.config, static=True, max_cache_len=slots)
             if slots == 49:
                 with pytest.raises(ValueError, match="has 49 slots, the prompt 50 tokens"):
-                    moba_hf.prefill(model, ids, 16, past_key_values=cache, progress=False)
+                    moba_hf.prefill(model, ids, 16, cache=cache, progress=False)
             else:
-                moba_hf.prefill(model, ids, 16, past_key_values=cache, progress=False)
+                moba_hf.prefill(model, ids, 16, cache=cache, progress=False)
             assert int(cache.get_seq_length()) == (0 if slots == 49 else 49)
 
     def test_what_the_model_is_given_lies_on_its_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +278,7 @@ class TestPrefill:
         monkeypatch.setattr(type(model), "device", torch.device("meta"))
 
         def record(self: Any, logits_to_keep: int = 0, use_cache: bool = True, **given: Any) -> None:
-            given.pop("past_key_values")
+            given.pop("cache" if "cache" in given else "past_key_values")
             seen.append({name: x.device.type for name, x in given.items()})
 
         monkeypatch.setattr(type(model), "forward", record)
@@ -288,7 +289,7 @@ class TestPrefill:
     def test_static_cache(self) -> None:
         model, ids = tiny(), tokens(1, 50)
         cache = MobaCache(model.config, static=True, max_cache_len=96)
-        moba_hf.prefill(model, ids, chunk_size=16, past_key_values=cache, progress=False)
+        moba_hf.prefill(model, ids, chunk_size=16, cache=cache, progress=False)
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
@@ -336,9 +337,9 @@ class TestPrefill:
         model, ids = tiny(), tokens(1, 30)
         cache = MobaCache(model.config)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_kwargs(model, cache))
         with pytest.raises(ValueError, match="holds 30 tokens, the prompt has 30"):
-            moba_hf.prefill(model, ids, past_key_values=cache, progress=False)
+            moba_hf.prefill(model, ids, cache=cache, progress=False)
 
 
 @pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])

@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +31,7 @@ def clean_dynamo() -> Iterator[None]:
 
 def generate(model: Any, cache: Any, **kwargs: Any) -> torch.Tensor:
     settings = {"do_sample": False, "max_new_tokens": 64, "suppress_tokens": [0]} | kwargs
-    return model.generate(past_key_values=cache, **settings)
+    return model.generate(**cache_kwargs(model.generate, cache), **settings)
 
 
 def static(model: Any) -> MobaCache:
@@ -56,13 +57,13 @@ def test_what_generate_compiles_equals_eager(rule: str) -> None:
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph: bool) -> torch.Tensor:
     """64 greedy tokens of a static cache, each step run eagerly or replayed from one captured graph."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    logits = model(ids, attention_mask=mask, position_ids=positions, **cache_kwargs(model, cache)).logits
     token = logits[:, -1:].argmax(2)
     given = torch.nn.functional.pad(mask, (0, 128 - mask.shape[1]), value=1)
     position = positions[:, -1:] + 1
 
     def step() -> None:
-        out = model(token, attention_mask=given, position_ids=position, past_key_values=cache)
+        out = model(token, attention_mask=given, position_ids=position, **cache_kwargs(model, cache))
         token.copy_(out.logits.argmax(2))
         position.add_(1)
 
@@ -106,7 +107,7 @@ def test_a_static_cache_writes_what_a_dynamic_one_does() -> None:
     caches = [MobaCache(model.config), static(model)]
     for begin, end in ((0, 50), *((i, i + 1) for i in range(50, 80)), (80, 84), (84, 90)):
         for cache in caches:
-            model(ids[:, begin:end], past_key_values=cache)
+            model(ids[:, begin:end], **cache_kwargs(model, cache))
         written = int(caches[1].layers[0].cumulative_length)
         assert written == end == caches[0].get_seq_length()
     for name in ("keys", "values"):
@@ -123,8 +124,10 @@ def test_triton_steps_under_reduce_overhead() -> None:
         cache = static(model)
         run = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
         with torch.no_grad():
-            model(ids[:, :50], past_key_values=cache)
-            steps = (run(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(50, 90))
+            model(ids[:, :50], **cache_kwargs(model, cache))
+            steps = (
+                run(ids[:, i : i + 1], **cache_kwargs(model, cache)).logits[:, -1] for i in range(50, 90)
+            )
             logits.append(torch.stack([row.float().clone() for row in steps]))
     error = (logits[0] - logits[1]).abs().amax((1, 2)) / logits[0].abs().amax()
     assert error.median() < 2**-6  # a step may choose another block after another rounding
@@ -141,9 +144,7 @@ def test_offloading(rule: str, dtype: torch.dtype) -> None:
         expected = generate(model, kept, input_ids=ids, **kwargs)
         assert torch.equal(generate(model, away, input_ids=ids, **kwargs), expected)
         assert any(layer.keys.device.type == "cpu" for layer in away.layers)
-    cache = moba_hf.prefill(
-        model, ids, 20, past_key_values=MobaCache(model.config, offloading=True), progress=False
-    )
+    cache = moba_hf.prefill(model, ids, 20, cache=MobaCache(model.config, offloading=True), progress=False)
     expected = generate(model, moba_hf.prefill(model, ids, 20, progress=False), input_ids=ids)
     assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
@@ -156,7 +157,8 @@ def test_sparse_decode_rows_equal_prefill_rows() -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[0, 200:].float()
         cache = MobaCache(model.config)
-        model(ids[:, :200], past_key_values=cache)
-        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, -1] for i in range(200, 250)]
+        model(ids[:, :200], **cache_kwargs(model, cache))
+        given = cache_kwargs(model, cache)
+        steps = [model(ids[:, i : i + 1], **given).logits[0, -1] for i in range(200, 250)]
     error = (torch.stack(steps).float() - expected).abs().amax(1) / expected.abs().amax()
     assert error.median() < 2**-5

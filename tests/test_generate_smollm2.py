@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.hf.cache_names import cache_of
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +102,7 @@ def test_turns_and_reset(model: Any, ids: Tensor) -> None:
 def test_prefix_reuse(model: Any, ids: Tensor) -> None:
     """One document read once in chunks, its cache copied for every question, as from a stock cache."""
     caches = [
-        moba_hf.prefill(model, ids, 128, past_key_values=cache, progress=False)
+        moba_hf.prefill(model, ids, 128, cache=cache, progress=False)
         for cache in (MobaCache(model.config), DynamicCache(config=model.config))
     ]
     for question in (ids[:, 7:31], ids[:, 60:101]):
@@ -124,4 +125,4 @@ def test_by_default_after_opting_in(model: Any, ids: Tensor, kind: str) -> None:
         out = generate(model, None, return_dict_in_generate=True, **kwargs)
     assert torch.equal(out.sequences, expected)
     layer = MobaStaticLayer if kind == "static" else MobaLayer
-    assert all(type(each) is layer for each in out.past_key_values.layers)
+    assert all(type(each) is layer for each in cache_of(out).layers)

@@ -7,14 +7,14 @@ import re
 
 import pytest
 import torch
-from moba_cases import cumulative, error
+from moba_cases import batched_moba_attention, cumulative, error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_hf import moba_attention, select_blocks
 from moba_hf.op import portable
-from moba_hf.op.backends import BACKENDS, attend_op, select_op
-from moba_hf.op.ops import batched_moba_attention
+from moba_hf.op.backend_table import BACKENDS
+from moba_hf.op.operators import attend_op, select_op
 from moba_hf.op.reference import moba_attention_ref, select_blocks_ref
 from moba_hf.op.sequences import batched_table, packed_table
 
@@ -376,7 +376,7 @@ class TestTorchLibrary:
     def test_opcheck(self, dtype: torch.dtype) -> None:
         q, k, v = (x.transpose(0, 1)[None].requires_grad_() for x in qkv(24, dtype=dtype))
         table = batched_table(1, 24, 24, q.device)
-        rule = (24, 24, 5, 3, 1, 0, "portable")
+        rule = (24, 24, 5, 3, 1, 0, "mean", 0.3, "portable")
         torch.library.opcheck(select_op, (q.detach(), k.detach(), table, *rule))
         choice = select_op(q.detach(), k.detach(), table, *rule)
         args = (q, k, v, choice, table, 24, 24, 5, 0.3, "portable")

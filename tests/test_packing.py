@@ -1,42 +1,82 @@
-"""Packed sequences in a model's rows: where and how often they are looked for, and what is refused."""
+"""Packed sequences in a model's rows: how they are told, and what is refused."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from model_checks import LENGTH, close, logits, tiny_model, tokens
+from model_checks import LENGTH, close, logits, padded, tiny_model, tokens
 from transformers import StaticCache
 
-from moba_hf.hf import packing
-from moba_hf.hf.packing import find_packing
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
+
+# Three documents in one row.
+CUTS = [0, 20, 21, LENGTH]
+PACKED = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(CUTS)])[None]
 
 
-class TestRefused:
+def each_alone(model: Any, ids: torch.Tensor, cuts: list[int] = CUTS) -> torch.Tensor:
+    """Logits of the documents of a row, each in a call of its own."""
+    parts = [logits(model, ids[:, begin:end]) for begin, end in itertools.pairwise(cuts)]
+    return torch.cat(parts, dim=1)
+
+
+def offsets(*cuts: int, **more: Any) -> dict[str, Any]:
+    cu = torch.tensor(cuts, dtype=torch.int32)
+    return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, **more}
+
+
+class TestOffsets:
     @pytest.mark.parametrize(
-        ("offsets", "message"),
+        ("cuts", "message"),
         [
             ([0, 60], "at most the 50 tokens"),
             ([1, 50], "must rise from 0"),
             ([0, 30, 20, 50], "must rise from 0"),
         ],
     )
-    def test_offsets_that_leave_the_call(self, offsets: list[int], message: str) -> None:
-        cu = torch.tensor(offsets, dtype=torch.int32)
+    def test_offsets_that_leave_the_call(self, cuts: list[int], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            logits(tiny_model(), tokens(1, LENGTH), cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+            logits(tiny_model(), tokens(1, LENGTH), **offsets(*cuts))
 
     def test_packing_where_it_cannot_be_told_apart(self) -> None:
         model, ids = tiny_model(), tokens(1, LENGTH)
         positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
         cache = StaticCache(model.config, max_cache_len=64)
         with pytest.raises(ValueError, match="packed sequences"):
-            logits(model, ids, position_ids=positions, past_key_values=cache)
-        offsets = torch.tensor([0, 20, 50], dtype=torch.int32)
+            logits(model, ids, position_ids=positions, **cache_kwargs(model, cache))
         with pytest.raises(ValueError, match="one packed row, got a batch of 2"):
-            logits(model, ids.expand(2, -1), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+            logits(model, ids.expand(2, -1), **offsets(0, 20, 50))
+
+    def test_offsets_of_keys_that_differ(self) -> None:
+        given = offsets(0, 20, 50) | {"cu_seq_lens_k": torch.tensor([0, 10, 50], dtype=torch.int32)}
+        with pytest.raises(ValueError, match=r"cu_seq_lens_k must equal cu_seq_lens_q \[0, 20, 50\], got"):
+            logits(tiny_model(), tokens(1, LENGTH), **given)
+
+    @pytest.mark.parametrize("name", ["max_length_q", "max_length_k"])
+    def test_a_bound_below_the_longest(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"{name}=29 is below the longest packed sequence, 30 tokens"):
+            logits(tiny_model(), tokens(1, LENGTH), **offsets(0, 20, 50, **{name: 29}))
+
+    def test_beside_a_mask(self) -> None:
+        """A mask of ones, or one of just the tokens named, says nothing new; another one is refused."""
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        alone = each_alone(model, ids)
+        mask = torch.ones_like(ids)
+        assert close(logits(model, ids, attention_mask=mask, position_ids=PACKED, **offsets(*CUTS)), alone)
+        mask[:, 40:] = 0
+        positions = PACKED.clone()
+        out = logits(model, ids, attention_mask=mask, position_ids=positions, **offsets(0, 20, 21, 40))
+        assert close(out[:, :40], alone[:, :40])
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
+            logits(model, ids, attention_mask=mask, **offsets(*CUTS))
+        mask = torch.ones_like(ids)
+        mask[:, :10] = 0
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
+            logits(model, ids, attention_mask=mask, **offsets(*CUTS))
 
 
 class TestPositionIds:
@@ -53,43 +93,73 @@ class TestPositionIds:
         gc.collect()
         assert torch.equal(logits(model, ids, position_ids=torch.arange(LENGTH)[None]), whole)
 
-    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_packing_is_looked_for_once_per_forward(self, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Looking waits for the device: layers after the first take its answer."""
-        looked: list[str] = []
-        for name in ("_from_position_ids", "_from_mask"):
-            original = getattr(packing, name)
-
-            def spy(*args: Any, name: str = name, original: Any = original) -> Any:
-                looked.append(name)
-                return original(*args)
-
-            monkeypatch.setattr(packing, name, spy)
-        model, ids = tiny_model(), tokens(1, LENGTH)
-        positions = torch.arange(LENGTH)[None].clone()
-        with mode():
-            for split in (False, True, True):
-                here = positions - 20 * (positions >= 20) * split
-                model(ids, position_ids=here, use_cache=False)
-        assert looked == ["_from_position_ids", "_from_mask", "_from_mask"]
-
-    def test_packing_in_inference_mode_is_kept_within_a_forward_only(self) -> None:
-        """Tensors made there count no edits, so an earlier or equal layer, or another model, looks again."""
-        one, two = tiny_model().config, tiny_model().config
-
-        def ends(ids: torch.Tensor, *asker: Any) -> list[int]:
-            found = find_packing(
-                {"position_ids": ids}, 1, 6, 6, padding_given=False, asker=asker if asker else None
-            )
-            return [6] if found is None else [end for _, _, end in found.spans()]
-
+    def test_packing_in_inference_mode_follows_edits_too(self) -> None:
+        """Tensors made there count no edits: every forward looks again, also another model's."""
+        models, ids = (tiny_model(), tiny_model()), tokens(1, LENGTH)
         with torch.inference_mode():
-            ids = torch.arange(6)[None].clone()
-            assert ends(ids, one, 0) == ends(ids, one, 2) == [6]
-            ids[:, 4:] -= 4
-            assert ends(ids, one, 3) == [6]  # still the same forward
-            assert ends(ids, one, 3) == [4, 6]
-            ids[:, 2:4] -= 2
-            assert ends(ids, two, 5) == [2, 4, 6]
-            ids.copy_(torch.arange(6))
-            assert ends(ids) == [6]
+            positions = torch.arange(LENGTH)[None].clone()
+            for model in models:
+                whole = logits(model, ids, position_ids=positions)
+                positions[:, 20:] -= 20
+                assert close(
+                    logits(model, ids, position_ids=positions), each_alone(model, ids, [0, 20, LENGTH])
+                )
+                positions[:, 20:] += 20
+                assert torch.equal(logits(model, ids, position_ids=positions), whole)
+
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_beside_a_mask_of_ones(self, use_cache: bool) -> None:
+        """Collators made for FlashAttention-2 give both."""
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        given = {"attention_mask": torch.ones_like(ids), "position_ids": PACKED, "use_cache": use_cache}
+        assert close(logits(model, ids, **given), each_alone(model, ids))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_beside_padding(self, side: str) -> None:
+        """Documents and padding in one row; position ids of padding mean nothing."""
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        batch, mask = padded([ids[0], tokens(37)], side)
+        positions = torch.zeros_like(batch)
+        positions[0] = PACKED
+        positions[1, mask[1].bool()] = torch.arange(37)
+        out = logits(model, batch, attention_mask=mask, position_ids=positions)
+        assert close(out[:1], each_alone(model, ids))
+        assert close(out[1, mask[1].bool()][None], logits(model, tokens(37)[None]))
+
+    def test_padding_between_documents(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        mask = torch.ones_like(ids)
+        mask[:, 18:20] = 0
+        alone = each_alone(model, ids)
+        out = logits(model, ids, attention_mask=mask, position_ids=PACKED)
+        assert close(out[:, :18], alone[:, :18])
+        assert close(out[:, 20:], alone[:, 20:])
+
+    @pytest.mark.parametrize("use_cache", [False, True])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_positions_that_jump_ahead_are_one_document(self, use_cache: bool, masked: bool) -> None:
+        """Pruned prompts and stretched positions: the tokens attend as those without a jump, but rotated."""
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        model.config.moba = {"block_size": 8, "topk": 100}
+        positions = torch.cat([torch.arange(25), torch.arange(25) + 140])[None]
+        mask = torch.ones_like(ids) if masked else None
+        got = logits(model, ids, attention_mask=mask, position_ids=positions, use_cache=use_cache)
+        model.set_attn_implementation("sdpa")
+        assert close(got, logits(model, ids, attention_mask=torch.ones_like(ids), position_ids=positions))
+
+    def test_positions_that_jump_ahead_in_a_later_chunk(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        positions = torch.cat([torch.arange(25), torch.arange(25) + 140])[None]
+        whole = logits(model, ids, position_ids=positions)
+        with torch.no_grad():
+            cache = cache_of(model(ids[:, :20], position_ids=positions[:, :20], use_cache=True))
+        given = {"position_ids": positions[:, 20:], **cache_kwargs(model, cache)}
+        assert close(logits(model, ids[:, 20:], **given), whole[:, 20:])
+
+    def test_packing_on_a_filled_cache(self) -> None:
+        model, ids = tiny_model(), tokens(1, LENGTH)
+        with torch.no_grad():
+            cache = cache_of(model(ids[:, :10], use_cache=True))
+        positions = torch.cat([torch.arange(10, 20), torch.arange(30)])[None]
+        with pytest.raises(ValueError, match="got 40 queries over 50 keys"):
+            logits(model, ids[:, 10:], position_ids=positions, **cache_kwargs(model, cache))

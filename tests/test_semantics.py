@@ -9,6 +9,7 @@ from moba_cases import (
     Case,
     assert_as_accurate,
     assert_choice,
+    batched_moba_attention,
     cumulative,
     error,
     grid,
@@ -17,7 +18,6 @@ from moba_cases import (
 )
 
 from moba_hf import moba_attention, select_blocks
-from moba_hf.op.ops import batched_moba_attention
 from moba_hf.op.reference import attend_ref, moba_attention_ref, select_blocks_ref
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.config import LayerConfig
 from moba_hf.op import portable
-from moba_hf.op.backends import load_backend, select_op
+from moba_hf.op.backends import load_backend
+from moba_hf.op.operators import select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
-from moba_hf.op.sequences import packed_table
+from moba_hf.op.sequences import Sequences, packed_table
 
 
 @dataclass
@@ -104,21 +106,12 @@ class Case:
             if self.gate == "mass":
                 return kernels.select_blocks_by_mass(*args, self.scale, **kwargs)
             return kernels.select_blocks(*args, **kwargs)
-        gate = {"gate": self.gate, "softmax_scale": self.scale}
-        return select_op(self.q, self.k, self.table, *self.longest, *self.rule, self.backend, **gate)
+        flat = (self.table, *self.longest, *self.rule, self.gate, self.scale)
+        return select_op(self.q, self.k, *flat, self.backend)
 
     def expected_choice(self) -> Tensor:
-        block_size, topk, sink, local = self.rule
-        return portable.select(
-            self.q,
-            self.k,
-            self.table,
-            block_size=block_size,
-            topk=topk,
-            sink_blocks=sink,
-            local_blocks=local,
-            mass_scale=self.scale if self.gate == "mass" else None,
-        )
+        rule = LayerConfig(*self.rule, self.gate)
+        return portable.select(self.q, self.k, self.table, rule, self.scale)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Reference scores `(q_len, H, blocks)` of one sequence, and how far accumulation may move them."""
@@ -133,17 +126,17 @@ class Case:
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The backend's `(out, lse)` under `choice`; keywords are those of `kernels.attend`."""
-        return load_backend(self.backend).forward(
-            self.q,
-            self.k,
-            self.v,
-            choice,
-            self.table,
-            *self.longest,
-            self.block_size,
-            self.scale,
-            **kwargs,
-        )
+        if kwargs:
+            from moba_hf import kernels
+
+            args = (self.table, *self.longest, self.block_size, self.scale)
+            return kernels.attend(self.q, self.k, self.v, choice, *args, **kwargs)
+        return load_backend(self.backend).forward(self.q, self.k, self.v, choice, *self.where)
+
+    @property
+    def where(self) -> tuple[Sequences, int, float]:
+        """What backends' `forward` takes after the choice: sequences, block size, scale."""
+        return Sequences(self.table, *self.longest, by_row=False), self.block_size, self.scale
 
 
 def assert_choice(case: Case, choice: Tensor) -> None:
@@ -216,16 +209,8 @@ def plain_attention_and_lse(case: Case, choice: Tensor) -> tuple[Tensor, Tensor]
 def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Attention under `choice` holds the tolerance rule; padding is zeros and -inf. Returns `(out, lse)`."""
     out, lse = case.attend(choice, **kwargs)
-    truth, truth_lse = load_backend("reference").forward(
-        case.q.float(),
-        case.k.float(),
-        case.v.float(),
-        choice,
-        case.table,
-        *case.longest,
-        case.block_size,
-        case.scale,
-    )
+    q, k, v = (x.float() for x in (case.q, case.k, case.v))
+    truth, truth_lse = load_backend("reference").forward(q, k, v, choice, *case.where)
     _require(
         (out.shape, out.dtype, lse.dtype) == (truth.shape, case.dtype, torch.float32), "shape and dtypes"
     )
@@ -258,7 +243,7 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     from moba_hf.kernels import attend_backward
 
     args = (case.table, *case.longest, case.block_size, case.scale)
-    out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *args)
+    out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *case.where)
     covered = lse > -torch.inf
     grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
     grad_lse = torch.randn(lse.shape, device=lse.device)
@@ -273,7 +258,7 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
         return torch.autograd.grad(loss, (twin.q, twin.k, twin.v))
 
     def exact(twin: Case) -> tuple[Tensor, Tensor]:
-        return load_backend("reference").forward(twin.q, twin.k, twin.v, choice, *args)
+        return load_backend("reference").forward(twin.q, twin.k, twin.v, choice, *case.where)
 
     def plain(twin: Case) -> tuple[Tensor, Tensor]:
         return plain_attention_and_lse(twin, choice)

@@ -16,7 +16,7 @@ from moba_hf.checkpoints.load import find_source
 from moba_hf.checkpoints.model_config import read_model_config
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
-from moba_hf.op.reference import part_size
+from moba_hf.op.gates import GATES
 
 LENGTHS = (8192, 32768, 131072, 1048576)
 
@@ -50,17 +50,12 @@ class LayerRow:
         return _window_pairs(length, self.key_limit if self.kind == "stock" else None)
 
     def gate_pairs(self, length: int) -> int:
-        """(query, vector) products of the gate: a vector a block, `2 * parts + 1` of them for the mass gate.
-
-        0 where the rule covers the prompt.
-        """
+        """(query, vector) products of the gate; 0 where the rule covers the prompt."""
         if self.rule is None or self.rule.max_keys >= length:
             return 0
         blocks, rest = divmod(length, self.rule.block_size)
         scores = self.rule.block_size * (blocks * (blocks - 1) // 2) + rest * blocks
-        if self.rule.gate == "mass":
-            scores *= 2 * (self.rule.block_size // part_size(self.rule.block_size)) + 1
-        return scores
+        return scores * GATES[self.rule.gate].vectors(self.rule.block_size)
 
 
 @dataclass(frozen=True)
@@ -192,8 +187,8 @@ def _layer_row(adapter: Adapter, config: Any, moba: MobaConfig, index: int) -> L
         return LayerRow(index, "full", None, "in full_attention_layers", None)
     kept = [("sink", rule.sink_blocks), ("local", rule.local_blocks)]
     words = "".join(f", {count} {name}" for name, count in kept if count)
-    words += ", mass gate" if rule.gate == "mass" else ""
-    why = f"{rule.topk} blocks of {rule.block_size}{words}"
+    gate = GATES[rule.gate].words
+    why = f"{rule.topk} blocks of {rule.block_size}{words}{gate and f', {gate}'}"
     return LayerRow(index, "moba", rule, why, rule.max_keys)
 
 

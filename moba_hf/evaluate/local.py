@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.passes import attention, attention_rows, family_of, sample_positions, watch
 from moba_hf.evaluate.results import progress
-from moba_hf.op.gates import MassGate
-from moba_hf.op.portable import block_mean
+from moba_hf.op.gates import GATES
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,7 @@ def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scal
     """
     blocks = -(-k.shape[1] // rule.block_size)
     complete = k.shape[1] // rule.block_size
-    if rule.gate == "mass":
-        scores = MassGate(k, rule.block_size, scale).scores(q, complete)
-    else:
-        means = block_mean(k, rule.block_size).float()
-        queries = q.float().reshape(k.shape[0], -1, q.shape[2])
-        scores = (queries @ means.transpose(1, 2)).view(q.shape[0], q.shape[1], complete)
+    scores = GATES[rule.gate].summary(k, rule.block_size, scale).scores(q, complete)
     scores = F.pad(scores, (0, blocks - complete), value=-torch.inf)
     own = (positions // rule.block_size)[:, None]
     column = torch.arange(blocks, device=q.device)

@@ -71,11 +71,7 @@ def layer_recall(
     choice = select_blocks(
         q.transpose(0, 1),
         k.transpose(0, 1),
-        block_size=rule.block_size,
-        topk=rule.topk,
-        sink_blocks=rule.sink_blocks,
-        local_blocks=rule.local_blocks,
-        gate=rule.gate,
+        **rule.to_dict(),
         softmax_scale=scale,
     )
     masses = block_masses(attention_rows(q[:, positions], k, positions, scale), rule.block_size)

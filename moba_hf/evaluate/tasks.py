@@ -21,6 +21,7 @@ from torch import Tensor
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.results import Store, progress
+from moba_hf.hf.cache_names import cache_kwargs
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -228,7 +229,7 @@ def answer_questions(
     answers: list[list[int]] = []
     with attention(model, config):
         cache = DynamicCache(config=model.config)
-        model.base_model(input_ids=context, past_key_values=cache)
+        model.base_model(input_ids=context, **cache_kwargs(model.base_model, cache))
         alike = all(type(layer) is DynamicLayer for layer in cache.layers)
         rows = max(1, _ROW_TOKENS[device.type == "cpu"] // context.shape[1]) if alike else 1
         for start in range(0, len(asked), rows):
@@ -259,7 +260,8 @@ def _ask(
         where = {"position_ids": slots[at:seen] - left}
         if mask is not None:
             where["attention_mask"] = mask[:, :seen]
-        hidden = model.base_model(input_ids=ids, past_key_values=copy, **where).last_hidden_state[:, -1]
+        outputs = model.base_model(input_ids=ids, **cache_kwargs(model.base_model, copy), **where)
+        hidden = outputs.last_hidden_state[:, -1]
         ids, at = model.get_output_embeddings()(hidden).argmax(1, keepdim=True), seen
         for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
             if not answer or answer[-1] != end:

@@ -1,7 +1,7 @@
 """What transformers calls for "moba": the attention function.
 
-It translates once: module and config say which rule the layer follows (`layer_plan`), the compact mask or the
-position ids say where each sequence lies (`mask`, `packing`); below, `ops` knows nothing of models.
+It translates once: module and config say which rule the layer follows (`layer_plan`), the mask says where
+each sequence lies (`rows`); below, `ops` knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from moba_hf.config import NAME, LayerConfig
 from moba_hf.hf.cache import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
-from moba_hf.hf.mask import COMPACT, bounds_of, moba_mask, stock_mask
-from moba_hf.hf.packing import DOCUMENTS, Packing, check_separated, find_packing
-from moba_hf.op.dense import dense_attention, dense_packed_attention
-from moba_hf.op.ops import attention_over, batched_moba_attention, check_tensors
-from moba_hf.op.sequences import RowBounds
+from moba_hf.hf.rows import Layout, Rows, moba_mask
+from moba_hf.op.backends import choose_backend
+from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
+from moba_hf.op.gates import GATES
+from moba_hf.op.numerics import default_scale
+from moba_hf.op.ops import attention, check_tensors
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -36,10 +37,10 @@ _REFUSED = {
 
 _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
-    "past_key_values=moba_hf.MobaCache(model.config) to generate, or call moba_hf.use_moba_cache() once"
+    "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
 )
-_SPARSE_BY_MASS = (
-    'decode="sparse" with gate="mass" reads all cached keys at every step to score their blocks: a cache '
+_SPARSE_BY_OTHER_GATE = (
+    'decode="sparse" with gate="{}" reads all cached keys at every step to score their blocks: a cache '
     'keeps the means of blocks, not what that gate needs; gate="mean" reads the chosen blocks alone'
 )
 
@@ -51,7 +52,7 @@ def moba_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Rows | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -61,7 +62,7 @@ def moba_attention_forward(
     Args:
         module: an attention layer with `config` and `layer_idx`.
         query: `(batch, num_heads, q_len, head_dim)`. key, value: `(batch, num_kv_heads, kv_len, ...)`.
-        attention_mask: the compact mask of `mask.moba_mask`, None, or a stock mask for a stock layer.
+        attention_mask: what `rows.moba_mask` made, None, or a stock mask for a stock layer.
 
     Raises:
         ValueError: what MoBA cannot honour: dropout, custom masks, soft-capping, sinks, a paged cache,
@@ -73,135 +74,140 @@ def moba_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     plan = layer_plan(module)
-    mask, documents = attention_mask, None
-    if mask is not None and mask.dtype == DOCUMENTS:
-        mask, documents = None, mask
-    q_len, kv_len = query.shape[2], key.shape[2]
+    rows, q_len = attention_mask, query.shape[2]
+    if rows is None:  # nobody asked for a mask, or a wrapper of the attention dropped it
+        rows = Rows(query.shape[0], q_len, key.shape[2], key.shape[2] - q_len, query.device)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
-    _refuse_keywords(kwargs, ("cache",) if stock is not None else tuple(_REFUSED))
-    if stock is None:
-        _refuse_unsupported(mask, dropout, q_len, kv_len, kwargs)
-    packing = _packing_of(module, query, kv_len, mask, documents, stock, kwargs)
     if stock is not None:
-        if packing is not None and not torch.compiler.is_compiling():
-            check_separated(mask, packing, stock)
-        mask = stock_mask(mask, q_len)
+        _refuse_keywords(kwargs, ("cache",))
+        mask = _stock_mask(module, rows, query.device, stock, kwargs) if isinstance(rows, Rows) else rows
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if packing is not None:
-        _check_packing(module.config, kwargs)
-    bounds = None if mask is None else bounds_of(mask, q_len)
-    means = None if packing is not None else _cached_means(plan, key, bounds, q_len)
+    _refuse_keywords(kwargs, tuple(_REFUSED))
+    _refuse_unsupported(dropout, q_len, key.shape[2], kwargs)
+    custom = rows.dense if isinstance(rows, Rows) else rows
+    if custom is not None:
+        raise ValueError(
+            f"MoBA takes 2-D padding masks, got a custom mask of {custom.dtype} {tuple(custom.shape)}; "
+            "use a stock attn_implementation for it"
+        )
+    assert isinstance(rows, Rows)
+    layout = rows.layout(kwargs, query.device)
+    if layout.packed:
+        _check_packing(module.config, rows, kwargs)
+    layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    means = means if means is not None and means.dtype == key.dtype else None  # of keys before autocast
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
+    scale = default_scale(query) if scaling is None else scaling
     backend = getattr(module, "moba_backend", "auto")
-    return _attend(query, key, value, scale, bounds, packing, plan, backend, means), None
+    return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
 
-def _packing_of(
-    module: nn.Module,
-    query: Tensor,
-    kv_len: int,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    stock: str | None,
-    kwargs: dict[str, Any],
-) -> Packing | None:
-    """`find_packing` of a call of `module`; `stock`: why the layer keeps the stock implementation."""
-    batch, _, q_len, _ = query.shape
-    padding_given = mask is not None and mask.dtype != torch.uint8
-    if stock is not None and mask is not None and mask.shape[2:] == (q_len, q_len):
-        padding_given = q_len != kv_len  # a square mask itself shows what is padding, see check_separated
-    return find_packing(
-        kwargs,
-        batch,
-        q_len,
-        kv_len,
-        padding_given=padding_given,
-        documents=documents,
-        asker=(module.config, int(module.layer_idx)),  # type: ignore[arg-type]
-    )
+def _stock_mask(
+    module: nn.Module, rows: Rows, device: torch.device, stock: str, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of a layer that keeps the stock implementation; `stock` says why.
+
+    Raises:
+        ValueError: packed sequences that the mask does not separate, in a model without any MoBA layer: where
+            there is one, it looks.
+    """
+    config: Any = module.config
+    if rows.q_len > 1 and not adapter_of(config.model_type).eligible_layers(config):
+        rows.check_separated(kwargs, stock)
+    if rows.windowed:
+        return rows.dense if rows.dense is None else rows.dense.to(device)
+    layout = rows.layout(kwargs, device)
+    if layout.packed:
+        rows.check_separated(kwargs, stock)
+    if layout.whole and rows.q_len in (1, rows.kv_len):
+        return None
+    return causal_mask(layout.sequences, 0, rows.q_len, rows.kv_len)
 
 
-def _cached_means(plan: LayerPlan, key: Tensor, bounds: RowBounds | None, q_len: int) -> Tensor | None:
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    layout: Layout,
+    plan: LayerPlan,
+    backend: str,
+    layer: Any,
+) -> Tensor:
+    """Full attention where the plan or the rule says so, else MoBA, by the one backend chosen here.
+
+    Args:
+        layer: the MoBA cache layer that the keys come from, or None.
+    """
+    query, key, value = qkv
+    q_len, kv_len = query.shape[2], key.shape[2]
+    sequences, rule = layout.sequences, plan.rule
+    longest = sequences.max_seqlen_k if layout.packed else kv_len
+    if rule is not None and (q_len <= plan.full_len or plan.max_keys >= longest):
+        rule = None
+    if rule is None and _needs_table(layout, query, kv_len):
+        rule = LayerConfig(q_len, 1)  # one block holds any sequence: full attention, bounds on the device
+    backend = choose_backend(backend, query, key, value, rule)
+    means = None
+    if layer is not None and not layout.packed:
+        layer.backend = backend
+        means = _cached_means(layer, plan, key, sequences.kv_start, sparse=rule is not None)
+    if rule is None:
+        if layout.spans is not None:
+            return dense_packed_attention(query, key, value, scale, layout.spans, backend)
+        return dense_attention(query, key, value, scale, sequences, backend, whole=layout.whole)
+    if q_len == 1 and not layout.packed and not torch.compiler.is_compiling():
+        _warn_of_reads(rule, means)
+    settings: Any = {"softmax_scale": scale, "backend": backend, "block_means": means}
+    return attention(query, key, value, sequences, rule, **settings)[0]
+
+
+def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
+    """Whether full attention goes by the sequence table, which torch's fast kernels do not read.
+
+    So in graphs: for packed sequences, and for a padded prefill on a GPU, which a mask would slow down.
+    """
+    if layout.packed:
+        return layout.spans is None
+    padded = not layout.whole and torch.compiler.is_compiling()
+    return padded and query.shape[2] == kv_len and query.device.type != "cpu"
+
+
+def _cached_means(
+    layer: Any, plan: LayerPlan, key: Tensor, kv_start: Tensor | None, *, sparse: bool
+) -> Tensor | None:
     """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
 
     A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
     """
-    layer: Any = getattr(key, LAYER_ATTRIBUTE, None)
-    if layer is None or plan.rule is None or plan.max_keys >= key.shape[2]:
+    if plan.rule is None or plan.max_keys >= key.shape[2] or not (sparse or layer.is_compileable):
         return None
-    if q_len <= plan.full_len and not layer.is_compileable:
-        return None
-    kv_start = None if bounds is None else bounds.kv_start
-    return layer.moba_means(key, kv_start, plan.rule.block_size)
+    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    return means
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    bounds: RowBounds | None,
-    packing: Packing | None,
-    plan: LayerPlan,
-    backend: str,
-    block_means: Tensor | None,
-) -> Tensor:
-    """Full attention where the plan or the rule says so, else MoBA."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    longest = kv_len if packing is None else packing.max_seqlen
-    rule = plan.rule
-    if rule is None or q_len <= plan.full_len or plan.max_keys >= longest:
-        if packing is None:
-            return dense_attention(query, key, value, scale, bounds)
-        if not torch.compiler.is_compiling():
-            return dense_packed_attention(query, key, value, scale, packing.spans())
-        rule = LayerConfig(q_len, 1)  # one block holds any sequence: the same, as an operator that is traced
-    settings: dict[str, Any] = {
-        "block_size": rule.block_size,
-        "topk": rule.topk,
-        "sink_blocks": rule.sink_blocks,
-        "local_blocks": rule.local_blocks,
-        "gate": rule.gate,
-    }
-    if packing is not None:
-        return attention_over(
-            query,
-            key,
-            value,
-            packing.table,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            softmax_scale=scale,
-            backend=backend,
-            **settings,
-        )[0]
-    if (block_means is None or rule.gate == "mass") and q_len == 1 and not torch.compiler.is_compiling():
-        logger.warning_once(_SPARSE_BY_MASS if rule.gate == "mass" else _SPARSE_WITHOUT_CACHE)
-    return batched_moba_attention(
-        query,
-        key,
-        value,
-        kv_start=None if bounds is None else bounds.kv_start,
-        table=None if bounds is None else bounds.table,
-        softmax_scale=scale,
-        backend=backend,
-        block_means=block_means,
-        **settings,
-    )[0]
+def _warn_of_reads(rule: LayerConfig, block_means: Tensor | None) -> None:
+    """Warns once where a decode step reads every cached key to score blocks."""
+    if not GATES[rule.gate].scores_means:
+        logger.warning_once(_SPARSE_BY_OTHER_GATE.format(rule.gate))
+    elif block_means is None:
+        logger.warning_once(_SPARSE_WITHOUT_CACHE)
 
 
-def _check_packing(config: Any, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError when the model around the attention layers mixes packed documents."""
+def _check_packing(config: Any, rows: Rows, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError when the model around the MoBA layers mixes packed documents."""
+    adapter = adapter_of(config.model_type)
     given = tuple(name for name, value in kwargs.items() if value is not None)
-    reason = adapter_of(config.model_type).packing_refusal(config, given)
+    reason = adapter.packing_refusal(config, given)
     if reason is not None:
         raise ValueError(f"{config.model_type} cannot take packed sequences: {reason}")
+    for index in range(adapter.num_layers(config)):
+        stock = adapter.stock_reason(config, index)
+        if stock is not None and adapter.key_limit(config, index) != 0:
+            rows.check_separated(kwargs, stock)
+            return
 
 
 def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -212,20 +218,13 @@ def _refuse_keywords(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
             )
 
 
-def _refuse_unsupported(
-    mask: Tensor | None, dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]
-) -> None:
+def _refuse_unsupported(dropout: float, q_len: int, kv_len: int, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(
             f"MoBA has no attention dropout, got {dropout}; set attention_dropout=0 in the config"
         )
     if kwargs.get("output_attentions"):
         raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
-    if mask is not None and (mask.dtype not in COMPACT or mask.ndim != 4 or mask.shape[2] != 1):
-        raise ValueError(
-            f"MoBA takes 2-D padding masks, got a custom mask of {mask.dtype} {tuple(mask.shape)}; "
-            "use a stock attn_implementation for it"
-        )
     if q_len > kv_len:
         raise ValueError(f"more queries ({q_len}) than keys ({kv_len})")
 

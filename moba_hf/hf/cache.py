@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from moba_hf.config import MobaConfig, check_int
-from moba_hf.op.backends import choose_backend
+from moba_hf.config import NAME, MobaConfig, check_int
+from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans, writable
 
 # Attribute by which a key tensor names the cache layer that it came from.
@@ -26,8 +27,12 @@ LAYER_ATTRIBUTE = "moba_layer"
 # Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
 _MIN_GROWTH = 64
 _FULL = "full_attention"
-# A block size that every backend takes, to ask which one runs where no blocks matter.
-_ANY_BLOCK_SIZE = 128
+# The method of GenerationMixin that makes the cache, private, and what to do when it has changed.
+_PREPARE = "_prepare_cache_for_generation"
+_WRITTEN_FOR = (
+    f"this moba_hf was written for transformers 5.17 to 5.24, {transformers.__version__} is installed: pass "
+    "MobaCache(model.config, max_cache_len=prompt + new tokens) to generate instead"
+)
 
 
 class MobaLayer(DynamicLayer):
@@ -37,6 +42,10 @@ class MobaLayer(DynamicLayer):
 
     Args:
         max_cache_len: slots to allocate at first; 0: as needed.
+
+    Attributes:
+        backend: the backend that the attention function chose for these keys; torch's own operators until
+            then.
     """
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):
@@ -44,6 +53,7 @@ class MobaLayer(DynamicLayer):
         self._length = 0
         self._assist_from: int | None = None
         self.reserve = max_cache_len
+        self.backend = "portable"
         self.block_means = BlockMeans()
         super().__init__(**kwargs)
 
@@ -155,8 +165,8 @@ class MobaLayer(DynamicLayer):
     def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
         assert self._buffers is not None
-        capacity = self._buffers[0].shape[2]
-        return self.block_means.bring_up(keys.detach(), self._length, capacity, kv_start, block_size)
+        capacity, keys = self._buffers[0].shape[2], keys.detach()
+        return self.block_means.bring_up(keys, self._length, capacity, kv_start, block_size, self.backend)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -239,10 +249,14 @@ class MobaStaticLayer(StaticLayer):
     Args:
         max_cache_len: slots of the buffers.
         block_size: tokens in a block; None: taken from the first call.
+
+    Attributes:
+        backend: as in `MobaLayer`.
     """
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
         super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.backend = "portable"
         self.block_means = BlockMeans(block_size, static=True)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -254,13 +268,12 @@ class MobaStaticLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._by_kernel(key_states, value_states):
-            from moba_hf.kernels import append
-
+        kernels = self._kernels_for(key_states, value_states)
+        if kernels is not None:
             keys, values = self.keys, self.values
             assert keys is not None
             assert values is not None
-            append(keys, values, self.cumulative_length, key_states, value_states)
+            kernels.append(keys, values, self.cumulative_length, key_states, value_states)
         else:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
         # calls that take no means count once: what is compiled must not see a number that keeps rising
@@ -270,10 +283,10 @@ class MobaStaticLayer(StaticLayer):
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
-    def _by_kernel(self, *states: Tensor) -> bool:
-        """Whether few enough rows come in for one kernel; under compile torch's own operators are fused."""
+    def _kernels_for(self, *states: Tensor) -> CacheKernels | None:
+        """Kernels that append so few rows at once; under compile torch's own operators are fused."""
         if not self.is_initialized or torch.compiler.is_compiling() or _tracked(*states):
-            return False
+            return None
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -281,17 +294,15 @@ class MobaStaticLayer(StaticLayer):
             (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
             for x, b in zip(states, (keys, values), strict=True)
         )
-        if not fits or choose_backend("auto", keys, keys, values, _ANY_BLOCK_SIZE) != "triton":
-            return False
-        from moba_hf.kernels import MAX_APPENDED_ROWS
-
-        return 0 < states[0][..., 0].numel() <= MAX_APPENDED_ROWS
+        kernels = load_backend(self.backend).cache if fits else None
+        if kernels is None or not 0 < states[0][..., 0].numel() <= kernels.max_append_rows:
+            return None
+        return kernels
 
     def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
-        return self.block_means.bring_up(
-            keys.detach(), self.cumulative_length, self.max_cache_len, kv_start, block_size
-        )
+        length, capacity = self.cumulative_length, self.max_cache_len
+        return self.block_means.bring_up(keys.detach(), length, capacity, kv_start, block_size, self.backend)
 
     def activate_past_recording(self) -> None:
         """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""
@@ -383,20 +394,25 @@ class use_moba_cache:
             model.generate(...)
 
     Dynamic caches are then allocated for the longest text that the call may produce.
+
+    Raises:
+        RuntimeError: a release of transformers in which `generate` makes its cache in another way.
     """
 
     def __init__(self) -> None:
         tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
         self._tables = [(table, table[_FULL]) for table in tables]
-        self._prepare = GenerationMixin._prepare_cache_for_generation
+        self._prepare = getattr(GenerationMixin, _PREPARE, None)
+        if self._prepare is None:
+            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
+        setattr(GenerationMixin, _PREPARE, _with_reserve(self._prepare))
         tables[0][_FULL], tables[1][_FULL] = MobaLayer, MobaStaticLayer
-        GenerationMixin._prepare_cache_for_generation = _with_reserve(self._prepare)  # type: ignore[method-assign]
 
     def undo(self) -> None:
         """Puts back what was there before."""
         for table, layer in self._tables:
             table[_FULL] = layer
-        GenerationMixin._prepare_cache_for_generation = self._prepare  # type: ignore[method-assign]
+        setattr(GenerationMixin, _PREPARE, self._prepare)
 
     def __enter__(self) -> use_moba_cache:
         return self
@@ -407,21 +423,41 @@ class use_moba_cache:
         self.undo()
 
 
+def _caches(model_kwargs: dict[str, Any]) -> list[Cache]:
+    """The caches among a model's arguments, whatever this release calls them."""
+    return [value for value in model_kwargs.values() if isinstance(value, Cache)]
+
+
+def _runs_moba(model: Any) -> bool:
+    return model.config.get_text_config(decoder=True)._attn_implementation == NAME
+
+
 def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare`, telling the layers of a cache that it made how many slots the call will need."""
+    """`prepare`, telling the layers of a cache that it made how many slots the call will need.
+
+    No public place knows both the cache that `generate` makes and the length that it settles on.
+    """
     signature = inspect.signature(prepare)
+    missing = {"self", "generation_config", "model_kwargs", "max_cache_length"} - set(signature.parameters)
+    if missing:
+        raise RuntimeError(
+            f"GenerationMixin.{_PREPARE} takes no {', '.join(sorted(missing))} any more; {_WRITTEN_FOR}"
+        )
 
     @wraps(prepare)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        model_kwargs, length = given.get("model_kwargs", {}), given.get("max_cache_length", 0)
-        before = model_kwargs.get("past_key_values")
+        model_kwargs, length = given["model_kwargs"], int(given["max_cache_length"])
+        before = _caches(model_kwargs)
         result = prepare(*args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not before:
-            for layer in getattr(cache, "layers", ()):
-                if isinstance(layer, MobaLayer):
-                    layer.reserve = int(length)
+        caches = _caches(model_kwargs)
+        if not caches and given["generation_config"].use_cache and _runs_moba(given["self"]):
+            raise RuntimeError(f"generate prepared no cache that use_moba_cache() can find; {_WRITTEN_FOR}")
+        for cache in caches:
+            if not any(cache is other for other in before):
+                for layer in cache.layers:
+                    if isinstance(layer, MobaLayer):
+                        layer.reserve = length
         return result
 
     return wrapped

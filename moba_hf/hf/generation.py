@@ -16,6 +16,7 @@ from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.patching import patch_model, unpatch_model
 from moba_hf.hf.prefill import prefill
 
@@ -154,13 +155,13 @@ def generate(
             on_prefill(count)
 
     start = time.perf_counter()
-    prefill(model, ids, chunk, past_key_values=cache, progress=False, on_chunk=read)
+    prefill(model, ids, chunk, cache=cache, progress=False, on_chunk=read)
     _wait(model)
     middle = time.perf_counter()
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_kwargs(model.generate, cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.op.registry import Registry
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -90,22 +91,13 @@ def adapter_of(model_type: str) -> Adapter:
     return adapter
 
 
-class _Kept:
-    """What compiled graphs look up by name instead of computing it, see `_resolve`.
-
-    An object, not a dict: a graph that is being traced sees attributes that are set meanwhile.
-    """
-
-
-_kept: Any = _Kept()
+# What compiled graphs look up by name instead of computing it, see `_resolve`.
+_kept = Registry()
 
 
 def _keep(kind: str, of: object, make: Callable[[], object]) -> str:
     """The name under which `_kept` has `make()`; `repr(of)` tells what it is made of."""
-    name = f"{kind} {of!r}"
-    if not hasattr(_kept, name):
-        setattr(_kept, name, make())
-    return name
+    return _kept.keep(f"{kind} {of!r}", make)
 
 
 def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPlan:

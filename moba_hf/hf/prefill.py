@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from moba_hf.config import NAME
 from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import moba_config
 
 
@@ -22,14 +24,16 @@ def prefill(
     input_ids: Tensor,
     chunk_size: int = 4096,
     attention_mask: Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     progress: bool = True,
     on_chunk: Callable[[int], None] | None = None,
+    *,
+    past_key_values: Cache | None = None,
 ) -> Cache:
     """A cache that holds `input_ids` but for the last token, which `generate` must still see::
 
         cache = moba_hf.prefill(model, input_ids)
-        model.generate(input_ids, past_key_values=cache)
+        model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
     Every row equals that of a prefill in one call. Chunks of `decode_max_len` tokens or fewer would count as
     decoding, so none is left: the last two chunks are evened out, and so few tokens altogether on top of a
@@ -37,24 +41,25 @@ def prefill(
 
     Args:
         model: a causal language model of transformers.
-        input_ids: `(batch, length)`, the whole prompt, with what `past_key_values` already holds.
+        input_ids: `(batch, length)`, the whole prompt, with what `cache` already holds.
         chunk_size: tokens per row in one call; memory grows with it.
         attention_mask: `(batch, length)`, 0 for padding; None: no padding.
-        past_key_values: a cache that holds the beginning of `input_ids`, or an empty one; None: a new
+        cache: a cache that holds the beginning of `input_ids`, or an empty one; None: a new
             `MobaCache`.
-        progress: show a progress bar.
+        progress: show a progress bar; of several processes only the first does.
         on_chunk: called after every chunk with its tokens, for a progress display of one's own.
+        past_key_values: another name of `cache`, as in transformers before 5.24.
 
     Raises:
-        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, or a cache that holds the
-            whole prompt or, being static, has not a slot for every token.
+        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a cache under both names,
+            or one that holds the whole prompt or, being static, has not a slot for every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
     length = input_ids.shape[1]
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
-    cache = past_key_values
+    cache = one_cache(cache, past_key_values)
     if cache is None:
         cache = MobaCache(model.config, max_cache_len=length + length // 8)
     seen = int(cache.get_seq_length())
@@ -67,14 +72,15 @@ def prefill(
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
-    with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=not progress) as bar:
+    hidden = not (progress and _is_first_process())
+    with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
         for count in chunks:
             end = seen + count
             model(
                 input_ids=input_ids[:, seen:end].to(model.device),
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
                 position_ids=None if position_ids is None else position_ids[:, seen:end],
-                past_key_values=cache,
+                **cache_kwargs(model, cache),
                 use_cache=True,
                 **last,
             )
@@ -83,6 +89,13 @@ def prefill(
                 on_chunk(count)
             seen = end
     return cache
+
+
+def _is_first_process() -> bool:
+    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:

@@ -1,25 +1,28 @@
 """Where the Gluon kernels for Hopper are used, and how they are launched.
 
-They need warpgroup matrix units and the tensor memory accelerator of compute capability 9.0, and the Triton
-they were written for: Gluon's API is young and changes from release to release. Everywhere else, and wherever
-`takes_*` say no, `own` and `routed` compute the same in plain Triton.
+They need warpgroup matrix units and the tensor memory accelerator of compute capability 9.0. Gluon's API is
+young and changes from release to release, so the first use on a device compiles one variant of each kernel to
+see whether the installed Triton takes them. Where it does not, and wherever `takes_*` say no, `own` and
+`routed` compute the same in plain Triton.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import INTERPRETED, device_of, num_processors
-from moba_hf.kernels.plan import Plan, tile_table
+from moba_hf.kernels.plan import Plan, make_plan, tile_table
 from moba_hf.kernels.routing import Routes
+from moba_hf.op.sequences import batched_table
 
-_TRITON = ("3.6.",)  # releases whose Gluon these kernels are tested with
 _DIMS = (64, 128)
 
 
@@ -31,11 +34,64 @@ def _kernels(name: str) -> Any:
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these `(batch, heads, length, dim)` tensors, and this machine, suit the Gluon kernels."""
-    if INTERPRETED or tuning.capability(q.device) != (9, 0) or not triton.__version__.startswith(_TRITON):
+    if INTERPRETED or tuning.capability(q.device) != (9, 0):
         return False
     if q.shape[3] not in _DIMS or v.shape[3] not in _DIMS or 128 % (q.shape[1] // k.shape[1]):
         return False
-    return all(_addressable(x) for x in (k, v)) and all(s % 8 == 0 for s in q.stride()[:3])
+    fits = all(_addressable(x) for x in (k, v)) and all(s % 8 == 0 for s in q.stride()[:3])
+    return fits and compiles(q.device)
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Whether the installed Triton compiles the Gluon kernels for `device`; says once what is lost if not."""
+    try:
+        for block_size in (tuning.HOPPER_RESIDENT.n, 4 * tuning.HOPPER_RESIDENT.n):
+            _compile(device, block_size)
+    except Exception as error:  # whatever a foreign compiler, of a release not known yet, may raise
+        warnings.warn(
+            f"Triton {triton.__version__} does not compile the Gluon kernels of moba_hf "
+            f"({type(error).__name__}: {_first_cause(error)}): plain Triton kernels run instead, with the "
+            "same results but slower; CONTRIBUTING.md names the releases of Triton that are tested",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _first_cause(error: BaseException) -> str:
+    """The last line of the error that started it all: Triton wraps one around each function."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _compile(device: torch.device, block_size: int) -> None:
+    """Compiles the kernels of own and of routed blocks for `block_size`; launches neither."""
+    length, group, dim = 2 * block_size, 4, 128
+    q = torch.empty(1, group, length, dim, dtype=torch.bfloat16, device=device)
+    k = q[:, :1]
+    lse = torch.empty(1, group, length, device=device)
+    table = batched_table(1, length, length, device)
+    tile = tuning.OWN_PARTIAL.m // group
+    plan = make_plan(q, k, table, length, length, block_size=block_size, tile=tile)
+    numbers = torch.empty(length, 8, dtype=torch.int32, device=device)
+    routes = Routes(numbers.long(), numbers, numbers, numbers, 2, tuning.HOPPER_RESIDENT.m)
+    own_attention(q, k, k, q, lse, plan, 0, 1.0, False, compile_only=True)
+    found = routed_tile(block_size, (dim, dim))
+    assert found is not None
+    routed_attention(q, k, k, plan, routes, q, lse[..., :8], 0, 1.0, *found, compile_only=True)
+
+
+def _start(kernel: Any, q: Tensor, args: tuple[Any, ...], compile_only: bool, **constants: Any) -> None:
+    """Launches a persistent kernel, one program per multiprocessor of `q`'s GPU, or only compiles it."""
+    grid = (num_processors(q),)
+    with device_of(q):
+        if compile_only:
+            kernel.warmup(*args, grid=grid, **constants)
+        else:
+            kernel[grid](*args, **constants)
 
 
 def _addressable(x: Tensor) -> bool:
@@ -71,33 +127,39 @@ def own_attention(
     chunk: int,
     softmax_scale: float,
     final: bool,
+    compile_only: bool = False,
 ) -> None:
     """What `own.own_attention` does, for complete blocks only; arguments as there."""
-    tile, group = tuning.HOPPER_OWN, q.shape[1] // k.shape[1]
-    with device_of(q):
-        _kernels("own").own_kernel[(num_processors(q),)](
-            q,
-            _descriptor(k, tile.n),
-            _descriptor(v, tile.n),
-            out,
-            lse,
-            tile_table(plan, chunk, q.shape[2]),
-            plan.tile_offset[chunk],
-            plan.num_seqs,
-            k.shape[1],
-            q.shape[2],
-            *q.stride()[:3],
-            softmax_scale,
-            G=group,
-            TILE=plan.tile,
-            BLOCK_SIZE=plan.block_size,
-            BLOCK_N=tile.n,
-            D=q.shape[3],
-            DV=v.shape[3],
-            STAGES=tile.stages,
-            FINAL=final,
-            num_warps=4,
-        )
+    tile = tuning.HOPPER_OWN
+    args = (
+        q,
+        _descriptor(k, tile.n),
+        _descriptor(v, tile.n),
+        out,
+        lse,
+        tile_table(plan, chunk, q.shape[2]),
+        plan.tile_offset[chunk],
+        plan.num_seqs,
+        k.shape[1],
+        q.shape[2],
+        *q.stride()[:3],
+        softmax_scale,
+    )
+    _start(
+        _kernels("own").own_kernel,
+        q,
+        args,
+        compile_only,
+        G=q.shape[1] // k.shape[1],
+        TILE=plan.tile,
+        BLOCK_SIZE=plan.block_size,
+        BLOCK_N=tile.n,
+        D=q.shape[3],
+        DV=v.shape[3],
+        STAGES=tile.stages,
+        FINAL=final,
+        num_warps=4,
+    )
 
 
 def routed_attention(
@@ -112,6 +174,7 @@ def routed_attention(
     softmax_scale: float,
     tile: tuning.Tile,
     resident: bool,
+    compile_only: bool = False,
 ) -> None:
     """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
     keys = plan.block_size if resident else tile.n
@@ -128,24 +191,22 @@ def routed_attention(
     else:
         kernel = _kernels("stream").stream_kernel
         constants |= {"BLOCK_N": tile.n, "DV": v.shape[3], "STAGES": tile.stages}
-    with device_of(q):
-        kernel[(num_processors(q),)](
-            q,
-            _descriptor(k, keys),
-            _descriptor(v, keys),
-            partial,
-            partial_lse,
-            routes.pairs,
-            routes.tile_info,
-            routes.tile_begin,
-            routes.num_bins,
-            first_row,
-            q.shape[2],
-            *q.stride()[:3],
-            softmax_scale,
-            **constants,
-            num_warps=4,
-        )
+    args = (
+        q,
+        _descriptor(k, keys),
+        _descriptor(v, keys),
+        partial,
+        partial_lse,
+        routes.pairs,
+        routes.tile_info,
+        routes.tile_begin,
+        routes.num_bins,
+        first_row,
+        q.shape[2],
+        *q.stride()[:3],
+        softmax_scale,
+    )
+    _start(kernel, q, args, compile_only, **constants, num_warps=4)
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:

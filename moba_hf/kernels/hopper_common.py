@@ -10,11 +10,19 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
+)
+
+# Gluon renamed these: thread_barrier until Triton 3.6, async_copy_global_to_shared until 3.7.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load_rows = (
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 )
 
 
@@ -90,14 +98,10 @@ def fill_ring(
         phase = (step // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(stage), phase)
         mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_desc, [batch, head, first + start, 0], k_ready.index(stage), keys.index(stage)
-        )
+        load_tile(k_desc, [batch, head, first + start, 0], k_ready.index(stage), keys.index(stage))
         mbarrier.wait(v_free.index(stage), phase)
         mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [batch, head, first + start, 0], v_ready.index(stage), values.index(stage)
-        )
+        load_tile(v_desc, [batch, head, first + start, 0], v_ready.index(stage), values.index(stage))
         step += 1
     return step
 
@@ -171,7 +175,7 @@ def attend_ring(
     key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
     s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
     p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
     for start in range(BLOCK_N, num_keys, BLOCK_N):
@@ -186,7 +190,7 @@ def attend_ring(
         s = warpgroup_mma_wait(1, deps=[s])
         if not OVERLAP:
             acc = warpgroup_mma_wait(0, deps=[acc])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
         next_p, shrink, high, mass = _weights(
@@ -196,7 +200,7 @@ def attend_ring(
             # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
             mbarrier.wait(k_ready.index(later), later_phase)
             acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
         p = next_p
@@ -207,6 +211,6 @@ def attend_ring(
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(v_free.index(stage), count=1)
     return acc, high, mass, step + 1

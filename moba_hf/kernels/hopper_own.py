@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from moba_hf.kernels.hopper_common import allocate_ring, attend_ring, fill_ring
+from moba_hf.kernels.hopper_common import allocate_ring, attend_ring, barrier, fill_ring
 
 
 @gluon.jit
@@ -95,10 +95,10 @@ def _consume(
         info_ptr, first + each, tiles, work
     )
     for item in range(first, work, each):
-        gl.thread_barrier()  # all warps have done with the queries before
+        barrier()  # all warps have done with the queries before
         q_smem.store(q)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         next_head = gl.minimum(item + each, work - 1) // tiles
         at = _rows(next_batch, next_origin, next_low, next_high, next_head, q_row, q_strides, G)
         q = gl.load(q_ptr + at[:, None] + q_column)

@@ -18,12 +18,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper_common import load_pairs, query_offsets, run_of_tiles, tile_rows
+from moba_hf.kernels.hopper_common import (
+    barrier,
+    load_pairs,
+    load_rows,
+    load_tile,
+    query_offsets,
+    run_of_tiles,
+    tile_rows,
+)
 
 
 @gluon.jit
@@ -47,8 +54,8 @@ def _produce(
             coordinates = [gl.load(info + 2), gl.load(info + 3), gl.load(info + 4), 0]
             mbarrier.wait(free.index(stage), (step // 2 & 1) ^ 1)
             mbarrier.expect(ready.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, coordinates, ready.index(stage), k_ring.index(stage))
-            tma.async_copy_global_to_shared(v_desc, coordinates, ready.index(stage), v_ring.index(stage))
+            load_tile(k_desc, coordinates, ready.index(stage), k_ring.index(stage))
+            load_tile(v_desc, coordinates, ready.index(stage), v_ring.index(stage))
             step += 1
         present = bin
 
@@ -81,12 +88,12 @@ def _consume(
     begin, end = tile_rows(info_ptr, first, total)
     pair = load_pairs(pair_ptr, row, begin, end)
     offset = query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
-    async_copy.async_copy_global_to_shared(q_ring.index(0), q_ptr + offset[:, None] + column[None, :])
+    load_rows(q_ring.index(0), q_ptr + offset[:, None] + column[None, :])
     async_copy.commit_group()
     next_begin, next_end = tile_rows(info_ptr, first + 1, total)
     next_pair = load_pairs(pair_ptr, row, next_begin, next_end)
     offset = query_offsets(next_pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
-    async_copy.async_copy_global_to_shared(q_ring.index(1), q_ptr + offset[:, None] + column[None, :])
+    load_rows(q_ring.index(1), q_ptr + offset[:, None] + column[None, :])
     async_copy.commit_group()
     third_begin, third_end = tile_rows(info_ptr, first + 2, total)
     third_pair = load_pairs(pair_ptr, row, third_begin, third_end)
@@ -108,7 +115,7 @@ def _consume(
         stage = step % 2
         async_copy.wait_group(1)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         q_smem = q_ring.index(buffer)
         keys = k_ring.index(stage).reshape([BLOCK_SIZE, D]).permute((1, 0))
         s = warpgroup_mma(q_smem, keys, zeros, use_acc=False, is_async=True)
@@ -121,16 +128,16 @@ def _consume(
         acc = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
-        gl.thread_barrier()  # the scores of all warps are done: their queries make room
+        barrier()  # the scores of all warps are done: their queries make room
         q_smem.store(out.to(dtype))
         gl.store(lse_ptr + s_pair, high + gl.log2(mass), mask=begin + s_row < end)
-        gl.thread_barrier()
+        barrier()
         rows = q_smem.load(rows_layout)
         at = out_ptr + pair.to(gl.int64)[:, None] * D + column[None, :]
         gl.store(at, rows, mask=(begin + row < end)[:, None])
         offset = query_offsets(third_pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
-        gl.thread_barrier()
-        async_copy.async_copy_global_to_shared(q_smem, q_ptr + offset[:, None] + column[None, :])
+        barrier()
+        load_rows(q_smem, q_ptr + offset[:, None] + column[None, :])
         async_copy.commit_group()
         buffer = buffer ^ 1
         begin, end, pair = next_begin, next_end, next_pair

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from moba_hf.kernels.hopper_common import (
     allocate_ring,
     attend_ring,
+    barrier,
     fill_ring,
     load_pairs,
     query_offsets,
@@ -84,10 +85,10 @@ def _consume(
     next_begin, next_end = tile_rows(info_ptr, first + each, total)
     pair = load_pairs(pair_ptr, q_row, next_begin, next_end)
     for tile in range(first, total, each):
-        gl.thread_barrier()  # all warps have done with the queries before
+        barrier()  # all warps have done with the queries before
         q_smem.store(q)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         offset = query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
         q = gl.load(q_ptr + offset[:, None] + q_column)
         later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)

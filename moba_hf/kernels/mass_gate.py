@@ -27,7 +27,7 @@ from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_
 from moba_hf.kernels.levels import EMPTY, SPENT, filled, insert, sortable, take, tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.plan import Plan, find_tile, head_split, make_plan
-from moba_hf.op.reference import part_size
+from moba_hf.op.numerics import part_size
 
 _LOG2_E = math.log2(math.e)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, narrow, padded
 from moba_hf.kernels.plan import Plan, bisect
-from moba_hf.op.reference import part_size, spread_dtype
+from moba_hf.op.numerics import part_size, spread_dtype
 
 
 def mass_summary(k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -1,128 +1,199 @@
-"""The table of backends, and the torch operators through which they run.
+"""What a backend is, the two of plain torch, and which one runs.
 
-A backend is three functions over strided `(batch, heads, length, dim)` tensors and a sequence table (see
-`moba_hf.op.sequences`), one that says what it cannot take, and perhaps one for decode steps. To add one,
-write a loader that returns a `Backend` and put it in `BACKENDS`; loaders import lazily, so a missing package
-never breaks the import.
-
-`select_op`, `attend_op` and `decode_op` are `torch.library` operators with fake kernels and an explicit
-backward, so `torch.compile` and `torch.export` see one opaque node each and autograd keeps only inputs,
-output and lse.
+A backend is an object that follows the protocol `Backend`. To add one, write the class, which takes no
+arguments and may fail with an ImportError, and name it in `moba_hf.op.backend_table`. The torch operators
+through which backends run are in `moba_hf.op.operators`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import importlib
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moba_hf.op.reference import accumulate_dtype
+from moba_hf.config import LayerConfig
+from moba_hf.op.backend_table import BACKENDS, check_backend
+from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.registry import Registry
+from moba_hf.op.sequences import Attended, Sequences
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute MoBA.
+class CacheKernels(Protocol):
+    """A backend's own kernels for caches and for full attention of a few queries; none waits for the device.
 
     Attributes:
-        select: `(q, k, table, max_seqlen_q, max_seqlen_k, block_size, topk, sink_blocks, local_blocks,
-            block_means, gate, softmax_scale)` -> int32 `(batch, q_len, num_heads, topk)`, own block first, -1
-            last. `block_means` is None or what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the
-            means of each row's complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per
-            row, in order. `gate`: one of `moba_hf.config.GATES`; only "mass" reads `softmax_scale`.
-        forward: `(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)` ->
-            `out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32 (fp64).
-        backward: `(grad_out, grad_lse, q, k, v, out, lse, *the rest as forward)` -> gradients of q, k, v.
-        unsupported: `(q, k, v, block_size)` -> why these inputs cannot be taken, or None.
-        decode: `(q, k, v, block_means, table, block_size, topk, sink_blocks, local_blocks, softmax_scale)` ->
-            `out`, `lse` as forward, for the few queries of a decode step (at most `max_decode_queries`, one
-            sequence per row, in order); it never waits for the device. None: select, then forward.
-        max_decode_queries: the most queries per row that `decode` takes.
+        min_block_size: tokens in the smallest block whose mean `update_means` takes.
+        max_append_rows: the most rows (batch * heads * new tokens) that `append` takes.
+        max_dense_queries: the most queries per row that `dense_decode` takes.
     """
 
-    select: Callable[..., Tensor]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    unsupported: Callable[[Tensor, Tensor, Tensor, int], str | None]
-    decode: Callable[..., tuple[Tensor, Tensor]] | None = None
-    max_decode_queries: int = 0
+    min_block_size: int
+    max_append_rows: int
+    max_dense_queries: int
+
+    def append(
+        self, keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor
+    ) -> None:
+        """Writes states `(batch, HK, new, dim)` behind the first `length` (0-d) slots and raises `length`."""
+
+    def update_means(
+        self,
+        means: Tensor,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        length: int | Tensor,
+        behind: int,
+        block_size: int,
+    ) -> None:
+        """Writes the means that the last `behind` of `length` slots completed.
+
+        Args:
+            means: `(batch, HK, blocks + 1, D)`. keys: `(batch, HK, >= length, D)`.
+        """
+
+    def dense_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Full causal attention, one sequence per row: `out` and `lse` as `Backend.forward`."""
+        ...
 
 
-def _load_portable() -> Backend:
-    from moba_hf.op import portable
-    from moba_hf.op import portable_decode as decode
+class Backend(Protocol):
+    """One way to compute MoBA over strided `(batch, heads, length, dim)` tensors.
 
-    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
-        block_size, topk, sink, local, means, gate, scale = rest
-        return portable.select(
-            q,
-            k,
-            table,
-            block_size=block_size,
-            topk=topk,
-            sink_blocks=sink,
-            local_blocks=local,
-            block_means=means,
-            mass_scale=scale if gate == "mass" else None,
-        )
+    Attributes:
+        max_decode_queries: the most queries per row that `decode` takes; 0: it takes none.
+        differentiable: autograd follows `forward`, which needs no `backward` then.
+        cache: kernels beside caches; None: torch's own operators do that work.
+    """
 
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, _mq, _mk, block_size, scale = args
-        return portable.attend(*tensors, block_size=block_size, softmax_scale=scale)
+    max_decode_queries: int
+    differentiable: bool
+    cache: CacheKernels | None
 
-    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, _mq, _mk, block_size, scale = args
-        return portable.attend_backward(*tensors, block_size=block_size, softmax_scale=scale)
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+        """Why these inputs cannot be taken, or None; without a rule no blocks are chosen."""
 
-    def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, block_size, topk, sink, local, scale = args
-        return decode.decode(
-            *tensors,
-            block_size=block_size,
-            topk=topk,
-            sink_blocks=sink,
-            local_blocks=local,
-            softmax_scale=scale,
-        )
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+        block_means: Tensor | None,
+    ) -> Tensor:
+        """The choice, int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last.
 
-    return Backend(select, forward, backward, _takes_all, decode_step, decode.MAX_QUERIES)
+        Args:
+            softmax_scale: for gates that read it.
+            block_means: what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the means of each
+                row's complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per row, in
+                order. None: nothing is kept.
+        """
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`out (batch, q_len, num_heads, v_dim)`, `lse (batch, num_heads, q_len)` fp32 (fp64)."""
+        ...
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        saved: Attended,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Contiguous gradients of q, k, v with the choice held fixed."""
+        ...
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_means: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`out` and `lse` as `forward`, for the few queries of a decode step, one sequence per row.
+
+        Blocks are scored by `block_means`; nothing waits for the device.
+        """
+        ...
 
 
-def _load_reference() -> Backend:
-    from moba_hf.op import reference
+class ReferenceBackend:
+    """`moba_hf.op.reference`, sequence by sequence."""
 
-    def select(q: Tensor, k: Tensor, table: Tensor, _mq: int, _mk: int, *rest: Any) -> Tensor:
-        block_size, topk, sink, local, _means, gate, scale = rest  # the truth takes its own means
-        rule = {"block_size": block_size, "topk": topk, "sink_blocks": sink, "local_blocks": local}
-        rule |= {"gate": gate, "softmax_scale": scale}
-        result = torch.full(
-            (q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device
-        )
-        with reference.full_precision(q.device):
-            for at, (queries, keys) in _each_sequence(table, q, k):
-                result[at] = reference.select_blocks_ref(queries, keys, **rule)
+    max_decode_queries = 0
+    differentiable = True
+    cache = None
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+        return None
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+        block_means: Tensor | None,
+    ) -> Tensor:
+        from moba_hf.op.reference import select_blocks_ref
+
+        shape = (q.shape[0], q.shape[2], q.shape[1], rule.topk)
+        result = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+        with full_precision(q.device):
+            for at, (queries, keys) in _each_sequence(sequences.table, q, k):
+                result[at] = select_blocks_ref(
+                    queries, keys, **rule.to_dict(), softmax_scale=softmax_scale
+                )  # the truth takes its own means
         return result
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, choice: Tensor, table: Tensor, *rest: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        _mq, _mk, block_size, scale = rest
+        from moba_hf.op.reference import attend_ref
+
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
-        with reference.full_precision(q.device):
-            for (row, part), (queries, keys, values) in _each_sequence(table, q, k, v):
-                out[row, part], lse[row, :, part] = reference.attend_ref(
-                    queries, keys, values, choice[row, part], block_size=block_size, softmax_scale=scale
-                )
+        settings: dict[str, Any] = {"block_size": block_size, "softmax_scale": softmax_scale}
+        with full_precision(q.device):
+            for (row, part), (queries, keys, values) in _each_sequence(sequences.table, q, k, v):
+                choice = block_indices[row, part]
+                out[row, part], lse[row, :, part] = attend_ref(queries, keys, values, choice, **settings)
         return out, lse
 
-    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("the reference is differentiated by autograd")
 
-    return Backend(select, forward, backward, _takes_all)
+    def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the reference takes no decode steps")
 
 
 def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
@@ -132,244 +203,118 @@ def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tupl
         yield (row, slice(q_begin, q_end)), [x.transpose(0, 1) for x in parts]
 
 
-def _takes_all(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
-    return None
+class PortableBackend:
+    """`moba_hf.op.portable` and `portable_decode`: pure torch on any device."""
 
+    differentiable = False
+    cache = None
 
-def _load_triton() -> Backend:
-    """Triton kernels."""
-    from moba_hf import kernels
+    def __init__(self) -> None:
+        from moba_hf.op import portable, portable_decode
 
-    def select(*args: Any) -> Tensor:
-        *rest, _means, gate, scale = args  # taken again by a kernel, in the layout that the gate reads
-        by_gate: Callable[..., Tensor] = kernels.select_blocks
-        if gate == "mass":
-            by_gate = partial(kernels.select_blocks_by_mass, softmax_scale=scale)
-        return by_gate(*rest)
+        self.max_decode_queries = portable_decode.MAX_QUERIES
+        self._portable, self._decode = portable, portable_decode
 
-    def decode_step(*args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, means, table, block_size, topk, sink, local, scale = args
-        choice = kernels.choose_blocks(q, means, table, k.shape[2], block_size, topk, sink, local)
-        lengths = (q.shape[2], k.shape[2])
-        return kernels.attend(q, k, v, choice, table, *lengths, block_size, scale, by_row=True)
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+        return None
 
-    return Backend(
-        select,
-        kernels.attend,
-        kernels.attend_backward,
-        kernels.unsupported,
-        decode_step,
-        kernels.MAX_DECODE_QUERIES,
-    )
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+        block_means: Tensor | None,
+    ) -> Tensor:
+        return self._portable.select(q, k, sequences.table, rule, softmax_scale, block_means)
 
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        args = (q, k, v, block_indices, sequences.table)
+        return self._portable.attend(*args, block_size=block_size, softmax_scale=softmax_scale)
 
-def _load_flash_attn() -> Backend:
-    """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
-    from moba_hf.op import flash
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        saved: Attended,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        args = (grad_out, grad_lse, saved, sequences.table)
+        return self._portable.attend_backward(*args, block_size=block_size, softmax_scale=softmax_scale)
 
-    varlen, portable = flash.load_varlen(), _load_portable()
-
-    def select(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        gate = portable if _why_not("triton", q, k, k, rest[3]) else load_backend("triton")
-        return gate.select(q, k, *rest)
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return flash.attend(varlen, *args, **kwargs)
-
-    return Backend(select, forward, portable.backward, flash.unsupported)
-
-
-BACKENDS: dict[str, Callable[[], Backend]] = {
-    "reference": _load_reference,
-    "portable": _load_portable,
-    "triton": _load_triton,
-    "flash_attn": _load_flash_attn,
-}
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_means: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        return self._decode.decode(q, k, v, block_means, sequences.table, rule, softmax_scale)
 
 
 # What "auto" tries before "portable", by device type. Triton's interpreter runs on CPU tensors by name only.
 _AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
-
-class _Loaded:
-    """Backends as attributes: unlike those of a dict, a graph that is being traced sees new ones."""
-
-
-_loaded: Any = _Loaded()
+_loaded = Registry()
 
 
 def load_backend(name: str) -> Backend:
     """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
-    _ensure_loaded(name)
-    backend: Backend = getattr(_loaded, name)
+    backend: Backend = getattr(_loaded, _keep_backend(name))
     return backend
 
 
 @torch._dynamo.assume_constant_result
-def _ensure_loaded(name: str) -> bool:
+def _keep_backend(name: str) -> str:
     """Loads `name`, outside what is traced."""
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
-    if not hasattr(_loaded, name):
-        setattr(_loaded, name, BACKENDS[name]())
-    return True
+    check_backend(name)
+
+    def load() -> Any:
+        module, attribute = BACKENDS[name].split(":")
+        return getattr(importlib.import_module(module), attribute)()
+
+    return _loaded.keep(name, load)
 
 
-def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str:
-    """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs."""
+def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str:
+    """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs.
+
+    Args:
+        rule: how blocks are chosen; None: full attention, which torch computes ("portable") where the backend
+            `name` does not take the inputs.
+    """
     if name == "auto":
         for each in _AUTO.get(q.device.type, ()):
-            if _why_not(each, q, k, v, block_size) is None:
+            if _why_not(each, q, k, v, rule) is None:
                 return each
         return "portable"
-    reason = _why_not(name, q, k, v, block_size)
-    if reason is not None:
-        raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
-    return name
+    reason = _why_not(name, q, k, v, rule)
+    if reason is None:
+        return name
+    if rule is None:
+        return "portable"
+    raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
 
 
-def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
     """Why the backend `name` cannot take the inputs, a missing package included, or None."""
     try:
         backend = load_backend(name)
     except ImportError as error:
         return f"{error.name or error} is not installed"
-    return backend.unsupported(q, k, v, block_size)
-
-
-@torch.library.custom_op("moba_hf::select_blocks", mutates_args=())
-def select_op(
-    q: Tensor,
-    k: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    backend: str,
-    block_means: Tensor | None = None,
-    gate: str = "mean",
-    softmax_scale: float = 1.0,
-) -> Tensor:
-    """`Backend.select` as one operator."""
-    rule = (block_size, topk, sink_blocks, local_blocks)
-    rest = (block_means, gate, softmax_scale)
-    return load_backend(backend).select(q, k, table, max_seqlen_q, max_seqlen_k, *rule, *rest)
-
-
-@select_op.register_fake
-def _(q, k, table, mq, mk, block_size, topk, *_rest):  # type: ignore[no-untyped-def]
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
-
-
-@torch.library.custom_op("moba_hf::decode", mutates_args=())
-def decode_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_means: Tensor,
-    table: Tensor,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`Backend.decode` as one operator, without gradients."""
-    decode = load_backend(backend).decode
-    assert decode is not None
-    out, lse = decode(q, k, v, block_means, table, block_size, topk, sink_blocks, local_blocks, softmax_scale)
-    return out.contiguous(), lse.contiguous()
-
-
-@decode_op.register_fake
-def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-
-
-@torch.library.custom_op("moba_hf::attend", mutates_args=())
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`Backend.forward` as one operator."""
-    return load_backend(backend).forward(
-        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale
-    )
-
-
-@_attend.register_fake
-def _(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, backend):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
-
-
-@torch.library.custom_op("moba_hf::attend_backward", mutates_args=())
-def _attend_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_indices: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Backend.backward` as one operator; gradients are contiguous."""
-    args = (block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)
-    return load_backend(backend).backward(grad_out, grad_lse, q, k, v, out, lse, *args)
-
-
-@_attend_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, table, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, block_indices, table)
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    return *grads, *[None] * 7
-
-
-_attend.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def attend_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    softmax_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`Backend.forward`, differentiable."""
-    args = (q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale)
-    if backend == "reference":  # plain differentiable torch: nothing between it and autograd
-        return load_backend(backend).forward(*args)
-    return _attend(*args, backend)
+    return backend.unsupported(q, k, v, rule)

@@ -3,8 +3,8 @@
 Legend: N cached slots, B block size, HK kv heads, D head dim, NB = capacity // B blocks.
 
 A row's blocks start at its first real token, which only the attention function knows, so the means are
-brought up to date by it, from the stored keys, with the routine that prefill uses: `portable.block_mean`, or
-the kernel whose bits equal those of the prefill kernel where the backend "auto" runs Triton. What is computed
+brought up to date by it, from the stored keys, with the routine that prefill uses: `gates.block_mean`, or
+the backend's kernel, whose bits equal those of its prefill kernel. What is computed
 is what the last calls completed: a decode step reads one block at most. Everything but the number of new
 tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
 """
@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moba_hf.op.backends import choose_backend
-from moba_hf.op.portable import block_mean
+from moba_hf.op.backends import load_backend
+from moba_hf.op.gates import block_mean
+from moba_hf.op.operators import update_means_op
 
 # Elements of keys that one step of an update may gather.
 _GATHER_BUDGET = 1 << 24
@@ -78,7 +79,13 @@ class BlockMeans:
         self.means, self.block_size = means, block_size
 
     def bring_up(
-        self, keys: Tensor, length: int | Tensor, capacity: int, kv_start: Tensor | None, block_size: int
+        self,
+        keys: Tensor,
+        length: int | Tensor,
+        capacity: int,
+        kv_start: Tensor | None,
+        block_size: int,
+        backend: str,
     ) -> Tensor:
         """Means `(batch, HK, NB, D)` of the complete blocks of slots `[kv_start, length)`.
 
@@ -88,6 +95,7 @@ class BlockMeans:
             capacity: slots of the cache.
             kv_start: int `(batch,)`, slot of each row's first real token; None: all 0.
             block_size: tokens in a block. Another one than before, or another start, rebuilds the means.
+            backend: the backend that was chosen for tensors like `keys`.
         """
         if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start)):
             self.forget(length if isinstance(length, int) else capacity)
@@ -95,10 +103,11 @@ class BlockMeans:
         if self.empty:
             self._set_starts(kv_start)
         if self.behind:
-            if choose_backend("auto", keys, keys, keys, block_size) == "triton":
+            kernels = load_backend(backend).cache
+            if kernels is not None and block_size >= kernels.min_block_size:
                 on_device = length if isinstance(length, Tensor) else None
                 slots = 0 if isinstance(length, Tensor) else length
-                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size)
+                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size, backend)
             elif isinstance(length, int) and (kv_start is None or _on_host(keys)):
                 self._update_slices(keys, length, kv_start)
             else:
@@ -185,33 +194,11 @@ class BlockMeans:
             self.means.scatter_(2, place[:, None, :, None].expand(-1, heads, -1, dim), new)
 
 
-@torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))
-def update_means_op(
-    means: Tensor,
-    keys: Tensor,
-    kv_start: Tensor | None,
-    length: Tensor | None,
-    slots: int,
-    behind: int,
-    block_size: int,
-) -> None:
-    """Triton's update of `means`: `length`, or `slots` where it is None, slots of `keys` are written."""
-    from moba_hf.kernels import update_block_means
-
-    written = slots if length is None else length
-    update_block_means(means, keys, kv_start, written, behind, block_size)
-
-
-@update_means_op.register_fake
-def _(means, keys, kv_start, length, slots, behind, block_size):  # type: ignore[no-untyped-def]
-    return None
-
-
-def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str) -> Tensor:
     """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start."""
     means = BlockMeans()
     means.forget(keys.shape[2])
-    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size)
+    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size, backend)
 
 
 def writable(x: Tensor) -> Tensor:

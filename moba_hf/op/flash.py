@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moba_hf.config import LayerConfig
+from moba_hf.op.backends import PortableBackend, choose_backend, load_backend
+from moba_hf.op.sequences import Sequences
+
 # `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)` -> out, lse.
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool], tuple[Tensor, Tensor]]
 
@@ -105,7 +109,43 @@ def _load_varlen_4() -> Varlen:
     return varlen
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+class FlashBackend(PortableBackend):
+    """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_decode_queries = 0  # select, then forward
+        self._varlen = load_varlen()
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+        return unsupported(q, k, v)
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+        block_means: Tensor | None,
+    ) -> Tensor:
+        gate = load_backend(choose_backend("auto", q, k, k, rule))
+        return gate.select(q, k, sequences, rule, softmax_scale, block_means)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        return attend(self._varlen, q, k, v, block_indices, sequences.table, block_size, softmax_scale)
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
     if q.device.type not in DEVICES:
         return f"flash-attn needs a CUDA device; q is on {q.device}"
@@ -147,8 +187,6 @@ def attend(
     v: Tensor,
     block_indices: Tensor,
     table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
     block_size: int,
     softmax_scale: float,
     *,
@@ -161,7 +199,6 @@ def attend(
         q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
         block_indices: int32 `(batch, q_len, num_heads, topk)`, own block in any slot, -1 for none.
         table: see `moba_hf.op.sequences`; rows in order.
-        max_seqlen_q, max_seqlen_k: not needed: the table is read on the host.
         workspace: bytes that gathered queries and partial outputs may take; None: 2 GiB.
     """
     batch, num_heads, q_len, _ = q.shape

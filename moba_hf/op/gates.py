@@ -1,10 +1,14 @@
-"""The "mass" gate: blocks scored by an estimate of their attention mass. Opt-in, and not the paper's MoBA.
+"""How blocks are scored: a table of gates. "mean" is the paper's, "mass" is opt-in and not the paper's MoBA.
 
-The paper scores a block by `q . mean(keys)`. What a query loses by leaving a block out is its share of the
-softmax, `log sum_k exp(scale * q . k)`, and two things make the mean a poor stand-in for it in a model that
-was not trained with MoBA: keys spread around their mean, and single tokens with small keys and next to no
-value, on which many heads rest ("hidden sinks"), vanish in a mean. So this gate cuts a block in parts of
-`PART` keys and takes
+A gate is an object: to add one, write a subclass of `Gate`, put it in `GATES`, and its definition in
+`GATES_REF` of `moba_hf.op.reference`, against which it is tested. Everything else asks the object.
+
+The "mass" gate scores a block by an estimate of its attention mass. The paper scores a block by
+`q . mean(keys)`. What a query loses by leaving a block out is its share of the softmax,
+`log sum_k exp(scale * q . k)`, and two things make the mean a poor stand-in for it in a model that was not
+trained with MoBA: keys spread around their mean, and single tokens with small keys and next to no value, on
+which many heads rest ("hidden sinks"), vanish in a mean. So this gate cuts a block in parts of `part_size`
+keys and takes
 
     part  = log n + scale * q . mean + f(scale^2 * sum_d q_d^2 * var_d)     n keys in the part
     score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key of least norm
@@ -19,15 +23,108 @@ these dtypes are accumulated in fp32, so that a kernel can do the same.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from moba_hf.op.reference import accumulate_dtype, part_size, spread_dtype
+from moba_hf.op.numerics import accumulate_dtype, part_size, spread_dtype
 
 
-class MassGate:
-    """Scores of the complete blocks of one sequence's keys.
+class Summary(Protocol):
+    """What a gate keeps of the complete blocks of one sequence's keys."""
+
+    def scores(self, q: Tensor, columns: int) -> Tensor:
+        """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
+        ...
+
+
+class Gate(ABC):
+    """One way to score blocks.
+
+    Attributes:
+        words: what `inspect` and warnings call it, "" for the paper's.
+        reads_scale: its scores depend on `softmax_scale`.
+        scores_means: its scores are `q . block_mean`, so a cache that keeps block means is all that a decode
+            step needs; other gates read all cached keys at every step.
+    """
+
+    words: ClassVar[str] = ""
+    reads_scale: ClassVar[bool] = False
+    scores_means: ClassVar[bool] = False
+
+    @abstractmethod
+    def summary(
+        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+    ) -> Summary:
+        """The summary of the complete blocks of `k (HK, N, D)`.
+
+        Args:
+            block_means: `(HK, >= complete blocks, D)` of a cache, for a gate that scores means; None: taken
+                here.
+        """
+
+    @abstractmethod
+    def vectors(self, block_size: int) -> int:
+        """Dot products that one score of a block costs."""
+
+
+class MeanGate(Gate):
+    """The paper's gate: `q . mean(keys)`, unscaled (arXiv 2502.13189, equations 5 and 6)."""
+
+    scores_means = True
+
+    def summary(
+        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+    ) -> Summary:
+        means = block_mean(k, block_size) if block_means is None else block_means
+        return MeanSummary(means[:, : k.shape[1] // block_size].to(accumulate_dtype(k.dtype)))
+
+    def vectors(self, block_size: int) -> int:
+        return 1
+
+
+class MassGate(Gate):
+    """An estimate of each block's attention mass, see the head of this file."""
+
+    words = "mass gate"
+    reads_scale = True
+
+    def summary(
+        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+    ) -> Summary:
+        return MassSummary(k, block_size, softmax_scale)
+
+    def vectors(self, block_size: int) -> int:
+        return 2 * (block_size // part_size(block_size)) + 1
+
+
+# Every gate, by the name that settings give it.
+GATES: dict[str, Gate] = {"mean": MeanGate(), "mass": MassGate()}
+
+
+def block_mean(k: Tensor, block_size: int) -> Tensor:
+    """Means of complete blocks of `k (..., N, D)`: `(..., N // block_size, D)`, k's dtype, summed in fp32."""
+    count = k.shape[-2] // block_size
+    blocks = k[..., : count * block_size, :].unflatten(-2, (count, block_size))
+    return blocks.mean(dim=-2, dtype=accumulate_dtype(k.dtype)).to(k.dtype)
+
+
+class MeanSummary:
+    """Scores from block means `(HK, blocks, D)` in fp32 (fp64)."""
+
+    def __init__(self, means: Tensor):
+        self.means = means
+
+    def scores(self, q: Tensor, columns: int) -> Tensor:
+        queries = q.to(self.means.dtype).reshape(self.means.shape[0], -1, q.shape[-1])
+        scores = queries @ self.means[:, :columns].transpose(1, 2)
+        return scores.view(q.shape[0], q.shape[1], columns)
+
+
+class MassSummary:
+    """Scores of the complete blocks of one sequence's keys by the mass gate.
 
     Legend: H query heads, HK kv heads, D head dim, M queries of a chunk.
 
@@ -51,7 +148,6 @@ class MassGate:
         self.log_size = math.log(size)
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
-        """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
         squares = queries.square().to(self.narrow).to(queries.dtype)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)

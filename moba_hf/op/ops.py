@@ -1,4 +1,4 @@
-"""The operator: `moba_attention` and `select_blocks` on packed tensors, and one batched entry under them.
+"""The operator: `moba_attention` and `select_blocks` on packed tensors, and `attention` under them.
 
 Everything is checked here, at the edge: shapes, dtypes and devices always; tensor values (offsets, a given
 choice of blocks) on CPU tensors, and on others only with `MOBA_HF_CHECK=1`, so that the hot path never waits
@@ -12,16 +12,13 @@ import os
 import torch
 from torch import Tensor
 
-from moba_hf.config import check_rule
-from moba_hf.op.backends import (
-    attend_op,
-    choose_backend,
-    decode_op,
-    load_backend,
-    select_op,
-)
+from moba_hf.config import LayerConfig
+from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
-from moba_hf.op.sequences import batched_table, packed_table
+from moba_hf.op.gates import GATES
+from moba_hf.op.numerics import default_scale
+from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
+from moba_hf.op.sequences import Sequences, batched_table, packed_table
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,7 +63,7 @@ def moba_attention(
         softmax_scale: factor of the scores in the softmax; None: `head_dim ** -0.5`.
         block_indices: int32 `(total_q, num_heads, topk)`, a choice made before (`select_blocks`), relative
             to each sequence, -1 last; it holds the own block and no duplicate or later block.
-        backend: "auto" or a name of `moba_hf.op.backends.BACKENDS`.
+        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
         return_lse: also return `lse (num_heads, total_q)` fp32, the natural logarithm of the denominators.
 
     Raises:
@@ -74,27 +71,22 @@ def moba_attention(
         TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an int.
     """
     _check_packed(q, k, v)
+    rule = LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
-    lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
+    sequences = Sequences(table, *_longest(q, k, table, max_seqlen_q, max_seqlen_k), by_row=False)
     if block_indices is not None:
         if block_indices.ndim != 3:
             raise ValueError(
                 f"block_indices must be (total_q, num_heads, topk), got {tuple(block_indices.shape)}"
             )
         block_indices = block_indices[None]
-    out, lse = attention_over(
+    out, lse = attention(
         _as_batch(q),
         _as_batch(k),
         _as_batch(v),
-        table,
-        block_size=block_size,
-        topk=topk,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-        max_seqlen_q=lengths[0],
-        max_seqlen_k=lengths[1],
-        softmax_scale=softmax_scale,
+        sequences,
+        rule,
+        softmax_scale=default_scale(q) if softmax_scale is None else float(softmax_scale),
         block_indices=block_indices,
         backend=backend,
     )
@@ -123,122 +115,70 @@ def select_blocks(
     Arguments and errors are those of `moba_attention`. The choice carries no gradient.
     """
     _check_packed(q, k, k)
-    check_rule(block_size, topk, sink_blocks, local_blocks, gate)
+    rule = LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
-    q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
     lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
-    name = choose_backend(backend, q4, k4, k4, block_size)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    rule = (block_size, topk, sink_blocks, local_blocks)
-    return select_op(q4, k4, table, *lengths, *rule, name, None, gate, scale)[0]
+    q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
+    name = choose_backend(backend, q4, k4, k4, rule)
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    return select_op(q4, k4, table, *lengths, *flat_rule(rule), scale, name)[0]
 
 
-def batched_moba_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sequences: Sequences,
+    rule: LayerConfig,
     *,
-    block_size: int,
-    topk: int,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    gate: str = "mean",
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    q_offset: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float,
     backend: str = "auto",
     block_means: Tensor | None = None,
-    table: Tensor | None = None,
+    block_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
 
     A few queries per row without gradients (a decode step) read only the keys they attend.
 
     Args:
-        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
-        kv_start, kv_end: int `(batch,)`, each row's real keys are slots `[kv_start, kv_end)`; None: all.
-        q_offset: int `(batch,)` or `(1,)`, slot of the first query; None: `kv_len - q_len`. Queries outside
-            `[kv_start, kv_end)` are padding: their output is zero.
+        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`; checked by
+            `check_tensors`.
+        sequences: where the sequences lie; queries outside them are padding, their output is zero.
+        rule: how blocks are chosen.
+        softmax_scale: factor of the scores in the softmax.
+        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
         block_means: `(batch, num_kv_heads, blocks, head_dim)` from a cache: means of each row's complete
             blocks, counted from `kv_start`, then anything; None: taken here, which reads all keys.
-        table: the sequence table, one row per batch row, in order, instead of `kv_end` and `q_offset`.
+        block_indices: int32 `(batch, q_len, num_heads, topk)`, a choice made before; None: made here.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
     """
-    check_tensors(q, k, v)
-    if table is None:
-        table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, kv_start, kv_end, q_offset)
-    name = choose_backend(backend, q, k, v, block_size)
-    few = gate == "mean" and q.shape[2] <= load_backend(name).max_decode_queries
-    if few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        check_rule(block_size, topk, sink_blocks, local_blocks)
-        scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        means = block_means_of(k, kv_start, block_size) if block_means is None else block_means
-        rule = (block_size, topk, sink_blocks, local_blocks)
-        return decode_op(q, k, v, means, table, *rule, scale, name)
-    return attention_over(
-        q,
-        k,
-        v,
-        table,
-        block_size=block_size,
-        topk=topk,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-        max_seqlen_q=q.shape[2],
-        max_seqlen_k=k.shape[2],
-        softmax_scale=softmax_scale,
-        backend=name,
-        block_means=block_means,
-    )
-
-
-def attention_over(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None = None,
-    block_indices: Tensor | None = None,
-    backend: str = "auto",
-    block_means: Tensor | None = None,
-    gate: str = "mean",
-) -> tuple[Tensor, Tensor]:
-    """Select, then attend, over checked batched tensors and a sequence table; returns `(out, lse)`."""
-    check_rule(block_size, topk, sink_blocks, local_blocks, gate)
-    name = choose_backend(backend, q, k, v, block_size)
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if block_indices is None:
-        block_indices = select_op(
-            q.detach(),
-            k.detach(),
-            table,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_size,
-            topk,
-            sink_blocks,
-            local_blocks,
-            name,
-            block_means,
-            gate,
-            scale,
-        )
-    else:
-        _check_choice(block_indices, q, topk)
+    name = choose_backend(backend, q, k, v, rule)
+    runs = load_backend(name)
+    if block_indices is not None:
+        _check_choice(block_indices, q, rule.topk)
         if check_values(q):
-            _check_choice_values(block_indices, table, block_size)
-    return attend_op(q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, scale, name)
+            _check_choice_values(block_indices, sequences.table, rule.block_size)
+    elif _is_decode(q, k, v, sequences, rule, runs.max_decode_queries):
+        if block_means is None:
+            block_means = block_means_of(k, sequences.kv_start, rule.block_size, name)
+        return decode_op(q, k, v, block_means, sequences.table, *flat_rule(rule), softmax_scale, name)
+    else:
+        flat = (*flat_sequences(sequences), *flat_rule(rule))
+        block_indices = select_op(q.detach(), k.detach(), *flat, softmax_scale, name, block_means)
+    if runs.differentiable:  # plain torch: no operator between it and autograd
+        return runs.forward(q, k, v, block_indices, sequences, rule.block_size, softmax_scale)
+    flat_where = flat_sequences(sequences)
+    return attend_op(q, k, v, block_indices, *flat_where, rule.block_size, softmax_scale, name)
+
+
+def _is_decode(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, rule: LayerConfig, max_queries: int
+) -> bool:
+    """Whether `Backend.decode`, which takes at most `max_queries` per row, computes this call."""
+    few = GATES[rule.gate].scores_means and sequences.by_row and q.shape[2] <= max_queries
+    return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
 
 def check_values(x: Tensor) -> bool:

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import MassGate
-from moba_hf.op.reference import accumulate_dtype, full_precision
+from moba_hf.config import LayerConfig
+from moba_hf.op.gates import GATES, Summary
+from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.sequences import Attended
 
 # Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Elsewhere than
 # on CPUs so many times more, since launches are dear there and pages are not.
@@ -38,79 +40,53 @@ def _budget(elements: int, x: Tensor) -> int:
     return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
 
 
-def block_mean(k: Tensor, block_size: int) -> Tensor:
-    """Means of complete blocks of `k (..., N, D)`: `(..., N // block_size, D)`, k's dtype, summed in fp32."""
-    count = k.shape[-2] // block_size
-    blocks = k[..., : count * block_size, :].unflatten(-2, (count, block_size))
-    return blocks.mean(dim=-2, dtype=accumulate_dtype(k.dtype)).to(k.dtype)
-
-
 def select(
     q: Tensor,
     k: Tensor,
     table: Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
+    rule: LayerConfig,
+    softmax_scale: float,
     block_means: Tensor | None = None,
-    mass_scale: float | None = None,
 ) -> Tensor:
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
+        softmax_scale: for gates that read it.
         block_means: `(batch, HK, >= complete blocks, D)` of a cache, one sequence per row; None: taken here.
-        mass_scale: score by the mass gate, with this softmax scale; None: by block means.
     """
     batch, num_heads, q_len, _ = q.shape
-    result = torch.full((batch, q_len, num_heads, topk), -1, dtype=torch.int32, device=q.device)
+    gate = GATES[rule.gate]
+    result = torch.full((batch, q_len, num_heads, rule.topk), -1, dtype=torch.int32, device=q.device)
     with full_precision(q.device):
         for row, q_begin, q_end, k_begin, k_end in table.tolist():
             if q_end == q_begin:
                 continue
             queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
-            if block_means is None:
-                means = block_mean(keys, block_size)
-            else:
-                means = block_means[row, :, : keys.shape[1] // block_size]
-            means = means.to(accumulate_dtype(q.dtype))
-            mass = None if mass_scale is None else MassGate(keys, block_size, mass_scale)
-            chunk = max(1, _budget(_SCORE_BUDGET, q) // (num_heads * max(1, means.shape[1])))
+            means = None if block_means is None else block_means[row]
+            summary = gate.summary(keys, rule.block_size, softmax_scale, means)
+            blocks = keys.shape[1] // rule.block_size
+            chunk = max(1, _budget(_SCORE_BUDGET, q) // (num_heads * max(1, blocks)))
             first = keys.shape[1] - queries.shape[1]
             for start in range(0, queries.shape[1], chunk):
                 part = queries[:, start : start + chunk]
                 position = torch.arange(part.shape[1], device=q.device) + first + start
-                own = position // block_size
-                chosen = _select_chunk(part, means, own, topk, sink_blocks, local_blocks, mass)
+                chosen = _select_chunk(part, summary, position // rule.block_size, rule)
                 result[row, q_begin + start : q_begin + start + part.shape[1]] = chosen.transpose(0, 1)
     return result
 
 
-def _select_chunk(
-    q: Tensor,
-    means: Tensor,
-    own: Tensor,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    mass: MassGate | None = None,
-) -> Tensor:
-    """`(H, M, topk)` choice of `q (H, M, D)` whose own blocks are `own (M,)`; means `(HK, blocks, D)`."""
-    num_heads, length, _ = q.shape
-    forced = _forced_blocks(own, sink_blocks, local_blocks)
+def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -> Tensor:
+    """`(H, M, topk)` choice of `q (H, M, D)` whose own blocks are `own (M,)`."""
+    num_heads, topk = q.shape[0], rule.topk
+    forced = _forced_blocks(own, rule.sink_blocks, rule.local_blocks)
     free = topk - 1 - (forced >= 0).sum(1)
     columns = int(own[-1])
     head = [own[:, None], forced]
     slots = torch.cat(head, 1).to(torch.int32).expand(num_heads, -1, -1)
     count = min(topk - 1, columns)
     if count > 0 and int(free.max()) > 0:
-        if mass is None:
-            queries = q.to(means.dtype).reshape(means.shape[0], -1, q.shape[-1])
-            scores = (queries @ means[:, :columns].transpose(1, 2)).view(num_heads, length, columns)
-        else:
-            scores = mass.scores(q, columns)
+        scores = summary.scores(q, columns)
         column = torch.arange(columns, device=q.device)
         excluded = column >= own[:, None]
         for j in range(forced.shape[1]):
@@ -339,18 +315,14 @@ def attend(
 def attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_indices: Tensor,
+    saved: Attended,
     table: Tensor,
     *,
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    q, k, v, out, lse, block_indices = saved
     num_heads, topk, dtype = q.shape[1], block_indices.shape[3], accumulate_dtype(q.dtype)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]

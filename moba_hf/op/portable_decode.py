@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.op.reference import accumulate_dtype, full_precision
+from moba_hf.config import LayerConfig
+from moba_hf.op.numerics import accumulate_dtype, full_precision
 
 # Queries per row up to which this path is taken.
 MAX_QUERIES = 16
@@ -32,11 +33,7 @@ def decode(
     v: Tensor,
     block_means: Tensor,
     table: Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
+    rule: LayerConfig,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, M, H, Dv)` and `lse (batch, H, M)` in fp32 (fp64) of one sequence per batch row.
@@ -53,9 +50,9 @@ def decode(
     lse = torch.empty(batch, num_heads, length, dtype=dtype, device=q.device)
     kv_head = torch.arange(num_heads, device=q.device) // (num_heads // k.shape[1])
     with full_precision(q.device):
-        choice = choose(q, block_means, position, block_size, topk, sink_blocks, local_blocks)
+        choice = choose(q, block_means, position, rule)
         budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
-        pairs = max(1, budget // (batch * choice.shape[3] * block_size * max(dim, v.shape[3])))
+        pairs = max(1, budget // (batch * choice.shape[3] * rule.block_size * max(dim, v.shape[3])))
         step = min(pairs, num_heads)
         for m in range(0, length, max(1, pairs // num_heads)):
             part = slice(m, m + max(1, pairs // num_heads))
@@ -69,7 +66,7 @@ def decode(
                     choice[:, some, part],
                     position[:, part],
                     table[:, 3],
-                    block_size,
+                    rule.block_size,
                     softmax_scale,
                 )
     return out, lse
@@ -84,15 +81,7 @@ def _positions(table: Tensor, length: int) -> Tensor:
     return position.masked_fill(~real, -1)
 
 
-def choose(
-    q: Tensor,
-    block_means: Tensor,
-    position: Tensor,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+def choose(q: Tensor, block_means: Tensor, position: Tensor, rule: LayerConfig) -> Tensor:
     """Chosen blocks int64 `(batch, H, M, min(topk, C + 1))`: own, forced, best first; -1 for none.
 
     Args:
@@ -105,12 +94,12 @@ def choose(
     scores = torch.matmul(queries, block_means.to(dtype).transpose(2, 3))
     scores = scores.view(batch, num_heads, length, complete)
     column = torch.arange(complete + 1, device=q.device)
-    own = (position // block_size).masked_fill(position < 0, -1)[:, None, :, None]
-    forced = (column < sink_blocks) | (column >= own - local_blocks)
+    own = (position // rule.block_size).masked_fill(position < 0, -1)[:, None, :, None]
+    forced = (column < rule.sink_blocks) | (column >= own - rule.local_blocks)
     rank = torch.nn.functional.pad(_ranks(scores), (0, 1))
     rank = torch.where(forced, _LAST - 1 - column, rank)
     rank = torch.where(column == own, _LAST, rank).masked_fill(column > own, -1)
-    best = rank.topk(min(topk, complete + 1), dim=3)
+    best = rank.topk(min(rule.topk, complete + 1), dim=3)
     return best.indices.masked_fill(best.values < 0, -1)
 
 

@@ -9,43 +9,12 @@ autograd, and holds a full `q_len x kv_len` score matrix per head: it is for che
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks.
-
-    The per-backend switches are used where torch has them (2.9): it refuses to read the older global one
-    after they were set one by one.
-    """
-    switches: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    newer = all(hasattr(switch, "fp32_precision") for switch in switches)
-    previous = [switch.fp32_precision for switch in switches] if newer else []
-    older = "" if newer else torch.get_float32_matmul_precision()
-    try:
-        if newer:
-            for switch in switches:
-                switch.fp32_precision = "ieee"
-        else:
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, previous, strict=False):
-            switch.fp32_precision = value
-        if not newer:
-            torch.set_float32_matmul_precision(older)
+from moba_hf.op.numerics import accumulate_dtype, part_size, spread_dtype
 
 
 def block_mean_ref(k: Tensor, block_size: int) -> Tensor:
@@ -67,16 +36,6 @@ def gate_ref(q: Tensor, block_mean: Tensor) -> Tensor:
     group_size = q.shape[1] // block_mean.shape[1]
     means = block_mean.to(dtype).repeat_interleave(group_size, dim=1)
     return torch.einsum("qhd,bhd->qhb", q.to(dtype), means)
-
-
-def part_size(block_size: int) -> int:
-    """Keys in one part of a block under the mass gate: 16 where that divides the block, else all of it."""
-    return 16 if block_size % 16 == 0 else block_size
-
-
-def spread_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What variances of keys and squares of queries are rounded to; bf16 for fp16, whose range they leave."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | None = None) -> Tensor:
@@ -104,6 +63,18 @@ def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | 
     return torch.stack(columns, dim=2)
 
 
+def mean_gate_ref(q: Tensor, k: Tensor, block_size: int, _softmax_scale: float | None = None) -> Tensor:
+    """The paper's gate scores `(q_len, num_heads, kv_len // block_size)`: `gate_ref` of the block means."""
+    return gate_ref(q, block_mean_ref(k, block_size))
+
+
+# The scores of each gate, from `(q, k, block_size, softmax_scale)`, by the gate's name.
+GATES_REF: dict[str, Callable[[Tensor, Tensor, int, float | None], Tensor]] = {
+    "mean": mean_gate_ref,
+    "mass": mass_gate_ref,
+}
+
+
 def select_blocks_ref(
     q: Tensor,
     k: Tensor,
@@ -118,13 +89,10 @@ def select_blocks_ref(
     """The blocks each query attends, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
 
     Own block, then forced blocks, then the best-scoring earlier blocks; ties go to the lower index.
-    `gate`: "mean", the paper's, or "mass", which also needs the `softmax_scale` (None: `head_dim ** -0.5`).
+    `gate`: a key of `GATES_REF`; `softmax_scale` (None: `head_dim ** -0.5`) is for gates that read it.
     """
     q_len, kv_len = q.shape[0], k.shape[0]
-    if gate == "mass":
-        scores = mass_gate_ref(q.detach(), k.detach(), block_size, softmax_scale)
-    else:
-        scores = gate_ref(q.detach(), block_mean_ref(k.detach(), block_size))
+    scores = GATES_REF[gate](q.detach(), k.detach(), block_size, softmax_scale)
     own = (torch.arange(q_len, device=q.device) + kv_len - q_len) // block_size
     result = torch.full((q_len, q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
     for i in range(q_len):

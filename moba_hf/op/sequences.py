@@ -11,6 +11,7 @@ position `(k_end - k_begin) - (q_end - i)`. A query that no row covers is paddin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,36 +63,35 @@ def batched_table(
 
 
 @dataclass(frozen=True)
-class RowBounds:
-    """Where the real tokens of each batch row lie among the slots of the key tensor.
+class Sequences:
+    """Where each sequence lies inside `(batch, heads, length, dim)` tensors; made once per forward.
 
     Attributes:
-        kv_start, kv_end: int64 `(batch,)`; slots `[kv_start, kv_end)` hold real keys.
-        q_offset: int64 `(batch,)`, slot of the first query of the call.
-        q_len: queries of the call.
-        table: int32 `(batch, 5)`, the same as a sequence table.
+        table: int32 `(num_seqs, 5)`, the sequence table of this module.
+        max_seqlen_q, max_seqlen_k: host bounds on the queries and keys of one sequence.
+        by_row: row r of the table is batch row r, for every r.
+        kv_start: int `(batch,)`, slot of each row's first real key; None: 0 in every row.
     """
 
-    kv_start: Tensor
-    kv_end: Tensor
-    q_offset: Tensor
-    q_len: int
     table: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    by_row: bool = True
+    kv_start: Tensor | None = None
 
-    @classmethod
-    def of(cls, kv_start: Tensor, kv_end: Tensor, q_offset: Tensor, q_len: int) -> RowBounds:
-        """Bounds with their table, made once for all layers that get them."""
-        limits = {"kv_start": kv_start, "kv_end": kv_end, "q_offset": q_offset}
-        table = batched_table(kv_start.shape[0], q_len, 0, kv_start.device, **limits)
-        return cls(**limits, q_len=q_len, table=table)
 
-    @classmethod
-    def unpadded(cls, q_len: int, kv_len: int, device: torch.device) -> RowBounds:
-        """Bounds of one row whose queries stand at the end of `kv_len` real keys."""
-        start, end, offset = torch.tensor([[0], [kv_len], [kv_len - q_len]], device=device).unbind(0)
-        return cls.of(start, end, offset, q_len)
+class Attended(NamedTuple):
+    """What attention over chosen blocks took and gave, as its backward needs it.
 
-    def real_queries(self, begin: int, end: int) -> Tensor:
-        """Bool `(batch, end - begin)`: which of queries `[begin, end)` are real tokens."""
-        slot = torch.arange(begin, end, device=self.kv_start.device) + self.q_offset[:, None]
-        return (slot >= self.kv_start[:, None]) & (slot < self.kv_end[:, None])
+    Attributes:
+        q, k, v: `(batch, heads, length, dim)`.
+        out: `(batch, q_len, num_heads, v_dim)`. lse: `(batch, num_heads, q_len)`.
+        block_indices: int32 `(batch, q_len, num_heads, topk)`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    block_indices: Tensor

@@ -41,8 +41,8 @@ from moba_hf.kernels.mass_gate import mass_gate
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.plan import head_split, make_plan
 from moba_hf.kernels.tuning import Tile
+from moba_hf.op.numerics import part_size
 from moba_hf.op.ops import moba_attention
-from moba_hf.op.reference import part_size
 from moba_hf.op.sequences import batched_table
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     cache = moba_hf.MobaCache(model.config, max_cache_len=args.lengths[0])
     forget_peak()
     before, begin = memory("VmRSS"), time.perf_counter()
-    moba_hf.prefill(model, ids, args.chunk_size, past_key_values=cache, progress=sys.stderr.isatty())
+    moba_hf.prefill(model, ids, args.chunk_size, cache=cache, progress=sys.stderr.isatty())
     kept = [x for layer in cache.layers for x in (layer.keys, layer.values, layer.block_means.means)]
     return {
         "seconds": time.perf_counter() - begin,

@@ -32,7 +32,7 @@ def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> Non
     queries = torch.randn(1, heads, 200, keys.shape[3], device=device, dtype=keys.dtype)
     rule = (args.block_size, args.topk, 0, 0)
     whole = kernels.select_blocks(queries, keys, batched_table(1, 200, length, device), 200, length, *rule)
-    means = block_means_of(keys, None, args.block_size)
+    means = block_means_of(keys, None, args.block_size, "triton")
     for count in (1, 5, 16):
         some, table = queries[:, :, -count:], batched_table(1, count, length, device)
         choice = kernels.choose_blocks(some, means, table, length, *rule)

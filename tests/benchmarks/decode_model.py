@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from moba_hf import MobaCache
+from moba_hf.hf.cache_names import cache_kwargs
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def bench_model(
     logits: dict[str, Tensor] = {}
 
     def step() -> Tensor:
-        return run(token, past_key_values=cache, use_cache=True).logits
+        return run(token, **cache_kwargs(model, cache), use_cache=True).logits
 
     def measure(name: str, sparse: bool) -> None:
         set_length(cache, length)
@@ -110,7 +111,7 @@ def profile(model: Any, cache: MobaCache) -> None:
     token = torch.ones(1, 1, dtype=torch.int64, device=cache.layers[0].keys.device)
 
     def step() -> Tensor:
-        return model(token, past_key_values=cache, use_cache=True).logits
+        return model(token, **cache_kwargs(model, cache), use_cache=True).logits
 
     graph = Clock.capture(step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:

@@ -107,6 +107,7 @@ def take_means(cache: MobaCache, config: LlamaConfig, length: int) -> None:
     """Takes the means of `length` slots anew: what was timed at a shorter length wrote over later slots."""
     set_length(cache, length)
     for layer in cache.layers:
+        layer.backend = "triton"
         layer.block_means.forget(layer.max_cache_len)
         start = torch.zeros(1, dtype=torch.int64, device=layer.keys.device)
         layer.moba_means(layer.keys, start, config.moba["block_size"])

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
-
 collect_ignore: list[str] = []
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore += [
@@ -22,12 +19,3 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     ]
 else:
     collect_ignore += ["interpreted"]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = config.getoption("--slow", default=False)
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.get_closest_marker("slow") and not slow:
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

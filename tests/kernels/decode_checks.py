@@ -10,7 +10,7 @@ from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.dense import causal_mask
-from moba_hf.op.sequences import RowBounds, batched_table
+from moba_hf.op.sequences import Sequences, batched_table
 
 
 def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Tensor:
@@ -63,13 +63,15 @@ def assert_choice_is_prefill_choice(
     assert not ((choice[..., 1:] >= 0) & (choice[..., :-1] < 0)).any(), "-1 last"
 
 
-def assert_dense(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds, tile: Tile | None = None) -> None:
+def assert_dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, tile: Tile | None = None) -> None:
     """Within twice the error of plain attention in the same precision; slots out of bounds are not read."""
     group = q.shape[1] // k.shape[1]
     scale = q.shape[3] ** -0.5
-    mask = causal_mask(bounds, 0, q.shape[2], k.shape[2])
+    mask = causal_mask(Sequences(table, q.shape[2], k.shape[2]), 0, q.shape[2], k.shape[2])
     slot = torch.arange(k.shape[2], device=k.device)
-    real = (slot >= bounds.kv_start[:, None]) & (slot < bounds.kv_end[:, None])
+    real = (slot >= table[:, 3, None]) & (slot < table[:, 4, None])
+    query = torch.arange(q.shape[2], device=q.device)
+    real_queries = ((query >= table[:, 1, None]) & (query < table[:, 2, None]))[:, None]
     k, v = (x.masked_fill(~real[:, None, :, None], 0.0) for x in (k, v))
 
     def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -78,18 +80,17 @@ def assert_dense(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds, tile: Tile 
             ~mask, torch.finfo(dtype).min if dtype != torch.float32 else -torch.inf
         )
         out = scores.float().softmax(3).to(dtype) @ values
-        queries = bounds.real_queries(0, q.shape[2])[:, None, :, None]
-        return out.masked_fill(~queries, 0.0).transpose(1, 2), scores.float().logsumexp(3)
+        return out.masked_fill(~real_queries[..., None], 0.0).transpose(1, 2), scores.float().logsumexp(3)
 
     truth, truth_lse = plain(torch.float32)
     low = (plain(q.dtype)[0].float() - truth).abs().max()
     k, v = (x.masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v))
-    out, lse = dense_decode_attention(q, k, v, bounds.table, scale, tile)
+    out, lse = dense_decode_attention(q, k, v, table, scale, tile)
     assert (out.shape, out.dtype) == (truth.shape, q.dtype)
     eps = torch.finfo(q.dtype).eps * (8 if q.dtype == torch.float32 else 0.5)
     error = (out.float() - truth).abs().max()
     assert error <= 2 * low + eps * truth.abs().max(), (float(error), float(low))
-    queries = bounds.real_queries(0, q.shape[2])[:, None].expand(lse.shape)
+    queries = real_queries.expand(lse.shape)
     assert torch.allclose(lse[queries], truth_lse[queries], rtol=1e-5, atol=2e-5)
     assert (lse[~queries] == -torch.inf).all()
     assert (out.transpose(1, 2)[~queries] == 0).all()

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -64,12 +65,16 @@ class Report:
     columns: int
 
 
-def recorded(call: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, arguments, keywords) of the launches that `call` makes; none is done."""
+def recorded(
+    call: Callable[[], object], *, only_compiled: bool = False
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, keywords) of the launches that `call` makes, or of those that it only compiles;
+    none is done."""
     launches = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
+        if warmup == only_compiled:
+            launches.append((self, args, kwargs))
 
     with mock.patch.object(triton.JITFunction, "run", record):
         call()
@@ -113,13 +118,12 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capabili
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
     """Registers per thread and bytes spilled, from the `ptxas` that triton bundles."""
-    program = "ptxas-blackwell" if capability >= 100 else "ptxas"
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / program
+    binary = get_ptxas(capability).path
     target = re.search(r"\.target (\S+)", ptx).group(1).rstrip(",")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [str(binary), "-v", f"--gpu-name={target}", str(file), "-o", str(Path(folder) / "out")]
+        command = [binary, "-v", f"--gpu-name={target}", str(file), "-o", str(Path(folder) / "out")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(x) for x in re.findall(r"Used (\d+) registers", said))
     return registers, sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", said))

@@ -13,6 +13,7 @@ from decode_checks import (
     assert_dense,
     assert_means_are_prefill_means,
 )
+from moba_cases import batched_moba_attention
 
 from moba_hf.bench.checks import Case, assert_attention
 from moba_hf.kernels import choose
@@ -22,8 +23,7 @@ from moba_hf.kernels.plan import make_plan
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.block_means import BlockMeans, block_means_of
 from moba_hf.op.dense import dense_attention
-from moba_hf.op.ops import batched_moba_attention
-from moba_hf.op.sequences import RowBounds, batched_table
+from moba_hf.op.sequences import Sequences, batched_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -52,7 +52,7 @@ class TestMeans:
         for length in (100_000, 100_001, 131_072):
             means.appended(length - before)
             before = length
-            got = means.bring_up(k[:, :, :length], length, 131072, None, block_size)
+            got = means.bring_up(k[:, :, :length], length, 131072, None, block_size, "triton")
         table = batched_table(1, 1, 131072, k.device)
         plan = make_plan(k[:, :, :1], k, table, 1, 131072, block_size=block_size, tile=64)
         prefill = block_mean(k, plan)
@@ -61,8 +61,8 @@ class TestMeans:
     def test_gathered_path_agrees(self) -> None:
         """The path of dtypes without a kernel, to rounding."""
         k, starts = rand(2, 2, 1000, 64), torch.tensor([0, 77], device="cuda")
-        by_kernel = block_means_of(k, starts, 64)
-        by_torch = block_means_of(k.float(), starts, 64)
+        by_kernel = block_means_of(k, starts, 64, "triton")
+        by_torch = block_means_of(k.float(), starts, 64, "portable")
         assert torch.allclose(by_kernel[1, :, :14].float(), by_torch[1, :, :14], rtol=2**-7, atol=1e-6)
 
 
@@ -133,10 +133,10 @@ class TestRows:
         q = rand(2, heads[0], q_len, dims[0], dtype=dtype)
         k, v = (rand(2, heads[1], 5000, dim, dtype=dtype) for dim in dims)
         limits = ([0, 4998 - q_len // 2], [4000, 5000], [4000 - q_len, 5000 - q_len])
-        bounds = RowBounds.of(*(torch.tensor(x, device="cuda") for x in limits), q_len)
+        table = batched_table(2, q_len, 5000, q.device, *(torch.tensor(x, device="cuda") for x in limits))
         for tile in (None, Tile(64, 128, 8, 3), Tile(64, 32, 4, 4)):
             if tile is None or max(dims) <= 128:
-                assert_dense(q, k, v, bounds, tile)
+                assert_dense(q, k, v, table, tile)
 
     def test_dense_is_what_decode_takes(self) -> None:
         """`dense_attention` of a few queries equals torch's, which the same call in fp32 takes."""
@@ -171,7 +171,7 @@ class TestRows:
         q, k, v = rand(2, 8, 300, 128), rand(2, 2, 8000, 128), rand(2, 2, 8000, 128)
         rule = {"block_size": 64, "topk": 8, "kv_start": torch.tensor([0, 1000], device="cuda")}
         expected, expected_lse = batched_moba_attention(q, k, v, **rule)
-        means = block_means_of(k, rule["kv_start"], 64)
+        means = block_means_of(k, rule["kv_start"], 64, "triton")
         out, lse = batched_moba_attention(q[:, :, -q_len:], k, v, block_means=means, **rule)
         assert torch.allclose(out.float(), expected[:, -q_len:].float(), atol=4e-3, rtol=2**-7)
         assert torch.allclose(lse, expected_lse[:, :, -q_len:], atol=1e-4, rtol=1e-5)
@@ -185,16 +185,16 @@ def test_a_step_never_waits_and_is_captured() -> None:
     start = torch.zeros(1, dtype=torch.int64, device="cuda")
     kept = BlockMeans(64, static=True)
     kept.forget(4096)
-    kept.bring_up(k, length, 4096, start, 64)
+    kept.bring_up(k, length, 4096, start, 64, "triton")
 
     def step() -> tuple[Tensor, Tensor]:
         kept.behind = 1
-        means = kept.bring_up(k, length, 4096, start, 64)
-        bounds = RowBounds.of(start, start + length, start + length - 1, 1)
-        sparse, _ = batched_moba_attention(
-            q, k, v, block_size=64, topk=4, kv_start=start, table=bounds.table, block_means=means
-        )
-        return sparse, dense_attention(q, k, v, 0.125, bounds)
+        means = kept.bring_up(k, length, 4096, start, 64, "triton")
+        end = start + length
+        limits = {"kv_start": start, "kv_end": end, "q_offset": end - 1}
+        sparse, _ = batched_moba_attention(q, k, v, block_size=64, topk=4, **limits, block_means=means)
+        table = batched_table(1, 1, 4096, q.device, **limits)
+        return sparse, dense_attention(q, k, v, 0.125, Sequences(table, 1, 4096, kv_start=start))
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -210,7 +210,7 @@ def test_a_step_never_waits_and_is_captured() -> None:
         length.fill_(now)
         if now == 3000:
             kept.forget(4096)
-            kept.bring_up(k, length, 4096, start, 64)
+            kept.bring_up(k, length, 4096, start, 64, "triton")
         graph.replay()
         for got, expected in zip(captured, step(), strict=True):
             assert torch.equal(got, expected)

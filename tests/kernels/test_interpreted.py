@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,10 +25,14 @@ def run_interpreted(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(1800)  # 409 seconds were seen on a busy machine
-def test_kernels() -> None:
-    folder = str(TESTS / "kernels" / "interpreted")
-    assert " passed" in run_interpreted("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder)
+@pytest.mark.timeout(1800)  # 409 seconds were seen for all files on a busy machine
+@pytest.mark.parametrize(
+    "file", sorted(x.name for x in (TESTS / "kernels" / "interpreted").glob("test_*.py"))
+)
+def test_kernels(file: str) -> None:
+    path = str(TESTS / "kernels" / "interpreted" / file)
+    options = ("-n", "0") if importlib.util.find_spec("xdist") else ()
+    assert " passed" in run_interpreted("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, path)
 
 
 def test_benchmark_runs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -15,6 +17,59 @@ _TENSOR_COLUMNS = 512
 @pytest.mark.parametrize("gate", ["mean", "mass"])
 def test_one_variant(gate: str, capability: int) -> None:
     _check(kernel_aot.forward_call(head_dim=64, gate=gate), capability, 0)
+
+
+class TestGluon:
+    """The kernels for Hopper, with the Triton that is installed."""
+
+    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize(("block_size", "topk", "routed"), [(128, 8, "resident"), (512, 3, "stream")])
+    def test_compile(self, dim: int, block_size: int, topk: int, routed: str) -> None:
+        call = kernel_aot.forward_call(head_dim=dim, block_size=block_size, topk=topk)
+        launches = [x for x in kernel_aot.recorded_for(call, 90) if x[0].is_gluon()]
+        assert [x[0].__name__ for x in launches] == ["own_kernel", f"{routed}_kernel"]
+        for launch in launches:
+            report = kernel_aot.compile_launch(launch, 90)
+            assert report.shared <= _SHARED[90], report
+            assert report.registers >= 8, report
+            assert report.spills <= 256, report  # 0 with Triton 3.6, up to 236 with 3.8
+
+    def test_what_is_tried_before_the_first_use(self) -> None:
+        """The arguments that `compiles` makes up are those of a launch: each kernel compiles with them."""
+        import torch
+
+        from moba_hf.kernels import hopper
+
+        tried = kernel_aot.recorded(
+            lambda: hopper.compiles.__wrapped__(torch.device("cpu")), only_compiled=True
+        )
+        assert [x[0].__name__ for x in tried] == [
+            "own_kernel",
+            "resident_kernel",
+            "own_kernel",
+            "stream_kernel",
+        ]
+        for launch in tried:
+            assert kernel_aot.compile_launch(launch, 90).registers >= 8
+
+    def test_a_triton_that_does_not_compile_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Plain kernels run instead; one warning says so, with the release and the reason."""
+        from moba_hf.kernels import hopper
+
+        def fails(*args: object) -> None:
+            try:
+                raise AttributeError("module has no attribute 'barrier'")
+            except AttributeError as error:
+                raise RuntimeError("at 36:8:") from error
+
+        monkeypatch.setattr(hopper, "_compile", fails)
+        monkeypatch.setattr(hopper, "compiles", functools.cache(hopper.compiles.__wrapped__))
+        call = kernel_aot.forward_call()
+        with pytest.warns(RuntimeWarning, match=r"Triton [\d.]+ does not compile .* 'barrier'\)") as said:
+            launches = [*kernel_aot.recorded_for(call, 90), *kernel_aot.recorded_for(call, 90)]
+        assert len(said) == 1
+        assert launches
+        assert not any(x[0].is_gluon() for x in launches)
 
 
 @pytest.mark.slow
@@ -94,9 +149,10 @@ def _check(call: object, capability: int, most_spills: int) -> None:
 def test_backend_refuses_cpu_tensors_without_the_interpreter() -> None:
     import torch
 
+    from moba_hf.config import LayerConfig
     from moba_hf.op.backends import choose_backend
 
     x = torch.zeros(1, 1, 32, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        choose_backend("triton", x, x, x, 16)
-    assert choose_backend("auto", x, x, x, 16) == "portable"
+        choose_backend("triton", x, x, x, LayerConfig(16, 3))
+    assert choose_backend("auto", x, x, x, LayerConfig(16, 3)) == "portable"

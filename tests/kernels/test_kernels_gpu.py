@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.config import LayerConfig
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
 
@@ -153,8 +154,11 @@ def test_runs_and_chunks_are_bit_identical() -> None:
 
 def test_auto_is_triton_and_gradients_flow() -> None:
     case = case_of(RAGGED, topk=4)
-    assert choose_backend("auto", case.q, case.k, case.v, 16) == "triton"
-    assert choose_backend("auto", case.q.float(), case.k.float(), case.v.float(), 16) == "portable"
+    assert choose_backend("auto", case.q, case.k, case.v, LayerConfig(16, 4)) == "triton"
+    assert (
+        choose_backend("auto", case.q.float(), case.k.float(), case.v.float(), LayerConfig(16, 4))
+        == "portable"
+    )
     edges = torch.tensor([(0, 0), *RAGGED]).cumsum(0).to("cuda", torch.int32)
     rule = {"block_size": 16, "topk": 4, "cu_seqlens_q": edges[:, 0], "cu_seqlens_k": edges[:, 1]}
     results = []

@@ -24,6 +24,7 @@ from transformers import StaticCache
 
 from moba_hf import MobaConfig, patch_model, unpatch_model, use_moba
 from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.cache_names import cache_kwargs, cache_of
 
 
 class FamilyContract:
@@ -107,10 +108,10 @@ class FamilyContract:
                     ids[:, part],
                     attention_mask=mask[:, : part.stop],
                     position_ids=positions[:, part],
-                    past_key_values=cache,
+                    **cache_kwargs(model, cache),
                     use_cache=True,
                 )
-            cache = out.past_key_values
+            cache = cache_of(out)
             real = mask[:, part].bool()
             if real.any() and part.stop - begin > 1:
                 assert close(out.logits[real], whole[:, part][real])

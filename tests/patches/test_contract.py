@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from moba_hf.hf import adapter as adapter_module
 from moba_hf.hf.adapter import ENTRY_POINTS, Adapter, find_adapter
+from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.testing import check_adapter
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -141,17 +143,20 @@ def test_wrong_numbers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention function that counts the own block twice, and one that loses the padding."""
     from moba_hf.hf import attention
 
-    right = attention.batched_moba_attention
+    right = attention.attention
 
     def one_block_less(*args: Any, **kwargs: Any) -> Any:
-        return right(*args, **{**kwargs, "topk": kwargs["topk"] - 1})
+        *tensors, sequences, rule = args
+        return right(*tensors, sequences, dataclasses.replace(rule, topk=rule.topk - 1), **kwargs)
 
     def no_padding(*args: Any, **kwargs: Any) -> Any:
-        return right(*args, **{**kwargs, "kv_start": None, "table": None})
+        q, k, v, _, rule = args
+        table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device)
+        return right(q, k, v, Sequences(table, q.shape[2], k.shape[2]), rule, **kwargs)
 
-    monkeypatch.setattr(attention, "batched_moba_attention", one_block_less)
+    monkeypatch.setattr(attention, "attention", one_block_less)
     with pytest.raises(AssertionError, match="sparse: layer 0 differs from the reference"):
         check_adapter(type(find_adapter("llama")), tiny_config("llama"))
-    monkeypatch.setattr(attention, "batched_moba_attention", no_padding)
+    monkeypatch.setattr(attention, "attention", no_padding)
     with pytest.raises(AssertionError, match="padding: a left-padded batch must equal its rows alone"):
         check_adapter(type(find_adapter("llama")), tiny_config("llama"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 import moba_hf
 from moba_hf import MobaConfig
 from moba_hf.hf.adapter import find_adapter, known_families
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.testing import COVERING, LENGTH, SMALL, build_model, check_adapter
 
 HYBRID = "linear-attention layers"
@@ -117,7 +118,7 @@ def test_an_overlay_that_is_no_packing_is_refused() -> None:
             config=model.config,
             inputs_embeds=torch.zeros(1, LENGTH, 32),
             attention_mask=None,
-            past_key_values=None,
+            **cache_kwargs(create_causal_mask, None),
             or_mask_function=lambda b, h, q, k: (q < 9) & (k < 9),
         )
         with pytest.raises(ValueError, match="custom mask"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moba_cases import batched_moba_attention
 
 from moba_hf.bench.checks import Case, assert_attention, assert_choice
+from moba_hf.config import LayerConfig
 from moba_hf.kernels.routing import key_format, pair_keys, route
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
@@ -77,12 +79,11 @@ def test_decode(case: Case) -> None:
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_any_scale(scale: float) -> None:
     case = Case([(20, 60)])
-    args = (case.expected_choice(), case.table, *case.longest, case.block_size, scale)
-    from moba_hf.kernels import attend
-    from moba_hf.op.backends import load_backend
-
-    out, lse = attend(case.q, case.k, case.v, *args)
-    truth, truth_lse = load_backend("reference").forward(case.q, case.k, case.v, *args)
+    case.softmax_scale = scale
+    choice = case.expected_choice()
+    out, lse = case.attend(choice)
+    case.backend = "reference"
+    truth, truth_lse = case.attend(choice)
     assert torch.allclose(out, truth, atol=1e-5)
     assert torch.allclose(lse, truth_lse, atol=1e-5)
 
@@ -137,7 +138,7 @@ def test_padded_batch_of_strided_views() -> None:
     rule = {"block_size": 16, "topk": 3, "kv_start": start, "kv_end": end, "q_offset": torch.tensor([0])}
     k[0, :, 58:], k[1, :, :21] = torch.nan, torch.nan
     v[0, :, 58:], v[1, :, :21] = torch.nan, torch.nan
-    out, lse = ops.batched_moba_attention(q, k, v, backend="triton", **rule)
+    out, lse = batched_moba_attention(q, k, v, backend="triton", **rule)
     for row in range(2):
         part = slice(int(start[row]), int(end[row]))
         alone = ops.moba_attention(
@@ -191,13 +192,13 @@ def test_empty_inputs() -> None:
 
 
 def test_what_the_backend_refuses() -> None:
-    case = Case([(20, 60)])
-    assert choose_backend("triton", case.q, case.k, case.v, 16) == "triton"
-    assert choose_backend("auto", case.q, case.k, case.v, 16) == "portable"
+    case, rule = Case([(20, 60)]), LayerConfig(16, 3)
+    assert choose_backend("triton", case.q, case.k, case.v, rule) == "triton"
+    assert choose_backend("auto", case.q, case.k, case.v, rule) == "portable"
     with pytest.raises(ValueError, match="block_size=15"):
-        choose_backend("triton", case.q, case.k, case.v, 15)
+        choose_backend("triton", case.q, case.k, case.v, LayerConfig(15, 3))
     with pytest.raises(ValueError, match="float64"):
-        choose_backend("triton", case.q.double(), case.k.double(), case.v.double(), 16)
+        choose_backend("triton", case.q.double(), case.k.double(), case.v.double(), rule)
     wide = case.q.new_zeros(1, 1, 4, 257)
     with pytest.raises(ValueError, match="256"):
-        choose_backend("triton", wide, wide, wide, 16)
+        choose_backend("triton", wide, wide, wide, rule)

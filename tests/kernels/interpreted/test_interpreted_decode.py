@@ -10,17 +10,18 @@ from decode_checks import (
     assert_dense,
     assert_means_are_prefill_means,
 )
+from moba_cases import batched_moba_attention
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
+from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.kernels import choose, choose_blocks
 from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.backends import load_backend
 from moba_hf.op.block_means import block_means_of
-from moba_hf.op.ops import batched_moba_attention
-from moba_hf.op.sequences import RowBounds, batched_table
+from moba_hf.op.sequences import Sequences, batched_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,7 +40,7 @@ def test_rows_equal_the_reference() -> None:
             )
 
         expected = run("reference", None)
-        for means in (None, block_means_of(k, starts, 16)):
+        for means in (None, block_means_of(k, starts, 16, "triton")):
             torch.testing.assert_close(run("triton", means), expected)
 
 
@@ -48,7 +49,7 @@ def test_only_chosen_blocks_are_read() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 2, 16), *(torch.randn(2, 2, 250, 16) for _ in range(2))
     starts, rule = torch.tensor([0, 37]), (16, 3, 1, 0)
-    means = block_means_of(k, starts, 16)
+    means = block_means_of(k, starts, 16, "triton")
     given = {"kv_start": starts, "block_means": means, "block_size": 16, "topk": 3, "sink_blocks": 1}
     expected = batched_moba_attention(q, k, v, backend="triton", **given)
     choice = choose_blocks(q, means, batched_table(2, 2, 250, q.device, kv_start=starts), 250, *rule)
@@ -82,7 +83,7 @@ def test_a_model_decodes_by_it_as_by_the_portable_path(kind: str) -> None:
             parts = []
             for begin, end in ((0, 62), *((i, i + 1) for i in range(62, 68))):
                 given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-                parts.append(model(ids[:, begin:end], past_key_values=cache, **given).logits)
+                parts.append(model(ids[:, begin:end], **cache_kwargs(model, cache), **given).logits)
             rows.append(parts)
     with use_moba(model, MobaConfig(16, 2)), torch.no_grad():
         one_call = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -158,9 +159,9 @@ def test_dense(heads: tuple[int, int], q_len: int, dtype: torch.dtype) -> None:
     q = torch.randn(2, heads[0], q_len, 16).to(dtype)
     k, v = torch.randn(2, heads[1], 90, 16).to(dtype), torch.randn(2, heads[1], 90, 24).to(dtype)
     limits = ([0, 88 - q_len // 2], [87, 90], [87 - q_len, 90 - q_len])
-    bounds = RowBounds.of(*(torch.tensor(x) for x in limits), q_len)
+    table = batched_table(2, q_len, 90, q.device, *(torch.tensor(x) for x in limits))
     for tile in (None, Tile(16, 16, 4, 2)):
-        assert_dense(q, k, v, bounds, tile)
+        assert_dense(q, k, v, table, tile)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5])
@@ -172,6 +173,6 @@ def test_segments_of_a_block(segments: int) -> None:
     choice = torch.zeros(2, 3, 4, 3, dtype=torch.int32)
     choice[0] = torch.tensor([2, 0, 1])
     choice[1] = torch.tensor([1, 0, -1])
-    expected = load_backend("reference").forward(q, k, v, choice, table, 3, 300, 100, 0.25)
+    expected = load_backend("reference").forward(q, k, v, choice, Sequences(table, 3, 300), 100, 0.25)
     got = decode_attention(q, k, v, choice, table, 3, 100, 0.25, by_row=True, segments=segments)
     torch.testing.assert_close(got, expected)

@@ -1,0 +1,47 @@
+"""The name under which a call takes a cache: `cache` since transformers 5.24, `past_key_values` before.
+
+The old name warns where the new one is known, and remote code may keep to the old one. So the name is read
+off the signature of what is called, and off transformers itself where the signature leaves it open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE_NAMES = ("cache", "past_key_values")
+# What this release calls it, in `generate` and wherever a signature takes any keyword.
+_NAME = next(name for name in CACHE_NAMES if name in {f.name for f in fields(BaseModelOutputWithPast)})
+
+
+def cache_kwargs(call: nn.Module | Callable[..., Any], cache: Cache | None) -> dict[str, Cache | None]:
+    """`cache` as the keyword argument of `call`, a model or one of its methods::
+
+    model(ids, **cache_kwargs(model, cache))
+    model.generate(ids, **cache_kwargs(model.generate, cache))
+    """
+    function = call.forward if isinstance(call, nn.Module) else call
+    parameters = signature(function).parameters
+    return {next((name for name in CACHE_NAMES if name in parameters), _NAME): cache}
+
+
+def cache_of(outputs: Any) -> Cache | None:
+    """The cache that a forward or `generate` returned in its outputs."""
+    return getattr(outputs, next((name for name in CACHE_NAMES if hasattr(outputs, name)), _NAME))
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that a function of ours was given, under either name.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of the same argument: give one of them")
+    return past_key_values if cache is None else cache

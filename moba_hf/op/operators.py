@@ -1,0 +1,196 @@
+"""The torch operators through which backends run: here rule and sequences are flattened, and only here.
+
+`select_op`, `attend_op`, `decode_op`, `update_means_op` and `dense_decode_op` are `torch.library` operators
+with fake kernels, `attend_op` with an explicit backward, so `torch.compile` and `torch.export` see one opaque
+node each and autograd keeps only inputs, output and lse.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.config import LayerConfig
+from moba_hf.op.backends import CacheKernels, load_backend
+from moba_hf.op.numerics import accumulate_dtype
+from moba_hf.op.sequences import Attended, Sequences
+
+# The rule of a call from its flattened form, validated once.
+_rule = lru_cache(maxsize=None)(LayerConfig)
+
+
+def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str]:
+    """A rule as the operators take it."""
+    return rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks, rule.gate
+
+
+def flat_sequences(sequences: Sequences) -> tuple[Tensor, int, int]:
+    """Sequences as the operators take them."""
+    return sequences.table, sequences.max_seqlen_q, sequences.max_seqlen_k
+
+
+def _cache_kernels(backend: str) -> CacheKernels:
+    kernels = load_backend(backend).cache
+    assert kernels is not None
+    return kernels
+
+
+@torch.library.custom_op("moba_hf::select_blocks", mutates_args=())
+def select_op(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    gate: str,
+    softmax_scale: float,
+    backend: str,
+    block_means: Tensor | None = None,
+) -> Tensor:
+    """`Backend.select` as one operator."""
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate)
+    return load_backend(backend).select(q, k, sequences, rule, softmax_scale, block_means)
+
+
+@select_op.register_fake
+def _(q, k, table, mq, mk, block_size, topk, *_rest):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
+
+
+@torch.library.custom_op("moba_hf::decode", mutates_args=())
+def decode_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_means: Tensor,
+    table: Tensor,
+    block_size: int,
+    topk: int,
+    sink_blocks: int,
+    local_blocks: int,
+    gate: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`Backend.decode` as one operator, without gradients."""
+    sequences = Sequences(table, q.shape[2], k.shape[2])
+    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate)
+    out, lse = load_backend(backend).decode(q, k, v, block_means, sequences, rule, softmax_scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@decode_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return _empty_results(q, v)
+
+
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` with nothing in them."""
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+@torch.library.custom_op("moba_hf::attend", mutates_args=())
+def attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`Backend.forward` as one operator, differentiable."""
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    return load_backend(backend).forward(q, k, v, block_indices, sequences, block_size, softmax_scale)
+
+
+@attend_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return _empty_results(q, v)
+
+
+@torch.library.custom_op("moba_hf::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Backend.backward` as one operator; gradients are contiguous."""
+    saved = Attended(q, k, v, out, lse, block_indices)
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    return load_backend(backend).backward(grad_out, grad_lse, saved, sequences, block_size, softmax_scale)
+
+
+@_attend_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, block_indices, table, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, block_indices, table)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 7
+
+
+attend_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("moba_hf::dense_decode", mutates_args=())
+def dense_decode_op(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`CacheKernels.dense_decode` as one operator, without gradients."""
+    return _cache_kernels(backend).dense_decode(q, k, v, table, softmax_scale)
+
+
+@dense_decode_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return _empty_results(q, v)
+
+
+@torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))
+def update_means_op(
+    means: Tensor,
+    keys: Tensor,
+    kv_start: Tensor | None,
+    length: Tensor | None,
+    slots: int,
+    behind: int,
+    block_size: int,
+    backend: str,
+) -> None:
+    """`CacheKernels.update_means` as one operator: `length`, or `slots` where it is None, are written."""
+    written = slots if length is None else length
+    _cache_kernels(backend).update_means(means, keys, kv_start, written, behind, block_size)
+
+
+@update_means_op.register_fake
+def _(means, keys, *_rest):  # type: ignore[no-untyped-def]
+    return None

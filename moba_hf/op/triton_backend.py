@@ -1,0 +1,108 @@
+"""The Triton kernels as a backend; importing this needs triton."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moba_hf import kernels
+from moba_hf.config import LayerConfig
+from moba_hf.op.sequences import Attended, Sequences
+
+
+class TritonCacheKernels:
+    """Triton's kernels beside caches."""
+
+    min_block_size = kernels.MIN_BLOCK_SIZE
+    max_append_rows = kernels.MAX_APPENDED_ROWS
+    max_dense_queries = kernels.MAX_DECODE_QUERIES
+
+    def append(
+        self, keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor
+    ) -> None:
+        kernels.append(keys, values, length, key_states, value_states)
+
+    def update_means(
+        self,
+        means: Tensor,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        length: int | Tensor,
+        behind: int,
+        block_size: int,
+    ) -> None:
+        kernels.update_block_means(means, keys, kv_start, length, behind, block_size)
+
+    def dense_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.dense_decode_attention(q, k, v, table, softmax_scale)
+
+
+class TritonBackend:
+    """Triton's kernels; block means of prefills are taken again, in the layout that the gate kernels read."""
+
+    max_decode_queries = kernels.MAX_DECODE_QUERIES
+    differentiable = False
+    cache = TritonCacheKernels()
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+        if rule is not None and rule.gate not in ("mean", "mass"):
+            return f"there is no kernel for gate={rule.gate!r}"
+        return kernels.unsupported(q, k, v, kernels.MIN_BLOCK_SIZE if rule is None else rule.block_size)
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+        block_means: Tensor | None,
+    ) -> Tensor:
+        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
+        numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
+        if rule.gate == "mass":
+            return kernels.select_blocks_by_mass(q, k, sequences.table, *lengths, *numbers, softmax_scale)
+        assert rule.gate == "mean"
+        return kernels.select_blocks(q, k, sequences.table, *lengths, *numbers)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
+        return kernels.attend(q, k, v, block_indices, sequences.table, *lengths, block_size, softmax_scale)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        saved: Attended,
+        sequences: Sequences,
+        block_size: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
+        args = (sequences.table, *lengths, block_size, softmax_scale)
+        return kernels.attend_backward(grad_out, grad_lse, *saved, *args)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_means: Tensor,
+        sequences: Sequences,
+        rule: LayerConfig,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
+        choice = kernels.choose_blocks(q, block_means, sequences.table, k.shape[2], *numbers)
+        args = (sequences.table, q.shape[2], k.shape[2], rule.block_size, softmax_scale)
+        return kernels.attend(q, k, v, choice, *args, by_row=True)
