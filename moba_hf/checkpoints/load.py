@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Weights of decoder layers; others that have no place in a model are heads that it does not need.
 _LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+# transformers changes settings of the whole process while it makes a model.
+_LOADING = threading.RLock()
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -99,7 +102,7 @@ def load_model(folder: Path, model_class: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: weights are missing or have other shapes, or layers are left over.
     """
-    with reported(folder), dense_on_purpose():
+    with _LOADING, reported(folder), dense_on_purpose():
         model, info = model_class.from_pretrained(
             folder,
             **kwargs,

@@ -124,7 +124,7 @@ def _check_text(adapter: Adapter, text: Any) -> None:
     """Raises ValueError for sizes that no attention layer can have."""
     for name in _HEADS:
         value = getattr(text, name, None)
-        if value is None and name in ("num_key_value_heads", "head_dim"):
+        if value is None:  # left to the family, or under another name
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an int above 0, got {value!r}")

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -96,8 +97,10 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"moba-hf: {shown(' '.join(str(message).split()))}", file=sys.stderr)
+def _warn(message: Warning | str, _category: type[Warning], file: str, *_: object, **__: object) -> None:
+    """Shows our own warnings as one line; those of the libraries say nothing to who types a command."""
+    if "moba_hf" in Path(file).parts:
+        print(f"moba-hf: {shown(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

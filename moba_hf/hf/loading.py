@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ LOADING = (
 )
 
 logger = logging.get_logger(__name__)
-_silent = False
+_silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 
 def runs_dense(model: Any) -> str | None:
@@ -47,7 +48,7 @@ def runs_dense(model: Any) -> str | None:
 
 def warn_if_dense(model: Any) -> None:
     """Warns, once per implementation, about a model that has `config.moba` but does not run it."""
-    running = None if _silent else runs_dense(model)
+    running = None if _silent.get() else runs_dense(model)
     if running is not None:
         logger.warning_once(
             f"This checkpoint has MoBA settings (config.moba), but was loaded with attn_implementation="
@@ -59,12 +60,11 @@ def warn_if_dense(model: Any) -> None:
 @contextmanager
 def dense_on_purpose() -> Iterator[None]:
     """No warning inside the `with` block."""
-    global _silent
-    before, _silent = _silent, True
+    token = _silent.set(True)
     try:
         yield
     finally:
-        _silent = before
+        _silent.reset(token)
 
 
 def place_settings(config: Any) -> None:
