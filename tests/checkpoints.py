@@ -55,7 +55,8 @@ def save_tokenizer(folder: Path, size: int = 96) -> Path:
 def edit_json(path: Path, **changes: Any) -> None:
     """Sets fields of a JSON object in place; None removes one."""
     values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    removed = {name for name, value in changes.items() if value is None}
+    path.write_text(json.dumps({name: value for name, value in values.items() if name not in removed}))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -115,6 +115,8 @@ def _check_limits(path: Path, values: Mapping[str, Any], where: str = "") -> Non
             _check_limits(path, value, f"{where}{name}.")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
+        if name in _HEADS and value < 1:
+            raise ValueError(f"{path}: {where}{name} must be above 0, got {value}")
         for pattern, most in _LIMITS:
             if pattern.fullmatch(name) and not -most <= value <= most:
                 raise ValueError(f"{path}: {where}{name} is {value}, more than the {most} that are allowed")
