@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -148,6 +148,34 @@ def _check_facts(case: _Case) -> None:
             not window or index not in case.eligible,
             "facts",
             f"layer {index} has a sliding window of {window}, so stock_reason must say so",
+        )
+
+
+def _check_projection(case: _Case) -> None:
+    """The output projection that the adapter names runs once in a call and gets the outputs of all heads."""
+    widths: dict[int, list[int]] = {index: [] for index in case.eligible}
+    hooks = []
+    for index, module in case.adapter.attention_layers(case.model):
+        if index in widths:
+            project = case.adapter.output_projection(module)
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], seen: list[int] = widths[index]) -> None:
+                seen.append(args[0].shape[-1])
+
+            hooks.append(project.register_forward_pre_hook(keep))
+    try:
+        with use_moba(case.model, SMALL), capture(NAME) as calls:
+            case.logits(case.ids[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for call in calls:
+        index = int(call.module.layer_idx)  # type: ignore[arg-type]
+        expected = [call.out.shape[2] * call.out.shape[3]]
+        _require(
+            widths.get(index, expected) == expected,
+            "projection",
+            f"output_projection of layer {index} got inputs of widths {widths.get(index)}, not {expected}",
         )
 
 
@@ -337,6 +365,7 @@ def _check_save(case: _Case) -> None:
 
 _CHECKS: list[Callable[[_Case], None]] = [
     _check_facts,
+    _check_projection,
     _check_covering,
     _check_sparse,
     _check_stock_layers,

@@ -45,11 +45,17 @@ def tiny_config(model_type: str, moba: MobaConfig | None = SMALL, **values: Any)
     return config
 
 
-def tiny_model(model_type: str = "llama", moba: MobaConfig | None = SMALL, **values: Any) -> Any:
+def tiny_model(
+    model_type: str = "llama",
+    moba: MobaConfig | None = SMALL,
+    attention: str = NAME,
+    seed: int = 0,
+    **values: Any,
+) -> Any:
     """A causal language model with `attn_implementation="moba"`, fp32, in eval mode."""
-    torch.manual_seed(0)
     config = tiny_config(model_type, moba, **values)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def tokens(*shape: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,13 +83,12 @@ class SpyBackend(PortableBackend):
 
 
 @pytest.fixture(autouse=True)
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU."""
     monkeypatch.setattr(backends, "_loaded", Registry())
     monkeypatch.setitem(BACKENDS, "spy", f"{__name__}:SpyBackend")
     monkeypatch.setitem(backends._AUTO, "cpu", ("spy",))
     ENTERED.clear()
-    return
 
 
 def everything(backend: str) -> list[Tensor]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from model_checks import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StaticCache
+from transformers import CompileConfig, StaticCache
 
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
@@ -28,24 +29,7 @@ def clean_dynamo() -> Iterator[None]:
 
 
 def tiny(rule: MobaConfig, model_type: str = "llama") -> Any:
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.25,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    config.moba = rule.to_dict()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="moba").eval()
+    return tiny_model(model_type, rule, num_hidden_layers=2, eos_token_id=None)
 
 
 def tokens(*shape: int) -> torch.Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from model_checks import tiny_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
@@ -29,27 +30,9 @@ NEW = 18  # new tokens: two and more blocks
 
 
 def tiny(model_type: str = "llama", rule: MobaConfig = SPARSE, seed: int = 0, **values: Any) -> Any:
-    """Two or three layers, weights drawn wide so that what is attended decides the tokens."""
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.25,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    if model_type == "mistral":
-        settings["sliding_window"] = None
-    config = AutoConfig.for_model(model_type, **(settings | values))
-    config.moba = rule.to_dict()
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="moba").eval()
+    """Two or three layers that never end a text."""
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "eos_token_id": None}
+    return tiny_model(model_type, rule, seed=seed, **(sizes | values))
 
 
 def tokens(*shape: int) -> Tensor:

@@ -114,7 +114,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
         for layer, module in adapter.attention_layers(model):
-            hooks.append(module.o_proj.register_forward_hook(keep(layer)))  # type: ignore[union-attr]
+            hooks.append(adapter.output_projection(module).register_forward_hook(keep(layer)))
         with attention(model, None), torch.enable_grad():
             hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
             scores = model.get_output_embeddings()(hidden[-1024:]).float()
@@ -160,12 +160,13 @@ def local_costs(
     length = texts[0].shape[1]
     positions = sample_positions(length, samples, seed)
     found = [LocalCosts(rule, length, {}) for rule in rules]
+    adapter, _ = family_of(model)
 
     def probe(layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        at = positions.to(q.device)
+        at, project = positions.to(q.device), adapter.output_projection(module)
         for result in found:
             topks = topk_grid(result.rule, length, shares)
-            errors = output_errors(q[:, at], k, v, at, result.rule, topks, scale, module.o_proj)
+            errors = output_errors(q[:, at], k, v, at, result.rule, topks, scale, project)
             known = result.costs.setdefault(layer, dict.fromkeys(topks, 0.0))
             for topk, error in zip(topks, errors, strict=True):
                 known[topk] += weights[layer] * error / len(texts)

@@ -113,6 +113,10 @@ class Adapter:
             if attends and getattr(module, "config", None) is text_config:
                 yield int(module.layer_idx), module  # type: ignore[arg-type]
 
+    def output_projection(self, module: nn.Module) -> nn.Module:
+        """The module of an attention layer that mixes its heads' outputs: `(..., heads * v_dim)` goes in."""
+        return module.o_proj  # type: ignore[return-value]
+
     def packing_refusal(self, config: Any, given: Collection[str]) -> str | None:
         """Why the model mixes the documents of a packed call, whatever attention does; None: it does not.
 

@@ -153,7 +153,7 @@ def _attend(
     means = None
     if layer is not None and not layout.packed:
         layer.backend = backend
-        means = _cached_means(layer, plan, key, sequences.kv_start, sparse=rule is not None)
+        means = _cached_means(layer, plan, key, layout, sparse=rule is not None)
     if rule is None:
         if layout.spans is not None:
             return dense_packed_attention(query, key, value, scale, layout.spans, backend)
@@ -175,16 +175,16 @@ def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
     return padded and query.shape[2] == kv_len and query.device.type != "cpu"
 
 
-def _cached_means(
-    layer: Any, plan: LayerPlan, key: Tensor, kv_start: Tensor | None, *, sparse: bool
-) -> Tensor | None:
+def _cached_means(layer: Any, plan: LayerPlan, key: Tensor, layout: Layout, *, sparse: bool) -> Tensor | None:
     """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
 
     A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
     """
     if plan.rule is None or plan.max_keys >= key.shape[2] or not (sparse or layer.is_compileable):
         return None
-    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    # no constant of a compiled graph, which would be compiled again for every prompt
+    read = None if torch.compiler.is_compiling() else layout.starts
+    means: Tensor = layer.moba_means(key, layout.sequences.kv_start, plan.rule.block_size, read)
     return means
 
 

@@ -162,11 +162,17 @@ class MobaLayer(DynamicLayer):
             new[:, :, : self._length] = old[:, :, : self._length]
             self._buffers[i] = new
 
-    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+    def moba_means(
+        self,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        block_size: int,
+        starts_read: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
         assert self._buffers is not None
-        capacity, keys = self._buffers[0].shape[2], keys.detach()
-        return self.block_means.bring_up(keys, self._length, capacity, kv_start, block_size, self.backend)
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        return self.block_means.bring_up(keys.detach(), self._length, self._buffers[0].shape[2], *settings)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -299,10 +305,16 @@ class MobaStaticLayer(StaticLayer):
             return None
         return kernels
 
-    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+    def moba_means(
+        self,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        block_size: int,
+        starts_read: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
-        length, capacity = self.cumulative_length, self.max_cache_len
-        return self.block_means.bring_up(keys.detach(), length, capacity, kv_start, block_size, self.backend)
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        return self.block_means.bring_up(keys.detach(), self.cumulative_length, self.max_cache_len, *settings)
 
     def activate_past_recording(self) -> None:
         """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""

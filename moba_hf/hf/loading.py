@@ -18,11 +18,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.config import NAME
 from moba_hf.hf.adapter import find_adapter, has_adapter
+from moba_hf.hf.parallel import check_tensor_parallel, tensor_parallel_ranks
 
 # Says in a saved folder what transformers' own error does not: which package to import.
 RECORD = "moba_hf.json"
@@ -104,6 +105,22 @@ def switch_kept(model: Any) -> Iterator[bool]:
         config.__dict__.pop("attn_implementation", None)
 
 
+def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses to spread a MoBA model over ranks that its heads do not fit, before weights are read."""
+    ranks = tensor_parallel_ranks(kwargs)
+    if ranks == 1:
+        return
+    config = kwargs.get("config")
+    if config is None:
+        names = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "trust_remote_code")
+        config = AutoConfig.from_pretrained(
+            args[0], **{name: kwargs[name] for name in names if name in kwargs}
+        )
+    chosen = kwargs.get("attn_implementation") or config._attn_implementation
+    if chosen == NAME or (isinstance(chosen, dict) and NAME in chosen.values()):
+        check_tensor_parallel(config, ranks)
+
+
 def watch_loads() -> None:
     """Wraps `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
@@ -112,6 +129,7 @@ def watch_loads() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_ranks(args, kwargs)
         loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         place_settings(getattr(model, "config", None))

@@ -118,9 +118,21 @@ class _BlindToOthers(Adapter):
         yield from list(super().attention_layers(model))[:1]
 
 
+class _NoProjection(Adapter):
+    def output_projection(self, module: Any) -> Any:
+        return module.out_proj
+
+
+class _OtherProjection(Adapter):
+    def output_projection(self, module: Any) -> Any:
+        return module.q_proj
+
+
 @pytest.mark.parametrize(
     ("wrong", "family", "message"),
     [
+        (_NoProjection, "llama", "projection: raised AttributeError: .* no attribute 'out_proj'"),
+        (_OtherProjection, "llama", r"projection: output_projection of layer 0 got inputs of widths \[32\]"),
         (_IgnoresWindows, "qwen3-window", "facts: layer 0 has a sliding window of 12"),
         (_NoLayer, "llama", "facts: no layer is eligible"),
         (_FewLayers, "llama", "facts: layer 1 exists, but num_layers says 1"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from model_checks import tiny_model
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig
 
@@ -18,25 +18,8 @@ VOCABULARY = 97
 
 def tiny(rule: MobaConfig | None = RULE, model_type: str = "llama", attention: str = "moba") -> Any:
     """A random model of two layers in training mode, the same at every call."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.25,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    if rule is not None:
-        config.moba = rule.to_dict()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "eos_token_id": 2}
+    return tiny_model(model_type, rule, attention, **sizes).train()
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:

@@ -1,0 +1,136 @@
+"""A longer context for a checkpoint: new rotary parameters in its config; the weights stay as they are.
+
+Three ways, each a line of the config that transformers reads back:
+
+    theta   a larger base of the frequencies (NTK-aware scaling): the slowest pairs reach the new length
+    linear  position interpolation (arXiv 2306.15595): every position divided by the factor
+    yarn    YaRN (arXiv 2309.00071): slow pairs interpolated, fast ones kept, attention sharpened
+
+Without training each of them costs quality, which `moba-hf eval` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moba_hf.config import check_int
+
+ROPES = ("theta", "linear", "yarn")
+_FULL = "full_attention"
+
+
+@dataclass(frozen=True)
+class ContextLength:
+    """The context that a checkpoint is extended to.
+
+    Attributes:
+        length: tokens of the new context.
+        rope: how positions reach it, one of `ROPES`.
+        theta: the new base, with rope "theta" only; None: `base * factor ** (dim / (dim - 2))`, which gives
+            the slowest pair of `dim` rotary dimensions the wavelength that interpolation would.
+        rescale: extend a source whose rotary embedding is scaled already.
+
+    Raises:
+        ValueError, TypeError: values out of range or of the wrong type.
+    """
+
+    length: int
+    rope: str = "theta"
+    theta: float | None = None
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("context_length", self.length, minimum=1)
+        if self.rope not in ROPES:
+            raise ValueError(f"rope must be one of {', '.join(map(repr, ROPES))}, got {self.rope!r}")
+        if self.theta is not None and self.rope != "theta":
+            raise ValueError(f'theta={self.theta} goes with rope="theta", not with {self.rope!r}')
+        if self.theta is not None and not self.theta > 0:
+            raise ValueError(f"theta must be positive, got {self.theta}")
+
+
+def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextLength) -> dict[str, Any]:
+    """The JSON of a text config with a longer context.
+
+    Written under the names of transformers 5 (`rope_parameters`) and of earlier releases (`rope_theta`,
+    `rope_scaling`), which other engines read.
+
+    Args:
+        values: the JSON of the text config; not changed.
+        config: the same as transformers reads it.
+        wanted: the context to extend to.
+
+    Raises:
+        ValueError: a model without rotary embeddings, a context that is not longer, or a rotary embedding
+            that is scaled already and cannot be scaled further, or not without `rescale`.
+    """
+    old = int(config.max_position_embeddings)
+    if wanted.length <= old:
+        raise ValueError(f"context_length={wanted.length} is not above the {old} tokens that the model has")
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    nested = _FULL in rope
+    source = dict(rope[_FULL]) if nested else rope
+    if "rope_theta" not in source:
+        raise ValueError(f"{config.model_type} has no rotary embedding to extend")
+    extended = _extended(source, config, old, wanted)
+    result = {**values, "max_position_embeddings": wanted.length}
+    if nested:  # layers of other types keep their embedding; earlier releases had no common form for this
+        return {**result, "rope_parameters": {**rope, _FULL: extended}}
+    scaling = {name: value for name, value in extended.items() if name != "rope_theta"}
+    plain = extended["rope_type"] == "default" and len(scaling) == 1
+    return {
+        **result,
+        "rope_parameters": extended,
+        "rope_theta": extended["rope_theta"],
+        "rope_scaling": None if plain else scaling,
+    }
+
+
+def _extended(source: dict[str, Any], config: Any, old: int, wanted: ContextLength) -> dict[str, Any]:
+    """Rotary parameters that reach from `old` to the wanted tokens."""
+    kind, factor = str(source.get("rope_type", "default")), wanted.length / old
+    if kind != "default" and not wanted.rescale:
+        raise ValueError(
+            f"the rotary embedding of this checkpoint is scaled already (rope_type {kind!r}); pass rescale "
+            "(--rescale) to extend it all the same"
+        )
+    base = float(source["rope_theta"])
+    if wanted.rope == "theta":
+        dim = _rotary_dim(source, config)
+        theta = base * factor ** (dim / (dim - 2)) if wanted.theta is None else float(wanted.theta)
+        return {**source, "rope_type": kind, "rope_theta": theta}
+    if kind == "default":
+        scaled = {**source, "rope_type": wanted.rope, "factor": factor}
+        return scaled if wanted.rope == "linear" else {**scaled, "original_max_position_embeddings": old}
+    if kind == wanted.rope:
+        return {**source, "factor": float(source["factor"]) * factor}
+    if (kind, wanted.rope) == ("llama3", "linear"):
+        return _linear_over_llama3(source, config, old, factor)
+    raise ValueError(f"rope {wanted.rope!r} cannot be laid over rope_type {kind!r}; 'theta' can")
+
+
+def _rotary_dim(source: Mapping[str, Any], config: Any) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * float(source.get("partial_rotary_factor", 1.0)))
+
+
+def _linear_over_llama3(source: dict[str, Any], config: Any, old: int, factor: float) -> dict[str, Any]:
+    """Interpolation of Llama 3's scaled frequencies, told dimension by dimension, which "longrope" can."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    dim, base = _rotary_dim(source, config), float(source["rope_theta"])
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = [base ** (-2 * i / dim) for i in range(dim // 2)]
+    factors = [factor * p / float(f) for p, f in zip(plain, frequencies.double(), strict=True)]
+    dropped = ("factor", "low_freq_factor", "high_freq_factor")
+    return {
+        **{name: value for name, value in source.items() if name not in dropped},
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": old,
+        "short_factor": factors,
+        "long_factor": factors,
+    }

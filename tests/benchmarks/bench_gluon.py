@@ -1,0 +1,48 @@
+"""What the Gluon kernels gain with the Triton that is installed: a table of milliseconds, and how far apart.
+
+    python tests/benchmarks/bench_gluon.py [--length 131072] [--repeats 30]
+
+One sequence in bf16 with 32 query and 8 kv heads of dim 128; blocks are chosen once, attention is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import triton
+
+from moba_hf.bench.timing import median_ms
+from moba_hf.kernels import attend, hopper, select_blocks
+from moba_hf.op.sequences import batched_table
+
+SETTINGS = ((128, 8), (512, 3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=1 << 17)
+    parser.add_argument("--repeats", type=int, default=30)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device, n = torch.device("cuda", torch.cuda.current_device()), args.length
+    q = torch.randn(1, n, 32, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(1, n, 8, 128, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    table = batched_table(1, n, n, device)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"Gluon is used: {hopper.available(q, k, v)}\n")
+    print("| block/topk | Gluon ms | plain ms | largest difference |\n| --- | --- | --- | --- |")
+    for block_size, topk in SETTINGS:
+        choice = select_blocks(q, k, table, n, n, block_size, topk, 0, 0)
+        given = (q, k, v, choice, table, n, n, block_size, 128**-0.5)
+        outs = [attend(*given, use_hopper=use)[0] for use in (None, False)]
+        apart = (outs[0].float() - outs[1].float()).abs().max().item()
+        times = [
+            median_ms(lambda use=use, given=given: attend(*given, use_hopper=use), args.repeats)
+            for use in (None, False)
+        ]
+        print(f"| {block_size}/{topk} | {times[0]:.2f} | {times[1]:.2f} | {apart:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What one rank does: loads a tiny checkpoint in parallel and alone, and compares. Started by `ranks.py`.
+
+Each step is `job=folder`, a job of this file and an fp32 checkpoint. Results agree to rounding: sums
+over ranks are taken in another order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from model_checks import tokens
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import moba_hf
+from moba_hf import MobaCache, MobaConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("MOBA_TEST_DEVICE") == "cuda" else "cpu"
+LENGTH = 61
+
+
+def alone(folder: str, **kwargs: Any) -> Any:
+    """The model as one process loads it."""
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="moba", **kwargs).to(DEVICE).eval()
+    )
+
+
+def in_parallel(folder: str, **sizes: Any) -> Any:
+    """The model spread over the ranks by transformers."""
+    config = DistributedConfig(**sizes)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="moba", distributed_config=config
+    ).eval()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raises AssertionError unless two tensors are equal to fp32 rounding."""
+    if hasattr(actual, "full_tensor"):
+        actual = actual.full_tensor()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
+
+
+def gradients(model: Any, ids: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the loss of `ids` by parameter name."""
+    model.train()
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False, **kwargs).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.eval()
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+
+@torch.no_grad()
+def tensor_parallel(folder: str) -> None:
+    """Logits, chunks into a cache per rank, dense and sparse decode, generated tokens."""
+    ids = tokens(2, LENGTH).to(DEVICE)
+    model, expected = in_parallel(folder, tp_size=dist.get_world_size()), alone(folder)
+    close(model(ids).logits, expected(ids).logits, "logits")
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    close(model(ids, attention_mask=mask).logits[0], expected(ids, attention_mask=mask).logits[0], "padded")
+    for decode in ("full", "sparse"):
+        moba = MobaConfig.from_dict({**expected.config.moba, "decode": decode})
+        for each in (model, expected):
+            moba_hf.patch_model(each, moba)
+        caches = [moba_hf.prefill(each, ids, chunk_size=16, progress=False) for each in (model, expected)]
+        rank, heads = dist.get_rank(), caches[0].layers[0].keys.shape[1]
+        assert heads * dist.get_world_size() == caches[1].layers[0].keys.shape[1]
+        for ours, whole in zip(caches[0].layers, caches[1].layers, strict=True):
+            close(ours.keys, whole.keys[:, rank * heads : (rank + 1) * heads], f"{decode}: cached keys")
+        made = [
+            each.generate(ids, cache=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            for each, cache in zip((model, expected), caches, strict=True)
+        ]
+        assert torch.equal(*made), f"{decode}: tokens {made}"
+        fresh = [
+            each.generate(
+                ids, cache=MobaCache(each.config), max_new_tokens=8, min_new_tokens=8, do_sample=False
+            )
+            for each in (model, expected)
+        ]
+        assert torch.equal(*fresh), f"{decode}: tokens without prefill {fresh}"
+
+
+def tensor_parallel_gradients(folder: str) -> None:
+    ids = tokens(1, LENGTH).to(DEVICE)
+    found = gradients(in_parallel(folder, tp_size=dist.get_world_size()), ids)
+    for name, gradient in gradients(alone(folder), ids).items():
+        close(found[name], gradient, name)
+
+
+def fsdp(folder: str) -> None:
+    """Rows of the batch are split over ranks, parameters too; gradients are means over ranks."""
+    ids = tokens(dist.get_world_size(), LENGTH).to(DEVICE)
+    mine = ids[dist.get_rank()][None]
+    model, expected = in_parallel(folder, fsdp_size=dist.get_world_size()), alone(folder)
+    with torch.no_grad():
+        close(model(mine).logits, expected(mine).logits, "logits")
+    found = gradients(model, mine)
+    for name, gradient in gradients(expected, ids).items():
+        close(found[name], gradient, name)
+
+
+def ulysses(folder: str) -> None:
+    """Each rank holds a part of every sequence; attention sees whole sequences of a part of the heads."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    deepspeed.init_distributed(dist.get_backend())
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    length = LENGTH // (2 * ranks) * 2 * ranks
+    ids = tokens(1, length).to(DEVICE)
+    documents = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])[None].to(DEVICE)
+    expected = alone(folder)
+    part = slice(rank * length // ranks, (rank + 1) * length // ranks)
+    plain = torch.arange(length, device=DEVICE)[None]
+    before = {
+        name: (
+            expected(ids, position_ids=p, use_cache=False).logits.detach(),
+            gradients(expected, ids, position_ids=p),
+        )
+        for name, p in (("one document", plain), ("packed", documents))
+    }
+    model = alone(folder)
+    UlyssesSPAttentionHF.register_with_transformers(
+        model, core_attn_implementation="moba", sequence_parallel_size=ranks, micro_batch_size=1
+    )
+    for name, positions in (("one document", plain), ("packed", documents)):
+        logits, grads = before[name]
+        got = model(ids[:, part], position_ids=positions[:, part], use_cache=False).logits
+        close(got.detach(), logits[:, part], name)
+        # the loss of a row is a sum over the ranks' parts
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)[:, part]
+        model.zero_grad()
+        model.train()
+        out = model(ids[:, part], position_ids=positions[:, part], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten(), reduction="sum") / (
+            length - 1
+        )
+        loss.backward()
+        model.eval()
+        for key, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                close(parameter.grad, grads[key], f"{name}: {key}")
+
+
+def fails(folder: str) -> None:
+    """Rank 1 ends with an error while the others wait for it."""
+    if dist.get_rank() == 1:
+        raise ValueError("the error of rank 1")
+    dist.barrier()
+
+
+def uneven_heads(folder: str) -> None:
+    """Key-value heads that do not divide by the ranks are refused before the weights are read."""
+    ranks = dist.get_world_size()
+    for sizes in ({"tp_size": ranks}, {"tp_plan": "auto"}):
+        with pytest.raises(ValueError, match=f"3 key-value heads cannot be divided among {ranks} ranks"):
+            in_parallel(folder, **sizes)
+
+
+JOBS = (tensor_parallel, tensor_parallel_gradients, fsdp, ulysses, fails, uneven_heads)
+
+
+def main(*steps: str) -> None:
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for step in steps:
+        name, folder = step.split("=", 1)
+        {job.__name__: job for job in JOBS}[name](folder)
+        dist.barrier()
+        print(f"done: {name} on rank {dist.get_rank()}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,42 @@
+"""Runs a job of `jobs.py` in several processes of one machine, as `torchrun` does, over gloo or NCCL."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def run_ranks(*steps: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The finished run of `jobs.py STEPS...` on `ranks` processes; its exit status is not looked at."""
+    paths = (HERE.parents[1], HERE.parent, os.environ.get("PYTHONPATH", ""))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(HERE / "jobs.py"), *steps],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+def assert_ranks(*steps: str, ranks: int = 2) -> None:
+    """Runs steps that must succeed on every rank."""
+    result = run_ranks(*steps, ranks=ranks)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    for step in steps:
+        name = step.split("=")[0]
+        for rank in range(ranks):
+            assert f"done: {name} on rank {rank}" in result.stdout, output

@@ -1,0 +1,79 @@
+"""Two processes compute what one does: tensor parallel, FSDP2 and Ulysses, by the engines that users have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_checks import tiny_config, tiny_model
+from ranks import assert_ranks, run_ranks
+
+from moba_hf.hf.parallel import check_tensor_parallel
+
+GPUS = torch.cuda.device_count()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Saves a tiny checkpoint; returns its folder."""
+
+    def saved(model_type: str, **values: Any) -> Path:
+        place = tmp_path_factory.mktemp(model_type)
+        tiny_model(model_type, **values).save_pretrained(place)
+        return place
+
+    return saved
+
+
+class TestTwoProcesses:
+    def test_tensor_parallel(self, folder: Any) -> None:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        llama = folder("llama")
+        uneven = folder("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+        assert_ranks(
+            f"tensor_parallel={llama}",
+            f"tensor_parallel_gradients={llama}",
+            f"tensor_parallel={folder('qwen3')}",  # QK-norm
+            f"tensor_parallel={folder('qwen3_moe', **experts)}",
+            f"uneven_heads={uneven}",
+        )
+
+    def test_fsdp2(self, folder: Any) -> None:
+        assert_ranks(f"fsdp={folder('llama')}")
+
+    def test_ulysses(self, folder: Any) -> None:
+        pytest.importorskip("deepspeed")
+        assert_ranks(f"ulysses={folder('llama')}")
+
+    def test_a_rank_that_fails_ends_the_others_with_its_message(self) -> None:
+        result = run_ranks("fails=-", timeout=120)
+        assert result.returncode != 0
+        assert "ValueError: the error of rank 1" in result.stderr
+        assert "done: fails" not in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_on_gpus(folder: Any, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ranks > GPUS:
+        pytest.skip(f"needs {ranks} GPUs, there are {GPUS}")
+    monkeypatch.setenv("MOBA_TEST_DEVICE", "cuda")
+    model = folder("llama", num_attention_heads=8, num_key_value_heads=4)
+    assert_ranks(
+        f"tensor_parallel={model}", f"tensor_parallel_gradients={model}", f"fsdp={model}", ranks=ranks
+    )
+
+
+class TestHeads:
+    def test_heads_that_divide_pass(self) -> None:
+        check_tensor_parallel(tiny_config("llama"), 2)
+
+    @pytest.mark.parametrize(("heads", "ranks"), [((6, 3), 2), ((4, 2), 4)])
+    def test_others_are_refused_with_the_numbers(self, heads: tuple[int, int], ranks: int) -> None:
+        config = tiny_config(
+            "llama", hidden_size=48, num_attention_heads=heads[0], num_key_value_heads=heads[1]
+        )
+        with pytest.raises(ValueError, match=f"{heads[1]} key-value heads .* {ranks} ranks"):
+            check_tensor_parallel(config, ranks)
