@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,17 +58,20 @@ def load_gguf_model(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     names = _tensor_names(path, path.stat().st_mtime_ns)
-    model, info = _read(
-        path,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        ),
-    )
+
+    def load() -> Any:
+        # its progress bar would fill log files
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+
+    model, info = _read(path, load)
     if missing := sorted(map(str, info["missing_keys"])):  # transformers would fill them with noise
         raise ValueError(f"{path}: holds no {missing[0]} ({len(missing)} tensors are missing)")
     # Dense layers are named one to one; experts are stacked in the file and fused in the model.
