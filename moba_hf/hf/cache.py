@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from moba_hf.config import NAME, MobaConfig, check_int
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans, writable
+from moba_hf.op.numerics import check_int
+from moba_hf.op.shared_rule import SharedRule
 
 # Attribute by which a key tensor names the cache layer that it came from.
 LAYER_ATTRIBUTE = "moba_layer"
@@ -393,7 +395,9 @@ def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
         return None
     moba = raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
     rule = moba.for_layer(layer_idx, int(text_config.num_hidden_layers))
-    return None if rule is None or rule.max_keys >= capacity else rule.block_size
+    if rule is None or isinstance(rule, SharedRule) or rule.dense_len >= capacity:
+        return None  # blocks are not chosen, or not by their means
+    return rule.block_size
 
 
 class use_moba_cache:

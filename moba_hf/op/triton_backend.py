@@ -44,6 +44,7 @@ class TritonBackend:
     max_decode_queries = kernels.MAX_DECODE_QUERIES
     differentiable = False
     cache = TritonCacheKernels()
+    shared = None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         if rule is not None and rule.gate not in ("mean", "mass"):
