@@ -121,7 +121,7 @@ def test_inspect_errors(run: Any, tmp_path: Path) -> None:
         assert err.count("\n") == 1
     code, _, err = run("inspect", tmp_path / "nothing")
     assert code == 2
-    assert "config.json" in err
+    assert "nothing: no such file or folder" in err
 
 
 def test_generate(run: Any, converted: Path, prompt: Path) -> None:
