@@ -227,7 +227,7 @@ def recover_folders(parent: Path) -> None:
 
 def _working_folder(target: Path) -> tuple[Path, IO[bytes]]:
     """A fresh working folder for `target` and its lock, which is held until it is closed."""
-    while True:
+    for attempt in range(100):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
@@ -239,11 +239,14 @@ def _working_folder(target: Path) -> tuple[Path, IO[bytes]]:
             if os.path.samestat(os.fstat(lock.fileno()), (work / _LOCK).stat()):
                 return work, lock
         except (FileNotFoundError, BlockingIOError):
-            continue  # another process took it for a dead one's before it was locked
+            if attempt == 99:
+                raise
+            # else another process took it for a dead one's before it was locked
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
                 raise
             return work, lock  # a file system without locks, where nobody tidies up either
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
