@@ -241,7 +241,7 @@ def test_killed_half_way(src: Path, out: Path) -> None:
         child.send_signal(getattr(signal, f"SIG{name.upper()}"))
         _, err = child.communicate(timeout=30)
         assert child.returncode == kinds[name], err
-        assert err == ("" if name == "kill" else "moba-hf: interrupted\n")
+        assert name == "kill" or err == "moba-hf: interrupted\n"
     left = sorted(set(os.listdir(out)) - set(kinds))
     assert len(left) == 1
     assert left[0].startswith(".moba-hf-")
