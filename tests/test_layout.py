@@ -31,7 +31,7 @@ LAYERS = [
     {"hf.attention"},
     {"hf.layer_plan", "hf.rows"},
     {"hf.loading"},
-    {"hf.adapter", "hf.cache", "hf.spans", "op.dense"},
+    {"hf.adapter", "hf.cache", "hf.cache_names", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},
     {"op.block_means", "op.shared_ops"},
     {"op.operators"},
