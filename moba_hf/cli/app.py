@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -97,9 +97,16 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _warn(message: Warning | str, _category: type[Warning], file: str, *_: object, **__: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Shows our own warnings as one line; those of the libraries say nothing to who types a command."""
-    if "moba_hf" in Path(file).parts:
+    if "moba_hf" in Path(filename).parts:
         print(f"moba-hf: {shown(' '.join(str(message).split()))}", file=sys.stderr)
 
 
