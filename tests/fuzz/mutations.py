@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def mutate_json(values: Any, rng: random.Random) -> Any:
                 break
             place = place[rng.choice(inner)]
         if isinstance(place, dict) and rng.random() < 0.25:
-            place[rng.choice(MORE)] = rng.choice(ODD)
+            place[rng.choice(MORE)] = deepcopy(rng.choice(ODD))
         elif keys and rng.random() < 0.2:
             del place[rng.choice(keys)]
         elif keys:
-            place[rng.choice(keys)] = rng.choice(ODD)
+            place[rng.choice(keys)] = deepcopy(rng.choice(ODD))
     return values
 
 
