@@ -82,7 +82,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
     own = (torch.arange(q.shape[1]) // rule.block_size)[:, None]
     column = torch.arange(blocks)
     kind = chosen.int()
-    kind[chosen & ((column < rule.sink_blocks) | (column >= own - rule.local_blocks))] = 2
+    kind[chosen & rule.forces(column, own)] = 2
     kind[chosen & (column == own)] = 3
     rows = max(1, q.shape[1] // 512)  # every pixel row is one query
     figure, ax = _figure(6.6, 5.2)

@@ -31,7 +31,6 @@ from moba_hf.checkpoints.model_config import (
     CONFIG,
     check_config,
     read_model_config,
-    text_config_key,
     with_moba,
 )
 from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object, write_json
@@ -102,7 +101,7 @@ def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: 
     if inside := [path for path in tree.files if target in (source / path).resolve().parents]:
         raise ValueError(f"{target}: holds the file that {source / inside[0]} links to")
     check_target(target, overwrite=overwrite)
-    converted = with_moba(values, moba, text_config_key(adapter, config))
+    converted = with_moba(values, moba, adapter.nested_key(config))
     written = (Path(CONFIG), Path(RECORD))
     with new_folder(target, overwrite=overwrite) as folder:
         copy_tree(source, tree, folder, skip=written, link=link)
@@ -135,7 +134,7 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
         tokenizer.save_pretrained(folder)
         adapter = find_adapter(model.config.model_type)
         values = read_json_object(folder / CONFIG)
-        write_json(folder / CONFIG, with_moba(values, moba, text_config_key(adapter, model.config)))
+        write_json(folder / CONFIG, with_moba(values, moba, adapter.nested_key(model.config)))
         _write_record(folder, source, [])
         check_same(source, before, source.stat())
 

@@ -6,6 +6,7 @@ values and MoBA's gate. Projections, MLPs and linear-attention layers cost the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,11 @@ def describe(inspection: Inspection) -> str:
         f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
         f"MoBA settings: {inspection.moba_source}",
         "",
-        *_table([("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]),
+        *text_table(
+            [("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]
+        ),
         "",
-        *_table(
+        *text_table(
             [
                 ("TOKENS", "KEY BUDGET", "OF DENSE PAIRS", "DENSE FLOPS", "MOBA FLOPS", "KV CACHE"),
                 *(
@@ -274,7 +277,8 @@ def describe(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: list[tuple[str, ...]], *, right: bool = False) -> list[str]:
+def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """The lines of a table in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = str.rjust if right else str.ljust
     return ["  ".join(map(align, row, widths)).rstrip() for row in rows]

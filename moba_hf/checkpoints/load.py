@@ -18,7 +18,7 @@ from moba_hf.checkpoints.gguf_files import (
 from moba_hf.checkpoints.model_config import read_model_config
 from moba_hf.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from moba_hf.hf.adapter import find_adapter
-from moba_hf.hf.loading import dense_on_purpose
+from moba_hf.hf.loading import auto_class, dense_on_purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -86,10 +86,8 @@ def load_checkpoint(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
 
     import torch
-    import transformers
 
-    nested = config.get_text_config() is not config
-    auto = transformers.AutoModelForImageTextToText if nested else transformers.AutoModelForCausalLM
+    auto = auto_class(config)
     check_complete(path, config, auto)
     place = device or ("auto" if torch.cuda.is_available() else None)
     options = {"device_map": place} if place else {}

@@ -67,11 +67,6 @@ def check_config(config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
     return adapter
 
 
-def text_config_key(adapter: Adapter, config: PreTrainedConfig) -> str | None:
-    """Name of the text config nested in `config`; None where `config` is it."""
-    return None if adapter.text_config(config) is config else adapter.text_config_key
-
-
 def read_settings(folder: Path, values: Mapping[str, Any], key: str | None) -> MobaConfig | None:
     """The MoBA settings in the JSON of a folder's config.json; None: there are none.
 

@@ -25,7 +25,6 @@ from moba_hf.checkpoints.model_config import (
     check_config,
     read_model_config,
     read_settings,
-    text_config_key,
     with_moba,
 )
 from moba_hf.checkpoints.safetensors_files import (
@@ -144,7 +143,7 @@ def _run(name: str, step: Callable[[], str]) -> Check:
 def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
     values, config = read_model_config(folder)
     adapter = find_adapter(config.model_type)
-    key = text_config_key(adapter, config)
+    key = adapter.nested_key(config)
     moba = read_settings(folder, values, key)
     if moba is None:
         raise ValueError(f"{folder / CONFIG}: has no {NAME!r} settings")
@@ -333,7 +332,7 @@ def _prompt_length(target: _Target, text: Any) -> int:
 def _logits(model: Any, implementation: str, ids: torch.Tensor, target: _Target) -> torch.Tensor:
     import torch
 
-    key = text_config_key(target.adapter, model.config)
+    key = target.adapter.nested_key(model.config)
     model.set_attn_implementation(implementation if key is None else {key: implementation})
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False)[0]

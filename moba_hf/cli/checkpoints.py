@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated
@@ -81,6 +81,7 @@ def convert(
 
 def presets() -> None:
     """List the presets."""
+    from moba_hf.checkpoints.inspection import text_table
     from moba_hf.config import MobaConfig, preset_names, read_preset
 
     rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
@@ -89,7 +90,7 @@ def presets() -> None:
         full = ",".join(map(str, moba.full_attention_layers)) or "-"
         numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
         rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
-    _print_table(rows)
+    print("\n".join(text_table(rows)))
 
 
 def verify(
@@ -179,11 +180,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
                 bar.close()  # before the first token is printed
 
         yield advance
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows in columns; the last column runs free."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        print("  ".join([*cells, row[-1]]))

@@ -81,6 +81,10 @@ class Adapter:
             return config
         return config.get(key, config) if isinstance(config, dict) else getattr(config, key, config)
 
+    def nested_key(self, config: Any) -> str | None:
+        """Name of the text config nested in `config`; None where `config` is it."""
+        return None if self.text_config(config) is config else self.text_config_key
+
     def stock_reason(self, config: Any, layer_idx: int) -> str | None:
         """Why layer `layer_idx` keeps the stock implementation; None: MoBA may run there.
 

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.config import NAME
@@ -56,6 +56,12 @@ def warn_if_dense(model: Any) -> None:
             f'{running!r}, so it runs full attention. Pass attn_implementation="moba" to from_pretrained, or '
             "call moba_hf.patch_model(model), to run it as it was made."
         )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of `config`, with its other towers if it has any."""
+    nested = config.get_text_config() is not config
+    return AutoModelForImageTextToText if nested else AutoModelForCausalLM
 
 
 @contextmanager
