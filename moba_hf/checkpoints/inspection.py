@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def _window_pairs(length: int, window: int | None) -> int:
 
 
 def describe(inspection: Inspection) -> str:
-    """The inspection as text: a row per layer, then a row per length."""
+    """The inspection as text: a row per range of equal layers, then a row per length."""
     kinds = {kind: sum(row.kind == kind for row in inspection.layers) for kind in ("moba", "full", "stock")}
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     lines = [
@@ -246,7 +247,7 @@ def describe(inspection: Inspection) -> str:
         f"MoBA settings: {inspection.moba_source}",
         "",
         *text_table(
-            [("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]
+            [("LAYERS", "ATTENTION", "WHY"), *_layer_ranges(inspection.layers)],
         ),
         "",
         *text_table(
@@ -275,6 +276,16 @@ def describe(inspection: Inspection) -> str:
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
     return "\n".join(lines)
+
+
+def _layer_ranges(layers: Sequence[LayerRow]) -> list[tuple[str, str, str]]:
+    """Layers (`3`, or `3-7` where neighbours are equal), kind and reason."""
+    ranges = []
+    for (kind, why), rows in groupby(layers, key=lambda row: (row.kind, row.why)):
+        numbers = [row.index for row in rows]
+        first, last = numbers[0], numbers[-1]
+        ranges.append((str(first) if first == last else f"{first}-{last}", kind, why))
+    return ranges
 
 
 def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from moba_hf.cli.options import (
+from moba_hf_cli.options import (
+    AsJson,
     BlockSize,
     FullLayers,
     Gate,
@@ -20,10 +21,12 @@ from moba_hf.cli.options import (
     SinkBlocks,
     Topk,
     TrustRemoteCode,
+    load_package,
     quiet,
     settings,
     shown,
 )
+from moba_hf_cli.preset_files import preset_rows, presets_as_json, table_lines
 
 
 class LoadDtype(str, Enum):
@@ -67,30 +70,27 @@ def convert(
     ] = None,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
-    from moba_hf.checkpoints.convert import convert_checkpoint
-
     config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
-    if config is None:
-        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
     quiet()
+    from moba_hf.checkpoints.convert import convert_checkpoint
+    from moba_hf.config import DEFAULT_PRESET, MobaConfig
+
+    if config is None:
+        print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
+        config = MobaConfig.from_preset(DEFAULT_PRESET)
     chosen = None if dtype is None else dtype.value
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
-    print(f"{shown(made)}: converted; block_size {config.block_size}, topk {config.topk}")
+    values = ("block_size", "topk") if config.tile == 1 else ("block_size", "tile", "threshold")
+    print(f"{shown(made)}: converted; " + ", ".join(f"{name} {getattr(config, name)}" for name in values))
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the presets."""
-    from moba_hf.checkpoints.inspection import text_table
-    from moba_hf.config import MobaConfig, preset_names, read_preset
-
-    rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
-    for name in preset_names():
-        moba = MobaConfig.from_preset(name)
-        full = ",".join(map(str, moba.full_attention_layers)) or "-"
-        numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
-        rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
-    print("\n".join(text_table(rows)))
+    if as_json:
+        print(json.dumps(presets_as_json(), indent=2))
+    else:
+        print("\n".join(table_lines(preset_rows())))
 
 
 def verify(
@@ -98,9 +98,9 @@ def verify(
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
+    quiet()
     from moba_hf.checkpoints.verify import verify_checkpoint
 
-    quiet()
     report = verify_checkpoint(dst, source)
     for check in report.checks:
         if check.passed:
@@ -119,13 +119,13 @@ def inspect_model(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     full_attention_layers: FullLayers = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what each layer would do and cost; settings from the config unless options give others."""
+    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    quiet()
     from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 
-    quiet()
-    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
     result = inspect_checkpoint(src, config)
     print(json.dumps(result.to_dict(), indent=2) if as_json else shown(describe(result)))
 
@@ -144,6 +144,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
+    load_package()
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)

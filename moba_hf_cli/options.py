@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moba_hf_cli.preset_files import check_preset
+from moba_hf_cli.signals import exiting
+
 if TYPE_CHECKING:
     from moba_hf.config import MobaConfig
 
@@ -27,6 +30,8 @@ FullLayers = Annotated[
     typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings for its tokenizer."),
@@ -43,8 +48,6 @@ def settings(
     full_attention_layers: str | None,
 ) -> MobaConfig | None:
     """The settings that options give; None: no option is given."""
-    from moba_hf.config import MobaConfig
-
     numbers: dict[str, object] = {
         "block_size": block_size,
         "topk": topk,
@@ -56,10 +59,15 @@ def settings(
     given = {name: value for name, value in numbers.items() if value is not None}
     if preset is not None and given:
         raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
-    if preset is not None:
-        return MobaConfig.from_preset(preset)
     if given and (block_size is None or topk is None):
         raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
+    if preset is not None:
+        check_preset(preset)
+    load_package()
+    from moba_hf.config import MobaConfig
+
+    if preset is not None:
+        return MobaConfig.from_preset(preset)
     return MobaConfig.from_dict(given) if given else None
 
 
@@ -74,8 +82,15 @@ def _layer_list(text: str | None) -> list[int] | None:
         ) from None
 
 
+def load_package() -> None:
+    """Imports moba_hf, with torch and transformers: seconds in which a signal ends the process at once."""
+    with exiting():
+        import moba_hf  # noqa: F401
+
+
 def quiet() -> None:
     """Keeps transformers from adding its own lines; progress bars only on a terminal."""
+    load_package()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
