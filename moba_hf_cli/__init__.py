@@ -2,8 +2,8 @@
 
 It stands beside `moba_hf`, whose import registers with transformers and takes seconds: `--help`, `presets`
 and errors of usage need neither. A command calls `options.load_package` before it imports from `moba_hf`.
-Every error is one plain line on stderr and exit code 2. `checkpoints`, `quality` and `speed` hold the commands,
-`options` what several of them take, `signals` how they end, `app` the whole.
+Every error is one plain line on stderr and exit code 2. `checkpoints`, `quality` and `speed` hold the
+commands, `options` what several of them take, `signals` how they end, `app` the whole.
 """
 
 from moba_hf_cli.app import main

@@ -22,6 +22,7 @@ from moba_hf_cli.options import (
     Topk,
     TrustRemoteCode,
     load_package,
+    load_package_alone,
     quiet,
     settings,
     shown,
@@ -98,6 +99,7 @@ def verify(
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
+    load_package()
     quiet()
     from moba_hf.checkpoints.verify import verify_checkpoint
 
@@ -122,7 +124,8 @@ def inspect_model(
     as_json: AsJson = False,
 ) -> None:
     """Show what each layer would do and cost; settings from the config unless options give others."""
-    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    numbers = (block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    config = settings(preset, *numbers, load=load_package_alone)
     quiet()
     from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 

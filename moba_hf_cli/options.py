@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +40,22 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def load_package() -> None:
+    """Imports moba_hf, with torch and transformers: seconds in which a signal ends the process at once."""
+    with exiting():
+        import moba_hf  # noqa: F401
+
+
+def load_package_alone() -> None:
+    """Makes modules of moba_hf importable without running `moba_hf/__init__`.
+
+    For a command that reads configs and builds no model: registering with transformers takes seconds.
+    """
+    found = find_spec("moba_hf")
+    if "moba_hf" not in sys.modules and found is not None:
+        sys.modules["moba_hf"] = module_from_spec(found)
+
+
 def settings(
     preset: str | None,
     block_size: int | None,
@@ -46,8 +64,13 @@ def settings(
     local_blocks: int | None,
     gate: str | None,
     full_attention_layers: str | None,
+    load: Callable[[], None] = load_package,
 ) -> MobaConfig | None:
-    """The settings that options give; None: no option is given."""
+    """The settings that options give; None: no option is given.
+
+    Args:
+        load: imports what is needed of moba_hf, after the options were found to go together.
+    """
     numbers: dict[str, object] = {
         "block_size": block_size,
         "topk": topk,
@@ -63,7 +86,7 @@ def settings(
         raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
     if preset is not None:
         check_preset(preset)
-    load_package()
+    load()
     from moba_hf.config import MobaConfig
 
     if preset is not None:
@@ -82,15 +105,8 @@ def _layer_list(text: str | None) -> list[int] | None:
         ) from None
 
 
-def load_package() -> None:
-    """Imports moba_hf, with torch and transformers: seconds in which a signal ends the process at once."""
-    with exiting():
-        import moba_hf  # noqa: F401
-
-
 def quiet() -> None:
     """Keeps transformers from adding its own lines; progress bars only on a terminal."""
-    load_package()
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -59,6 +59,7 @@ def evaluate(
     for name in preset or ():
         check_preset(name)
     _check_folder(out, store)
+    load_package()
     quiet()
     from moba_hf.evaluate import run
 
@@ -115,6 +116,7 @@ def calibrate(
     if write and not Path(model).is_dir():
         raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
     _check_folder(out, store)
+    load_package()
     quiet()
     from moba_hf.calibrate import calibrate as search
     from moba_hf.calibrate import write_settings
@@ -152,6 +154,7 @@ def plot(
 ) -> None:
     """Draw results (needs matplotlib: extra 'plot')."""
     _check_folder(out)
+    load_package()
     quiet()
     from moba_hf import plots
 
