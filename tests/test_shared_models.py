@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "gate": "mass",
     "sink_blocks": 1,
     "local_blocks": 1,
+    "sample": 4,
     "dense_below": 32,
 }
 SHARED = MobaConfig(**SETTINGS)
@@ -85,12 +86,16 @@ def _outside(at: slice, length: int) -> Tensor:
 def test_layers_may_differ() -> None:
     moba = MobaConfig(**SETTINGS, layers={0: {"tile": 1, "topk": 5}, -1: {"threshold": 0.9}})
     assert moba.for_layer(0, 3) == LayerConfig(8, 5, 1, 1, "mass")
-    assert moba.for_layer(1, 3) == SharedRule(8, 16, 0.5, sink_blocks=1, local_blocks=1, dense_below=32)
-    assert moba.for_layer(2, 3) == SharedRule(8, 16, 0.9, sink_blocks=1, local_blocks=1, dense_below=32)
+    assert moba.for_layer(1, 3) == SharedRule(
+        8, 16, 0.5, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
+    )
+    assert moba.for_layer(2, 3) == SharedRule(
+        8, 16, 0.9, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
+    )
     mixed = MobaConfig(8, 5, layers={1: {**SETTINGS}})
     assert mixed.for_layer(0, 3) == LayerConfig(8, 5)
     assert mixed.for_layer(1, 3) == SharedRule(
-        8, 16, 0.5, topk=5, sink_blocks=1, local_blocks=1, dense_below=32
+        8, 16, 0.5, topk=5, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
     )
     for config in (moba, mixed, SHARED):
         assert MobaConfig.from_dict(config.to_dict()) == config
@@ -215,8 +220,10 @@ def test_compiled_attention_is_the_eager_one() -> None:
         ({"threshold": 1.5}, "threshold must lie between 0 and 1, both excluded, got 1.5"),
         ({"tile": 12}, "tile=12 must be a multiple or a divisor of block_size=8"),
         ({"tile": 1, "topk": 4}, "threshold=0.5 needs tile > 1"),
-        ({"tile": 1, "topk": 4, "threshold": None}, "dense_below=32 needs tile > 1"),
-        ({"tile": 1, "threshold": None, "dense_below": 0}, "topk is missing: with tile=1"),
+        ({"tile": 1, "topk": 4, "threshold": None}, "sample=4 needs tile > 1"),
+        ({"tile": 1, "topk": 4, "threshold": None, "sample": 1}, "dense_below=32 needs tile > 1"),
+        ({"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}, "topk is missing: with tile=1"),
+        ({"sample": 5}, "sample=5 must divide tile=16"),
         ({"topk": 3}, "topk=3 is too small: it counts the 2 blocks that a tile overlaps"),
         ({"dense_below": 40}, "dense_below=40 must be a multiple of tile=16"),
         ({"decode_max_len": 33}, "decode_max_len=33 exceeds dense_below and tile = 32"),
@@ -252,10 +259,15 @@ def test_shares_are_the_most_that_a_text_may_ask_for() -> None:
 
 def test_inspect_says_what_it_can_without_a_text() -> None:
     text = describe(inspect_config(tiny_model(moba=SHARED).config))
-    assert "blocks of 8 shared by 16 queries, threshold 0.5, 1 sink, 1 local, all below 32" in text
-    assert "Shared choices follow the text: their shares are the most that it may ask for." in text
+    assert (
+        "blocks of 8 shared by 16 queries, threshold 0.5, one in 4 chooses, 1 sink, 1 local, all below 32"
+        in text
+    )
+    assert "How many blocks a shared choice takes depends on the text" in text
+    assert text.count("up to") == 12
     plain = describe(inspect_config(tiny_model().config))
-    assert "Shared choices" not in plain
+    assert "depends on the text" not in plain
+    assert "up to" not in plain
 
 
 def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,18 +31,19 @@ def load(path: str, device: str | None = None, *, trust_remote_code: bool = Fals
     return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def settings_of(
-    model: Any, presets: Sequence[str], numbers: Mapping[str, Any]
-) -> dict[str, MobaConfig | None]:
-    """Named settings to measure: dense, the presets, the given `numbers`; else what `model` holds."""
-    settings: dict[str, MobaConfig | None] = {"dense": None}
-    settings |= {name: MobaConfig.from_preset(name) for name in presets}
-    given = {name: value for name, value in numbers.items() if value is not None}
-    if given:
-        settings["given"] = MobaConfig.from_dict(given)
-    if len(settings) == 1:
-        settings["moba"] = moba_config(family_of(model)[1])
-    return settings
+def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, MobaConfig]:
+    """Settings by name: the presets, and those that are `given`.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    named = {name: MobaConfig.from_preset(name) for name in presets}
+    return named if given is None else {**named, "given": given}
+
+
+def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaConfig | None]:
+    """What is measured: dense, and the `named` settings; without any, those that `model` holds."""
+    return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
