@@ -13,7 +13,7 @@ from moba_hf import MobaCache, MobaConfig, moba_attention, prefill, select_block
 from moba_hf.checkpoints.inspection import describe, inspect_config
 from moba_hf.config import LayerConfig, make_rule
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.prefill import _chunks, logger
+from moba_hf.hf.prefill import DENSE_TAIL, _chunks, logger, tail_begin
 from moba_hf.op.shared import tile_bound, unpack_blocks
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref
 from moba_hf.op.shared_rule import SharedRule
@@ -135,7 +135,7 @@ def test_decode_steps_follow_their_setting(decode, static) -> None:
     model = with_rule(tiny_model(), MobaConfig(**SETTINGS, decode=decode))
     ids = tokens(2, 90)
     cache = MobaCache(model.config, max_cache_len=128, static=static)
-    prefill(model, ids[:, :71], cache=cache, progress=False)
+    prefill(model, ids[:, :71], cache=cache, dense_tail=0, progress=False)
     with captured() as calls:
         for at in range(70, 90):
             logits(model, ids[:, at : at + 1], **cache_kwargs(model, cache))
@@ -296,9 +296,9 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
 def test_a_prefill_in_chunks_is_one_shot() -> None:
     model = tiny_model(moba=SHARED)
     ids = tokens(1, 91)
-    whole = prefill(model, ids, chunk_size=96, progress=False)
+    whole = prefill(model, ids, chunk_size=96, dense_tail=0, progress=False)
     for size in (32, 40):
-        parts = prefill(model, ids, chunk_size=size, progress=False)
+        parts = prefill(model, ids, chunk_size=size, dense_tail=0, progress=False)
         for one, other in zip(parts.layers, whole.layers, strict=True):
             assert close(one.keys[:, :, :90], other.keys[:, :, :90])
             assert close(one.values[:, :, :90], other.values[:, :, :90])
@@ -324,3 +324,28 @@ def test_the_end_of_a_prompt_may_be_read_dense(moba) -> None:
     assert not any(vars(layer.self_attn).get("moba_suspended") for layer in model.model.layers)
     with pytest.raises(ValueError, match="dense_tail must be at least 0, got -1"):
         prefill(model, ids, dense_tail=-1, progress=False)
+
+
+@pytest.mark.parametrize(("moba", "begin"), [(SHARED, 160), (MobaConfig(8, 2), 172)])
+def test_by_default_the_last_128_tokens_attend_every_key(moba, begin) -> None:
+    model = tiny_model(moba=moba)
+    ids = tokens(1, 300)
+    expected = prefill(model, ids, dense_tail=128, progress=False)
+    assert tail_begin(model, 300, DENSE_TAIL) == begin
+    assert [tail_begin(model, n, 0) for n in (1, 128, 130)] == [0, 127, 129]
+    with captured() as calls:
+        cache = prefill(model, ids, progress=False)
+    assert [call.query.shape[2] for call in calls[::3]] == [begin, 299 - begin]
+    for one, other in zip(cache.layers, expected.layers, strict=True):
+        assert torch.equal(one.keys[:, :, :299], other.keys[:, :, :299])
+    plain = prefill(model, ids, dense_tail=0, progress=False)
+    first, last = slice(0, begin), slice(begin, 299)
+    assert close(cache.layers[-1].keys[:, :, first], plain.layers[-1].keys[:, :, first])
+    assert not close(cache.layers[-1].keys[:, :, last], plain.layers[-1].keys[:, :, last])
+    model.set_attn_implementation("sdpa")
+    assert tail_begin(model, 300, DENSE_TAIL) == 299
+    short = tokens(1, 90)
+    dense = prefill(model, short, progress=False)
+    model.set_attn_implementation("moba")
+    for one, other in zip(prefill(model, short, progress=False).layers, dense.layers, strict=True):
+        assert close(one.keys[:, :, :89], other.keys[:, :, :89])

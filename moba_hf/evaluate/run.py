@@ -20,6 +20,7 @@ from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.prefill import DENSE_TAIL
 
 MEASURES = ("perplexity", "agreement", "recall")
 
@@ -97,7 +98,7 @@ def evaluate(
     _check(texts, measures, tasks, task_lengths, contexts)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
-    known = Store(store, {**made_of, "settings": configs, "seed": seed})
+    known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
     result["keys"] = {}
     runs = [
