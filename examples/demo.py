@@ -77,9 +77,8 @@ def main() -> None:
     for name in PRESETS:
         moba = MobaConfig.from_preset(name)
         print(f"reading with {name} ...", file=sys.stderr)
-        with moba_hf.use_moba(model, moba):
-            with count_pairs(model, moba, length) as attended:
-                result = read(model, ids, args.new_tokens)
+        with moba_hf.use_moba(model, moba), count_pairs(model, moba, length) as attended:
+            result = read(model, ids, args.new_tokens)
         rows.append((name, moba, attended.share(), result))
     print(header)
     for name, config, share, result in rows:

@@ -2,8 +2,8 @@
 
 The oracle attends the same number of blocks and the same forced ones, but takes the others by their true
 attention mass. Measured in one dense pass, so that a layer is not blamed for the layers below it. Where a
-tile of queries shares a choice, the oracle still chooses for each query, as many blocks as its tile attends: it
-bounds the mass, and the recall of blocks says how far the queries of a tile differ.
+tile of queries shares a choice, the oracle still chooses for each query, as many blocks as its tile attends:
+it bounds the mass, and the recall of blocks says how far the queries of a tile differ.
 """
 
 from __future__ import annotations
