@@ -66,7 +66,7 @@ def dense_attention(
     whole = whole or sequences is None
     if whole and q_len == kv_len:
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
+            q, k, v, is_causal=True, scale=scale, enable_gqa=bool(num_heads != num_kv_heads)
         )
         return out.transpose(1, 2)
     group_size = num_heads // num_kv_heads
