@@ -242,7 +242,7 @@ def _refuse_unsupported(dropout: float, q_len: int, kv_len: int, kwargs: dict[st
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, tensors in its dtype, as torch's own attention does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -16,6 +16,7 @@ from moba_hf.config import NAME
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.rope import whole_prompt
 
 
 @torch.no_grad()
@@ -52,7 +53,8 @@ def prefill(
 
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a cache under both names,
-            or one that holds the whole prompt or, being static, has not a slot for every token.
+            or one that holds the whole prompt, holds tokens rotated by other frequencies (`hf.rope`), or is
+            static and has not a slot for every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -73,7 +75,9 @@ def prefill(
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
     hidden = not (progress and _is_first_process())
-    with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
+    longest = length if position_ids is None else int(position_ids.max()) + 1
+    bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
+    with whole_prompt(model, longest, seen), bar:
         for count in chunks:
             end = seen + count
             model(

@@ -89,8 +89,8 @@ def moba_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit; the message says which.
-        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an integer; a list
-            or array where a tensor belongs.
+        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an integer; a
+            list or array where a tensor belongs.
         NotImplementedError: a derivative in forward mode, which the reference alone has.
     """
     _check_packed(q, k, v)
@@ -218,7 +218,7 @@ def attention(
 
 
 def _shortened(rule: LayerConfig, longest: int) -> LayerConfig:
-    """A rule that chooses the same in sequences of at most `longest` keys, with no more blocks than they have."""
+    """What `rule` chooses in sequences of at most `longest` keys, with no more blocks than they have."""
     blocks = max(1, -(-longest // rule.block_size))
     if rule.topk <= blocks:
         return rule
@@ -232,8 +232,8 @@ def _check_size(q: Tensor, topk: int, blocks: int) -> None:
     size = 4 * q.shape[0] * q.shape[1] * topk
     if size > _MOST_CHOICE:
         raise ValueError(
-            f"topk={topk} makes a choice of {size / 2**30:,.0f} GiB for {q.shape[0]} queries and {q.shape[1]} "
-            f"heads, but the longest sequence has {blocks} blocks: lower topk to that"
+            f"topk={topk} makes a choice of {size / 2**30:,.0f} GiB for {q.shape[0]} queries and "
+            f"{q.shape[1]} heads, but the longest sequence has {blocks} blocks: lower topk to that"
         )
 
 
@@ -243,8 +243,8 @@ def _refuse_tangents(*tensors: Tensor) -> None:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            "MoBA has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp): use reverse mode "
-            '(backward, torch.func.vjp), or backend="reference" for short sequences'
+            "MoBA has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp): use reverse "
+            'mode (backward, torch.func.vjp), or backend="reference" for short sequences'
         )
 
 
