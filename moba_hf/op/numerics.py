@@ -36,7 +36,7 @@ def _lowers_matmuls(device: torch.device) -> bool:
     if backend is None:
         return False
     switch = getattr(backend, "matmul", None)
-    if not hasattr(switch, "fp32_precision"):  # torch before 2.9
+    if switch is None or not hasattr(switch, "fp32_precision"):  # torch before 2.9
         return torch.get_float32_matmul_precision() != "highest"
     return switch.fp32_precision not in ("none", "ieee")
 
