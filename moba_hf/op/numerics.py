@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -76,6 +77,13 @@ def _widened(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return [_widened(each) for each in x]
     return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode AD follows any of them."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def plain_int(value: Any) -> Any:

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 
 from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import GATES
-from moba_hf.op.numerics import check_int, default_scale, plain_int
+from moba_hf.op.numerics import check_int, default_scale, has_tangent, plain_int
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
@@ -239,9 +238,7 @@ def _check_size(q: Tensor, topk: int, blocks: int) -> None:
 
 def _refuse_tangents(*tensors: Tensor) -> None:
     """Raises NotImplementedError where forward-mode AD asks for a derivative, which would be lost."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if has_tangent(*tensors):
         raise NotImplementedError(
             "MoBA has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp): use reverse "
             'mode (backward, torch.func.vjp), or backend="reference" for short sequences'

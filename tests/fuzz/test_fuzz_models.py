@@ -39,8 +39,8 @@ class Draw:
         sink, local = pick([0, 0, 1, 2]), pick([0, 0, 1])
         layers = self.random.randint(1, 3)
         self.settings = {
-            "block_size": pick([1, 2, 3, 4, 8, 16]),
-            "topk": 1 + sink + local + pick([0, 1, 2, 50]),
+            "block_size": pick([1, 2, 3, 4, 6, 16]),
+            "topk": 1 + sink + local + pick([0, 1, 2, 3, 50]),
             "sink_blocks": sink,
             "local_blocks": local,
             "gate": pick(["mean", "mean", "mass"]),
@@ -58,7 +58,7 @@ class Draw:
         self.config = MobaConfig.from_dict(self.settings)
         self.model = tiny_model(self.family, self.config, seed=seed, **sizes).double()
         generator = torch.Generator().manual_seed(seed)
-        lengths = [self.random.randint(2, 30) for _ in range(self.random.randint(1, 3))]
+        lengths = [self.random.randint(2, 40) for _ in range(self.random.randint(1, 3))]
         self.texts = [torch.randint(2, 96, (n,), generator=generator) for n in lengths]
 
     def __str__(self) -> str:
