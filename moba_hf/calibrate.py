@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moba_hf.checkpoints.convert import check_config, read_model_config, with_moba
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
 from moba_hf.evaluate.passes import family_of, identity_of

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from moba_hf.checkpoints.convert import read_model_config
+from moba_hf.checkpoints.load import find_source
+from moba_hf.checkpoints.model_config import read_model_config
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.gates import GATES
@@ -158,17 +159,19 @@ def inspect_config(
 def inspect_checkpoint(src: str | Path, moba: MobaConfig | None = None) -> Inspection:
     """`inspect_config` of a folder with config.json, or of that file; nothing else in it is read.
 
+    "owner/name" is looked for in the Hugging Face cache, where there is no such path.
+
     Raises:
         ValueError: config.json is missing or damaged, or what `inspect_config` raises.
     """
-    path = Path(src)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder with a config.json")
+    path = find_source(src)
     folder = path.parent if path.name == "config.json" and path.is_file() else path
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder with a config.json")
     _, config = read_model_config(folder)
     try:
         return inspect_config(config, moba)
-    except TypeError as error:  # settings in config.json of a wrong type
+    except Exception as error:  # what a config can do wrong has no common class
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 

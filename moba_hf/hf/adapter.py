@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # model_type of a text config -> "module:class" under moba_hf.patches
 _BUILT_IN = {
+    "gemma3_text": "gemma:Gemma3Adapter",
     "llama": "llama:LlamaAdapter",
     "ministral": "mistral:MinistralAdapter",
     "ministral3": "mistral:MistralAdapter",
@@ -48,6 +49,7 @@ _BUILT_IN = {
 _MLA = "it uses multi-head latent attention, whose cache holds no keys to take block means of"
 _SPARSE = "its attention is sparse already: its own indexer chooses the keys of every query"
 _REFUSED = {
+    "gemma3": "its image tokens attend later tokens of their image; load the text model alone (gemma3_text)",
     "mistral4": _MLA,
     "mistral_large4": _SPARSE,
     "mistral_large4_text": _SPARSE,
