@@ -14,11 +14,15 @@ import typer
 from moba_hf_cli.options import (
     AsJson,
     BlockSize,
+    DenseBelow,
     FullLayers,
     Gate,
     LocalBlocks,
     Preset,
+    SampleRows,
     SinkBlocks,
+    Threshold,
+    Tile,
     Topk,
     TrustRemoteCode,
     load_package,
@@ -53,6 +57,10 @@ def convert(
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -71,7 +79,19 @@ def convert(
     ] = None,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
-    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    config = settings(
+        preset,
+        full_attention_layers,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     quiet()
     from moba_hf.checkpoints.convert import convert_checkpoint
     from moba_hf.config import DEFAULT_PRESET, MobaConfig
@@ -81,8 +101,7 @@ def convert(
         config = MobaConfig.from_preset(DEFAULT_PRESET)
     chosen = None if dtype is None else dtype.value
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
-    values = ("block_size", "topk") if config.tile == 1 else ("block_size", "tile", "threshold")
-    print(f"{shown(made)}: converted; " + ", ".join(f"{name} {getattr(config, name)}" for name in values))
+    print(f"{shown(made)}: converted; {config.in_words()}")
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
@@ -117,6 +136,10 @@ def inspect_model(
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -124,8 +147,20 @@ def inspect_model(
     as_json: AsJson = False,
 ) -> None:
     """Show what each layer would do and cost; settings from the config unless options give others."""
-    numbers = (block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
-    config = settings(preset, *numbers, load=load_package_alone)
+    config = settings(
+        preset,
+        full_attention_layers,
+        load=load_package_alone,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     quiet()
     from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 
@@ -138,12 +173,26 @@ def generate(
     prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    gate: Gate = None,
+    full_attention_layers: FullLayers = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the model's chat template, as a question.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
     dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
     chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+    dense_tail: Annotated[
+        int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
+    ] = 128,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
@@ -151,8 +200,21 @@ def generate(
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)
+    config = settings(
+        preset,
+        full_attention_layers,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     quiet()
-    model, tokenizer = generation.load(dst, dtype.value, trust_remote_code=trust_remote_code)
+    model, tokenizer = generation.load(dst, dtype.value, config, trust_remote_code=trust_remote_code)
     ids = generation.encode(model, tokenizer, text, chat=chat)
     if not chat and getattr(tokenizer, "chat_template", None):
         print("moba-hf: the model has a chat template, which --chat puts the text into", file=sys.stderr)
@@ -163,7 +225,8 @@ def generate(
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
             streamer = generation.text_streamer(tokenizer)
-            result = function(model, ids, max_new_tokens, chunk=chunk, streamer=streamer, on_prefill=advance)
+            more = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
+            result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
     if compare:
         print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))

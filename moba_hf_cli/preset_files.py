@@ -15,6 +15,8 @@ _DEFAULTS: dict[str, Any] = {
     "gate": "mean",
     "tile": 1,
     "threshold": None,
+    "sample": 1,
+    "dense_below": 0,
     "full_attention_layers": [],
 }
 

@@ -13,13 +13,18 @@ import typer
 from moba_hf_cli.options import (
     AsJson,
     BlockSize,
+    DenseBelow,
     Gate,
     LocalBlocks,
+    SampleRows,
     SinkBlocks,
+    Threshold,
+    Tile,
     Topk,
     TrustRemoteCode,
     load_package,
     quiet,
+    settings,
     shown,
 )
 from moba_hf_cli.preset_files import check_preset
@@ -35,6 +40,10 @@ def evaluate(
     preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -59,25 +68,29 @@ def evaluate(
     for name in preset or ():
         check_preset(name)
     _check_folder(out, store)
-    load_package()
+    given = settings(
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     quiet()
     from moba_hf.evaluate import run
 
-    numbers = {
-        "block_size": block_size,
-        "topk": topk,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-        "gate": gate,
-    }
+    named = run.presets_of(preset or [], given)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
-    settings = run.settings_of(loaded, preset or [], numbers)
+    wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
     result = run.evaluate(
         loaded,
         tokenizer,
         texts,
-        settings,
+        wanted,
         measures=measure or ["perplexity"],
         tasks=task or [],
         task_lengths=task_length or [length],
