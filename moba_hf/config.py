@@ -11,11 +11,15 @@ from typing import Any
 
 from moba_hf.op.backend_table import check_backend
 from moba_hf.op.gates import GATES
+from moba_hf.op.numerics import check_int
+from moba_hf.op.shared_rule import SharedRule
 
 # Names of the original MoBA release, read by `from_dict`.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
+# Those that only a choice shared by a tile of queries has, and what they are without one.
+_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "dense_below": 0}
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
@@ -49,6 +53,16 @@ class LayerConfig:
         """The most keys a query attends: `topk * block_size`."""
         return self.block_size * self.topk
 
+    @property
+    def dense_len(self) -> int:
+        """Sequences of at most so many tokens are attended in full."""
+        return self.max_keys
+
+    @property
+    def forced_blocks(self) -> int:
+        """Blocks that a query always attends; the least `topk`."""
+        return 1 + self.sink_blocks + self.local_blocks
+
     def to_dict(self) -> dict[str, Any]:
         """The rule as the keywords of `moba_attention` and `select_blocks`."""
         return {name: getattr(self, name) for name in _LAYER_FIELDS}
@@ -63,13 +77,60 @@ class LayerConfig:
         return own + earlier_keys
 
 
+Rule = LayerConfig | SharedRule
+
+
+def make_rule(
+    block_size: int,
+    topk: int | None = None,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    gate: str = "mean",
+    tile: int = 1,
+    threshold: float | None = None,
+    dense_below: int = 0,
+) -> Rule:
+    """The rule that settings name: the paper's where `tile` is 1, else one that `tile` queries share.
+
+    Raises:
+        ValueError: values out of range, or that belong to the other rule. TypeError: values of a wrong type.
+    """
+    check_int("tile", tile, minimum=1)
+    if tile == 1:
+        for name, value in (("threshold", threshold), ("dense_below", dense_below)):
+            if value:
+                raise ValueError(
+                    f"{name}={value} needs tile > 1: a query that chooses for itself takes topk blocks"
+                )
+        if topk is None:
+            raise ValueError("topk is missing: with tile=1 every query attends topk blocks")
+        return LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
+    if gate != "mass":
+        raise ValueError(f"tile={tile} shares a choice by mass: set gate='mass', not {gate!r}")
+    if threshold is None:
+        raise ValueError(
+            f"threshold is missing: with tile={tile} blocks are taken that have at least so many times the "
+            "largest mass"
+        )
+    return SharedRule(
+        block_size,
+        tile,
+        threshold,
+        topk=topk,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        dense_below=dense_below,
+    )
+
+
 @dataclass(frozen=True)
 class MobaConfig:
     """MoBA settings of a model (arXiv 2502.13189); stored as `config.moba` of its text config.
 
     Attributes:
         block_size: tokens in a block, at least 1.
-        topk: blocks a query attends in all, its own included, at least `1 + sink_blocks + local_blocks`.
+        topk: blocks a query attends in all, its own included, at least `1 + sink_blocks + local_blocks`. With
+            `tile` > 1: the most blocks that a tile attends; None: no such limit.
         sink_blocks: first blocks of the sequence that every query attends (0 in the paper).
         local_blocks: blocks just before a query's own that it always attends (0 in the paper).
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
@@ -81,27 +142,35 @@ class MobaConfig:
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
-            `sink_blocks`, `local_blocks`, `gate` for that layer. Mappings are accepted and normalised.
+            `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `dense_below` for that layer.
+            Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
             mass, see `moba_hf.op.gates`; better for models never trained with MoBA).
+        tile: neighbouring queries of a head that share one choice of blocks, a multiple or a divisor of
+            `block_size`; not the paper's MoBA, see `moba_hf.op.shared`. 1: every query chooses for itself.
+        threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended; in (0, 1).
+        dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
 
     Raises:
         ValueError: a value out of range. TypeError: a value of the wrong type.
     """
 
     block_size: int
-    topk: int
+    topk: int | None = None
     sink_blocks: int = 0
     local_blocks: int = 0
     full_attention_layers: tuple[int, ...] = ()
     decode: str = "full"
     decode_max_len: int = 1
     backend: str = "auto"
-    layers: tuple[tuple[int, tuple[tuple[str, int | str], ...]], ...] = field(default=())
+    layers: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = field(default=())
     gate: str = "mean"
+    tile: int = 1
+    threshold: float | None = None
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
-        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
+        _ = self._base  # which raises
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         if self.decode not in _DECODE:
@@ -109,19 +178,25 @@ class MobaConfig:
         check_int("decode_max_len", self.decode_max_len, minimum=1)
         check_backend(self.backend)
         for layer in [self._base, *(self._override(pairs) for _, pairs in self.layers)]:
-            if self.decode_max_len > layer.max_keys:
+            if self.decode_max_len > layer.dense_len:
+                what = "topk * block_size" if isinstance(layer, LayerConfig) else "dense_below and tile"
                 raise ValueError(
-                    f"decode_max_len={self.decode_max_len} exceeds topk * block_size = {layer.max_keys}; "
+                    f"decode_max_len={self.decode_max_len} exceeds {what} = {layer.dense_len}; "
                     "such a call is prefill, so lower decode_max_len"
                 )
 
     @property
-    def _base(self) -> LayerConfig:
-        return LayerConfig(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
+    def _base(self) -> Rule:
+        return make_rule(**self._values)
 
-    def _override(self, pairs: tuple[tuple[str, int | str], ...]) -> LayerConfig:
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*_LAYER_FIELDS, *_SHARED_FIELDS)}
+
+    def _override(self, pairs: tuple[tuple[str, Any], ...]) -> Rule:
         values: dict[str, Any] = dict(pairs)
-        return dataclasses.replace(self._base, **values)
+        own = values.get("tile") == 1  # then what only a shared choice has is not passed down
+        return make_rule(**{**self._values, **(_SHARED_FIELDS if own else {}), **values})
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError when a layer index does not exist in a model of `num_layers` layers."""
@@ -137,7 +212,7 @@ class MobaConfig:
             if index < 0 and index + num_layers in overridden:
                 raise ValueError(f"layers names layer {index + num_layers} twice, also as {index}")
 
-    def for_layer(self, layer_idx: int, num_layers: int) -> LayerConfig | None:
+    def for_layer(self, layer_idx: int, num_layers: int) -> Rule | None:
         """The rule of layer `layer_idx` (from 0) in a model of `num_layers`; None: full attention."""
         self.check_layers(num_layers)
         if layer_idx in {index % num_layers for index in self.full_attention_layers}:
@@ -150,18 +225,22 @@ class MobaConfig:
     def key_budget(self, length: int, num_layers: int) -> float:
         """Mean over layers of `min(1, topk * block_size / length)`; a full layer counts 1.
 
+        A layer with a shared choice counts the most that it may attend, 1 without a `topk`.
+
         Args:
             length: tokens of the sequence.
             num_layers: layers of the model.
         """
         check_int("length", length, minimum=1)
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
-        return sum(1.0 if r is None else min(1.0, r.max_keys / length) for r in rules) / num_layers
+        most = [length if r is None or r.max_keys is None else r.max_keys for r in rules]
+        return sum(min(1.0, keys / length) for keys in most) / num_layers
 
     def pair_share(self, length: int, num_layers: int) -> float:
         """Mean over layers of attended (query, key) pairs over those of dense causal attention.
 
-        Larger than the key budget: a causal query at position t has only t keys to leave out.
+        Larger than the key budget: a causal query at position t has only t keys to leave out. A layer with a
+        shared choice counts the most that it may attend.
         """
         dense = length * (length + 1) // 2
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
@@ -173,8 +252,10 @@ class MobaConfig:
         Forced blocks stay as many, and no topk falls below what they need.
         """
 
-        def topk(rule: LayerConfig) -> int:
-            return max(1 + rule.sink_blocks + rule.local_blocks, round(rule.topk * new_length / length))
+        def topk(rule: Rule) -> int | None:
+            if rule.topk is None:
+                return None
+            return max(rule.forced_blocks, round(rule.topk * new_length / length))
 
         layers = {i: {**dict(pairs), "topk": topk(self._override(pairs))} for i, pairs in self.layers}
         return dataclasses.replace(self, topk=topk(self._base), layers=layers)  # type: ignore[arg-type]
@@ -207,14 +288,17 @@ class MobaConfig:
         unknown = sorted(str(key) for key in named if key not in known)
         if unknown:
             raise ValueError(f"unknown MoBA settings: {', '.join(unknown)}; known are {', '.join(known)}")
-        missing = [name for name in ("block_size", "topk") if name not in named]
+        needed = ("block_size", "topk") if named.get("tile", 1) == 1 else ("block_size", "threshold")
+        missing = [name for name in needed if name not in named]
         if missing:
             raise ValueError(f"a MoBA config needs {' and '.join(missing)}")
         return cls(**named)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values that `from_dict` reads back; without `backend`."""
+        """JSON-ready values that `from_dict` reads back; without `backend`, nor what only `tile` > 1 has."""
+        shared = {name: getattr(self, name) for name in _SHARED_FIELDS} if self.tile > 1 else {}
         return {
+            **shared,
             "block_size": self.block_size,
             "topk": self.topk,
             "sink_blocks": self.sink_blocks,
@@ -257,14 +341,6 @@ def read_preset(name: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def check_int(name: str, value: object, *, minimum: int) -> None:
-    """Raises TypeError unless `value` is an int, ValueError where it is below `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
 def _int_tuple(values: object) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"full_attention_layers must be a list of ints, got {values!r}")
@@ -275,7 +351,7 @@ def _int_tuple(values: object) -> tuple[int, ...]:
     return result
 
 
-def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int | str], ...]], ...]:
+def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]:
     """Sorted `(index, ((name, value), ...))` pairs from a mapping (JSON keys are strings) or pairs."""
     try:
         pairs_of = layers.items() if isinstance(layers, Mapping) else [*layers]
@@ -290,10 +366,11 @@ def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, int | st
             index = int(str(key))  # so that 1.5 and True are no indices
         except ValueError:
             raise ValueError(f"layers is keyed by layer index, got {key!r}") from None
-        unknown = sorted(set(pairs) - set(_LAYER_FIELDS))
+        unknown = sorted(set(pairs) - {*_LAYER_FIELDS, *_SHARED_FIELDS})
         if unknown:
             raise ValueError(
-                f"layer {index} overrides {', '.join(unknown)}; it may set {', '.join(_LAYER_FIELDS)}"
+                f"layer {index} overrides {', '.join(unknown)}; it may set "
+                f"{', '.join([*_LAYER_FIELDS, *_SHARED_FIELDS])}"
             )
         result.append((index, tuple(sorted(pairs.items()))))
     if len({index for index, _ in result}) != len(result):

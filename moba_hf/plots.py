@@ -278,6 +278,8 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
     rule = moba_config(text_config).for_layer(layer, adapter.num_layers(text_config))
     if rule is None:
         raise ValueError(f"layer {layer} keeps full attention")
+    if not isinstance(rule, LayerConfig):
+        raise ValueError(f"layer {layer} shares a choice between queries (tile={rule.tile}): not drawn yet")
     seen: list[Tensor] = []
 
     def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, _scale: float) -> None:

@@ -68,7 +68,7 @@ class TestValues:
             ({"block_size": 64.0}, "block_size must be an int, got 64.0"),
             ({"block_size": "64"}, "block_size must be an int, got '64'"),
             ({"topk": True}, "topk must be an int, got True"),
-            ({"topk": None}, "topk must be an int, got None"),
+            ({"topk": 2.0}, "topk must be an int, got 2.0"),
             ({"decode_max_len": 1.5}, "decode_max_len must be an int"),
             ({"backend": 3}, "backend must be a string, got 3"),
             ({"full_attention_layers": 3}, "full_attention_layers must be a list of ints, got 3"),

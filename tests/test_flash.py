@@ -15,10 +15,10 @@ import torch
 from moba_cases import batched_moba_attention
 from torch import Tensor
 
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.config import LayerConfig
 from moba_hf.op import backends, flash, ops
 from moba_hf.op.block_means import block_means_of
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 
 RAGGED = [(50, 70), (0, 5), (33, 33), (0, 0), (1, 77)]
 CASES = {

@@ -29,13 +29,15 @@ LAYERS = [
     {"hf.attention"},
     {"hf.layer_plan", "hf.rows"},
     {"hf.loading"},
-    {"hf.adapter", "hf.cache", "hf.spans", "op.dense"},
-    {"op.ops"},
-    {"op.block_means"},
+    {"hf.adapter", "hf.cache", "hf.cache_names", "hf.spans", "op.dense"},
+    {"op.ops", "op.checks"},
+    {"op.block_means", "op.shared_ops"},
     {"op.operators"},
     {"op.triton_backend", "op.flash"},
     {"op.backends"},
-    {"kernels", "op.portable", "op.portable_decode"},
+    {"op.shared_backends"},
+    {"kernels", "op.portable", "op.portable_decode", "op.shared_portable", "op.shared_reference"},
+    {"op.shared"},
     {"op.reference", "op.sequences"},
     {"hf.parallel"},
     {
@@ -45,7 +47,7 @@ LAYERS = [
         "checkpoints.context_length",
     },
     {"config"},
-    {"op.backend_table", "op.gates"},
+    {"op.backend_table", "op.gates", "op.shared_rule"},
     {"op.numerics", "op.registry"},
 ]
 # Packages whose modules have layers of their own; other packages are one part.

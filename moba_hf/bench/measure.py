@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moba_hf.bench import peers, report
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.bench.rows import FIGURES, HEAD_DIM, ROWS, TINY, Figure, M, Row
 from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 from moba_hf.op.ops import moba_attention
 
 # Dense attention too long to be measured whole is measured on this part of the queries.
@@ -37,7 +37,7 @@ class Options:
         stages, dense: also time the stages, the dense baselines.
         dense_limit: longest dense baseline, tokens.
         flash: also prove and time the backend "flash_attn".
-        workspace: GiB of the forward's workspace; None: `tuning.WORKSPACE`.
+        workspace: GiB of the forward's workspace; None: `budgets.WORKSPACE`.
         tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
         out: folder of the results.
     """
@@ -71,7 +71,7 @@ def run(options: Options) -> bool:
     Raises:
         ValueError: no GPU, and not the tiny case.
     """
-    from moba_hf.kernels import tuning
+    from moba_hf.kernels import budgets
     from moba_hf.kernels.launch import INTERPRETED
 
     if options.tiny:
@@ -80,13 +80,13 @@ def run(options: Options) -> bool:
         return problem is None
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
-    before = tuning.WORKSPACE
+    before = budgets.WORKSPACE
     if options.workspace is not None:
-        tuning.WORKSPACE = int(options.workspace * GIB)
+        budgets.WORKSPACE = int(options.workspace * GIB)
     try:
         return _run_figure(options) if options.figure is not None else _run_rows(options)
     finally:
-        tuning.WORKSPACE = before
+        budgets.WORKSPACE = before
 
 
 def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
@@ -178,7 +178,6 @@ def _measure(
     q, k, v = inputs(row)
     result: dict[str, Any] = {"row": row.name, "tokens": row.length}
     result |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
-    result |= {"reach_ms": row.reach, "aim_ms": row.aim}
     for backend in backends:
         result |= _operator(row, backend, q, k, v, options.repeats)
     own, chosen = attended_pairs(row)

@@ -63,23 +63,15 @@ def write_figure(
 
 
 def rows_table(results: Sequence[Result]) -> str:
-    """What was asked for: the operator beside dense attention."""
+    """The operator beside dense attention."""
     dense = [name for name in DENSE_NAMES if any(f"{name}_ms" in result for result in results)]
     flash = any("flash_backend_ms" in result for result in results)
-    head = ["tokens", "heads", "block/topk", "MoBA ms", "reach", "aim", "reached"]
+    head = ["tokens", "heads", "block/topk", "MoBA ms"]
     head += ["backend flash_attn ms"] * flash + [f"{DENSE_NAMES[name]} ms" for name in dense]
     head += ["over the best dense", "TFLOP/s", "GiB"]
     lines = []
     for result in results:
-        reached = (
-            "aim"
-            if result["ms"] <= result["aim_ms"]
-            else "yes"
-            if result["ms"] <= result["reach_ms"]
-            else "no"
-        )
         line = [f"{result['tokens']:,}", result["heads"], result["rule"], number(result["ms"])]
-        line += [f"{result['reach_ms']:g}", f"{result['aim_ms']:g}", reached]
         line += [number(result.get("flash_backend_ms"))] * flash
         line += [number(result.get(f"{name}_ms")) for name in dense]
         speedup = result.get("speedup")

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 # What a kernel's name holds, by stage, the first that fits; the rest is "other": fills and small sums.
 _NAMES = {
-    "plan": ("_plan_kernel", "_tile_table_kernel"),
+    "tiling": ("_tiling_kernel", "_tile_table_kernel"),
     "means": ("_block_mean_kernel", "_update_means_kernel"),
-    "gate": ("_gate_fwd_kernel", "_gate_rest_kernel"),
+    "gate": ("gate_fwd_kernel", "gate_rest_kernel"),
     "own": ("own_kernel",),
     "keys": ("_pair_key_kernel",),
     "route": ("_tile_info_kernel", "sort", "Sort", "searchsorted", "scan", "Scan"),

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moba_hf.config import check_int
+from moba_hf.op.numerics import check_int
 
 ROPES = ("theta", "linear", "yarn")
 _FULL = "full_attention"

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from moba_hf.checkpoints.convert import read_model_config
-from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.gates import GATES
+from moba_hf.op.shared_rule import SharedRule
 
 LENGTHS = (8192, 32768, 131072, 1048576)
 
@@ -34,7 +35,7 @@ class LayerRow:
 
     index: int
     kind: str
-    rule: LayerConfig | None
+    rule: Rule | None
     why: str
     key_limit: int | None
 
@@ -50,8 +51,10 @@ class LayerRow:
 
     def gate_pairs(self, length: int) -> int:
         """(query, vector) products of the gate; 0 where the rule covers the prompt."""
-        if self.rule is None or self.rule.max_keys >= length:
+        if self.rule is None or self.rule.dense_len >= length:
             return 0
+        if isinstance(self.rule, SharedRule):
+            return _shared_gate_pairs(self.rule, length)
         blocks, rest = divmod(length, self.rule.block_size)
         scores = self.rule.block_size * (blocks * (blocks - 1) // 2) + rest * blocks
         return scores * GATES[self.rule.gate].vectors(self.rule.block_size)
@@ -63,7 +66,8 @@ class LengthRow:
 
     Attributes:
         tokens: its length.
-        key_budget: mean over the layers that attend keys of the share of `tokens` that a query may attend.
+        key_budget: mean over the layers that attend keys of the share of `tokens` that a query may attend:
+            with a shared choice the most, what is attended depends on the text.
         pair_share: attended (query, key) pairs over those of dense causal attention in the same layers.
         dense_flops, moba_flops: attention FLOPs of the whole prefill without and with MoBA, 2 per
             multiply-add; `moba_flops` counts the gate.
@@ -185,8 +189,20 @@ def _layer_row(adapter: Adapter, config: Any, moba: MobaConfig, index: int) -> L
     kept = [("sink", rule.sink_blocks), ("local", rule.local_blocks)]
     words = "".join(f", {count} {name}" for name, count in kept if count)
     gate = GATES[rule.gate].words
+    if isinstance(rule, SharedRule):
+        most = "" if rule.topk is None else f", at most {rule.topk}"
+        dense = f", all below {rule.dense_below:,}" if rule.dense_below else ""
+        why = f"blocks of {rule.block_size} shared by {rule.tile} queries, threshold {rule.threshold:g}"
+        return LayerRow(index, "moba", rule, f"{why}{most}{words}{dense}", rule.max_keys)
     why = f"{rule.topk} blocks of {rule.block_size}{words}{gate and f', {gate}'}"
     return LayerRow(index, "moba", rule, why, rule.max_keys)
+
+
+def _shared_gate_pairs(rule: SharedRule, length: int) -> int:
+    """(sampled query, vector) products that score blocks for tiles."""
+    tiles = range(rule.dense_below, length, rule.tile)
+    scores = sum(-(-min(rule.tile, length - t) // rule.sample) * (t // rule.block_size) for t in tiles)
+    return scores * GATES["mass"].vectors(rule.block_size)
 
 
 def _length_row(layers: tuple[LayerRow, ...], shape: _Shape, length: int) -> LengthRow:
@@ -245,6 +261,11 @@ def describe(inspection: Inspection) -> str:
             right=True,
         ),
     ]
+    if any(isinstance(row.rule, SharedRule) for row in inspection.layers):
+        lines += [
+            "",
+            "Shared choices follow the text: their shares are the most that it may ask for.",
+        ]
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
     return "\n".join(lines)

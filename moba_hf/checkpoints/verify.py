@@ -242,10 +242,10 @@ def _check_logits(model: Any, target: _Target) -> str:
 
 
 def _prompt_length(target: _Target, text: Any) -> int:
-    """Tokens that `topk` blocks cover in every MoBA layer."""
+    """Tokens that every MoBA layer attends in full."""
     layers = target.adapter.num_layers(text)
     rules = [target.moba.for_layer(i, layers) for i in range(layers)]
-    limits = [rule.max_keys for rule in rules if rule is not None]
+    limits = [rule.dense_len for rule in rules if rule is not None]
     return min([_PROMPT, *limits, getattr(text, "max_position_embeddings", None) or _PROMPT])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
 from moba_hf.op.ops import select_blocks
+from moba_hf.op.shared_rule import SharedRule
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def recall(model: Any, ids: Tensor, config: MobaConfig, *, samples: int = 128, s
 
     def probe(layer: int, _: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         rule = config.for_layer(layer, num_layers)
+        if isinstance(rule, SharedRule):
+            raise ValueError("recall is defined for queries that choose for themselves: tile must be 1")
         if rule is not None:
             rows[layer] = layer_recall(q, k, positions.to(q.device), rule, scale)
 

@@ -66,10 +66,13 @@ class Adapter:
         text_config_key: name of the text config inside the model's config; None: it is the config itself.
             A text config has a model_type of its own, under which its adapter is looked up as well.
         window_everywhere: a `sliding_window` in the config holds for every layer.
+        rotary_pairs: how rotary embedding pairs the coordinates of a head: "halves" (d with d + D/2), or
+            "neighbours" (2d with 2d + 1).
     """
 
     text_config_key: ClassVar[str | None] = None
     window_everywhere: ClassVar[bool] = False
+    rotary_pairs: ClassVar[str] = "halves"
 
     def text_config(self, config: Any) -> Any:
         """The text config inside `config`, which may be a dict; that config itself where it is one."""

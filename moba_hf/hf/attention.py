@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
-from moba_hf.config import NAME, LayerConfig
+from moba_hf.config import NAME, LayerConfig, Rule
 from moba_hf.hf.cache import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
@@ -24,6 +24,7 @@ from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attentio
 from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, check_tensors
+from moba_hf.op.shared_rule import SharedRule
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -143,9 +144,10 @@ def _attend(
     """
     query, key, value = qkv
     q_len, kv_len = query.shape[2], key.shape[2]
-    sequences, rule = layout.sequences, plan.rule
+    sequences = layout.sequences
+    rule: Rule | None = plan.rule
     longest = sequences.max_seqlen_k if layout.packed else kv_len
-    if rule is not None and (q_len <= plan.full_len or plan.max_keys >= longest):
+    if rule is not None and (q_len <= plan.full_len or plan.dense_len >= longest):
         rule = None
     if rule is None and _needs_table(layout, query, kv_len):
         rule = LayerConfig(q_len, 1)  # one block holds any sequence: full attention, bounds on the device
@@ -153,7 +155,7 @@ def _attend(
     means = None
     if layer is not None and not layout.packed:
         layer.backend = backend
-        means = _cached_means(layer, plan, key, sequences.kv_start, sparse=rule is not None)
+        means = _cached_means(layer, plan, key, layout, sparse=rule is not None)
     if rule is None:
         if layout.spans is not None:
             return dense_packed_attention(query, key, value, scale, layout.spans, backend)
@@ -175,20 +177,25 @@ def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
     return padded and query.shape[2] == kv_len and query.device.type != "cpu"
 
 
-def _cached_means(
-    layer: Any, plan: LayerPlan, key: Tensor, kv_start: Tensor | None, *, sparse: bool
-) -> Tensor | None:
+def _cached_means(layer: Any, plan: LayerPlan, key: Tensor, layout: Layout, *, sparse: bool) -> Tensor | None:
     """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
 
     A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
     """
-    if plan.rule is None or plan.max_keys >= key.shape[2] or not (sparse or layer.is_compileable):
+    if (
+        plan.rule is None
+        or isinstance(plan.rule, SharedRule)
+        or plan.dense_len >= key.shape[2]
+        or not (sparse or layer.is_compileable)
+    ):
         return None
-    means: Tensor = layer.moba_means(key, kv_start, plan.rule.block_size)
+    # no constant of a compiled graph, which would be compiled again for every prompt
+    read = None if torch.compiler.is_compiling() else layout.starts
+    means: Tensor = layer.moba_means(key, layout.sequences.kv_start, plan.rule.block_size, read)
     return means
 
 
-def _warn_of_reads(rule: LayerConfig, block_means: Tensor | None) -> None:
+def _warn_of_reads(rule: Rule, block_means: Tensor | None) -> None:
     """Warns once where a decode step reads every cached key to score blocks."""
     if not GATES[rule.gate].scores_means:
         logger.warning_once(_SPARSE_BY_OTHER_GATE.format(rule.gate))

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from moba_hf.config import NAME, MobaConfig, check_int
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans, writable
+from moba_hf.op.numerics import check_int
+from moba_hf.op.shared_rule import SharedRule
 
 # Attribute by which a key tensor names the cache layer that it came from.
 LAYER_ATTRIBUTE = "moba_layer"
@@ -162,11 +164,17 @@ class MobaLayer(DynamicLayer):
             new[:, :, : self._length] = old[:, :, : self._length]
             self._buffers[i] = new
 
-    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+    def moba_means(
+        self,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        block_size: int,
+        starts_read: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
         assert self._buffers is not None
-        capacity, keys = self._buffers[0].shape[2], keys.detach()
-        return self.block_means.bring_up(keys, self._length, capacity, kv_start, block_size, self.backend)
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        return self.block_means.bring_up(keys.detach(), self._length, self._buffers[0].shape[2], *settings)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -299,10 +307,16 @@ class MobaStaticLayer(StaticLayer):
             return None
         return kernels
 
-    def moba_means(self, keys: Tensor, kv_start: Tensor | None, block_size: int) -> Tensor:
+    def moba_means(
+        self,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        block_size: int,
+        starts_read: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
-        length, capacity = self.cumulative_length, self.max_cache_len
-        return self.block_means.bring_up(keys.detach(), length, capacity, kv_start, block_size, self.backend)
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        return self.block_means.bring_up(keys.detach(), self.cumulative_length, self.max_cache_len, *settings)
 
     def activate_past_recording(self) -> None:
         """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""
@@ -381,7 +395,9 @@ def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
         return None
     moba = raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
     rule = moba.for_layer(layer_idx, int(text_config.num_hidden_layers))
-    return None if rule is None or rule.max_keys >= capacity else rule.block_size
+    if rule is None or isinstance(rule, SharedRule) or rule.dense_len >= capacity:
+        return None  # blocks are not chosen, or not by their means
+    return rule.block_size
 
 
 class use_moba_cache:

@@ -7,6 +7,7 @@ and is compiled again when the settings change, see `_resolve`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from moba_hf.config import DEFAULT_PRESET, LayerConfig, MobaConfig
+from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.registry import Registry
+from moba_hf.op.shared_rule import SharedRule
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -33,13 +35,13 @@ class LayerPlan:
         rule: the MoBA rule; None: full attention, also where `moba_hf.hf.patching.suspend_moba` says so.
         stock: why the layer keeps the stock implementation; None: it does not.
         full_len: calls of at most this many queries attend every key; 0: none do.
-        max_keys: the most keys a query attends under the rule.
+        dense_len: sequences of at most this many tokens are attended in full under the rule.
     """
 
-    rule: LayerConfig | None
+    rule: Rule | None
     stock: str | None
     full_len: int
-    max_keys: int = 0
+    dense_len: int = 0
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -59,12 +61,19 @@ def _settings_of(raw: Any) -> MobaConfig:
         return moba
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
-        f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} (block_size="
-        f"{moba.block_size}, topk={moba.topk}, sink_blocks={moba.sink_blocks}, local_blocks="
-        f"{moba.local_blocks}), which was measured at 8K tokens. Pass a MobaConfig to "
+        f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} "
+        f"({_in_words(moba)}), which was measured at 8K tokens. Pass a MobaConfig to "
         "moba_hf.patch_model, or set config.moba, to choose."
     )
     return moba
+
+
+def _in_words(moba: MobaConfig) -> str:
+    """The rule of a preset, as keywords."""
+    names = ["block_size", "topk", "sink_blocks", "local_blocks"]
+    if moba.tile > 1:
+        names = ["tile", "block_size", "threshold", "dense_below", "sink_blocks", "local_blocks"]
+    return ", ".join(f"{name}={getattr(moba, name)}" for name in names)
 
 
 def layer_plan(module: nn.Module) -> LayerPlan:
@@ -112,7 +121,8 @@ def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPla
     stock = adapter.stock_reason(config, layer_idx)
     if stock is not None and not adapter.eligible_layers(config):
         _warn_of_no_layer(config.model_type, stock)
-    plan: LayerPlan = getattr(_kept, _plan(settings, layer_idx, adapter.num_layers(config), stock, suspended))
+    facts = (adapter.num_layers(config), adapter.rotary_pairs)
+    plan: LayerPlan = getattr(_kept, _plan(settings, layer_idx, *facts, stock, suspended))
     return plan
 
 
@@ -134,11 +144,15 @@ def _warn_of_no_layer(model_type: str, stock: str) -> bool:
 
 
 @torch._dynamo.assume_constant_result
-def _plan(settings: str, layer_idx: int, num_layers: int, stock: str | None, suspended: bool) -> str:
+def _plan(
+    settings: str, layer_idx: int, num_layers: int, rotary_pairs: str, stock: str | None, suspended: bool
+) -> str:
     def make() -> LayerPlan:
         moba: MobaConfig = getattr(_kept, settings)
         rule = None if suspended else moba.for_layer(layer_idx, num_layers)
+        if isinstance(rule, SharedRule):
+            rule = dataclasses.replace(rule, rotary_pairs=rotary_pairs)
         full_len = moba.decode_max_len if moba.decode == "full" else 0
-        return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.max_keys)
+        return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.dense_len)
 
-    return _keep("plan", (settings, layer_idx, num_layers, stock, suspended), make)
+    return _keep("plan", (settings, layer_idx, num_layers, rotary_pairs, stock, suspended), make)

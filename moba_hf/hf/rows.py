@@ -55,11 +55,13 @@ class Layout:
         sequences: for the operator.
         whole: each batch row is one sequence of all keys and nothing is padding, so no mask is needed.
         spans: `(batch row, begin, end)` of packed sequences; None: not packed, or not read to the host.
+        starts: slot of each row's first real key; None: packed, or not read to the host.
     """
 
     sequences: Sequences
     whole: bool = False
     spans: list[list[int]] | None = None
+    starts: tuple[int, ...] | None = None
 
     @property
     def packed(self) -> bool:
@@ -224,7 +226,9 @@ class Rows:
         plain = self.given is None and isinstance(self.q_offset, int) and seen.end == self.kv_len
         kv_start = None if plain else self._copied(start)
         sequences = Sequences(self._copied(table.astype(np.int32)), self.q_len, self.kv_len, True, kv_start)
-        return Layout(sequences, whole=seen.end == self.kv_len and not seen.padded())
+        # a static cache never counts as whole, so that its graphs stay one
+        whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
+        return Layout(sequences, whole=whole, starts=tuple(start.tolist()))
 
     def _packed(self, spans: np.ndarray) -> Layout:
         table = self._copied(spans[:, [0, 1, 2, 1, 2]].astype(np.int32))

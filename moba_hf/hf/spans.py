@@ -114,7 +114,7 @@ def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
         if bound is not None and int(bound) < longest:
             raise ValueError(f"{name}={int(bound)} is below the longest packed sequence, {longest} tokens")
     named = np.arange(seen.q_len) < ends[-1]
-    if seen.padded() and not np.array_equal(seen.real, named[None]):
+    if seen.real is not None and not seen.real.all() and not np.array_equal(seen.real, named[None]):
         raise ValueError(
             f"cu_seq_lens_q names {ends[-1]} tokens from the first on, but the attention mask says that "
             "others are padding: pass one of the two, or a mask of ones for just these tokens"

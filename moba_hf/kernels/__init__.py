@@ -1,10 +1,11 @@
 """MoBA in Triton, forward and backward, one stage per file; imports need triton, and a GPU only to run.
 
-`select_blocks` (`select_blocks_by_mass` for the other gate), `attend` and `attend_backward` are the backend;
-`unsupported` says what they cannot take. The stages, usable alone: `plan` (numbering of tiles and blocks),
-`block_mean`, `gate`, `mass_summary`, `mass_gate`, `routing`, `own`, `routed`, `merge`; for a few queries
-`append`, `choose`, `decode`, `dense_decode`; of the backward `backward_rows`, `backward_routed`,
-`backward_own`; for Hopper `hopper` and its parts; `tuning` holds every tile choice.
+`select_blocks`, by either gate, `attend` and `attend_backward` are the backend;
+`unsupported` says what they cannot take. The stages, usable alone: `tiling` (numbering of tiles and blocks),
+`block_mean`, `mass_summary`, `gate` with `gate_kernels` and `gate_scores`, `routing`, `own`, `routed`,
+`merge`; for a few queries `append`, `choose`, `sparse_decode`, `dense_decode`; of the backward
+`backward_rows`, `backward_routed`, `backward_own`; for Hopper `hopper`. `layout` names the columns of tables,
+`tuning` holds every launch choice, `budgets` the sizes that follow from memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from moba_hf.kernels.dense_decode import dense_decode_attention
 from moba_hf.kernels.forward import attend
 from moba_hf.kernels.gate import select_blocks
 from moba_hf.kernels.launch import INTERPRETED
-from moba_hf.kernels.mass_gate import select_blocks_by_mass
 from moba_hf.kernels.tuning import DECODE_QUERIES as MAX_DECODE_QUERIES
 from moba_hf.kernels.tuning import unsupported_device
 
@@ -54,7 +54,6 @@ __all__ = [
     "choose_blocks",
     "dense_decode_attention",
     "select_blocks",
-    "select_blocks_by_mass",
     "unsupported",
     "update_block_means",
 ]

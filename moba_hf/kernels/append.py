@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import INTERPRETED, device_of, padded, rows_contiguous
+from moba_hf.kernels.layout import row_offset
 
 # Most rows (batch x HK x M) that one program should write.
 MAX_ROWS = 256
@@ -39,10 +41,10 @@ def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, val
             length,
             key_states,
             value_states,
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *key_states.stride()[:3],
-            *value_states.stride()[:3],
+            keys.stride()[:3],
+            values.stride()[:3],
+            key_states.stride()[:3],
+            value_states.stride()[:3],
             batch * num_kv_heads * count,
             num_kv_heads,
             count,
@@ -51,7 +53,7 @@ def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, val
             PADDED_DIM=padded(head_dim),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            ROWS=16,
+            ROWS=tuning.choices_for(keys).append_rows,
             num_warps=8,
         )
 
@@ -64,20 +66,16 @@ def _copy_rows(
     head,
     token,
     slot,
-    there,
-    to_stride_b,
-    to_stride_h,
-    to_stride_n,
-    from_stride_b,
-    from_stride_h,
-    from_stride_n,
+    mask,
+    to_strides,
+    from_strides,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     dim = tl.arange(0, PADDED)
-    mask = there[:, None] & (dim < DIM)[None, :]
-    source = batch * from_stride_b + head * from_stride_h + token * from_stride_n
-    target = batch * to_stride_b + head * to_stride_h + slot * to_stride_n
+    mask = mask[:, None] & (dim < DIM)[None, :]
+    source = row_offset(batch, head, token, from_strides)
+    target = row_offset(batch, head, slot, to_strides)
     states = tl.load(from_ptr + source[:, None] + dim[None, :], mask=mask)
     tl.store(to_ptr + target[:, None] + dim[None, :], states, mask=mask)
 
@@ -89,18 +87,10 @@ def _append_kernel(
     length_ptr,
     new_key_ptr,
     new_value_ptr,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    nk_stride_b,
-    nk_stride_h,
-    nk_stride_n,
-    nv_stride_b,
-    nv_stride_h,
-    nv_stride_n,
+    k_strides,
+    v_strides,
+    nk_strides,
+    nv_strides,
     rows,
     num_kv_heads,
     count,
@@ -120,14 +110,14 @@ def _append_kernel(
         token = (row % count).to(tl.int64)
         head = (row // count % num_kv_heads).to(tl.int64)
         batch = (row // count // num_kv_heads).to(tl.int64)
-        there = (row < rows) & (length + token < slots)
+        mask = (row < rows) & (length + token < slots)
         _copy_rows(
-            key_ptr, new_key_ptr, batch, head, token, length + token, there,
-            k_stride_b, k_stride_h, k_stride_n, nk_stride_b, nk_stride_h, nk_stride_n, HEAD_DIM, PADDED_DIM,
+            key_ptr, new_key_ptr, batch, head, token, length + token, mask,
+            k_strides, nk_strides, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
         _copy_rows(
-            value_ptr, new_value_ptr, batch, head, token, length + token, there,
-            v_stride_b, v_stride_h, v_stride_n, nv_stride_b, nv_stride_h, nv_stride_n, V_DIM, PADDED_V,
+            value_ptr, new_value_ptr, batch, head, token, length + token, mask,
+            v_strides, nv_strides, V_DIM, PADDED_V,
         )  # fmt: skip
     tl.debug_barrier()  # no warp may raise what another has yet to read
     tl.store(length_ptr, length + count)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import tuning
+from moba_hf.kernels import budgets, tuning
 from moba_hf.kernels.backward_own import own_dq, own_gradients
 from moba_hf.kernels.backward_routed import Rows, pair_dq, pair_gradients
 from moba_hf.kernels.backward_rows import row_stats, sum_partials
 from moba_hf.kernels.launch import padded, rows_contiguous
-from moba_hf.kernels.plan import Plan, head_split, make_plan
-from moba_hf.kernels.routing import ROUTE_ROWS, key_format, pair_keys, retile, route
+from moba_hf.kernels.routing import key_format, pair_keys, retile, route
+from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
+from moba_hf.kernels.tuning_backward import BackwardTiles, backward_tiles
 
 
 def attend_backward(
@@ -41,7 +42,7 @@ def attend_backward(
     softmax_scale: float,
     *,
     workspace: int | None = None,
-    tiles: tuning.BackwardTiles | None = None,
+    tiles: BackwardTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, contiguous, in their dtypes; 0 where nothing attends.
 
@@ -49,8 +50,8 @@ def attend_backward(
         grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
         q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale: as
             `forward.attend` took them. out, lse: what it returned.
-        workspace: bytes that pairs and sums of a group may take, None: `tuning.BACKWARD_WORKSPACE`.
-        tiles: None: by `tuning.backward_tiles`.
+        workspace: bytes that pairs and sums of a group may take, None: `budgets.BACKWARD_WORKSPACE`.
+        tiles: None: by `backward_tiles`.
     """
     q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
     batch, num_heads, q_len, head_dim = q.shape
@@ -60,18 +61,18 @@ def attend_backward(
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), grads[0], grads[1]
     if tiles is None:
         dims = (padded(head_dim), padded(v_dim))
-        tiles = tuning.backward_tiles(dims, q.element_size(), block_size, tuning.capability(q.device))
-    budget = tuning.BACKWARD_WORKSPACE if workspace is None else workspace
-    kv_heads, chunk_rows = tuning.backward_split(q, k, v, slots, budget)
+        tiles = backward_tiles(dims, q.element_size(), block_size, tuning.capability(q.device))
+    budget = budgets.BACKWARD_WORKSPACE if workspace is None else workspace
+    kv_heads, chunk_rows = budgets.backward_split(q, k, v, slots, budget)
     group_size = num_heads // num_kv_heads
-    _, tokens = head_split(group_size, ROUTE_ROWS)
-    plan = make_plan(
+    _, tokens = head_split(group_size, tuning.choices_for(q).route_rows)
+    tiling = make_tiling(
         q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=chunk_rows
     )
-    routed = slots > 0 and plan.num_blocks > 0
+    routed = slots > 0 and tiling.num_blocks > 0
     # the sum over pairs makes zeros of rows that no sequence covers; without one they are zero from the start
     grad_q = (torch.empty if routed else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    space = _Space(q, v, plan, kv_heads, group_size, slots, tiles) if routed else None
+    space = _Space(q, v, tiling, kv_heads, group_size, slots, tiles) if routed else None
     for first in range(0, num_kv_heads, kv_heads):
         kv = slice(first, min(num_kv_heads, first + kv_heads))
         heads = slice(kv.start * group_size, kv.stop * group_size)
@@ -79,7 +80,7 @@ def attend_backward(
         stats = row_stats(out[:, :, heads], grad, lse[:, heads], grad_lse[:, heads])
         rows = Rows(q[:, heads], k[:, kv], v[:, kv], grad, stats, softmax_scale)
         choice = block_indices[:, :, heads].contiguous()
-        _one_group(rows, choice, plan, tiles, space, grad_q[:, heads], grads[0][:, kv], grads[1][:, kv])
+        _one_group(rows, choice, tiling, tiles, space, grad_q[:, heads], grads[0][:, kv], grads[1][:, kv])
     return grad_q, grads[0], grads[1]
 
 
@@ -96,26 +97,26 @@ class _Space:
         self,
         q: Tensor,
         v: Tensor,
-        plan: Plan,
+        tiling: Tiling,
         kv_heads: int,
         group_size: int,
         slots: int,
-        tiles: tuning.BackwardTiles,
+        tiles: BackwardTiles,
     ) -> None:
         head_dim = q.shape[3]
-        shape = (plan.chunk_rows, kv_heads * group_size, slots, head_dim)
-        pairs, size = shape[0] * shape[1] * slots, plan.block_size * (head_dim + v.shape[3])
-        self.segment = tuning.segment_rows(plan.block_size, head_dim, v.shape[3], tiles.held.m)
+        shape = (tiling.chunk_rows, kv_heads * group_size, slots, head_dim)
+        pairs, size = shape[0] * shape[1] * slots, tiling.block_size * (head_dim + v.shape[3])
+        self.segment = budgets.segment_rows(tiling.block_size, head_dim, v.shape[3], tiles.held.m)
         self.partial = torch.empty(shape, dtype=q.dtype, device=q.device)
-        self.sums = torch.empty(kv_heads * plan.num_blocks, size, dtype=torch.float32, device=q.device)
+        self.sums = torch.empty(kv_heads * tiling.num_blocks, size, dtype=torch.float32, device=q.device)
         self.extra = torch.empty(max(1, pairs // self.segment), size, dtype=torch.float32, device=q.device)
 
 
 def _one_group(
     rows: Rows,
     choice: Tensor,
-    plan: Plan,
-    tiles: tuning.BackwardTiles,
+    tiling: Tiling,
+    tiles: BackwardTiles,
     space: _Space | None,
     grad_q: Tensor,
     grad_k: Tensor,
@@ -124,19 +125,19 @@ def _one_group(
     """Writes the gradients of one group of kv heads; `choice (batch, q_len, H, K)` contiguous."""
     sums = bin_begin = None
     if space is not None:
-        num_bins = grad_k.shape[1] * plan.num_blocks
-        sums, fresh = space.sums[:num_bins], plan.num_chunks == 1
+        num_bins = grad_k.shape[1] * tiling.num_blocks
+        sums, fresh = space.sums[:num_bins], tiling.num_chunks == 1
         if not fresh:
             sums.zero_()
-        for chunk in range(plan.num_chunks):
-            keys = pair_keys(choice, plan, chunk, grad_k.shape[1])
-            routes = route(keys, plan, grad_k.shape[1], space.segment)
-            first_row, slots = chunk * plan.chunk_rows, keys.shape[2]
+        for chunk in range(tiling.num_chunks):
+            keys = pair_keys(choice, tiling, chunk, grad_k.shape[1])
+            routes = route(keys, tiling, grad_k.shape[1], space.segment)
+            first_row, slots = chunk * tiling.chunk_rows, keys.shape[2]
             partial = space.partial.flatten()[: keys.numel() * grad_q.shape[3]]
-            whole = plan.block_size <= tiles.held.n  # one kernel gives dq too
+            whole = tiling.block_size <= tiles.held.n  # one kernel gives dq too
             pair_gradients(
                 rows,
-                plan,
+                tiling,
                 routes,
                 partial if whole else None,
                 sums,
@@ -147,11 +148,11 @@ def _one_group(
                 fresh,
             )
             if not whole:
-                pair_dq(rows, plan, retile(routes, plan, tiles.dq.m), partial, slots, first_row, tiles.dq)
+                pair_dq(rows, tiling, retile(routes, tiling, tiles.dq.m), partial, slots, first_row, tiles.dq)
             no_bin = num_bins + key_format(num_bins)[1]
             sum_partials(grad_q, partial, keys, no_bin, first_row)
             bin_begin = routes.bin_begin if fresh else None
-    whole = plan.block_size <= tiles.own.n
-    own_gradients(rows, plan, sums, bin_begin, grad_q if whole else None, grad_k, grad_v, tiles.own)
+    whole = tiling.block_size <= tiles.own.n
+    own_gradients(rows, tiling, sums, bin_begin, grad_q if whole else None, grad_k, grad_v, tiles.own)
     if not whole:
-        own_dq(rows, plan, grad_q, space is not None, tiles.own_dq)
+        own_dq(rows, tiling, grad_q, space is not None, tiles.own_dq)

@@ -3,7 +3,7 @@
 Legend: B block size, D and DV head dims of keys and values, G query heads per kv head.
 
 Every block of every sequence, the incomplete last one too, is numbered: block `i` of sequence `s` is
-`block_offset[s] + s + i` (see `plan`). The queries of a block are rows `token * G + head in the group`, so
+`block_offset[s] + s + i` (see `tiling`). The queries of a block are rows `token * G + head in the group`, so
 the heads of a group share the keys and are added up where they are.
 - `_own_gradients_kernel` holds a tile of keys and values and streams the rows from its first token to the
   block's last past it. It adds the routed sums of the block and writes dk and dv; if the tile is the whole
@@ -21,13 +21,28 @@ from torch import Tensor
 from moba_hf.kernels import tuning
 from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan
-from moba_hf.kernels.softmax import load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    STAT_COLUMNS,
+    STAT_DELTA,
+    STAT_LSE,
+    head_offset,
+    load_rows,
+    row_offset,
+    store_rows,
+)
+from moba_hf.kernels.tiling import Tiling
 
 
 def own_gradients(
     rows: Rows,
-    plan: Plan,
+    tiling: Tiling,
     sums: Tensor | None,
     bin_begin: Tensor | None,
     grad_q: Tensor | None,
@@ -44,10 +59,10 @@ def own_gradients(
             If given, the block must fit `tile.n`.
     """
     q, k = rows.q, rows.k
-    head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], plan.block_size
+    head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], tiling.block_size
     key_tiles = triton.cdiv(block_size, tile.n)
     assert grad_q is None or key_tiles == 1
-    blocks = plan.num_blocks + plan.num_seqs
+    blocks = tiling.num_blocks + tiling.num_seqs
     with device_of(q):
         _own_gradients_kernel[(blocks * key_tiles, k.shape[1])](
             q,
@@ -59,16 +74,16 @@ def own_gradients(
             grad_k,
             grad_v,
             rows.stats if sums is None else sums,
-            plan.block_offset if bin_begin is None else bin_begin,
-            plan.table,
-            plan.block_offset,
+            tiling.block_offset if bin_begin is None else bin_begin,
+            tiling.table,
+            tiling.block_offset,
             *rows.strides,
-            *(q if grad_q is None else grad_q).stride()[:3],
-            *grad_k.stride()[:3],
-            *grad_v.stride()[:3],
+            (q if grad_q is None else grad_q).stride()[:3],
+            grad_k.stride()[:3],
+            grad_v.stride()[:3],
             q.shape[2],
-            plan.num_seqs,
-            plan.num_blocks,
+            tiling.num_seqs,
+            tiling.num_blocks,
             rows.softmax_scale,
             GROUP=q.shape[1] // k.shape[1],
             BLOCK_SIZE=block_size,
@@ -87,12 +102,12 @@ def own_gradients(
         )
 
 
-def own_dq(rows: Rows, plan: Plan, grad_q: Tensor, routed: bool, tile: tuning.Tile) -> None:
+def own_dq(rows: Rows, tiling: Tiling, grad_q: Tensor, routed: bool, tile: tuning.Tile) -> None:
     """Completes `grad_q (batch, H, q_len, D)` of covered queries; `routed`: it holds the routed part."""
     q, k = rows.q, rows.k
     group_size = q.shape[1] // k.shape[1]
-    row_tiles = triton.cdiv(plan.block_size * group_size, tile.m)
-    blocks = plan.num_blocks + plan.num_seqs
+    row_tiles = triton.cdiv(tiling.block_size * group_size, tile.m)
+    blocks = tiling.num_blocks + tiling.num_seqs
     with device_of(q):
         _own_dq_kernel[(blocks * row_tiles, k.shape[1])](
             q,
@@ -101,16 +116,16 @@ def own_dq(rows: Rows, plan: Plan, grad_q: Tensor, routed: bool, tile: tuning.Ti
             rows.grad_out,
             rows.stats,
             grad_q,
-            plan.table,
-            plan.block_offset,
+            tiling.table,
+            tiling.block_offset,
             *rows.strides,
-            *grad_q.stride()[:3],
+            grad_q.stride()[:3],
             q.shape[2],
-            plan.num_seqs,
+            tiling.num_seqs,
             row_tiles,
             rows.softmax_scale,
             GROUP=group_size,
-            BLOCK_SIZE=plan.block_size,
+            BLOCK_SIZE=tiling.block_size,
             HEAD_DIM=q.shape[3],
             PADDED_DIM=padded(q.shape[3]),
             V_DIM=rows.v.shape[3],
@@ -134,15 +149,15 @@ def _find_own_block(table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE: t
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     block = number - tl.load(block_offset_ptr + low) - low
-    row = table_ptr + low * 5
-    q_end = tl.load(row + 2)
-    k_begin = tl.load(row + 3)
-    k_len = tl.load(row + 4) - k_begin
+    row = table_ptr + low * SEQ_COLUMNS
+    q_end = tl.load(row + SEQ_Q_END)
+    k_begin = tl.load(row + SEQ_K_BEGIN)
+    k_len = tl.load(row + SEQ_K_END) - k_begin
     first_query = block * BLOCK_SIZE + q_end - k_len
-    first_token = tl.maximum(0, tl.load(row + 1) - first_query)
+    first_token = tl.maximum(0, tl.load(row + SEQ_Q_BEGIN) - first_query)
     num_keys = tl.minimum(BLOCK_SIZE, k_len - block * BLOCK_SIZE)
     first_key = k_begin.to(tl.int64) + block.to(tl.int64) * BLOCK_SIZE
-    return low, block, tl.load(row).to(tl.int64), first_query, first_token, num_keys, first_key
+    return low, block, tl.load(row + SEQ_BATCH).to(tl.int64), first_query, first_token, num_keys, first_key
 
 
 @triton.jit(do_not_specialize=["q_len", "num_seqs", "num_blocks"])
@@ -159,27 +174,13 @@ def _own_gradients_kernel(
     bin_begin_ptr,
     table_ptr,
     block_offset_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_n,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dq_strides,
+    dk_strides,
+    dv_strides,
     q_len,
     num_seqs,
     num_blocks,
@@ -208,11 +209,11 @@ def _own_gradients_kernel(
         key = first + tl.arange(0, BLOCK_N)
         inside = key < num_keys
         slot = first_key + key
-        k_ptr += batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h
-        v_ptr += batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h
-        keys = load_rows(k_ptr, slot * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-        values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
-        scale = softmax_scale * 1.4426950408889634
+        k_ptr += head_offset(batch, kv_head, k_strides)
+        v_ptr += head_offset(batch, kv_head, v_strides)
+        keys = load_rows(k_ptr, slot * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, slot * v_strides[2], inside, V_DIM, PADDED_V, False)
+        scale = softmax_scale * LOG2_E
         dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
         dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
         dim = tl.arange(0, PADDED_DIM)
@@ -232,18 +233,18 @@ def _own_gradients_kernel(
         end = num_keys * GROUP
         for at in tl.range(tl.maximum(low, first) * GROUP, end, BLOCK_M, num_stages=STAGES):
             row = at + tl.arange(0, BLOCK_M)
-            there = row < end
+            mask = row < end
             row = tl.minimum(row, end - 1)  # rows past the end repeat the last one, silenced
             token = row // GROUP
             head = (kv_head * GROUP + row % GROUP).to(tl.int64)
             query = (first_query + token).to(tl.int64)
-            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * 2
+            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * STAT_COLUMNS
             lse, delta = load_stats(stat)
-            lse = tl.where(there, lse, float("inf"))
-            q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
-            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-            grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+            lse = tl.where(mask, lse, float("inf"))
+            q_at = row_offset(batch, head, query, q_strides)
+            q = load_rows(q_ptr, q_at, mask, HEAD_DIM, PADDED_DIM, True)
+            grad_at = row_offset(batch, head, query, grad_strides)
+            grad = load_rows(grad_ptr, grad_at, mask, V_DIM, PADDED_V, True)
             p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
             # key <= token, without a division per row
             seen = (key * GROUP - at)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
@@ -254,30 +255,22 @@ def _own_gradients_kernel(
             dk = add_dot(dk, ds, q)
             if WITH_DQ:
                 dq = dot(tl.trans(ds), keys) * softmax_scale
-                at_dq = batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n
-                _complete(dq_ptr, at_dq, dq, there, HEAD_DIM, PADDED_DIM, ROUTED)
-        at_dk = batch * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h + slot * dk_stride_n
-        at_dv = batch * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h + slot * dv_stride_n
-        result = narrow(dk * softmax_scale, dk_ptr)
-        tl.store(
-            dk_ptr + at_dk[:, None] + dim[None, :], result, mask=inside[:, None] & (dim < HEAD_DIM)[None, :]
-        )
-        result = narrow(dv, dv_ptr)
-        tl.store(
-            dv_ptr + at_dv[:, None] + v_dim[None, :], result, mask=inside[:, None] & (v_dim < V_DIM)[None, :]
-        )
+                at_dq = row_offset(batch, head, query, dq_strides)
+                _complete(dq_ptr, at_dq, dq, mask, HEAD_DIM, PADDED_DIM, ROUTED)
+        at_dk = row_offset(batch, kv_head, slot, dk_strides)
+        at_dv = row_offset(batch, kv_head, slot, dv_strides)
+        store_rows(dk_ptr, at_dk, narrow(dk * softmax_scale, dk_ptr), inside, HEAD_DIM, PADDED_DIM)
+        store_rows(dv_ptr, at_dv, narrow(dv, dv_ptr), inside, V_DIM, PADDED_V)
 
 
 @triton.jit
 def _complete(
-    dq_ptr, offset, dq, there, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROUTED: tl.constexpr
+    dq_ptr, offset, dq, mask, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROUTED: tl.constexpr
 ):
     """Stores `dq (M, D)` at element `offset (M,)`, added to the routed part if there is one."""
     if ROUTED:
-        dq += load_rows(dq_ptr, offset, there, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
-    dim = tl.arange(0, PADDED_DIM)
-    target = dq_ptr + offset[:, None] + dim[None, :]
-    tl.store(target, narrow(dq, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+        dq += load_rows(dq_ptr, offset, mask, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
+    store_rows(dq_ptr, offset, narrow(dq, dq_ptr), mask, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit(do_not_specialize=["q_len", "num_seqs", "row_tiles"])
@@ -290,21 +283,11 @@ def _own_dq_kernel(
     dq_ptr,
     table_ptr,
     block_offset_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dq_strides,
     q_len,
     num_seqs,
     row_tiles,
@@ -331,27 +314,27 @@ def _own_dq_kernel(
         begin = tl.maximum(begin, low * GROUP)
         if begin < end:
             row = begin + tl.arange(0, BLOCK_M)
-            there = row < end
+            mask = row < end
             row = tl.minimum(row, end - 1)
             token = row // GROUP
             head = (kv_head * GROUP + row % GROUP).to(tl.int64)
             query = (first_query + token).to(tl.int64)
-            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * 2
-            lse = tl.load(stat)
-            delta = tl.load(stat + 1)
-            q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
-            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-            grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
-            k_ptr += batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
-            v_ptr += batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
-            scale = softmax_scale * 1.4426950408889634
+            stat = stats_ptr + ((batch * q_len + query) * (tl.num_programs(1) * GROUP) + head) * STAT_COLUMNS
+            lse = tl.load(stat + STAT_LSE)
+            delta = tl.load(stat + STAT_DELTA)
+            q_at = row_offset(batch, head, query, q_strides)
+            q = load_rows(q_ptr, q_at, mask, HEAD_DIM, PADDED_DIM, True)
+            grad_at = row_offset(batch, head, query, grad_strides)
+            grad = load_rows(grad_ptr, grad_at, mask, V_DIM, PADDED_V, True)
+            k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+            v_ptr += row_offset(batch, kv_head, first_key, v_strides)
+            scale = softmax_scale * LOG2_E
             dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
             seen_by_all = (begin // GROUP + 1) // BLOCK_N * BLOCK_N
             for start in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
                 key = start + tl.arange(0, BLOCK_N)
-                keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key >= 0, HEAD_DIM, PADDED_DIM, True)
-                values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key >= 0, V_DIM, PADDED_V, True)
+                keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key >= 0, HEAD_DIM, PADDED_DIM, True)
+                values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key >= 0, V_DIM, PADDED_V, True)
                 p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
                 dp = dot(grad, tl.trans(values))
                 dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
@@ -359,12 +342,12 @@ def _own_dq_kernel(
             for start in tl.range(seen_by_all, last, BLOCK_N, num_stages=STAGES):
                 key = start + tl.arange(0, BLOCK_N)
                 inside = key < last
-                keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-                values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, False)
+                keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+                values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, False)
                 p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
                 seen = (key * GROUP)[None, :] <= row[:, None]
                 p = tl.where(seen, p, 0.0)
                 dp = dot(grad, tl.trans(values))
                 dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
-            at_dq = batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n
-            _complete(dq_ptr, at_dq, dq * softmax_scale, there, HEAD_DIM, PADDED_DIM, ROUTED)
+            at_dq = row_offset(batch, head, query, dq_strides)
+            _complete(dq_ptr, at_dq, dq * softmax_scale, mask, HEAD_DIM, PADDED_DIM, ROUTED)

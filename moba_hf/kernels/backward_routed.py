@@ -24,9 +24,26 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    LOG2_E,
+    RUN_BATCH,
+    RUN_BEGIN,
+    RUN_BIN,
+    RUN_END,
+    RUN_FIRST_KEY,
+    RUN_KV_HEAD,
+    RUN_PART,
+    STAT_COLUMNS,
+    STAT_DELTA,
+    STAT_LSE,
+    head_offset,
+    load_rows,
+    row_offset,
+    store_rows,
+)
 from moba_hf.kernels.routing import Routes
-from moba_hf.kernels.softmax import load_rows
+from moba_hf.kernels.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -48,15 +65,15 @@ class Rows:
     softmax_scale: float
 
     @property
-    def strides(self) -> tuple[int, ...]:
+    def strides(self) -> tuple[tuple[int, ...], ...]:
         """Strides (batch, head, token) of q, k, v and grad_out."""
         batch, token, head = self.grad_out.stride()[:3]
-        return *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], batch, head, token
+        return self.q.stride()[:3], self.k.stride()[:3], self.v.stride()[:3], (batch, head, token)
 
 
 def pair_gradients(
     rows: Rows,
-    plan: Plan,
+    tiling: Tiling,
     routes: Routes,
     partial: Tensor | None,
     sums: Tensor,
@@ -77,7 +94,7 @@ def pair_gradients(
         first_row: flat query row at which the chunk begins.
         fresh: `sums` is written, not added to.
     """
-    head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], plan.block_size
+    head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], tiling.block_size
     key_tiles = triton.cdiv(block_size, tile.n)
     assert partial is None or key_tiles == 1
     with device_of(rows.q):
@@ -115,14 +132,15 @@ def pair_gradients(
             num_warps=tile.warps,
         )
         size = sums.shape[1]
-        _fold_kernel[(routes.num_bins, triton.cdiv(size, 1024))](
-            sums, extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=1024, num_warps=4
+        fold = tuning.choices_for(sums).fold
+        _fold_kernel[(routes.num_bins, triton.cdiv(size, fold))](
+            sums, extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=fold, num_warps=4
         )
 
 
 def pair_dq(
     rows: Rows,
-    plan: Plan,
+    tiling: Tiling,
     routes: Routes,
     partial: Tensor,
     slots: int,
@@ -147,7 +165,7 @@ def pair_dq(
             rows.softmax_scale,
             NUM_HEADS=rows.q.shape[1],
             SLOTS=slots,
-            BLOCK_SIZE=plan.block_size,
+            BLOCK_SIZE=tiling.block_size,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             V_DIM=v_dim,
@@ -166,7 +184,7 @@ def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.const
     row_head = pair // SLOTS
     query = first_row + row_head // NUM_HEADS
     head = (row_head % NUM_HEADS).to(tl.int64)
-    stat = (first_row.to(tl.int64) * NUM_HEADS + row_head) * 2
+    stat = (first_row.to(tl.int64) * NUM_HEADS + row_head) * STAT_COLUMNS
     if ONE_ROW:
         return tl.zeros_like(head), head, query.to(tl.int64), stat
     else:
@@ -180,9 +198,10 @@ def load_stats(at):
     A reduction is what keeps the compiler from loading them anew in the layout of the products, where every
     thread would fetch a quarter of the rows.
     """
-    which = tl.arange(0, 2)[None, :]
+    which = tl.arange(0, STAT_COLUMNS)[None, :]
     both = tl.load(at[:, None] + which)
-    return tl.sum(tl.where(which == 0, both, 0.0), 1), tl.sum(tl.where(which == 1, both, 0.0), 1)
+    lse = tl.sum(tl.where(which == STAT_LSE, both, 0.0), 1)
+    return lse, tl.sum(tl.where(which == STAT_DELTA, both, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["q_len", "first_row"])
@@ -198,18 +217,10 @@ def _pair_gradients_kernel(
     pair_ptr,
     bin_begin_ptr,
     info_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
     q_len,
     first_row,
     softmax_scale,
@@ -231,36 +242,36 @@ def _pair_gradients_kernel(
 ):
     """ROWS pairs of a bin against BLOCK_N of its keys; everything but dq is held transposed, keys first."""
     tile = tl.program_id(0) // KEY_TILES
-    info = info_ptr + tile * 8
-    begin = tl.load(info)
-    end = tl.load(info + 1)
+    info = info_ptr + tile * INFO_COLUMNS
+    begin = tl.load(info + RUN_BEGIN)
+    end = tl.load(info + RUN_END)
     if begin < end:
-        batch = tl.load(info + 2).to(tl.int64)
-        kv_head = tl.load(info + 3).to(tl.int64)
-        first_key = tl.load(info + 4).to(tl.int64)
+        batch = tl.load(info + RUN_BATCH).to(tl.int64)
+        kv_head = tl.load(info + RUN_KV_HEAD).to(tl.int64)
+        first_key = tl.load(info + RUN_FIRST_KEY).to(tl.int64)
         EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
         key = tl.program_id(0) % KEY_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = key < BLOCK_SIZE
         at = first_key + key
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h
-        keys = load_rows(k_ptr, at * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
-        values = load_rows(v_ptr, at * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
-        scale = softmax_scale * 1.4426950408889634
+        k_ptr += head_offset(batch, kv_head, k_strides)
+        v_ptr += head_offset(batch, kv_head, v_strides)
+        keys = load_rows(k_ptr, at * k_strides[2], inside, HEAD_DIM, PADDED_DIM, EVEN)
+        values = load_rows(v_ptr, at * v_strides[2], inside, V_DIM, PADDED_V, EVEN)
+        scale = softmax_scale * LOG2_E
         dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
         dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
         for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
             place = at + tl.arange(0, BLOCK_M)
-            there = place < end
+            mask = place < end
             # rows past the end repeat the last one: real numbers, which a probability of 0 silences
             pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
             row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
             lse, delta = load_stats(stats_ptr + stat)
-            lse = tl.where(there, lse, float("inf"))
-            q_at = row * q_stride_b + head * q_stride_h + query * q_stride_n
-            q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-            grad_at = row * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-            grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+            lse = tl.where(mask, lse, float("inf"))
+            q_at = row_offset(row, head, query, q_strides)
+            q = load_rows(q_ptr, q_at, mask, HEAD_DIM, PADDED_DIM, True)
+            grad_at = row_offset(row, head, query, grad_strides)
+            grad = load_rows(grad_ptr, grad_at, mask, V_DIM, PADDED_V, True)
             p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
             if not EVEN:
                 p = tl.where(inside[:, None], p, 0.0)
@@ -270,12 +281,11 @@ def _pair_gradients_kernel(
             dk = add_dot(dk, ds, q)
             if WITH_DQ:
                 dq = dot(tl.trans(ds), keys) * softmax_scale
-                dim = tl.arange(0, PADDED_DIM)
-                target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(target, narrow(dq, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+                at_dq = pair.to(tl.int64) * HEAD_DIM
+                store_rows(dq_ptr, at_dq, narrow(dq, dq_ptr), mask, HEAD_DIM, PADDED_DIM)
         SIZE: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + V_DIM)
-        bin = tl.load(info + 5)
-        part = tl.load(info + 6)
+        bin = tl.load(info + RUN_BIN)
+        part = tl.load(info + RUN_PART)
         target = sums_ptr + bin.to(tl.int64) * SIZE
         if part > 0:
             spare = tl.load(bin_begin_ptr + bin) // ROWS + part - 1  # see `_fold_kernel`
@@ -328,18 +338,10 @@ def _pair_dq_kernel(
     dq_ptr,
     pair_ptr,
     info_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
     q_len,
     first_row,
     softmax_scale,
@@ -357,38 +359,37 @@ def _pair_dq_kernel(
 ):
     """One tile of BLOCK_M pairs against their block, BLOCK_N keys at a time."""
     tile = tl.program_id(0)
-    info = info_ptr + tile * 8
-    begin = tl.load(info)
-    end = tl.load(info + 1)
+    info = info_ptr + tile * INFO_COLUMNS
+    begin = tl.load(info + RUN_BEGIN)
+    end = tl.load(info + RUN_END)
     if begin < end:
-        batch = tl.load(info + 2).to(tl.int64)
-        kv_head = tl.load(info + 3).to(tl.int64)
-        first_key = tl.load(info + 4).to(tl.int64)
+        batch = tl.load(info + RUN_BATCH).to(tl.int64)
+        kv_head = tl.load(info + RUN_KV_HEAD).to(tl.int64)
+        first_key = tl.load(info + RUN_FIRST_KEY).to(tl.int64)
         place = begin + tl.arange(0, BLOCK_M)
-        there = place < end
+        mask = place < end
         pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
         row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
-        lse = tl.load(stats_ptr + stat)
-        delta = tl.load(stats_ptr + stat + 1)
-        q_at = row * q_stride_b + head * q_stride_h + query * q_stride_n
-        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-        grad_at = row * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-        grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + first_key * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + first_key * v_stride_n
-        scale = softmax_scale * 1.4426950408889634
+        lse = tl.load(stats_ptr + stat + STAT_LSE)
+        delta = tl.load(stats_ptr + stat + STAT_DELTA)
+        q_at = row_offset(row, head, query, q_strides)
+        q = load_rows(q_ptr, q_at, mask, HEAD_DIM, PADDED_DIM, True)
+        grad_at = row_offset(row, head, query, grad_strides)
+        grad = load_rows(grad_ptr, grad_at, mask, V_DIM, PADDED_V, True)
+        k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+        v_ptr += row_offset(batch, kv_head, first_key, v_strides)
+        scale = softmax_scale * LOG2_E
         EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
         dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
         for start in tl.range(0, BLOCK_SIZE, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
             inside = key < BLOCK_SIZE
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, EVEN)
             p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
             if not EVEN:
                 p = tl.where(inside[None, :], p, 0.0)
             dp = dot(grad, tl.trans(values))
             dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
-        dim = tl.arange(0, PADDED_DIM)
-        target = dq_ptr + pair.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(target, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+        at_dq = pair.to(tl.int64) * HEAD_DIM
+        store_rows(dq_ptr, at_dq, narrow(dq * softmax_scale, dq_ptr), mask, HEAD_DIM, PADDED_DIM)

@@ -15,8 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of, narrow, padded
-from moba_hf.kernels.softmax import load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    STAT_COLUMNS,
+    STAT_DELTA,
+    STAT_LSE,
+    load_rows,
+    row_offset,
+    store_rows,
+)
+
+
+def _by_head(x: Tensor) -> tuple[int, int, int]:
+    """Strides (batch, head, token) of `x (batch, length, heads, dim)`."""
+    return x.stride(0), x.stride(2), x.stride(1)
 
 
 def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
@@ -27,9 +41,10 @@ def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor) -> T
         lse, grad_lse: `(batch, H, q_len)` fp32, natural.
     """
     batch, q_len, num_heads, v_dim = out.shape
-    stats = torch.empty(batch * q_len, num_heads, 2, dtype=torch.float32, device=out.device)
+    stats = torch.empty(batch * q_len, num_heads, STAT_COLUMNS.value, dtype=torch.float32, device=out.device)
     rows = batch * q_len * num_heads
-    block_m = 32 if v_dim <= 128 else 16
+    tile = tuning.choices_for(out).row_stats
+    block_m = tile.rows(v_dim)
     with device_of(out):
         _row_stats_kernel[(triton.cdiv(rows, block_m),)](
             out,
@@ -37,17 +52,17 @@ def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor) -> T
             lse,
             grad_lse,
             stats,
-            *out.stride()[:3],
-            *grad_out.stride()[:3],
-            *lse.stride(),
-            *grad_lse.stride(),
+            _by_head(out),
+            _by_head(grad_out),
+            lse.stride(),
+            grad_lse.stride(),
             rows,
             q_len,
             num_heads,
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
             BLOCK_M=block_m,
-            num_warps=4,
+            num_warps=tile.warps,
         )
     return stats
 
@@ -62,13 +77,14 @@ def sum_partials(grad_q: Tensor, partial: Tensor, keys: Tensor, no_bin: int, fir
     """
     rows, num_heads, slots = keys.shape
     head_dim = grad_q.shape[3]
-    block_m = 16 if head_dim <= 128 else 8
+    tile = tuning.choices_for(grad_q).sum_partials
+    block_m = tile.rows(head_dim)
     with device_of(grad_q):
         _sum_partials_kernel[(triton.cdiv(rows * num_heads, block_m),)](
             grad_q,
             partial,
             keys,
-            *grad_q.stride()[:3],
+            grad_q.stride()[:3],
             no_bin,
             rows * num_heads,
             first_row,
@@ -78,8 +94,8 @@ def sum_partials(grad_q: Tensor, partial: Tensor, keys: Tensor, no_bin: int, fir
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             BLOCK_M=block_m,
-            UNROLL=slots <= 16,
-            num_warps=4,
+            UNROLL=slots <= tile.unroll,
+            num_warps=tile.warps,
         )
 
 
@@ -90,18 +106,10 @@ def _row_stats_kernel(
     lse_ptr,
     grad_lse_ptr,
     stats_ptr,
-    out_stride_b,
-    out_stride_n,
-    out_stride_h,
-    grad_stride_b,
-    grad_stride_n,
-    grad_stride_h,
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_n,
-    grad_lse_stride_b,
-    grad_lse_stride_h,
-    grad_lse_stride_n,
+    out_strides,
+    grad_strides,
+    lse_strides,
+    grad_lse_strides,
     num_rows,
     q_len,
     num_heads,
@@ -110,25 +118,25 @@ def _row_stats_kernel(
     BLOCK_M: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = row < num_rows
+    mask = row < num_rows
     head = (row % num_heads).to(tl.int64)
     query = row // num_heads
     batch = (query // q_len).to(tl.int64)
     query = (query % q_len).to(tl.int64)
-    at = batch * out_stride_b + query * out_stride_n + head * out_stride_h
-    grad_at = batch * grad_stride_b + query * grad_stride_n + head * grad_stride_h
-    out = load_rows(out_ptr, at, there, V_DIM, PADDED_V, False).to(tl.float32)
-    grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, False).to(tl.float32)
-    lse_at = batch * lse_stride_b + head * lse_stride_h + query * lse_stride_n
-    grad_lse_at = batch * grad_lse_stride_b + head * grad_lse_stride_h + query * grad_lse_stride_n
-    lse = tl.load(lse_ptr + lse_at, mask=there, other=float("-inf"))
-    grad_lse = tl.load(grad_lse_ptr + grad_lse_at, mask=there, other=0.0)
+    at = row_offset(batch, head, query, out_strides)
+    grad_at = row_offset(batch, head, query, grad_strides)
+    out = load_rows(out_ptr, at, mask, V_DIM, PADDED_V, False).to(tl.float32)
+    grad = load_rows(grad_ptr, grad_at, mask, V_DIM, PADDED_V, False).to(tl.float32)
+    lse_at = row_offset(batch, head, query, lse_strides)
+    grad_lse_at = row_offset(batch, head, query, grad_lse_strides)
+    lse = tl.load(lse_ptr + lse_at, mask=mask, other=float("-inf"))
+    grad_lse = tl.load(grad_lse_ptr + grad_lse_at, mask=mask, other=0.0)
     covered = lse > float("-inf")
     delta = tl.where(covered, tl.sum(out * grad, 1) - grad_lse, 0.0)
-    lse = tl.where(covered, lse * 1.4426950408889634, float("inf"))
-    target = stats_ptr + row.to(tl.int64) * 2
-    tl.store(target, lse, mask=there)
-    tl.store(target + 1, delta, mask=there)
+    lse = tl.where(covered, lse * LOG2_E, float("inf"))
+    target = stats_ptr + row.to(tl.int64) * STAT_COLUMNS
+    tl.store(target + STAT_LSE, lse, mask=mask)
+    tl.store(target + STAT_DELTA, delta, mask=mask)
 
 
 @triton.jit(do_not_specialize=["no_bin", "num_rows", "first_row", "q_len"])
@@ -136,9 +144,7 @@ def _sum_partials_kernel(
     grad_q_ptr,
     partial_ptr,
     key_ptr,
-    stride_b,
-    stride_h,
-    stride_n,
+    strides,
     no_bin,
     num_rows,
     first_row,
@@ -151,25 +157,22 @@ def _sum_partials_kernel(
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = row < num_rows
+    mask = row < num_rows
     pair = row.to(tl.int64) * SLOTS
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     if UNROLL:
         for i in tl.static_range(SLOTS):
-            total += _partial(partial_ptr, key_ptr, pair + i, there, no_bin, HEAD_DIM, PADDED_DIM)
+            total += _partial(partial_ptr, key_ptr, pair + i, mask, no_bin, HEAD_DIM, PADDED_DIM)
     else:
         for i in tl.range(0, SLOTS, num_stages=2):
-            total += _partial(partial_ptr, key_ptr, pair + i, there, no_bin, HEAD_DIM, PADDED_DIM)
+            total += _partial(partial_ptr, key_ptr, pair + i, mask, no_bin, HEAD_DIM, PADDED_DIM)
     query = first_row + row // num_heads
-    at = (query // q_len).to(tl.int64) * stride_b + (query % q_len).to(tl.int64) * stride_n
-    at += (row % num_heads).to(tl.int64) * stride_h
-    dim = tl.arange(0, PADDED_DIM)
-    target = grad_q_ptr + at[:, None] + dim[None, :]
-    tl.store(target, narrow(total, grad_q_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+    at = row_offset(query // q_len, row % num_heads, query % q_len, strides)
+    store_rows(grad_q_ptr, at, narrow(total, grad_q_ptr), mask, HEAD_DIM, PADDED_DIM)
 
 
 @triton.jit
-def _partial(partial_ptr, key_ptr, pair, there, no_bin, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+def _partial(partial_ptr, key_ptr, pair, mask, no_bin, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
     """Partial gradients of `pair (M,)`, zero where the slot is missing."""
-    chosen = there & (tl.load(key_ptr + pair, mask=there, other=0).to(tl.int32) != no_bin)
+    chosen = mask & (tl.load(key_ptr + pair, mask=mask, other=0).to(tl.int32) != no_bin)
     return load_rows(partial_ptr, pair * HEAD_DIM, chosen, HEAD_DIM, PADDED_DIM, False).to(tl.float32)

@@ -1,6 +1,6 @@
 """Means of the blocks that a later query may choose.
 
-Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `plan`) or blocks of a cache.
+Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `tiling`) or blocks of a cache.
 
 One program per (block, kv head): rows of the block are added up in fp32 in an order that is written out (see
 `_mean_of_block`), so that the bits depend on the keys and the block size only, never on how a kernel was
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, narrow, padded, rows_contiguous
-from moba_hf.kernels.plan import Plan, bisect
+from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, head_offset, row_offset
+from moba_hf.kernels.tiling import Tiling, bisect
 
 
 def _rows(block_size: int) -> int:
@@ -26,28 +27,26 @@ def _rows(block_size: int) -> int:
     return min(64, int(triton.next_power_of_2(block_size)))
 
 
-def block_mean(k: Tensor, plan: Plan) -> Tensor:
+def block_mean(k: Tensor, tiling: Tiling) -> Tensor:
     """Block means `(HK, NB, D)` of `k (batch, HK, kv_len, D)`, in its dtype; spare rows stay unwritten."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
-    means = torch.empty(num_kv_heads, max(1, plan.num_blocks), head_dim, dtype=k.dtype, device=k.device)
-    if plan.num_blocks == 0:
+    means = torch.empty(num_kv_heads, max(1, tiling.num_blocks), head_dim, dtype=k.dtype, device=k.device)
+    if tiling.num_blocks == 0:
         return means
     with device_of(k):
-        _block_mean_kernel[(plan.num_blocks, num_kv_heads)](
+        _block_mean_kernel[(tiling.num_blocks, num_kv_heads)](
             k,
             means,
-            plan.table,
-            plan.block_offset,
-            plan.num_seqs,
-            plan.block_size,
+            tiling.table,
+            tiling.block_offset,
+            tiling.num_seqs,
+            tiling.block_size,
             means.shape[1],
-            k.stride(0),
-            k.stride(1),
-            k.stride(2),
+            k.stride()[:3],
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
-            ROWS=_rows(plan.block_size),
-            LEVELS=_rows(plan.block_size).bit_length() - 1,
+            ROWS=_rows(tiling.block_size),
+            LEVELS=_rows(tiling.block_size).bit_length() - 1,
             num_warps=4,
         )
     return means
@@ -81,11 +80,8 @@ def update_block_means(
             behind,
             block_size,
             means.shape[2],
-            means.stride(0),
-            means.stride(1),
-            k.stride(0),
-            k.stride(1),
-            k.stride(2),
+            means.stride()[:2],
+            k.stride()[:3],
             ON_DEVICE=on_device,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
@@ -98,7 +94,7 @@ def update_block_means(
 @triton.jit
 def _mean_of_block(
     k_ptr,
-    k_stride_n,
+    step,
     block_size,
     like,
     HEAD_DIM: tl.constexpr,
@@ -108,22 +104,23 @@ def _mean_of_block(
 ):
     """Mean `(PADDED_DIM,)` of the `block_size` rows at `k_ptr`, in the dtype of pointer `like`.
 
-    Rows i, i + ROWS, i + 2 ROWS, ... are added in turn, then the ROWS sums in pairs, i and i + ROWS / 2.
+    `step`: elements from one row to the next. Rows i, i + ROWS, i + 2 ROWS, ... are added in turn, then the
+    ROWS sums in pairs, i and i + ROWS / 2.
     """
     dim = tl.arange(0, PADDED_DIM)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for start in range(0, block_size, ROWS):
-        there = (start + row < block_size)[:, None] & (dim < HEAD_DIM)[None, :]
-        offset = (start + row).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
-        total += tl.load(k_ptr + offset, mask=there, other=0.0).to(tl.float32)
+        mask = (start + row < block_size)[:, None] & (dim < HEAD_DIM)[None, :]
+        offset = (start + row).to(tl.int64)[:, None] * step + dim[None, :]
+        total += tl.load(k_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     for level in tl.static_range(LEVELS):  # a sum of two has no order: no layout can change the result
         half = tl.reshape(total, (2, ROWS >> (level + 1), PADDED_DIM))
         total = tl.sum(half, 0)
     return narrow(tl.reshape(total, (PADDED_DIM,)) / block_size, like)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "mean_stride_h"])
+@triton.jit(do_not_specialize=["num_seqs", "mean_rows"])
 def _block_mean_kernel(
     k_ptr,
     mean_ptr,
@@ -131,10 +128,8 @@ def _block_mean_kernel(
     block_offset_ptr,
     num_seqs,
     block_size,
-    mean_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    mean_rows,
+    k_strides,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -145,12 +140,13 @@ def _block_mean_kernel(
     if number < tl.load(block_offset_ptr + num_seqs):
         seq = bisect(block_offset_ptr, num_seqs, number)
         block = number - tl.load(block_offset_ptr + seq)
-        first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * block_size
-        k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
-        k_ptr += first * k_stride_n
-        mean = _mean_of_block(k_ptr, k_stride_n, block_size, mean_ptr, HEAD_DIM, PADDED_DIM, ROWS, LEVELS)
+        row = table_ptr + seq * SEQ_COLUMNS
+        first = tl.load(row + SEQ_K_BEGIN).to(tl.int64) + block.to(tl.int64) * block_size
+        batch = tl.load(row + SEQ_BATCH)
+        k_ptr += row_offset(batch, head, first, k_strides)
+        mean = _mean_of_block(k_ptr, k_strides[2], block_size, mean_ptr, HEAD_DIM, PADDED_DIM, ROWS, LEVELS)
         dim = tl.arange(0, PADDED_DIM)
-        at = (head.to(tl.int64) * mean_stride_h + number) * HEAD_DIM + dim
+        at = (head.to(tl.int64) * mean_rows + number) * HEAD_DIM + dim
         tl.store(mean_ptr + at, mean, mask=dim < HEAD_DIM)
 
 
@@ -163,11 +159,8 @@ def _update_means_kernel(
     behind,
     block_size,
     mean_rows,
-    mean_stride_b,
-    mean_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    mean_strides,
+    k_strides,
     ON_DEVICE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -185,8 +178,8 @@ def _update_means_kernel(
     tokens = length.to(tl.int64) - start
     block = tl.maximum(tokens - behind, 0) // block_size + tl.program_id(0)
     if ((block + 1) * block_size <= tokens) & (block < mean_rows):
-        k_ptr += batch * k_stride_b + head * k_stride_h + (start + block * block_size) * k_stride_n
-        mean = _mean_of_block(k_ptr, k_stride_n, block_size, mean_ptr, HEAD_DIM, PADDED_DIM, ROWS, LEVELS)
+        k_ptr += head_offset(batch, head, k_strides) + (start + block * block_size) * k_strides[2]
+        mean = _mean_of_block(k_ptr, k_strides[2], block_size, mean_ptr, HEAD_DIM, PADDED_DIM, ROWS, LEVELS)
         dim = tl.arange(0, PADDED_DIM)
-        at = batch * mean_stride_b + head * mean_stride_h + block * HEAD_DIM + dim
+        at = head_offset(batch, head, mean_strides) + block * HEAD_DIM + dim
         tl.store(mean_ptr + at, mean, mask=dim < HEAD_DIM)

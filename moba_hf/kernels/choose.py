@@ -22,13 +22,21 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of, dot, padded, rows_contiguous
+from moba_hf.kernels.layout import (
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    head_offset,
+    load_rows,
+    row_offset,
+)
 from moba_hf.kernels.levels import sortable, tile_bits
 
 _LEAST = tl.constexpr(-(2**31))
 # First distance below the largest key: an eighth of a power of two.
 _NEAR = tl.constexpr(1 << 20)
-# Columns of a program of the first kernel, and keys that one of the second holds in registers.
-_COLUMNS, _MOST_HELD = 128, 8192
 _MOST_BLOCKS = 1 << 21  # see `_reach`
 
 
@@ -66,18 +74,20 @@ def choose_blocks(
     scored = count > 0 and columns > 0
     room = 16 * triton.cdiv(columns, 16) if scored else 16
     keys = torch.empty(batch, length, num_heads, room, dtype=torch.int32, device=q.device)
-    bits = tile_bits(triton.cdiv(max(0, kv_len - 1) // block_size, tuning.GATE.n))
-    held = min(_MOST_HELD, max(64, triton.next_power_of_2(columns)))
+    tuned = tuning.choices_for(q)
+    tile, width = tuned.mean_gate, tuned.choose_columns  # the gate's own tile, so that near ties break alike
+    bits = tile_bits(triton.cdiv(max(0, kv_len - 1) // block_size, tile.n))
+    held = min(tuned.choose_held, max(64, triton.next_power_of_2(columns)))
     with device_of(q):
         if scored:
-            tiles = triton.cdiv(length * group_size, tuning.GATE.m)
-            _score_kernel[(triton.cdiv(columns, _COLUMNS), num_kv_heads, batch * tiles)](
+            tiles = triton.cdiv(length * group_size, tile.m)
+            _score_kernel[(triton.cdiv(columns, width), num_kv_heads, batch * tiles)](
                 q,
                 means,
                 keys,
                 table,
-                *q.stride()[:3],
-                *means.stride()[:2],
+                q.stride()[:3],
+                means.stride()[:2],
                 length,
                 group_size,
                 columns,
@@ -88,11 +98,11 @@ def choose_blocks(
                 LOCAL=local_blocks,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded(head_dim),
-                BLOCK_M=tuning.GATE.m,
-                BLOCK_N=tuning.GATE.n,
-                COLUMNS=_COLUMNS,
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                COLUMNS=width,
                 BITS=bits,
-                num_warps=tuning.GATE.warps,
+                num_warps=tile.warps,
             )
         _choose_kernel[(batch * length, num_heads)](
             keys,
@@ -108,7 +118,7 @@ def choose_blocks(
             BITS=bits,
             HELD=held,
             ALL_HELD=columns <= held,
-            num_warps=8 if held >= 4096 else 4,
+            num_warps=8 if held >= tuned.choose_many else 4,
         )
     return choice
 
@@ -119,11 +129,8 @@ def _score_kernel(
     mean_ptr,
     key_ptr,
     table_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    mean_stride_b,
-    mean_stride_h,
+    q_strides,
+    mean_strides,
     length,
     group_size,
     columns,
@@ -142,27 +149,22 @@ def _score_kernel(
     """Keys of BLOCK_M rows for COLUMNS columns; those beyond every candidate stay unwritten."""
     batch = tl.program_id(2) // tiles
     kv_head = tl.program_id(1)
-    seq = table_ptr + batch * 5
-    q_begin = tl.load(seq + 1)
-    q_end = tl.load(seq + 2)
-    shift = tl.load(seq + 4) - tl.load(seq + 3) - q_end
+    seq = table_ptr + batch * SEQ_COLUMNS
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
+    shift = tl.load(seq + SEQ_K_END) - tl.load(seq + SEQ_K_BEGIN) - q_end
     row = tl.program_id(2) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     query = row // group_size
     head = kv_head * group_size + row % group_size
-    there = (query >= q_begin) & (query < q_end) & (query < length)
-    own = tl.where(there, (query + shift) // block_size, 0)
+    mask = (query >= q_begin) & (query < q_end) & (query < length)
+    own = tl.where(mask, (query + shift) // block_size, 0)
     end = tl.minimum(tl.max(own, 0) - LOCAL, columns)
     first = tl.program_id(0) * COLUMNS
     if first < end:
         dim = tl.arange(0, PADDED_DIM)
         wide = batch.to(tl.int64)
-        q_row = wide * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
-        q = tl.load(
-            q_ptr + q_row[:, None] + dim[None, :],
-            mask=there[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        mean_ptr += wide * mean_stride_b + kv_head.to(tl.int64) * mean_stride_h
+        q = load_rows(q_ptr, row_offset(wide, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
+        mean_ptr += head_offset(wide, kv_head, mean_strides)
         out = key_ptr + (wide * length + query) * (tl.num_programs(1) * group_size * room) + head * room
         for start in tl.static_range(0, COLUMNS, BLOCK_N):
             column = first + start + tl.arange(0, BLOCK_N)
@@ -174,7 +176,7 @@ def _score_kernel(
             key = sortable(dot(q, mean), (1 << BITS) - 1, BITS)
             candidate = (column[None, :] >= SINK) & (column[None, :] < (own - LOCAL)[:, None])
             key = tl.where(candidate, key, _LEAST)
-            tl.store(out[:, None] + column[None, :], key, mask=there[:, None] & (column < end)[None, :])
+            tl.store(out[:, None] + column[None, :], key, mask=mask[:, None] & (column < end)[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "columns", "block_size"])
@@ -197,10 +199,10 @@ def _choose_kernel(
     COUNT: tl.constexpr = TOPK - 1 - SINK - LOCAL
     PADDED_TOPK: tl.constexpr = triton.next_power_of_2(TOPK)
     query = tl.program_id(0) % length
-    seq = table_ptr + tl.program_id(0) // length * 5
-    q_begin = tl.load(seq + 1)
-    q_end = tl.load(seq + 2)
-    position = query + tl.load(seq + 4) - tl.load(seq + 3) - q_end
+    seq = table_ptr + tl.program_id(0) // length * SEQ_COLUMNS
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
+    position = query + tl.load(seq + SEQ_K_END) - tl.load(seq + SEQ_K_BEGIN) - q_end
     flat = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     out = choice_ptr + flat * TOPK
     slot = tl.arange(0, PADDED_TOPK)
@@ -213,8 +215,8 @@ def _choose_kernel(
     # as many candidates as slots, or fewer: all of them
     block = tl.where(slot < free, block, sinks + slot - free)
     real = (query >= q_begin) & (query < q_end)
-    there = (slot < free) | (slot - free < local - sinks)
-    tl.store(out + slot, tl.where(there & real, block, -1), mask=slot < TOPK)
+    mask = (slot < free) | (slot - free < local - sinks)
+    tl.store(out + slot, tl.where(mask & real, block, -1), mask=slot < TOPK)
     found = local - sinks
     if COUNT > 0:
         if real & (found > COUNT):

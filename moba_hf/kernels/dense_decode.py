@@ -5,7 +5,7 @@ Legend: G query heads per kv head, M queries per row, D and DV head dims, S spli
 One program per (split, kv head, BLOCK_M rows of M x G): the heads of a group are rows of one tile, so keys
 and values are read once for all of them. A split is an even share of the keys that the device says are
 written, whatever the cache could hold; it leaves a partial output and log-sum-exp, -inf where a row attends
-none of its keys. `decode.merge_parts` adds up the S partials, in order.
+none of its keys. `sparse_decode.merge_parts` adds up the S partials, in order.
 """
 
 from __future__ import annotations
@@ -16,9 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.decode import merge_parts
 from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_contiguous
-from moba_hf.kernels.softmax import accumulate, load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    head_offset,
+    load_rows,
+    row_offset,
+)
+from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.sparse_decode import merge_parts
 
 # Where the running maximum starts: finite, so that a tile without a key for a row changes nothing.
 _FLOOR = tl.constexpr(-1e38)
@@ -39,7 +50,7 @@ def dense_decode_attention(
         q: `(batch, H, M, D)`. k, v: `(batch, HK, kv_len, D or DV)`, any strides.
         table: int32 `(batch, 5)`, one sequence per batch row, in order. Padding queries give zeros.
         tile: rows are at most `tile.m`; None: by `tuning.dense_decode_tile`.
-        programs: programs per processor that the splits are made for; None: `tuning.DENSE_DECODE_PROGRAMS`.
+        programs: programs per processor that the splits are made for; None: by `tuning`.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if softmax_scale <= 0:  # the largest score is taken before scaling
@@ -53,8 +64,9 @@ def dense_decode_attention(
     block_m = min(tile.m, max(16, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_m)
     groups = max(1, batch * num_kv_heads * tiles)
-    wanted = num_processors(q) * (programs or tuning.DENSE_DECODE_PROGRAMS)
-    splits = max(1, min(wanted // groups, tuning.DENSE_DECODE_SPLITS))
+    tuned = tuning.choices_for(q)
+    wanted = num_processors(q) * (programs or tuned.dense_decode_programs)
+    splits = max(1, min(wanted // groups, tuned.dense_decode_splits))
     shape = (batch, length, num_heads, splits)
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -67,9 +79,9 @@ def dense_decode_attention(
                 partial,
                 partial_lse,
                 table.contiguous(),
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
+                q.stride()[:3],
+                k.stride()[:3],
+                v.stride()[:3],
                 length,
                 num_heads // num_kv_heads,
                 tiles,
@@ -88,9 +100,9 @@ def dense_decode_attention(
 
 @triton.jit
 def _attend_tile(
-    total,
-    high,
-    mass,
+    acc,
+    m_i,
+    l_i,
     q,
     k_ptr,
     v_ptr,
@@ -98,8 +110,8 @@ def _attend_tile(
     begin,
     end,
     last,
-    k_stride_n,
-    v_stride_n,
+    k_strides,
+    v_strides,
     scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -110,14 +122,14 @@ def _attend_tile(
 ):
     """Keys `[start, start + BLOCK_N)`; unless WHOLE only those in `[begin, end)` and up to a row's `last`."""
     key = start + tl.arange(0, BLOCK_N)
-    there = (key >= begin) & (key < end)
+    mask = (key >= begin) & (key < end)
     at = key.to(tl.int64)
-    keys = load_rows(k_ptr, at * k_stride_n, there, HEAD_DIM, PADDED_DIM, WHOLE)
-    values = load_rows(v_ptr, at * v_stride_n, there, V_DIM, PADDED_V, WHOLE)
+    keys = load_rows(k_ptr, at * k_strides[2], mask, HEAD_DIM, PADDED_DIM, WHOLE)
+    values = load_rows(v_ptr, at * v_strides[2], mask, V_DIM, PADDED_V, WHOLE)
     scores = dot(q, tl.trans(keys))
     if not WHOLE:
-        scores = tl.where(there[None, :] & (key[None, :] <= last[:, None]), scores, float("-inf"))
-    return accumulate(total, high, mass, scores, values, scale, v_ptr)
+        scores = tl.where(mask[None, :] & (key[None, :] <= last[:, None]), scores, float("-inf"))
+    return accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -128,15 +140,9 @@ def _dense_decode_kernel(
     partial_ptr,
     partial_lse_ptr,
     table_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     length,
     group_size,
     tiles,
@@ -153,53 +159,49 @@ def _dense_decode_kernel(
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     batch = tl.program_id(2) // tiles
-    seq = table_ptr + batch * 5
-    q_begin = tl.load(seq + 1)
-    q_end = tl.load(seq + 2)
-    k_begin = tl.load(seq + 3)
-    k_end = tl.load(seq + 4)
+    seq = table_ptr + batch * SEQ_COLUMNS
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
+    k_begin = tl.load(seq + SEQ_K_BEGIN)
+    k_end = tl.load(seq + SEQ_K_END)
     row = tl.program_id(2) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     query = row // group_size
     head = kv_head * group_size + row % group_size
-    there = (query >= q_begin) & (query < q_end)
+    mask = (query >= q_begin) & (query < q_end)
     last = k_end - q_end + query  # slot of the query, and of the last key that it attends
     wide = batch.to(tl.int64)
-    dim = tl.arange(0, PADDED_DIM)
-    q_row = wide * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
-    q = tl.load(
-        q_ptr + q_row[:, None] + dim[None, :], mask=there[:, None] & (dim < HEAD_DIM)[None, :], other=0.0
-    )
-    k_ptr += wide * k_stride_b + kv_head.to(tl.int64) * k_stride_h
-    v_ptr += wide * v_stride_b + kv_head.to(tl.int64) * v_stride_h
+    q = load_rows(q_ptr, row_offset(wide, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
+    k_ptr += head_offset(wide, kv_head, k_strides)
+    v_ptr += head_offset(wide, kv_head, v_strides)
     share = tl.cdiv(tl.cdiv(k_end - k_begin, tl.num_programs(0)), BLOCK_N) * BLOCK_N
     begin = k_begin + split * share
     end = tl.minimum(begin + share, k_end)
     # tiles that every row attends whole need no mask
-    first = tl.min(tl.where(there, last, k_end - 1), 0)
+    first = tl.min(tl.where(mask, last, k_end - 1), 0)
     whole = tl.maximum(0, tl.minimum(end, first + 1) - begin) // BLOCK_N * BLOCK_N
-    scale = softmax_scale * 1.4426950408889634
-    high = tl.full([BLOCK_M], _FLOOR, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+    scale = softmax_scale * LOG2_E
+    m_i = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
     for start in tl.range(begin, begin + whole, BLOCK_N, num_stages=STAGES):
-        total, high, mass = _attend_tile(
-            total, high, mass, q, k_ptr, v_ptr, start, begin, end, last, k_stride_n, v_stride_n, scale,
+        acc, m_i, l_i = _attend_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, start, begin, end, last, k_strides, v_strides, scale,
             HEAD_DIM, PADDED_DIM, V_DIM, PADDED_V, BLOCK_N, True,
         )  # fmt: skip
     for start in range(begin + whole, end, BLOCK_N):
-        total, high, mass = _attend_tile(
-            total, high, mass, q, k_ptr, v_ptr, start, begin, end, last, k_stride_n, v_stride_n, scale,
+        acc, m_i, l_i = _attend_tile(
+            acc, m_i, l_i, q, k_ptr, v_ptr, start, begin, end, last, k_strides, v_strides, scale,
             HEAD_DIM, PADDED_DIM, V_DIM, PADDED_V, BLOCK_N, False,
         )  # fmt: skip
-    found = there & (mass > 0.0)
+    found = mask & (l_i > 0.0)
     at = (wide * length + query) * (tl.num_programs(1) * group_size) + head
     at = at * tl.num_programs(0) + split
     real = query < length
-    lse = tl.where(found, high + tl.log2(tl.where(found, mass, 1.0)), float("-inf"))
+    lse = tl.where(found, m_i + tl.log2(tl.where(found, l_i, 1.0)), float("-inf"))
     tl.store(partial_lse_ptr + at, lse, mask=real)
     column = tl.arange(0, PADDED_V)
     tl.store(
         partial_ptr + at[:, None] * V_DIM + column[None, :],
-        total / tl.where(found, mass, 1.0)[:, None],
+        acc / tl.where(found, l_i, 1.0)[:, None],
         mask=(found & real)[:, None] & (column < V_DIM)[None, :],
     )

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import decode, hopper, tuning
+from moba_hf.kernels import budgets, sparse_decode, tuning
+from moba_hf.kernels.hopper import dispatch as hopper
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.merge import merge
 from moba_hf.kernels.own import own_attention
-from moba_hf.kernels.plan import Plan, head_split, make_plan
 from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
+from moba_hf.kernels.tiling import head_split, make_tiling
 
 
 def attend(
@@ -51,7 +53,7 @@ def attend(
         block_indices: int32 `(batch, q_len, H, K)`, own block in any slot, -1 for none.
         table: see `moba_hf.op.sequences`.
         max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
-        workspace: bytes that partial outputs and pairs may take, None: `tuning.WORKSPACE`; no result depends
+        workspace: bytes that partial outputs and pairs may take, None: `budgets.WORKSPACE`; no result depends
             on it.
         resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
         use_decode: use the decode kernel; None: for few queries.
@@ -65,39 +67,40 @@ def attend(
     batch, num_heads, q_len, _ = q.shape
     topk, v_dim = block_indices.shape[3], v.shape[3]
     if use_decode is None:
-        use_decode = decode.takes(q, topk, max_seqlen_q, block_size)
+        use_decode = sparse_decode.takes(q, topk, max_seqlen_q, block_size)
     if use_decode and q.numel() > 0:
-        return decode.decode_attention(
+        return sparse_decode.decode_attention(
             q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale, by_row=by_row
         )
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
-    budget = tuning.WORKSPACE if workspace is None else workspace
-    rows = tuning.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
+    budget = budgets.WORKSPACE if workspace is None else workspace
+    rows = budgets.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
     on_hopper = use_hopper is not False and resident is None and hopper.available(q, k, v)
     own = _own_stage(q, k, v, block_size, on_hopper)
     _, tokens = head_split(num_heads // k.shape[1], own.tile.m)
     if q.numel() == 0 or table.shape[0] == 0:
         return q.new_zeros(batch, q_len, num_heads, v_dim), lse
-    plan = make_plan(
+    tiling = make_tiling(
         q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=rows
     )
-    final = topk == 1 or plan.num_blocks == 0
+    inputs = Inputs(q, k, v, tiling, softmax_scale)
+    final = topk == 1 or tiling.num_blocks == 0
     # the merge turns rows that no sequence covers into zeros; without one they are zero from the start
     out = (torch.zeros if final else torch.empty)(
         batch, q_len, num_heads, v_dim, dtype=q.dtype, device=q.device
     )
     space = None
     if not final:
-        shape = (plan.chunk_rows, num_heads, topk - 1)
+        shape = (tiling.chunk_rows, num_heads, topk - 1)
         space = (
             torch.empty(*shape, v_dim, dtype=q.dtype, device=q.device),
             torch.empty(shape, dtype=torch.float32, device=q.device),
         )
     routed = _routed_stage(q, k, v, block_size, on_hopper, resident)
-    for chunk in range(plan.num_chunks):
-        own.run(q, k, v, out, lse, plan, chunk, softmax_scale, final)
+    for chunk in range(tiling.num_chunks):
+        own.run(inputs, chunk, out, lse, final)
         if space is not None:
-            _earlier_blocks(q, k, v, block_indices, out, lse, plan, chunk, softmax_scale, space, routed)
+            _earlier_blocks(inputs, block_indices, chunk, out, lse, space, routed)
     return out, lse
 
 
@@ -110,58 +113,56 @@ class OwnStage:
 
     def run(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        inputs: Inputs,
+        chunk: int,
         out: Tensor,
         lse: Tensor,
-        plan: Plan,
-        chunk: int,
-        softmax_scale: float,
         final: bool,
     ) -> None:
         """Starts `out` and `lse` of a chunk; see `own.own_attention`."""
         if self.on_hopper:
-            hopper.own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, final)
-        own_attention(q, k, v, out, lse, plan, chunk, softmax_scale, self.tile, final, self.on_hopper)
+            hopper.own_attention(inputs, chunk, out, lse, final)
+        own_attention(inputs, chunk, out, lse, self.tile, final, self.on_hopper)
 
 
 @dataclass(frozen=True)
 class RoutedStage:
-    """The kernel that attends routed blocks: its tile, whether it holds a block's keys, and rows it takes."""
+    """The kernel that attends routed blocks.
+
+    Attributes:
+        tile: its tile.
+        resident: it holds a block's keys.
+        tiles: tiles of rows that a program then streams past them.
+        on_hopper: it is a Gluon kernel.
+    """
 
     tile: tuning.Tile
     resident: bool
+    tiles: int
     on_hopper: bool
 
     @property
     def rows(self) -> int:
         """Pairs of a tile of `routing`."""
         many = self.resident and not self.on_hopper
-        return self.tile.m * (tuning.RESIDENT_TILES if many else 1)
+        return self.tile.m * (self.tiles if many else 1)
 
     def run(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
+        inputs: Inputs,
         routes: Routes,
         partial: Tensor,
         partial_lse: Tensor,
         first_row: int,
-        softmax_scale: float,
     ) -> None:
         """Writes partial outputs; see `routed.routed_attention`."""
         kernel = hopper.routed_attention if self.on_hopper else routed_attention
-        kernel(
-            *(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale), self.tile, self.resident
-        )
+        kernel(inputs, routes, partial, partial_lse, first_row, self.tile, self.resident)
 
 
 def _own_stage(q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool) -> OwnStage:
     if on_hopper and hopper.takes_own(block_size):
-        return OwnStage(tuning.OWN_PARTIAL, True)
+        return OwnStage(tuning.HOPPER.own_partial, True)
     dims = (padded(q.shape[3]), padded(v.shape[3]))
     return OwnStage(tuning.own_tile(dims, q.element_size(), tuning.capability(q.device)), False)
 
@@ -171,30 +172,27 @@ def _routed_stage(
 ) -> RoutedStage:
     found = hopper.routed_tile(block_size, (q.shape[3], v.shape[3])) if on_hopper else None
     if found is not None:
-        return RoutedStage(*found, True)
+        return RoutedStage(*found, 1, True)
     dims = (padded(q.shape[3]), padded(v.shape[3]))
     tile = tuning.routed_tile(dims, q.element_size(), block_size, tuning.capability(q.device), resident)
-    return RoutedStage(*tile, False)
+    return RoutedStage(*tile, tuning.choices_for(q).resident_tiles, False)
 
 
 def _earlier_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
     block_indices: Tensor,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
-    chunk: int,
-    softmax_scale: float,
     space: tuple[Tensor, Tensor],
     routed: RoutedStage,
 ) -> None:
     """Adds the routed blocks of one chunk to `out` and `lse`, which hold the own blocks' part."""
-    num_bins = k.shape[1] * plan.num_blocks
-    keys = pair_keys(block_indices, plan, chunk, k.shape[1])
-    routes = route(keys, plan, k.shape[1], routed.rows)
-    first_row = chunk * plan.chunk_rows
+    tiling, num_kv_heads = inputs.tiling, inputs.k.shape[1]
+    num_bins = num_kv_heads * tiling.num_blocks
+    keys = pair_keys(block_indices, tiling, chunk, num_kv_heads)
+    routes = route(keys, tiling, num_kv_heads, routed.rows)
+    first_row = chunk * tiling.chunk_rows
     partial, partial_lse = (x[: keys.shape[0]] for x in space)
-    routed.run(q, k, v, plan, routes, partial, partial_lse, first_row, softmax_scale)
+    routed.run(inputs, routes, partial, partial_lse, first_row)
     merge(out, lse, partial, partial_lse, keys, num_bins + key_format(num_bins)[1], first_row)

@@ -1,4 +1,4 @@
-"""Keeping the best scores of a row while scanning blocks, by max and min alone: what both gates are made of.
+"""Keeping the best scores of a row while scanning blocks, by max and min alone: what the gates are made of.
 
 Legend: W classes (columns modulo the tile width), R levels kept per class.
 
@@ -21,8 +21,8 @@ SPENT = tl.constexpr(-(2**31) + 1)  # a class that gave all its entries
 def tile_bits(count: int) -> int:
     """Bits that number `count` tiles, at least 7.
 
-    A common least keeps near ties falling alike in calls of any length, so that a prompt in chunks chooses as
-    the whole does, up to 8,192 blocks.
+    A shared minimum makes near ties break the same way in calls of any length, so that a prompt in chunks
+    chooses as the whole does, up to 8,192 blocks.
     """
     return max(7, (count - 1).bit_length() if count > 0 else 0)
 
@@ -39,22 +39,22 @@ def filled(value, LEVELS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def sortable(scores, tile, TILE_BITS: tl.constexpr):
     """int32 that sorts as `scores` fp32, lowest bits replaced so that earlier tiles are larger."""
-    mask: tl.constexpr = (1 << TILE_BITS) - 1
-    flip: tl.constexpr = 0x7FFFFFFF - mask
+    TILE_MASK: tl.constexpr = (1 << TILE_BITS) - 1
+    flip: tl.constexpr = 0x7FFFFFFF - TILE_MASK
     return sortable_positive(scores, tile, TILE_BITS) ^ ((scores.to(tl.int32, bitcast=True) >> 31) & flip)
 
 
 @triton.jit
 def sortable_positive(scores, tile, TILE_BITS: tl.constexpr):
     """`sortable` for positive scores, in one operation; negative ones become some smaller key."""
-    mask: tl.constexpr = (1 << TILE_BITS) - 1
+    TILE_MASK: tl.constexpr = (1 << TILE_BITS) - 1
     bits = scores.to(tl.int32, bitcast=True)
     if INTERPRETED_JIT:
-        return (bits & (-1 - mask)) | (mask - tile)
+        return (bits & (-1 - TILE_MASK)) | (TILE_MASK - tile)
     else:  # the compiler makes two operations of it
         asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # a & b | c
         return tl.inline_asm_elementwise(
-            asm, "=r,r,r,r", [bits, -1 - mask, mask - tile], dtype=tl.int32, is_pure=True, pack=1
+            asm, "=r,r,r,r", [bits, -1 - TILE_MASK, TILE_MASK - tile], dtype=tl.int32, is_pure=True, pack=1
         )
 
 

@@ -1,6 +1,6 @@
 """What the mass gate knows of a block, for the blocks that a later query may choose.
 
-Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `plan`), P parts of a block.
+Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `tiling`), P parts of a block.
 
 One program per (flat block, kv head). Per part it adds up rows in fp32, in an order that depends on the block
 size only, for the mean, then their squared distances to it for the variance; and it keeps the row of least
@@ -17,31 +17,30 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, narrow, padded
-from moba_hf.kernels.plan import Plan, bisect
+from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, row_offset
+from moba_hf.kernels.tiling import Tiling, bisect
 from moba_hf.op.numerics import part_size, spread_dtype
 
 
-def mass_summary(k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def mass_summary(k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; spare rows stay unwritten."""
-    num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(plan.block_size)
-    parts, blocks = plan.block_size // size, max(1, plan.num_blocks)
+    num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(tiling.block_size)
+    parts, blocks = tiling.block_size // size, max(1, tiling.num_blocks)
     shape = (num_kv_heads, parts, blocks, head_dim)
     centers = torch.empty(shape[0], parts + 1, *shape[2:], dtype=k.dtype, device=k.device)
     spreads = torch.empty(shape, dtype=spread_dtype(k.dtype), device=k.device)
-    if plan.num_blocks == 0:
+    if tiling.num_blocks == 0:
         return centers, spreads
     with device_of(k):
-        _mass_summary_kernel[(plan.num_blocks, num_kv_heads)](
+        _mass_summary_kernel[(tiling.num_blocks, num_kv_heads)](
             k,
             centers,
             spreads,
-            plan.table,
-            plan.block_offset,
-            plan.num_seqs,
+            tiling.table,
+            tiling.block_offset,
+            tiling.num_seqs,
             blocks,
-            k.stride(0),
-            k.stride(1),
-            k.stride(2),
+            k.stride()[:3],
             PARTS=parts,
             SIZE=size,
             HEAD_DIM=head_dim,
@@ -61,9 +60,7 @@ def _mass_summary_kernel(
     block_offset_ptr,
     num_seqs,
     blocks,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    k_strides,
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -75,9 +72,10 @@ def _mass_summary_kernel(
     if number < tl.load(block_offset_ptr + num_seqs):
         seq = bisect(block_offset_ptr, num_seqs, number)
         block = number - tl.load(block_offset_ptr + seq)
-        first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
-        k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head * k_stride_h
-        k_ptr += first * k_stride_n
+        of_seq = table_ptr + seq * SEQ_COLUMNS
+        first = tl.load(of_seq + SEQ_K_BEGIN).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
+        batch = tl.load(of_seq + SEQ_BATCH)
+        k_ptr += row_offset(batch, head, first, k_strides)
         dim = tl.arange(0, PADDED_DIM)
         rows = tl.arange(0, BLOCK_N)
         columns = (dim < HEAD_DIM)[None, :]
@@ -88,11 +86,11 @@ def _mass_summary_kernel(
         for part in range(PARTS):
             total = tl.zeros([PADDED_DIM], tl.float32)
             for start in range(0, SIZE, BLOCK_N):
-                there = start + rows < SIZE
-                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
-                keys = tl.load(k_ptr + offset, mask=there[:, None] & columns, other=0.0).to(tl.float32)
+                mask = start + rows < SIZE
+                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2] + dim[None, :]
+                keys = tl.load(k_ptr + offset, mask=mask[:, None] & columns, other=0.0).to(tl.float32)
                 total += tl.sum(keys, 0)
-                norms = tl.where(there, tl.sum(keys * keys, 1), float("inf"))
+                norms = tl.where(mask, tl.sum(keys * keys, 1), float("inf"))
                 norm = tl.min(norms, 0)
                 at = tl.min(tl.where(norms == norm, rows, BLOCK_N), 0)
                 row = tl.sum(tl.where((rows == at)[:, None], keys, 0.0), 0)
@@ -101,10 +99,10 @@ def _mass_summary_kernel(
             mean = total / SIZE
             spread = tl.zeros([PADDED_DIM], tl.float32)
             for start in range(0, SIZE, BLOCK_N):
-                there = (start + rows < SIZE)[:, None]
-                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_stride_n + dim[None, :]
-                keys = tl.load(k_ptr + offset, mask=there & columns, other=0.0).to(tl.float32)
-                away = tl.where(there, keys - mean[None, :], 0.0)
+                mask = (start + rows < SIZE)[:, None]
+                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2] + dim[None, :]
+                keys = tl.load(k_ptr + offset, mask=mask & columns, other=0.0).to(tl.float32)
+                away = tl.where(mask, keys - mean[None, :], 0.0)
                 spread += tl.sum(away * away, 0)
             step = tl.cast(part, tl.int64) * blocks * HEAD_DIM
             tl.store(center_at + step, narrow(mean, center_ptr), mask=dim < HEAD_DIM)

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.layout import LN_2
 
 
 def merge(
@@ -29,7 +31,8 @@ def merge(
     """
     rows, num_heads, slots = keys.shape
     v_dim = out.shape[3]
-    block_m = 16 if v_dim <= 128 else 8
+    tile = tuning.choices_for(out).merge
+    block_m = tile.rows(v_dim)
     with device_of(out):
         _merge_kernel[(triton.cdiv(rows * num_heads, block_m),)](
             out,
@@ -47,8 +50,8 @@ def merge(
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
             BLOCK_M=block_m,
-            UNROLL=slots if slots <= 16 else 8,
-            num_warps=4,
+            UNROLL=slots if slots <= tile.unroll else tile.steps,
+            num_warps=tile.warps,
         )
 
 
@@ -74,45 +77,45 @@ def _merge_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.arange(0, PADDED_SLOTS)
     dim = tl.arange(0, PADDED_V)
-    there = row < num_rows
+    mask = row < num_rows
     query = first_row + row // num_heads
     lse_at = (query // q_len).to(tl.int64) * num_heads + row % num_heads
     lse_at = lse_ptr + lse_at * q_len + query % q_len
     out_at = (first_row.to(tl.int64) * num_heads + row)[:, None] * V_DIM + dim[None, :]
     columns = (dim < V_DIM)[None, :]
     pair = row.to(tl.int64) * SLOTS
-    inside = there[:, None] & (slot < SLOTS)[None, :]
+    inside = mask[:, None] & (slot < SLOTS)[None, :]
     at = pair[:, None] + slot[None, :]
     chosen = tl.load(key_ptr + at, mask=inside, other=0).to(tl.int32) != no_bin
     each = tl.load(partial_lse_ptr + at, mask=inside & chosen, other=float("-inf"))
-    own = tl.load(lse_at, mask=there, other=float("-inf"))
-    covered = there & (own > float("-inf"))
-    high = tl.maximum(own, tl.max(each, 1))
-    safe = tl.where(covered, high, 0.0)
+    own = tl.load(lse_at, mask=mask, other=float("-inf"))
+    covered = mask & (own > float("-inf"))
+    m_i = tl.maximum(own, tl.max(each, 1))
+    safe = tl.where(covered, m_i, 0.0)
     weight = tl.exp2(own - safe)
-    mass = weight + tl.sum(tl.exp2(each - safe[:, None]), 1)
-    mass = tl.where(covered, mass, 1.0)
-    total = tl.load(out_ptr + out_at, mask=covered[:, None] & columns, other=0.0).to(tl.float32)
-    total = total * weight[:, None]
+    l_i = weight + tl.sum(tl.exp2(each - safe[:, None]), 1)
+    l_i = tl.where(covered, l_i, 1.0)
+    acc = tl.load(out_ptr + out_at, mask=covered[:, None] & columns, other=0.0).to(tl.float32)
+    acc = acc * weight[:, None]
     # a few slots at a time, so that several loads are on their way at once
     for start in range(0, SLOTS - SLOTS % UNROLL, UNROLL):
         for i in tl.static_range(UNROLL):
-            total += _weighted(
-                partial_ptr, partial_lse_ptr, key_ptr, pair + start + i, there, no_bin, safe, dim, V_DIM
+            acc += _weighted(
+                partial_ptr, partial_lse_ptr, key_ptr, pair + start + i, mask, no_bin, safe, dim, V_DIM
             )
     for i in tl.static_range(SLOTS - SLOTS % UNROLL, SLOTS):
-        total += _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair + i, there, no_bin, safe, dim, V_DIM)
-    result = narrow(total / mass[:, None], out_ptr)
-    tl.store(out_ptr + out_at, result, mask=there[:, None] & columns)
-    natural = (safe + tl.log2(mass)) * 0.6931471805599453
-    tl.store(lse_at, tl.where(covered, natural, float("-inf")), mask=there)
+        acc += _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair + i, mask, no_bin, safe, dim, V_DIM)
+    result = narrow(acc / l_i[:, None], out_ptr)
+    tl.store(out_ptr + out_at, result, mask=mask[:, None] & columns)
+    natural = (safe + tl.log2(l_i)) * LN_2
+    tl.store(lse_at, tl.where(covered, natural, float("-inf")), mask=mask)
 
 
 @triton.jit
-def _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair, there, no_bin, high, dim, V_DIM: tl.constexpr):
+def _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair, mask, no_bin, m_i, dim, V_DIM: tl.constexpr):
     """Partial outputs of `pair (M,)` times their weights; zero where the slot is missing."""
-    chosen = there & (tl.load(key_ptr + pair, mask=there, other=0).to(tl.int32) != no_bin)
+    chosen = mask & (tl.load(key_ptr + pair, mask=mask, other=0).to(tl.int32) != no_bin)
     lse = tl.load(partial_lse_ptr + pair, mask=chosen, other=float("-inf"))
     at = partial_ptr + pair[:, None] * V_DIM + dim[None, :]
     value = tl.load(at, mask=chosen[:, None] & (dim < V_DIM)[None, :], other=0.0)
-    return value.to(tl.float32) * tl.exp2(lse - high)[:, None]
+    return value.to(tl.float32) * tl.exp2(lse - m_i)[:, None]

@@ -2,7 +2,7 @@
 
 Legend: B block size, D and DV head dims of keys and values, G query heads of a program.
 
-A program takes one tile of queries (see `plan`: one own block) for G heads of one kv head as up to BLOCK_M
+A program takes one tile of queries (see `tiling`: one own block) for G heads of one kv head as up to BLOCK_M
 rows. Keys of the block before the tile's first position are seen by all rows and need no mask; those up to
 its last position are masked by position. Output goes straight to `out`, its log-sum-exp, in base 2, to `lse`
 (natural when nothing is to be merged).
@@ -15,20 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan, find_tile, head_split
-from moba_hf.kernels.softmax import accumulate, load_rows
+from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
+from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.tiling import find_tile, head_split
 
 
 def own_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
-    chunk: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     final: bool,
     only_partial: bool = False,
@@ -36,42 +34,42 @@ def own_attention(
     """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the chunk's covered queries.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
-        tile: `m` at least the rows of a tile of `plan`.
+        tile: `m` at least the rows of a tile of `inputs.tiling`.
         final: no merge follows: lse is the natural logarithm.
         only_partial: leave complete blocks alone: `hopper` has done them.
     """
+    q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     num_heads, num_kv_heads, head_dim, v_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     heads, _ = head_split(num_heads // num_kv_heads, tile.m)
     splits = triton.cdiv(num_heads // num_kv_heads, heads)
-    first_row = chunk * plan.chunk_rows
+    first_row = chunk * tiling.chunk_rows
     with device_of(q):
-        _own_kernel[(plan.max_tiles, num_kv_heads * splits)](
+        _own_kernel[(tiling.max_tiles, num_kv_heads * splits)](
             q,
             k,
             v,
             out,
             lse,
-            plan.table,
-            plan.tile_offset[chunk],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            tiling.table,
+            tiling.tile_offset[chunk],
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
             q.shape[2],
             num_heads,
             num_heads // num_kv_heads,
             splits,
             first_row,
-            min(plan.chunk_rows, plan.num_rows - first_row),
-            plan.num_seqs,
-            plan.block_size,
-            softmax_scale,
+            min(tiling.chunk_rows, tiling.num_rows - first_row),
+            tiling.num_seqs,
+            tiling.block_size,
+            inputs.softmax_scale,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            TILE=plan.tile,
-            TILES_PER_BLOCK=plan.tiles_per_block,
+            TILE=tiling.tile,
+            TILES_PER_BLOCK=tiling.tiles_per_block,
             HEADS=heads,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
@@ -91,15 +89,9 @@ def _own_kernel(
     lse_ptr,
     table_ptr,
     tile_offset_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     num_heads,
     group_size,
@@ -138,25 +130,26 @@ def _own_kernel(
             TILES_PER_BLOCK,
         )
         batch = batch.to(tl.int64)
+        # as `tiling.tile_rows`, but relative to the block: with its positions, registers spill on Ampere
         row = tl.arange(0, BLOCK_M)
         token = row // HEADS
         in_group = tl.program_id(1) % splits * HEADS + row % HEADS
         before = first - own * block_size  # keys of the block before the tile
         query = first + token + origin
-        there = (token < TILE) & (before + token < block_size) & (query >= low) & (query < high)
-        there = there & (in_group < group_size)
+        mask = (token < TILE) & (before + token < block_size) & (query >= low) & (query < high)
+        mask = mask & (in_group < group_size)
         if ONLY_PARTIAL:
-            there = there & ((own + 1) * block_size > k_len)
+            mask = mask & ((own + 1) * block_size > k_len)
         head = kv_head * group_size + in_group
-        q_offset = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
-        q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, False)
+        q_offset = row_offset(batch, head, query, q_strides)
+        q = load_rows(q_ptr, q_offset, mask, HEAD_DIM, PADDED_DIM, False)
         first_key = k_begin.to(tl.int64) + own.to(tl.int64) * block_size
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + first_key * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + first_key * v_stride_n
-        scale = softmax_scale * 1.4426950408889634
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+        v_ptr += row_offset(batch, kv_head, first_key, v_strides)
+        scale = softmax_scale * LOG2_E
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         seen_by_all = (before + 1) // BLOCK_N * BLOCK_N
         last = tl.minimum(tl.minimum(before + TILE, block_size), k_len - own * block_size)
         if ONLY_PARTIAL:
@@ -165,23 +158,20 @@ def _own_kernel(
             last *= left
         for start in tl.range(0, seen_by_all, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key >= 0, HEAD_DIM, PADDED_DIM, True)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key >= 0, V_DIM, PADDED_V, True)
-            total, top, mass = accumulate(total, top, mass, dot(q, tl.trans(keys)), values, scale, v_ptr)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key >= 0, HEAD_DIM, PADDED_DIM, True)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key >= 0, V_DIM, PADDED_V, True)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, dot(q, tl.trans(keys)), values, scale, v_ptr)
         for start in tl.range(seen_by_all, last, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
             inside = key < last
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, False)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, False)
             visible = (key[None, :] <= (before + token)[:, None]) & inside[None, :]
             scores = tl.where(visible, dot(q, tl.trans(keys)), float("-inf"))
-            total, top, mass = accumulate(total, top, mass, scores, values, scale, v_ptr)
-        dim = tl.arange(0, PADDED_V)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
         flat = (batch * q_len + query) * num_heads + head
-        at = out_ptr + flat[:, None] * V_DIM + dim[None, :]
-        result = narrow(total / mass[:, None], out_ptr)
-        tl.store(at, result, mask=there[:, None] & (dim < V_DIM)[None, :])
-        lse = top + tl.log2(mass)
+        store_rows(out_ptr, flat * V_DIM, narrow(acc / l_i[:, None], out_ptr), mask, V_DIM, PADDED_V)
+        lse = m_i + tl.log2(l_i)
         if FINAL:
-            lse = lse * 0.6931471805599453
-        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=there)
+            lse = lse * LN_2
+        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)

@@ -17,34 +17,42 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
-from moba_hf.kernels.plan import Plan
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    LOG2_E,
+    RUN_BATCH,
+    RUN_BEGIN,
+    RUN_END,
+    RUN_FIRST_KEY,
+    RUN_KV_HEAD,
+    load_rows,
+    row_offset,
+    store_rows,
+)
 from moba_hf.kernels.routing import Routes
-from moba_hf.kernels.softmax import accumulate, load_rows
+from moba_hf.kernels.softmax import accumulate
 
 
 def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
+    inputs: Inputs,
     routes: Routes,
     partial: Tensor,
     partial_lse: Tensor,
     first_row: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     resident: bool,
 ) -> None:
     """Writes `partial (P, DV)` and `partial_lse (P,)` fp32, base 2, for every pair that has a bin.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
         first_row: flat query row at which the chunk begins.
         tile, resident: as `tuning.routed_tile` gives; `routes.rows` is a multiple of `tile.m`.
     """
     kernel = _resident_kernel if resident else _routed_kernel
-    head_dim, v_dim, block_size = q.shape[3], v.shape[3], plan.block_size
+    q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
+    head_dim, v_dim = q.shape[3], v.shape[3]
     slots = partial_lse.shape[-1]
     with device_of(q):
         kernel[(routes.tile_info.shape[0],)](
@@ -55,12 +63,12 @@ def routed_attention(
             partial_lse,
             routes.pairs,
             routes.tile_info,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
             q.shape[2],
             first_row,
-            softmax_scale,
+            inputs.softmax_scale,
             SLOTS=slots,
             HEADS=q.shape[1],
             ONE_BATCH=q.shape[0] == 1,
@@ -81,9 +89,7 @@ def _query_offsets(
     pair,
     first_row,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
     ONE_BATCH: tl.constexpr,
@@ -91,24 +97,20 @@ def _query_offsets(
     """Element offsets int64 of the pairs' query rows; divisors are constants, for division is dear."""
     row_head = pair // SLOTS
     row = first_row + row_head // HEADS
-    offset = (row_head % HEADS).to(tl.int64) * q_stride_h
+    offset = (row_head % HEADS).to(tl.int64) * q_strides[1]
     if ONE_BATCH:
-        offset += row.to(tl.int64) * q_stride_n
+        offset += row.to(tl.int64) * q_strides[2]
     else:
-        offset += (row // q_len).to(tl.int64) * q_stride_b + (row % q_len).to(tl.int64) * q_stride_n
+        offset += (row // q_len).to(tl.int64) * q_strides[0] + (row % q_len).to(tl.int64) * q_strides[2]
     return offset
 
 
 @triton.jit
-def _store_partial(
-    out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM: tl.constexpr, PADDED_V: tl.constexpr
-):
-    """Scatters normalised outputs `total / mass` and their base-2 log-sum-exp to `pair (M,)`."""
-    dim = tl.arange(0, PADDED_V)
-    out = narrow(total / mass[:, None], out_ptr)
-    at = out_ptr + pair.to(tl.int64)[:, None] * V_DIM + dim[None, :]
-    tl.store(at, out, mask=there[:, None] & (dim < V_DIM)[None, :])
-    tl.store(lse_ptr + pair, high + tl.log2(mass), mask=there)
+def _store_partial(out_ptr, lse_ptr, pair, mask, acc, m_i, l_i, V_DIM: tl.constexpr, PADDED_V: tl.constexpr):
+    """Scatters normalised outputs `acc / l_i` and their base-2 log-sum-exp to `pair (M,)`."""
+    out = narrow(acc / l_i[:, None], out_ptr)
+    store_rows(out_ptr, pair.to(tl.int64) * V_DIM, out, mask, V_DIM, PADDED_V)
+    tl.store(lse_ptr + pair, m_i + tl.log2(l_i), mask=mask)
 
 
 @triton.jit(do_not_specialize=["q_len", "first_row"])
@@ -120,15 +122,9 @@ def _routed_kernel(
     lse_ptr,
     pair_ptr,
     info_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     first_row,
     softmax_scale,
@@ -145,37 +141,35 @@ def _routed_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of BLOCK_M pairs against its block, BLOCK_N keys at a time."""
-    info = info_ptr + tl.program_id(0) * 8
-    begin = tl.load(info)
-    end = tl.load(info + 1)
+    info = info_ptr + tl.program_id(0) * INFO_COLUMNS
+    begin = tl.load(info + RUN_BEGIN)
+    end = tl.load(info + RUN_END)
     if begin < end:
-        batch = tl.load(info + 2)
-        kv_head = tl.load(info + 3)
-        first_key = tl.load(info + 4).to(tl.int64)
+        batch = tl.load(info + RUN_BATCH)
+        kv_head = tl.load(info + RUN_KV_HEAD)
+        first_key = tl.load(info + RUN_FIRST_KEY).to(tl.int64)
         place = begin + tl.arange(0, BLOCK_M)
-        there = place < end
-        pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
-        q_offset = _query_offsets(
-            pair, first_row, q_len, q_stride_b, q_stride_h, q_stride_n, SLOTS, HEADS, ONE_BATCH
-        )
-        q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
-        k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
-        v_ptr += batch.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
-        scale = softmax_scale * 1.4426950408889634
-        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        mask = place < end
+        pair = tl.load(pair_ptr + place, mask=mask, other=0).to(tl.int32)
+        q_offset = _query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
+        q = load_rows(q_ptr, q_offset, mask, HEAD_DIM, PADDED_DIM, True)
+        k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+        v_ptr += row_offset(batch, kv_head, first_key, v_strides)
+        scale = softmax_scale * LOG2_E
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         EVEN: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
         for start in tl.range(0, BLOCK_SIZE, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
             inside = key < BLOCK_SIZE
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, EVEN)
             scores = dot(q, tl.trans(keys))
             if not EVEN:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
-        _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
+        _store_partial(out_ptr, lse_ptr, pair, mask, acc, m_i, l_i, V_DIM, PADDED_V)
 
 
 @triton.jit(do_not_specialize=["q_len", "first_row"])
@@ -187,15 +181,9 @@ def _resident_kernel(
     lse_ptr,
     pair_ptr,
     info_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     first_row,
     softmax_scale,
@@ -212,37 +200,35 @@ def _resident_kernel(
     STAGES: tl.constexpr,
 ):
     """A block of at most BLOCK_N keys held, a run of pairs streamed past it, BLOCK_M at a time."""
-    info = info_ptr + tl.program_id(0) * 8
-    begin = tl.load(info)
-    end = tl.load(info + 1)
+    info = info_ptr + tl.program_id(0) * INFO_COLUMNS
+    begin = tl.load(info + RUN_BEGIN)
+    end = tl.load(info + RUN_END)
     if begin < end:
-        batch = tl.load(info + 2)
-        kv_head = tl.load(info + 3)
-        first_key = tl.load(info + 4).to(tl.int64)
-        k_ptr += batch.to(tl.int64) * k_stride_b + kv_head.to(tl.int64) * k_stride_h + first_key * k_stride_n
-        v_ptr += batch.to(tl.int64) * v_stride_b + kv_head.to(tl.int64) * v_stride_h + first_key * v_stride_n
+        batch = tl.load(info + RUN_BATCH)
+        kv_head = tl.load(info + RUN_KV_HEAD)
+        first_key = tl.load(info + RUN_FIRST_KEY).to(tl.int64)
+        k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+        v_ptr += row_offset(batch, kv_head, first_key, v_strides)
         EVEN: tl.constexpr = BLOCK_SIZE == BLOCK_N
         key = tl.arange(0, BLOCK_N)
         inside = key < BLOCK_SIZE
-        keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, EVEN)
-        values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, EVEN)
+        keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, EVEN)
+        values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, EVEN)
         keys = tl.trans(keys)
         if _UPCAST:
             values = values.to(tl.float32)
-        scale = softmax_scale * 1.4426950408889634
+        scale = softmax_scale * LOG2_E
         for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
             place = at + tl.arange(0, BLOCK_M)
-            there = place < end
-            pair = tl.load(pair_ptr + place, mask=there, other=0).to(tl.int32)
-            q_offset = _query_offsets(
-                pair, first_row, q_len, q_stride_b, q_stride_h, q_stride_n, SLOTS, HEADS, ONE_BATCH
-            )
-            q = load_rows(q_ptr, q_offset, there, HEAD_DIM, PADDED_DIM, True)
+            mask = place < end
+            pair = tl.load(pair_ptr + place, mask=mask, other=0).to(tl.int32)
+            q_offset = _query_offsets(pair, first_row, q_len, q_strides, SLOTS, HEADS, ONE_BATCH)
+            q = load_rows(q_ptr, q_offset, mask, HEAD_DIM, PADDED_DIM, True)
             scores = dot(q, keys)
             if not EVEN:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
-            high = tl.max(scores, 1) * scale
-            weight = tl.exp2(scores * scale - high[:, None])
-            mass = tl.sum(weight, 1)
-            total = dot(narrow(weight, v_ptr), values)
-            _store_partial(out_ptr, lse_ptr, pair, there, total, high, mass, V_DIM, PADDED_V)
+            m_i = tl.max(scores, 1) * scale
+            p = tl.exp2(scores * scale - m_i[:, None])
+            l_i = tl.sum(p, 1)
+            acc = dot(narrow(p, v_ptr), values)
+            _store_partial(out_ptr, lse_ptr, pair, mask, acc, m_i, l_i, V_DIM, PADDED_V)

@@ -1,6 +1,6 @@
 """Regroups the chosen (query, head, slot) pairs by (kv head, block), without asking the device for sizes.
 
-Legend: H query heads, HK kv heads, K topk, K1 = K - 1 routed slots, NB flat blocks (see `plan`), P pairs.
+Legend: H query heads, HK kv heads, K topk, K1 = K - 1 routed slots, NB flat blocks (see `tiling`), P pairs.
 
 1. A pair's key is `kv_head * NB + flat block`, or a last value for "none": missing slots, padding queries.
    The own block is left out here, wherever it stands among the slots; the others close up to K1 slots, so
@@ -20,15 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of
-from moba_hf.kernels.plan import Plan, find_tile, head_split
-
-# Columns of a tile: first and last + 1 of its pairs, batch row, kv head, first key slot, bin, its number
-# in the bin; one is unused.
-TILE_COLUMNS = 8
-
-# Rows of a program of the key kernel: (tokens of a tile) x (query heads).
-ROUTE_ROWS = 64
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    RUN_BATCH,
+    RUN_BEGIN,
+    RUN_BIN,
+    RUN_END,
+    RUN_FIRST_KEY,
+    RUN_KV_HEAD,
+    RUN_PART,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+)
+from moba_hf.kernels.tiling import Tiling, find_tile, head_split, tile_rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Routes:
         pairs: int64 `(P,)`, pairs sorted by bin; those of no bin last.
         bin_begin: int32 `(num_bins + 1,)`, first place in `pairs` of each bin.
         tile_begin: int32 `(num_bins + 1,)`, first tile of each bin; the last is the number of tiles.
-        tile_info: int32 `(tiles, TILE_COLUMNS)`, what each tile is; no pairs beyond their number.
+        tile_info: int32 `(tiles, INFO_COLUMNS)`, what each tile is, by `layout`; beyond them no pairs.
         num_bins: `HK * NB`; bin = kv head * NB + flat block.
         rows: pairs of a tile.
     """
@@ -57,80 +64,81 @@ def key_format(num_bins: int) -> tuple[torch.dtype, int]:
     return (torch.int16, -(2**15)) if num_bins < 2**16 else (torch.int32, 0)
 
 
-def pair_keys(choice: Tensor, plan: Plan, chunk: int, num_kv_heads: int) -> Tensor:
+def pair_keys(choice: Tensor, tiling: Tiling, chunk: int, num_kv_heads: int) -> Tensor:
     """Keys `(rows of the chunk, H, K1)` of `choice (batch, q_len, H, K)`; `key_format` says the dtype."""
     _, q_len, num_heads, topk = choice.shape
-    first_row = chunk * plan.chunk_rows
-    rows = min(plan.chunk_rows, plan.num_rows - first_row)
-    num_bins = num_kv_heads * plan.num_blocks
+    first_row = chunk * tiling.chunk_rows
+    rows = min(tiling.chunk_rows, tiling.num_rows - first_row)
+    num_bins = num_kv_heads * tiling.num_blocks
     dtype, bias = key_format(num_bins)
     keys = torch.full((rows, num_heads, topk - 1), num_bins + bias, dtype=dtype, device=choice.device)
-    heads, _ = head_split(num_heads // num_kv_heads, ROUTE_ROWS)
+    heads, _ = head_split(num_heads // num_kv_heads, tuning.choices_for(choice).route_rows)
     splits = triton.cdiv(num_heads // num_kv_heads, heads)
     with device_of(choice):
-        _pair_key_kernel[(plan.max_tiles, num_kv_heads * splits)](
+        _pair_key_kernel[(tiling.max_tiles, num_kv_heads * splits)](
             choice,
             keys,
-            plan.table,
-            plan.block_offset,
-            plan.tile_offset[chunk],
-            plan.num_seqs,
+            tiling.table,
+            tiling.block_offset,
+            tiling.tile_offset[chunk],
+            tiling.num_seqs,
             q_len,
             first_row,
             rows,
             num_heads,
             num_heads // num_kv_heads,
             splits,
-            plan.num_blocks,
+            tiling.num_blocks,
             bias,
-            plan.block_size,
+            tiling.block_size,
             TOPK=topk,
             PADDED_TOPK=triton.next_power_of_2(topk),
-            TILE=plan.tile,
-            TILES_PER_BLOCK=plan.tiles_per_block,
+            TILE=tiling.tile,
+            TILES_PER_BLOCK=tiling.tiles_per_block,
             HEADS=heads,
-            BLOCK_M=triton.next_power_of_2(plan.tile * heads),
+            BLOCK_M=triton.next_power_of_2(tiling.tile * heads),
             num_warps=4,
         )
     return keys
 
 
-def route(keys: Tensor, plan: Plan, num_kv_heads: int, rows: int) -> Routes:
+def route(keys: Tensor, tiling: Tiling, num_kv_heads: int, rows: int) -> Routes:
     """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
-    num_bins = num_kv_heads * plan.num_blocks
+    num_bins = num_kv_heads * tiling.num_blocks
     dtype, bias = key_format(num_bins)
     in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
     bins = torch.arange(bias, num_bins + bias + 1, dtype=torch.int32, device=keys.device).to(dtype)
     bin_begin = torch.searchsorted(in_order, bins, out_int32=True)
-    return _tiled(pairs, bin_begin, plan, num_bins, rows)
+    return _tiled(pairs, bin_begin, tiling, num_bins, rows)
 
 
-def retile(routes: Routes, plan: Plan, rows: int) -> Routes:
+def retile(routes: Routes, tiling: Tiling, rows: int) -> Routes:
     """The same groups in tiles of `rows`."""
-    return _tiled(routes.pairs, routes.bin_begin, plan, routes.num_bins, rows)
+    return _tiled(routes.pairs, routes.bin_begin, tiling, routes.num_bins, rows)
 
 
-def _tiled(pairs: Tensor, bin_begin: Tensor, plan: Plan, num_bins: int, rows: int) -> Routes:
+def _tiled(pairs: Tensor, bin_begin: Tensor, tiling: Tiling, num_bins: int, rows: int) -> Routes:
     device, num_pairs = pairs.device, pairs.numel()
     tiles = (bin_begin[1:] - bin_begin[:-1] + (rows - 1)) // rows
     tile_begin = torch.zeros(num_bins + 1, dtype=torch.int32, device=device)
     torch.cumsum(tiles, 0, dtype=torch.int32, out=tile_begin[1:])
     bound = max(1, min(num_pairs, num_pairs // rows + num_bins))
-    tile_info = torch.empty(bound, TILE_COLUMNS, dtype=torch.int32, device=device)
+    tile_info = torch.empty(bound, INFO_COLUMNS.value, dtype=torch.int32, device=device)
     with device_of(pairs):
-        _tile_info_kernel[(triton.cdiv(bound, 128),)](
+        block = tuning.choices_for(pairs).route_tiles
+        _tile_info_kernel[(triton.cdiv(bound, block),)](
             tile_info,
             bin_begin,
             tile_begin,
-            plan.table,
-            plan.block_offset,
+            tiling.table,
+            tiling.block_offset,
             num_bins,
-            plan.num_blocks,
-            plan.num_seqs,
-            plan.block_size,
+            tiling.num_blocks,
+            tiling.num_seqs,
+            tiling.block_size,
             bound,
             rows,
-            BLOCK=128,
+            BLOCK=block,
         )
     return Routes(pairs, bin_begin, tile_begin, tile_info, num_bins, rows)
 
@@ -168,22 +176,22 @@ def _tile_info_kernel(
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tile < num_tiles
     bin = _last_not_above(tile_begin_ptr, num_bins, tile)
-    there = inside & (tile < tl.load(tile_begin_ptr + num_bins))
+    mask = inside & (tile < tl.load(tile_begin_ptr + num_bins))
     part = tile - tl.load(tile_begin_ptr + bin)
     begin = tl.load(bin_begin_ptr + bin) + part * rows
     end = tl.minimum(tl.load(bin_begin_ptr + bin + 1), begin + rows)
     number = bin % num_blocks
     seq = _last_not_above(block_offset_ptr, num_seqs, number)
-    first_key = tl.load(table_ptr + seq * 5 + 3)
+    first_key = tl.load(table_ptr + seq * SEQ_COLUMNS + SEQ_K_BEGIN)
     first_key += (number - tl.load(block_offset_ptr + seq)) * block_size
-    row = info_ptr + tile.to(tl.int64) * 8
-    tl.store(row, tl.where(there, begin, 0), mask=inside)
-    tl.store(row + 1, tl.where(there, end, 0), mask=inside)
-    tl.store(row + 2, tl.load(table_ptr + seq * 5), mask=inside)
-    tl.store(row + 3, bin // num_blocks, mask=inside)
-    tl.store(row + 4, first_key, mask=inside)
-    tl.store(row + 5, bin, mask=inside)
-    tl.store(row + 6, part, mask=inside)
+    row = info_ptr + tile.to(tl.int64) * INFO_COLUMNS
+    tl.store(row + RUN_BEGIN, tl.where(mask, begin, 0), mask=inside)
+    tl.store(row + RUN_END, tl.where(mask, end, 0), mask=inside)
+    tl.store(row + RUN_BATCH, tl.load(table_ptr + seq * SEQ_COLUMNS + SEQ_BATCH), mask=inside)
+    tl.store(row + RUN_KV_HEAD, bin // num_blocks, mask=inside)
+    tl.store(row + RUN_FIRST_KEY, first_key, mask=inside)
+    tl.store(row + RUN_BIN, bin, mask=inside)
+    tl.store(row + RUN_PART, part, mask=inside)
 
 
 @triton.jit(
@@ -227,19 +235,17 @@ def _pair_key_kernel(
             TILE,
             TILES_PER_BLOCK,
         )
-        row = tl.arange(0, BLOCK_M)
         slot = tl.arange(0, PADDED_TOPK)
-        token = row // HEADS
-        in_group = tl.program_id(1) % splits * HEADS + row % HEADS
-        query = first + token + origin
-        there = (token < TILE) & (first + token < (own + 1) * block_size) & (query >= low) & (query < high)
-        there = there & (in_group < group_size)
+        part = tl.program_id(1) % splits
+        _, query, in_group, mask = tile_rows(
+            own, first, origin, low, high, part, group_size, block_size, BLOCK_M, TILE, HEADS
+        )
         flat = (batch.to(tl.int64) * q_len + query) * num_heads + kv_head * group_size + in_group
         source = choice_ptr + flat[:, None] * TOPK
-        block = tl.load(source + slot[None, :], mask=there[:, None] & (slot < TOPK)[None, :], other=-1)
+        block = tl.load(source + slot[None, :], mask=mask[:, None] & (slot < TOPK)[None, :], other=-1)
         own_slot = tl.min(tl.where(block == own, slot[None, :], TOPK - 1), 1)
         shifted = slot[None, :] + (slot[None, :] >= own_slot[:, None]).to(tl.int32)
-        kept = there[:, None] & (slot < TOPK - 1)[None, :]
+        kept = mask[:, None] & (slot < TOPK - 1)[None, :]
         block = tl.load(source + shifted, mask=kept, other=-1)
         # a block that is no earlier one has no place in memory: never let it become an address
         valid = (block >= 0) & (block < own)

@@ -1,9 +1,12 @@
-"""Tile choices, in one table, and the predicate that says whether a choice can run.
+"""Every launch choice, in one table by compute capability, and the predicate that says whether it can run.
 
 A choice depends on what is known before the launch only (head dims, block size, dtype width, topk,
 capability), so a call never measures anything and equal calls run equal kernels. Numbers marked H200 were
 measured in bf16 at head_dim 128, those of the forward's plain Triton tiles on prototypes; the others keep the
-shared memory and registers of a tile alike.
+shared memory and registers of a tile alike. `tuning_backward` holds the tiles of the backward, `budgets` the
+sizes that follow from memory.
+
+To tune another GPU, give `TABLE` a line of its own: `(8, 0): replace(_DEFAULT, own=(...))`.
 """
 
 from __future__ import annotations
@@ -25,18 +28,8 @@ _SHARED_MEMORY = {
     (11, 0): 227 << 10,
 }
 _LEAST_SHARED_MEMORY = 99 << 10
-# Stored rows of a partial output, its lse, the pair's key, and the sort's keys and permutation, in bytes.
-_PAIR_OVERHEAD = 4 + 2 + 2 + 8 + 8
-# Most memory for partial outputs of a chunk of queries, in bytes; larger runs a few per cent faster.
-WORKSPACE = 4 << 30
-# Calls with at most this many queries in a sequence, and partial outputs in all, take the decode kernel.
+# Calls with at most this many queries in a sequence take the decode kernel, on any GPU: caches rely on it.
 DECODE_QUERIES = 16
-DECODE_PARTIALS = 1 << 20
-# Keys that one program of the decode kernel attends, least and most: longer blocks are split, shorter ones
-# until there are so many programs per processor. H200: 512 programs unsplit 17.5 us, split in two 18.7.
-DECODE_SEGMENTS, DECODE_PROGRAMS = (64, 512), 3
-# Full attention of a few queries: programs per processor that the keys are split for, and most splits.
-DENSE_DECODE_PROGRAMS, DENSE_DECODE_SPLITS = 2, 128
 
 
 @dataclass(frozen=True)
@@ -64,40 +57,175 @@ class Tile:
         return (self.n * sum(dims) + (self.stages - 1) * self.m * max(dims)) * itemsize
 
 
-# H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
-GATE = Tile(m=64, n=64, warps=4, stages=3)
-# H200, 131,072 tokens, 32/64, head_dim 128: 69 ms with 4 warps, though they spill 100 bytes, 100 ms with 8,
-# which do not; 64 x 64 with 8 warps 88 ms, with one stage 97. Above 128 dims, unmeasured, 4 warps spill more.
-_MASS_GATE = (Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
-_MASS_GATE_WIDE = (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), *_MASS_GATE[2:])
-_WIDE = (
-    Tile(64, 64, 8, 2),
-    Tile(64, 32, 8, 2),
-    Tile(32, 32, 4, 2),
-    Tile(16, 16, 4, 1),
-)  # head dims above 128
-_OWN = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-_ROUTED = (
-    Tile(64, 64, 4, 3),
-    Tile(64, 64, 4, 2),
-    Tile(64, 32, 4, 2),
-    Tile(32, 32, 4, 2),
-    Tile(16, 16, 4, 1),
-)
-_ROUTED_LONG = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED)
-_DENSE_DECODE = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-_RESIDENT = ((64, 4, 3), (64, 4, 2))  # the block is the tile of keys
-# Tiles of rows that one program of the resident kernel runs through; H200: 8, 16, 32 within 6 %.
-RESIDENT_TILES = 16
+@dataclass(frozen=True)
+class RowTile:
+    """Shape of a kernel that runs at memory speed: few rows, since larger tiles spill.
 
-# Gluon kernels for Hopper: rows are 64 per consumer warpgroup, `stages` those of the key ring.
-HOPPER_OWN = Tile(128, 64, 4, 4)
-HOPPER_STREAM = (Tile(128, 128, 4, 2), Tile(128, 64, 4, 4))
-HOPPER_RESIDENT = Tile(
-    192, 128, 4, 2
-)  # blocks of `n` keys: below, Triton's is faster (11.8 to 13.0 ms at 64)
-# What `own` runs beside HOPPER_OWN, for incomplete blocks in the same tiles of queries.
-OWN_PARTIAL = Tile(128, 64, 8, 2)
+    Attributes:
+        narrow, wide: rows of a program for head dims up to 128 and above.
+        warps: warps of a program.
+        unroll: slots of a row that are unrolled whole.
+        steps: slots that are loaded at once where there are more.
+    """
+
+    narrow: int
+    wide: int
+    warps: int = 4
+    unroll: int = 16
+    steps: int = 8
+
+    def rows(self, dim: int) -> int:
+        """Rows of a program for head dim `dim`."""
+        return self.narrow if dim <= 128 else self.wide
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The launch choices of one kind of GPU.
+
+    Tuples hold tiles in order of preference; the first that fits shared memory is taken, else the last.
+
+    Attributes:
+        mean_gate: of the mean gate and of the scores of a decode step (`choose`). Its `m`, `n` and `warps`
+            fix the order in which a score is summed, and `n` how many bits a score keeps
+            (`levels.tile_bits`): the two kernels share them, or near ties would break differently in prefill
+            and decode.
+        mean_gate_most_levels: with more levels, the mean gate takes twice as many warps.
+        mean_gate_registers: register limit of the mean gate by levels.
+        gate_rest_warps: of the mean gate's second kernel.
+        gate_rest_levels: most levels of the mass gate's second kernel: more would spill.
+        gate_rest_programs: of a gate's second kernel, per processor.
+        mass_gate, mass_gate_wide: up to 128 dims, above.
+        wide: of own and routed blocks above 128 dims.
+        own, routed, routed_long: `routed_long` from `long_block` keys of a block on.
+        resident: rows, warps and stages where a block is the tile of keys.
+        resident_tiles: tiles of rows that one program of the resident kernel runs through.
+        dense_decode, dense_decode_programs, dense_decode_splits: of full attention of a few queries; programs
+            per processor that the keys are split for, and most splits.
+        decode_partials: calls with at most so many partial outputs may take the decode kernel.
+        decode_segments: keys that one of its programs attends, least and most: longer blocks are split,
+            shorter ones until there are `decode_programs` programs per processor.
+        decode_keys: most keys of one of its tiles.
+        decode_parts: partial outputs that `merge_parts` adds at once, least and most.
+        choose_columns: columns of a program that scores for a decode step.
+        choose_held: most keys that a program of `choose` holds in registers; `choose_many` and more: 8 warps.
+        route_rows: rows of the kernel of pair keys: (tokens of a tile) x (query heads).
+        route_tiles: tiles that one program of `routing` describes.
+        append_rows: rows that `append` copies at once.
+        merge, row_stats, sum_partials: of the kernels of these names.
+        fold: numbers that one program of the backward folds.
+    """
+
+    mean_gate: Tile
+    mean_gate_most_levels: int
+    mean_gate_registers: tuple[tuple[int, int], ...]
+    gate_rest_warps: int
+    gate_rest_levels: int
+    gate_rest_programs: int
+    mass_gate: tuple[Tile, ...]
+    mass_gate_wide: tuple[Tile, ...]
+    wide: tuple[Tile, ...]
+    own: tuple[Tile, ...]
+    routed: tuple[Tile, ...]
+    routed_long: tuple[Tile, ...]
+    long_block: int
+    resident: tuple[tuple[int, int, int], ...]
+    resident_tiles: int
+    dense_decode: tuple[Tile, ...]
+    dense_decode_programs: int
+    dense_decode_splits: int
+    decode_partials: int
+    decode_segments: tuple[int, int]
+    decode_programs: int
+    decode_keys: int
+    decode_parts: tuple[int, int]
+    choose_columns: int
+    choose_held: int
+    choose_many: int
+    route_rows: int
+    route_tiles: int
+    append_rows: int
+    merge: RowTile
+    row_stats: RowTile
+    sum_partials: RowTile
+    fold: int
+
+
+_SMALL = (Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+_ROUTED = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), *_SMALL)
+_DEFAULT = Choices(
+    # H200: 4 warps and 64 rows beat larger tiles for gate, own blocks and blocks of up to a few hundred keys.
+    mean_gate=Tile(m=64, n=64, warps=4, stages=3),
+    mean_gate_most_levels=4,
+    mean_gate_registers=((2, 168),),  # three programs to a processor instead of two
+    gate_rest_warps=8,
+    gate_rest_levels=6,
+    gate_rest_programs=2,
+    # H200, 131,072 tokens, 32/64, head_dim 128: 69 ms with 4 warps, though they spill 100 bytes, 100 ms with
+    # 8, which do not; 64 x 64 with 8 warps 88 ms, with one stage 97. Above 128 dims, unmeasured, 4 warps
+    # spill more.
+    mass_gate=(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    mass_gate_wide=(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    wide=(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), *_SMALL),
+    own=(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), *_SMALL),
+    routed=_ROUTED,
+    routed_long=(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *_ROUTED),
+    long_block=1024,
+    resident=((64, 4, 3), (64, 4, 2)),
+    resident_tiles=16,  # H200: 8, 16, 32 within 6 %
+    dense_decode=(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), *_SMALL),
+    dense_decode_programs=2,
+    dense_decode_splits=128,
+    decode_partials=1 << 20,
+    decode_segments=(64, 512),
+    decode_programs=3,  # H200: 512 programs unsplit 17.5 us, split in two 18.7
+    decode_keys=64,
+    decode_parts=(16, 32),
+    choose_columns=128,
+    choose_held=8192,
+    choose_many=4096,
+    route_rows=64,
+    route_tiles=128,
+    append_rows=16,
+    merge=RowTile(16, 8),
+    row_stats=RowTile(32, 16),
+    sum_partials=RowTile(16, 8),
+    fold=1024,
+)
+# By compute capability; others take `_DEFAULT`.
+TABLE: dict[tuple[int, int], Choices] = {}
+
+
+@dataclass(frozen=True)
+class HopperChoices:
+    """The tiles of the Gluon kernels: rows are 64 per consumer warpgroup, `stages` those of the key ring.
+
+    Attributes:
+        own: of complete own blocks.
+        own_partial: what plain Triton runs beside `own`, for incomplete blocks: the same tiles of queries, so
+            `m` must be that of `own`.
+        stream: of long blocks, in order of preference.
+        resident: of blocks of `n` keys; below, Triton's is faster (11.8 to 13.0 ms at 64).
+        resident_registers: of a consumer warp, by consumer warpgroups.
+    """
+
+    own: Tile
+    own_partial: Tile
+    stream: tuple[Tile, ...]
+    resident: Tile
+    resident_registers: dict[int, int]
+
+    def __post_init__(self) -> None:
+        assert self.own.m == self.own_partial.m, "both run the same tiles of queries"
+
+
+HOPPER = HopperChoices(
+    own=Tile(128, 64, 4, 4),
+    own_partial=Tile(128, 64, 8, 2),
+    stream=(Tile(128, 128, 4, 2), Tile(128, 64, 4, 4)),
+    resident=Tile(192, 128, 4, 2),
+    resident_registers={2: 232, 3: 160},
+)
 
 
 @cache
@@ -114,35 +242,68 @@ def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> 
     return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
 
 
-def gate_tile(head_dim: int, device_capability: tuple[int, int]) -> Tile:
-    """The tile of the gate; `head_dim` padded. Fewer stages where shared memory is small."""
-    for stages in range(GATE.stages, 1, -1):
-        tile = Tile(GATE.m, GATE.n, GATE.warps, stages)
-        if fits(tile.shared_memory((head_dim, 0), 2), device_capability):
+def choices(device_capability: tuple[int, int]) -> Choices:
+    """The launch choices of a GPU."""
+    return TABLE.get(device_capability, _DEFAULT)
+
+
+def choices_for(x: Tensor) -> Choices:
+    """The launch choices of the GPU that holds `x`."""
+    return choices(capability(x.device))
+
+
+def gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of a gate; `dim`: padded head dim, `parts` of a block, 0 for the mean gate."""
+    found = choices(device_capability)
+    if parts > 0:
+        tiles = found.mass_gate_wide if dim > 128 else found.mass_gate
+        fit = (x for x in tiles if fits(mass_gate_memory(x, dim, itemsize, parts), device_capability))
+        return next(fit, tiles[-1])
+    best = found.mean_gate
+    for stages in range(best.stages, 1, -1):  # fewer where shared memory is small
+        tile = Tile(best.m, best.n, best.warps, stages)
+        if fits(tile.shared_memory((dim, 0), itemsize), device_capability):
             return tile
-    return Tile(GATE.m, GATE.n, GATE.warps, 1)
+    return Tile(best.m, best.n, best.warps, 1)
+
+
+@dataclass(frozen=True)
+class GateLaunch:
+    """How the two kernels of a gate are launched.
+
+    Attributes:
+        warps, max_registers: of the first kernel (`max_registers` of both); None: no limit.
+        rest_warps, rest_levels, rest_programs: of the second; programs per processor.
+    """
+
+    warps: int
+    max_registers: int | None
+    rest_warps: int
+    rest_levels: int
+    rest_programs: int
+
+
+def gate_launch(tile: Tile, levels: int, parts: int, device_capability: tuple[int, int]) -> GateLaunch:
+    """The launch of a gate that keeps `levels` per class; `parts` of a block, 0 for the mean gate."""
+    found = choices(device_capability)
+    if parts > 0:
+        rest_levels = min(levels, found.gate_rest_levels)
+        return GateLaunch(tile.warps, None, tile.warps, rest_levels, found.gate_rest_programs)
+    warps = tile.warps * (2 if levels > found.mean_gate_most_levels else 1)
+    registers = dict(found.mean_gate_registers).get(levels)
+    return GateLaunch(warps, registers, found.gate_rest_warps, levels, found.gate_rest_programs)
 
 
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of the own-block kernel; `dims`: padded head dims of keys and values."""
-    return _first(_WIDE if max(dims) > 128 else _OWN, dims, itemsize, device_capability)
+    found = choices(device_capability)
+    return _first(found.wide if max(dims) > 128 else found.own, dims, itemsize, device_capability)
 
 
 def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of full attention of a few queries; two programs to a processor hide each other's waits."""
-    for tile in _DENSE_DECODE:
-        if fits(tile.shared_memory(dims, itemsize), device_capability, DENSE_DECODE_PROGRAMS):
-            return tile
-    return _DENSE_DECODE[-1]
-
-
-def mass_gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
-    """The tile of the mass gate; `dim`: padded head dim, `parts` of a block."""
-    tiles = _MASS_GATE_WIDE if dim > 128 else _MASS_GATE
-    for tile in tiles:
-        if fits(mass_gate_memory(tile, dim, itemsize, parts), device_capability):
-            return tile
-    return tiles[-1]
+    found = choices(device_capability)
+    return _first(found.dense_decode, dims, itemsize, device_capability, found.dense_decode_programs)
 
 
 def mass_gate_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
@@ -171,29 +332,33 @@ def routed_tile(
     Args:
         resident: True or False forces the answer where the block fits.
     """
+    found = choices(device_capability)
     keys = 1 << max(4, (block_size - 1).bit_length())
     if block_size <= 128 and resident is not False:
-        for m, warps, stages in _RESIDENT:
+        for m, warps, stages in found.resident:
             tile = Tile(m, keys, warps, stages)
             # two programs to a processor hide the gather; one is taken only when asked for
             if fits(tile.resident_memory(dims, itemsize), device_capability, 1 if resident else 2):
                 return tile, True
-    choices: tuple[Tile, ...] = _ROUTED
+    tiles = found.routed
     if max(dims) > 128:
-        choices = _WIDE
-    elif block_size >= 1024:
-        choices = _ROUTED_LONG
-    tile = _first(choices, dims, itemsize, device_capability)
+        tiles = found.wide
+    elif block_size >= found.long_block:
+        tiles = found.routed_long
+    tile = _first(tiles, dims, itemsize, device_capability)
     return Tile(tile.m, min(tile.n, keys), tile.warps, tile.stages), False
 
 
 def _first(
-    choices: tuple[Tile, ...], dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]
+    tiles: tuple[Tile, ...],
+    dims: tuple[int, int],
+    itemsize: int,
+    device_capability: tuple[int, int],
+    programs: int = 1,
 ) -> Tile:
-    for tile in choices:
-        if fits(tile.shared_memory(dims, itemsize), device_capability):
-            return tile
-    return choices[-1]
+    """The first tile of which so many programs fit a processor, else the last."""
+    fit = (x for x in tiles if fits(x.shared_memory(dims, itemsize), device_capability, programs))
+    return next(fit, tiles[-1])
 
 
 def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
@@ -211,155 +376,6 @@ def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
     while levels < exact and levels < 8 and comb(count, levels) >= 0.01 * width ** (levels - 1):
         levels += 1
     return levels, levels == exact
-
-
-def chunk_rows(rows: int, num_heads: int, routed_slots: int, v_dim: int, itemsize: int, budget: int) -> int:
-    """Query rows of a chunk so that its partial outputs and pairs stay within `budget` bytes."""
-    row_bytes = num_heads * routed_slots * (v_dim * itemsize + _PAIR_OVERHEAD)
-    pairs = num_heads * routed_slots  # numbered in int32 within a chunk
-    chunk = max(1, min(budget // max(1, row_bytes), (2**31 - 1) // max(1, pairs)))
-    if chunk >= rows:
-        return max(1, rows)
-    even = -(-rows // -(-rows // chunk))  # chunks of equal size
-    return min(chunk, -(-even // 64) * 64)
-
-
-# Most memory for pairs and sums of a group of kv heads in the backward, in bytes.
-BACKWARD_WORKSPACE = 3 << 30
-# Bytes per pair of the sums that segments of a block's pairs write apart; fewer mean longer segments.
-_SEGMENT_BYTES = 32
-# Keys held (n), rows streamed past them (m): the sums of dk and dv are n x (D + DV) in registers. A tile that
-# holds the whole block gives dq too; in longer blocks half as many keys are faster, since two programs then
-# share a processor (H200, 512 / 3: routed 11.4 against 12.1 ms, own 3.9 against 4.2).
-_HELD_WHOLE = (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 128, 8, 3))
-_HELD = (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-_HELD_OWN = (Tile(32, 64, 4, 3), *_HELD[1:])
-_HELD_WIDE = (
-    Tile(64, 64, 8, 2),
-    Tile(32, 64, 8, 2),
-    Tile(32, 32, 4, 2),
-    Tile(16, 16, 4, 1),
-)  # dims above 128
-# Rows held (m), keys streamed past them (n).
-_DQ = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-# Columns of tensor memory on GPUs that multiply there.
-_TENSOR_MEMORY = 512
-
-
-@dataclass(frozen=True)
-class BackwardTiles:
-    """Shapes of the backward's kernels.
-
-    Attributes:
-        held, own: keys and values held, rows streamed: routed and own blocks. If the block fits `n`, it
-            gives dq too.
-        dq, own_dq: rows held, keys streamed; for blocks longer than `held.n`, `own.n`.
-    """
-
-    held: Tile
-    own: Tile
-    dq: Tile
-    own_dq: Tile
-
-
-def backward_tiles(
-    dims: tuple[int, int], itemsize: int, block_size: int, device_capability: tuple[int, int]
-) -> BackwardTiles:
-    """The tiles of a backward; `dims`: padded head dims of keys and values."""
-    keys = 1 << max(4, (block_size - 1).bit_length())
-    wide = max(dims) > 128
-    kind = _matrix_unit(device_capability)
-
-    def held(choices: tuple[Tile, ...], routed: bool) -> Tile:
-        if 64 < keys <= 128 and not wide:
-            choices = _HELD_WHOLE + choices
-        for tile in choices:
-            tile = Tile(tile.m, min(tile.n, keys), tile.warps if keys >= tile.n else 4, tile.stages)
-            whole = keys == tile.n
-            memory = _held_memory(tile, dims, itemsize, whole, routed, kind)
-            columns = _held_columns(tile, dims, whole) if kind == 10 else 0
-            if fits(memory, device_capability) and columns <= _TENSOR_MEMORY:
-                break
-        return tile
-
-    def streamed(tile: Tile) -> int:
-        """Rows and keys, those in flight too, and what the matrix unit wants copied."""
-        elements = (tile.m + (tile.stages - 1 + (kind > 8)) * tile.n) * sum(dims)
-        copied = {8: tile.m * tile.n, 9: 0, 10: tile.n * dims[0]}[kind]
-        return (elements + copied) * itemsize + _BACKWARD_OVERHEAD
-
-    dq = next((x for x in _DQ if fits(streamed(x), device_capability)), _DQ[-1])
-    if wide:
-        dq = Tile(dq.m, dq.n, 8 if dq.m == 64 else 4, dq.stages)
-    routed: tuple[Tile, ...] = _HELD
-    own: tuple[Tile, ...] = _HELD_OWN if max(dims) > 64 else _HELD
-    if wide:
-        # 8 warps with much wider values than keys: ptxas gives up on Ampere and spills all
-        routed = _HELD_WIDE[2:] if kind == 8 and min(dims) <= 64 else _HELD_WIDE
-        own = routed if len(routed) == 2 else _HELD_WIDE[1:]
-    elif kind == 8:  # fewer spills
-        routed, own = _HELD[1:] if max(dims) <= 64 else _HELD, _HELD_OWN
-    return BackwardTiles(held(routed, True), held(own, False), dq, dq)
-
-
-# Shared memory of a backward kernel beyond its tiles: indices, lse and delta, barriers.
-_BACKWARD_OVERHEAD = 2048
-
-
-def _matrix_unit(device_capability: tuple[int, int]) -> int:
-    """Which generation multiplies: 8 from registers, 9 from shared memory, 10 into tensor memory."""
-    return {9: 9, 10: 10, 11: 10}.get(device_capability[0], 8)
-
-
-def _held_memory(
-    tile: Tile, dims: tuple[int, int], itemsize: int, whole: bool, routed: bool, kind: int
-) -> int:
-    """Shared memory, in bytes, that Triton 3.6 gives a kernel that holds keys; the tests compare with it.
-
-    Rows in flight: routed ones wait for their index first, so a stage brings half a tile; tensor cores that
-    read shared memory keep one more, those with tensor memory two.
-    """
-    flight = max(1, (tile.stages - 1) // (2 if routed else 1)) + kind - 8
-    elements = (tile.n + flight * tile.m) * sum(dims)
-    if whole:
-        elements += tile.m * max(tile.n, dims[0])  # ds transposed, dq on its way out
-        if not routed:
-            elements += (tile.stages - 1) * tile.m * dims[0]  # the routed dq, in flight
-        if tile.m < 64 and kind > 8:
-            elements += tile.n * dims[0]  # dq of so few rows is multiplied from registers: keys once more
-    elif kind == 8:
-        elements += tile.m * tile.n  # p and ds change threads
-    return elements * itemsize + _BACKWARD_OVERHEAD
-
-
-def _held_columns(tile: Tile, dims: tuple[int, int], whole: bool) -> int:
-    """Columns of tensor memory of the same: dk, dv, scores, dp, both narrowed, dq; 64 keys take half."""
-    columns = (sum(dims) + 3 * tile.m) * min(tile.n, 128) // 128 if tile.n >= 64 else 0
-    return columns + (dims[0] if whole and tile.m >= 64 else 0)
-
-
-def segment_rows(block_size: int, head_dim: int, v_dim: int, multiple: int) -> int:
-    """Pairs of a segment: its fp32 sums, `block_size * (head_dim + v_dim)`, take `_SEGMENT_BYTES` each."""
-    rows = max(1024, block_size * (head_dim + v_dim) * 4 // _SEGMENT_BYTES)
-    return -(-rows // multiple) * multiple
-
-
-def backward_split(q: Tensor, k: Tensor, v: Tensor, slots: int, budget: int) -> tuple[int, int]:
-    """Kv heads of a group and query rows of a chunk, so that pairs and sums stay within `budget` bytes."""
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, rows = k.shape[1], max(1, batch * q_len)
-    pairs = num_heads // num_kv_heads * slots  # of a row and kv head
-    row_bytes = max(1, pairs * (head_dim * q.element_size() + _PAIR_OVERHEAD + _SEGMENT_BYTES))
-    sum_bytes = k.shape[0] * k.shape[2] * (head_dim + v.shape[3]) * 4
-    fit = min(budget // (rows * row_bytes + sum_bytes), (2**31 - 1) // max(1, pairs * rows))
-    if fit >= 1:
-        groups = -(-num_kv_heads // min(fit, num_kv_heads))
-        return -(-num_kv_heads // groups), rows
-    chunk = max(1, min(max(budget - sum_bytes, budget // 4) // row_bytes, (2**31 - 1) // max(1, pairs)))
-    if chunk >= rows:
-        return 1, rows
-    even = -(-rows // -(-rows // chunk))
-    return 1, min(chunk, -(-even // 64) * 64)
 
 
 def unsupported_device(x: Tensor) -> str | None:

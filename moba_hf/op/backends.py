@@ -19,6 +19,8 @@ from moba_hf.op.backend_table import BACKENDS, check_backend
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.registry import Registry
 from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared import SharedRule
+from moba_hf.op.shared_backends import SharedKernels, SharedPortable, SharedReference
 
 
 class CacheKernels(Protocol):
@@ -68,11 +70,13 @@ class Backend(Protocol):
         max_decode_queries: the most queries per row that `decode` takes; 0: it takes none.
         differentiable: autograd follows `forward`, which needs no `backward` then.
         cache: kernels beside caches; None: torch's own operators do that work.
+        shared: runs the shared choice of blocks; None: this backend cannot.
     """
 
     max_decode_queries: int
     differentiable: bool
     cache: CacheKernels | None
+    shared: SharedKernels | None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         """Why these inputs cannot be taken, or None; without a rule no blocks are chosen."""
@@ -144,6 +148,7 @@ class ReferenceBackend:
     max_decode_queries = 0
     differentiable = True
     cache = None
+    shared = SharedReference()
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         return None
@@ -208,6 +213,7 @@ class PortableBackend:
 
     differentiable = False
     cache = None
+    shared: SharedKernels | None = SharedPortable()
 
     def __init__(self) -> None:
         from moba_hf.op import portable, portable_decode
@@ -291,7 +297,7 @@ def _keep_backend(name: str) -> str:
     return _loaded.keep(name, load)
 
 
-def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str:
+def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | SharedRule | None) -> str:
     """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs.
 
     Args:
@@ -311,10 +317,14 @@ def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig
     raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
 
 
-def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
+def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | SharedRule | None) -> str | None:
     """Why the backend `name` cannot take the inputs, a missing package included, or None."""
     try:
         backend = load_backend(name)
     except ImportError as error:
         return f"{error.name or error} is not installed"
+    if isinstance(rule, SharedRule):
+        if backend.shared is None:
+            return "it cannot share a choice of blocks between queries (tile > 1)"
+        return backend.shared.unsupported(q, k, v, rule)
     return backend.unsupported(q, k, v, rule)

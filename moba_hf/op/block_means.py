@@ -33,6 +33,7 @@ class BlockMeans:
         means: `(batch, HK, NB + 1, D)` in the dtype of the keys; the last block is a dump for writes that do
             not count. Blocks that are not complete hold anything finite.
         starts: int64 `(batch,)`, slot of each row's first real token; None: all 0.
+        starts_read: the same on the host, where the caller has read it.
         behind: tokens that were cached since the means were up to date.
         empty: no mean has been taken yet, so the next start and block size are taken as they come.
     """
@@ -42,6 +43,7 @@ class BlockMeans:
         self.static = static
         self.means: Tensor | None = None
         self.starts: Tensor | None = None
+        self.starts_read: tuple[int, ...] | None = None
         self.behind = 0
         self.empty = True
 
@@ -65,6 +67,7 @@ class BlockMeans:
             self.means = change(self.means)
         if self.starts is not None:
             self.starts = change(self.starts)
+        self.starts_read = None
 
     def allocate(self, keys: Tensor, block_size: int, capacity: int) -> None:
         """Makes room for the blocks of `capacity` tokens, keeping the means that fit."""
@@ -86,6 +89,7 @@ class BlockMeans:
         kv_start: Tensor | None,
         block_size: int,
         backend: str,
+        starts_read: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Means `(batch, HK, NB, D)` of the complete blocks of slots `[kv_start, length)`.
 
@@ -96,12 +100,13 @@ class BlockMeans:
             kv_start: int `(batch,)`, slot of each row's first real token; None: all 0.
             block_size: tokens in a block. Another one than before, or another start, rebuilds the means.
             backend: the backend that was chosen for tensors like `keys`.
+            starts_read: values of `kv_start` on the host, where they are known: saves waiting for the device.
         """
-        if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start)):
+        if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start, starts_read)):
             self.forget(length if isinstance(length, int) else capacity)
         means = self._room(keys, capacity, block_size)
         if self.empty:
-            self._set_starts(kv_start)
+            self._set_starts(kv_start, starts_read)
         if self.behind:
             kernels = load_backend(backend).cache
             if kernels is not None and block_size >= kernels.min_block_size:
@@ -131,12 +136,12 @@ class BlockMeans:
         self.means = writable(self.means)
         return self.means
 
-    def _starts_at(self, kv_start: Tensor | None) -> bool:
+    def _starts_at(self, kv_start: Tensor | None, starts_read: tuple[int, ...] | None) -> bool:
         """Whether the rows start where they did.
 
-        On other devices than the CPU the values are compared when more than one token was added: a start
-        changes with a new prompt, never between decode steps, and a comparison waits for the device. Compiled
-        and captured graphs cannot wait.
+        Values on other devices than the CPU are compared when more than one token was added and the host does
+        not know them: a start changes with a new prompt, never between decode steps, and a comparison waits
+        for the device. Compiled and captured graphs cannot wait.
         """
         known = self.starts
         if known is None and kv_start is None:
@@ -144,12 +149,20 @@ class BlockMeans:
         if known is None or kv_start is None:
             given = kv_start if known is None else known
             assert given is not None
-            return not _in_graph() and not bool(given.any())
+            if _in_graph() or bool(given.any()):
+                return False
+            self._set_starts(
+                kv_start, starts_read
+            )  # the same in another form, so that later calls need not ask
+            return True
+        if starts_read is not None and self.starts_read is not None:
+            return starts_read == self.starts_read
         if _in_graph() or not (_on_host(known) or self.behind > 1):
             return True
         return torch.equal(known, kv_start)
 
-    def _set_starts(self, kv_start: Tensor | None) -> None:
+    def _set_starts(self, kv_start: Tensor | None, starts_read: tuple[int, ...] | None) -> None:
+        self.starts_read = starts_read
         if kv_start is None:
             self.starts = None
         elif self.starts is None or self.starts.shape != kv_start.shape:

@@ -112,6 +112,8 @@ def _load_varlen_4() -> Varlen:
 class FlashBackend(PortableBackend):
     """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
 
+    shared = None
+
     def __init__(self) -> None:
         super().__init__()
         self.max_decode_queries = 0  # select, then forward

@@ -132,16 +132,21 @@ class MassSummary:
         k: `(HK, N, D)`.
         block_size: tokens in a block.
         scale: factor of the scores in the softmax.
+        rotary_pairs: average variances over the coordinates that a rotary embedding turns together, so that
+            scores do not depend on where positions begin: "halves" pairs d with d + D/2, "neighbours" 2d
+            with 2d + 1. None: variances as they are.
     """
 
-    def __init__(self, k: Tensor, block_size: int, scale: float):
+    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str | None = None):
         count, size = k.shape[1] // block_size, part_size(block_size)
         dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
         keys = k[:, : count * block_size].to(dtype)
         parts = keys.unflatten(1, (count, block_size // size, size))
         self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        var = parts.var(3, unbiased=False).to(self.narrow).to(dtype)
-        self.var = var.transpose(1, 2) * scale**2
+        self.pairs = rotary_pairs
+        var = parts.var(3, unbiased=False) if count else parts.mean(3)  # torch warns of variances of nothing
+        var = var if rotary_pairs is None else self._paired(var) / 2
+        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
         self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
@@ -149,7 +154,7 @@ class MassSummary:
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
-        squares = queries.square().to(self.narrow).to(queries.dtype)
+        squares = self.squares(queries)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)
         for part in range(self.mean.shape[1]):
             score = queries @ self.mean[:, part, :columns].transpose(1, 2)
@@ -158,3 +163,17 @@ class MassSummary:
             score += torch.where(spread <= 2 * self.log_size, spread / 2, far) + self.log_size
             total = torch.logaddexp(total, score)
         return total.view(q.shape[0], q.shape[1], columns)
+
+    def squares(self, queries: Tensor) -> Tensor:
+        """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
+        return self._paired(queries.square()).to(self.narrow).to(queries.dtype)
+
+    def _paired(self, x: Tensor) -> Tensor:
+        """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
+        if self.pairs is None:
+            return x
+        if x.shape[-1] % 2:
+            raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
+        return (
+            x.unflatten(-1, (2, -1)).sum(-2) if self.pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
+        )

@@ -41,6 +41,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(older)
 
 
+def check_int(name: str, value: object, *, minimum: int) -> None:
+    """Raises TypeError unless `value` is an int, ValueError where it is below `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def part_size(block_size: int) -> int:
     """Keys in one part of a block under the mass gate: 16 where that divides the block, else all of it."""
     return 16 if block_size % 16 == 0 else block_size

@@ -8,17 +8,21 @@ for a device.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
+from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
+from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
+from moba_hf.op.shared_ops import select_shared, shared_attention
+from moba_hf.op.shared_rule import SharedRule
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,10 +33,13 @@ def moba_attention(
     v: Tensor,
     *,
     block_size: int,
-    topk: int,
+    topk: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     gate: str = "mean",
+    tile: int = 1,
+    threshold: float | None = None,
+    dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -46,23 +53,30 @@ def moba_attention(
 
     Each query attends its own block of `block_size` keys, causally, the forced blocks, and the earlier
     blocks whose mean key scores best, `topk` blocks in all. Differentiable in q, k, v with the choice fixed.
+    With `tile` > 1 neighbouring queries share a choice: another rule, not MoBA, see `moba_hf.op.shared`.
 
     Args:
         q: `(total_q, num_heads, head_dim)`; fp64, fp32, bf16 or fp16.
         k: `(total_k, num_kv_heads, head_dim)`; `num_heads` is a multiple of `num_kv_heads`.
         v: `(total_k, num_kv_heads, v_dim)`.
         block_size: tokens in a block.
-        topk: blocks a query attends, its own and the forced ones included.
+        topk: blocks a query attends, its own and the forced ones included; with `tile` > 1 the most that a
+            tile attends, None: no limit.
         sink_blocks: first blocks of each sequence that are always attended.
         local_blocks: blocks just before the own one that are always attended.
-        gate: "mean", the paper's score, or "mass" (`moba_hf.op.gates`), which is not the paper's MoBA.
+        gate: "mean", the paper's score, or "mass" (`moba_hf.op.gates`), which is not the paper's MoBA; with
+            `tile` > 1 "mass".
+        tile: queries that share a choice, a multiple or a divisor of `block_size`.
+        threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended.
+        dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
         cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
             (keys take those of the queries when only these are given). A sequence with fewer queries than
             keys is aligned at its end. Sequences may be empty.
         max_seqlen_q, max_seqlen_k: lengths of the longest sequences, or bounds on them; None: the totals.
         softmax_scale: factor of the scores in the softmax; None: `head_dim ** -0.5`.
         block_indices: int32 `(total_q, num_heads, topk)`, a choice made before (`select_blocks`), relative
-            to each sequence, -1 last; it holds the own block and no duplicate or later block.
+            to each sequence, -1 last; it holds the own block and no duplicate or later block. With
+            `tile` > 1: a block mask, int32 `(num_heads, num_tiles, words)`.
         backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
         return_lse: also return `lse (num_heads, total_q)` fp32, the natural logarithm of the denominators.
 
@@ -71,15 +85,14 @@ def moba_attention(
         TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an int.
     """
     _check_packed(q, k, v)
-    rule = LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     sequences = Sequences(table, *_longest(q, k, table, max_seqlen_q, max_seqlen_k), by_row=False)
     if block_indices is not None:
         if block_indices.ndim != 3:
-            raise ValueError(
-                f"block_indices must be (total_q, num_heads, topk), got {tuple(block_indices.shape)}"
-            )
-        block_indices = block_indices[None]
+            expected = "(total_q, num_heads, topk)" if tile == 1 else "(num_heads, num_tiles, words)"
+            raise ValueError(f"block_indices must be {expected}, got {tuple(block_indices.shape)}")
+        block_indices = block_indices[None] if tile == 1 else block_indices
     out, lse = attention(
         _as_batch(q),
         _as_batch(k),
@@ -98,10 +111,13 @@ def select_blocks(
     k: Tensor,
     *,
     block_size: int,
-    topk: int,
+    topk: int | None = None,
     sink_blocks: int = 0,
     local_blocks: int = 0,
     gate: str = "mean",
+    tile: int = 1,
+    threshold: float | None = None,
+    dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -112,15 +128,18 @@ def select_blocks(
     """The blocks each query attends, int32 `(total_q, num_heads, topk)`, relative to its sequence.
 
     Slot 0 is the own block, the order of the others is not specified, and -1 fills up where fewer exist.
+    With `tile` > 1 a block mask, int32 `(num_heads, num_tiles, words)`, see `moba_hf.op.shared`.
     Arguments and errors are those of `moba_attention`. The choice carries no gradient.
     """
     _check_packed(q, k, k)
-    rule = LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
     q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
-    name = choose_backend(backend, q4, k4, k4, rule)
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    if isinstance(rule, SharedRule):
+        return select_shared(q4, k4, Sequences(table, *lengths), rule, softmax_scale=scale, backend=backend)
+    name = choose_backend(backend, q4, k4, k4, rule)
     return select_op(q4, k4, table, *lengths, *flat_rule(rule), scale, name)[0]
 
 
@@ -129,7 +148,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     sequences: Sequences,
-    rule: LayerConfig,
+    rule: Rule,
     *,
     softmax_scale: float,
     backend: str = "auto",
@@ -149,11 +168,17 @@ def attention(
         backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
         block_means: `(batch, num_kv_heads, blocks, head_dim)` from a cache: means of each row's complete
             blocks, counted from `kv_start`, then anything; None: taken here, which reads all keys.
-        block_indices: int32 `(batch, q_len, num_heads, topk)`, a choice made before; None: made here.
+        block_indices: int32 `(batch, q_len, num_heads, topk)`, a choice made before, or the block mask of a
+            shared one; None: made here.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
     """
+    if isinstance(rule, SharedRule):
+        if block_indices is not None:
+            _check_mask(block_indices, q, sequences, rule)
+        settings: Any = {"softmax_scale": softmax_scale, "backend": backend, "block_mask": block_indices}
+        return shared_attention(q, k, v, sequences, rule, **settings)
     name = choose_backend(backend, q, k, v, rule)
     runs = load_backend(name)
     if block_indices is not None:
@@ -305,3 +330,27 @@ def _check_choice_values(block_indices: Tensor, table: Tensor, block_size: int) 
         for problem, found in problems.items():
             if bool(found):
                 raise ValueError(f"block_indices holds {problem} for a query at row {q_begin} or after")
+
+
+def _check_mask(block_mask: Tensor, q: Tensor, sequences: Sequences, rule: SharedRule) -> None:
+    """Raises ValueError unless a block mask fits the call and holds a tile's own blocks and no later ones."""
+    words = mask_words(sequences.max_seqlen_k, rule.block_size)
+    expected = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
+    if tuple(block_mask.shape) != expected or block_mask.dtype != torch.int32:
+        raise ValueError(
+            f"block_indices must be int32 (num_heads, num_tiles, words) = {expected} for tile={rule.tile}, "
+            f"got {block_mask.dtype} {tuple(block_mask.shape)}"
+        )
+    if block_mask.device != q.device:
+        raise ValueError(f"block_indices is on {block_mask.device}, q on {q.device}")
+    if not check_values(q):
+        return
+    for numbers, rows in sequence_tiles(sequences, q, rule.tile):
+        chosen = unpack_blocks(block_mask[:, numbers], words * 32)
+        for at, (_, q_begin, q_end, position, _, _) in enumerate(rows):
+            own = position // rule.tile * rule.tile // rule.block_size
+            end = (position + q_end - q_begin - 1) // rule.block_size + 1
+            if chosen[:, at, end:].any():
+                raise ValueError(f"block_indices holds a later block for the tile at row {q_begin}")
+            if not chosen[:, at, own:end].all():
+                raise ValueError(f"block_indices lacks a block that the tile at row {q_begin} overlaps")

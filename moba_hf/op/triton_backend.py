@@ -44,6 +44,7 @@ class TritonBackend:
     max_decode_queries = kernels.MAX_DECODE_QUERIES
     differentiable = False
     cache = TritonCacheKernels()
+    shared = None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         if rule is not None and rule.gate not in ("mean", "mass"):
@@ -61,10 +62,9 @@ class TritonBackend:
     ) -> Tensor:
         lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
         numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
-        if rule.gate == "mass":
-            return kernels.select_blocks_by_mass(q, k, sequences.table, *lengths, *numbers, softmax_scale)
-        assert rule.gate == "mean"
-        return kernels.select_blocks(q, k, sequences.table, *lengths, *numbers)
+        assert rule.gate in ("mean", "mass")
+        scale = softmax_scale if rule.gate == "mass" else None
+        return kernels.select_blocks(q, k, sequences.table, *lengths, *numbers, mass_scale=scale)
 
     def forward(
         self,

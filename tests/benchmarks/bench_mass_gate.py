@@ -31,16 +31,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.evaluate.results import format_table
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.gate import gate
+from moba_hf.kernels.gate import gate, summarize_mass, summarize_means
 from moba_hf.kernels.launch import INTERPRETED
-from moba_hf.kernels.mass_gate import mass_gate
 from moba_hf.kernels.mass_summary import mass_summary
-from moba_hf.kernels.plan import head_split, make_plan
+from moba_hf.kernels.tiling import head_split, make_tiling
 from moba_hf.kernels.tuning import Tile
+from moba_hf.op.checks import Case, assert_choice
 from moba_hf.op.numerics import part_size
 from moba_hf.op.ops import moba_attention
 from moba_hf.op.sequences import batched_table
@@ -89,7 +88,7 @@ def too_large(row: Row, tile: Tile) -> str | None:
 
 def using(tile: Tile) -> Any:
     """A context in which the mass gate takes `tile`."""
-    return mock.patch.object(tuning, "mass_gate_tile", return_value=tile)
+    return mock.patch.object(tuning, "gate_tile", return_value=tile)
 
 
 def prove(row: Row, tile: Tile) -> str | None:
@@ -146,29 +145,29 @@ class Inputs:
         shape = (1, row.length, row.heads[0], row.topk)
         self.choice = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
 
-    def plan(self, rows: int) -> Any:
+    def tiling(self, rows: int) -> Any:
         q, k = self.batched
         _, tokens = head_split(q.shape[1] // k.shape[1], rows)
         table = batched_table(1, self.row.length, self.row.length, q.device)
         sizes = {"block_size": self.row.block_size, "tile": tokens}
-        return make_plan(q, k, table, self.row.length, self.row.length, **sizes)
+        return make_tiling(q, k, table, self.row.length, self.row.length, **sizes)
 
     def mean_gate(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """What takes the means, and the gate alone."""
-        (q, k), plan = self.batched, self.plan(tuning.GATE.m)
-        means = block_mean(k, plan)
-        return lambda: block_mean(k, plan), lambda: gate(q, means, plan, self.choice, SINK, LOCAL)
+        (q, k), tiling = self.batched, self.tiling(tuning.choices_for(self.q).mean_gate.m)
+        means = summarize_means(k, tiling)
+        return lambda: block_mean(k, tiling), lambda: gate(q, means, tiling, self.choice, SINK, LOCAL)
 
     def mass_gate(self, tile: Tile) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """What takes the summaries, and the gate alone."""
-        (q, k), plan, scale = self.batched, self.plan(tile.m), self.q.shape[2] ** -0.5
-        summary = mass_summary(k, plan)
+        (q, k), tiling, scale = self.batched, self.tiling(tile.m), self.q.shape[2] ** -0.5
+        summary = summarize_mass(k, tiling, scale)
 
         def choose() -> None:
             with using(tile):
-                mass_gate(q, summary, plan, self.choice, SINK, LOCAL, scale)
+                gate(q, summary, tiling, self.choice, SINK, LOCAL)
 
-        return lambda: mass_summary(k, plan), choose
+        return lambda: mass_summary(k, tiling), choose
 
     def operator(self, name: str) -> Tensor:
         row = self.row

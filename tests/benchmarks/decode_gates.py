@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from moba_hf import MobaCache, kernels
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.kernels.decode import decode_attention
+from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.sequences import batched_table
 

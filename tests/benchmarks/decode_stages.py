@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 
 from moba_hf import MobaCache, kernels
-from moba_hf.kernels.decode import decode_attention
+from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.sequences import batched_table
 

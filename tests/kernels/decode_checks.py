@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moba_hf.kernels import append, choose_blocks, dense_decode_attention, select_blocks, update_block_means
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.tiling import make_tiling
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.dense import causal_mask
 from moba_hf.op.sequences import Sequences, batched_table
@@ -36,8 +36,8 @@ def assert_means_are_prefill_means(k: Tensor, starts: Tensor, block_size: int, s
     layouts = [k, k.transpose(1, 2).contiguous().transpose(1, 2)]
     for keys in layouts:
         q = keys[:, :1]
-        plan = make_plan(q, keys, table, length, length, block_size=block_size, tile=16)
-        flat, offset = block_mean(keys, plan), plan.block_offset.tolist()
+        tiling = make_tiling(q, keys, table, length, length, block_size=block_size, tile=16)
+        flat, offset = block_mean(keys, tiling), tiling.block_offset.tolist()
         for row in range(batch):
             complete = (length - int(starts[row])) // block_size
             assert torch.isfinite(means[row, :, :complete]).all()

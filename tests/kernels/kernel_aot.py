@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from unittest import mock
 
 import torch
 import triton
+from forced import fewer_levels
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -33,12 +35,12 @@ from moba_hf.kernels import (
     choose_blocks,
     dense_decode_attention,
     select_blocks,
-    select_blocks_by_mass,
     tuning,
     update_block_means,
 )
-from moba_hf.kernels.decode import decode_attention
 from moba_hf.kernels.launch import INTERPRETED
+from moba_hf.kernels.sparse_decode import decode_attention
+from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op.sequences import batched_table
 
 _TYPES = {
@@ -83,25 +85,31 @@ def recorded(
 
 def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
     """A launch as Triton would specialise it: dtypes, divisibility by 16, ones as constants."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+
+    def typed(place: tuple[int, ...], value: Any, constant: bool, special: bool) -> Any:
+        """The type of an argument at `place`; notes what Triton knows of its value."""
+        if isinstance(value, tuple) and not constant:
+            return tuple(typed((*place, j), x, False, special) for j, x in enumerate(value))
+        if constant or value is None or (special and type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, Tensor) or (type(value) is int and special and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
         special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            kind = _TYPES[value.base.dtype]
-            signature[name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = typed((i,), values[parameter.name], parameter.is_constexpr, special)
     options = {key: kwargs[key] for key in ("num_warps", "num_stages", "maxnreg") if kwargs.get(key)}
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     return source(kernel, signature, constants, attributes), options
@@ -159,10 +167,9 @@ def forward_call(
         table = batched_table(1, queries, length, q.device)
         rule = (block_size, topk, 0, 0)
         given = (q, k, table, queries, length, *rule)
-        if gate == "mass":
-            choice = select_blocks_by_mass(*given, head_dim**-0.5, levels=levels)
-        else:
-            choice = select_blocks(*given, levels=levels)
+        scale = head_dim**-0.5 if gate == "mass" else None
+        with fewer_levels(levels) if levels else nullcontext():
+            choice = select_blocks(*given, mass_scale=scale)
         attend(q, k, v, choice, table, queries, length, block_size, head_dim**-0.5, resident=resident)
 
     return call
@@ -178,7 +185,7 @@ def backward_call(
     block_size: int = 128,
     topk: int = 8,
     dtype: torch.dtype = torch.bfloat16,
-    tiles: tuning.BackwardTiles | None = None,
+    tiles: BackwardTiles | None = None,
 ) -> Callable[[], object]:
     """A call of the backward on packed tensors; values are never computed."""
 

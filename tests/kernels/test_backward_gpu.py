@@ -9,10 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moba_hf.bench.checks import Case, assert_gradients
-from moba_hf.kernels import attend_backward, tuning
-from moba_hf.kernels.tuning import BackwardTiles, Tile
+from moba_hf.kernels import attend_backward, budgets
+from moba_hf.kernels.tuning import Tile
+from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
+from moba_hf.op.checks import Case, assert_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -79,7 +80,7 @@ def test_structured_inputs(kind: str, block_size: int) -> None:
 def test_all_queries_on_one_block(block_size: int) -> None:
     """Bins of very different lengths, cut in segments; the sums stay exact and the same."""
     case = case_of([(6000, 6000)], num_heads=8, head_dim=128, block_size=block_size, topk=2, sink=1)
-    assert tuning.segment_rows(block_size, 128, 128, 64) < 4 * 5000
+    assert budgets.segment_rows(block_size, 128, 128, 64) < 4 * 5000
     check(case)
 
 

@@ -13,15 +13,15 @@ from decode_checks import (
     assert_dense,
     assert_means_are_prefill_means,
 )
+from forced import with_choices
 from moba_cases import batched_moba_attention
 
-from moba_hf.bench.checks import Case, assert_attention
-from moba_hf.kernels import choose
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.decode import decode_attention
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.sparse_decode import decode_attention
+from moba_hf.kernels.tiling import make_tiling
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.block_means import BlockMeans, block_means_of
+from moba_hf.op.checks import Case, assert_attention
 from moba_hf.op.dense import dense_attention
 from moba_hf.op.sequences import Sequences, batched_table
 
@@ -54,8 +54,8 @@ class TestMeans:
             before = length
             got = means.bring_up(k[:, :, :length], length, 131072, None, block_size, "triton")
         table = batched_table(1, 1, 131072, k.device)
-        plan = make_plan(k[:, :, :1], k, table, 1, 131072, block_size=block_size, tile=64)
-        prefill = block_mean(k, plan)
+        tiling = make_tiling(k[:, :, :1], k, table, 1, 131072, block_size=block_size, tile=64)
+        prefill = block_mean(k, tiling)
         assert torch.equal(got[0, :, : prefill.shape[1]], prefill)
 
     def test_gathered_path_agrees(self) -> None:
@@ -114,10 +114,10 @@ class TestChoice:
         q, k = rand(1, 4, 20, 64), rand(1, 1, 16 * blocks, 64)
         assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 16, 0, 0), 3)
 
-    def test_more_blocks_than_are_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(choose, "_MOST_HELD", 1024)
+    def test_more_blocks_than_are_held(self) -> None:
         q, k = rand(1, 4, 20, 64), rand(1, 1, 16 * 5000, 64)
-        assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 33, 1, 1), 16)
+        with with_choices(choose_held=1024):
+            assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 33, 1, 1), 16)
 
 
 class TestRows:

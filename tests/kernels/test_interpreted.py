@@ -36,6 +36,4 @@ def test_kernels(file: str) -> None:
 
 
 def test_benchmark_runs() -> None:
-    script = str(TESTS / "benchmarks" / "bench_kernels.py")
-    assert "--figure" in run_interpreted(script, "--help")
-    assert "gate: green" in run_interpreted(script, "--tiny")
+    assert "gate: green" in run_interpreted("-m", "moba_hf.cli", "bench", "--tiny")

@@ -38,7 +38,7 @@ class TestGluon:
         """The arguments that `compiles` makes up are those of a launch: each kernel compiles with them."""
         import torch
 
-        from moba_hf.kernels import hopper
+        from moba_hf.kernels.hopper import dispatch as hopper
 
         tried = kernel_aot.recorded(
             lambda: hopper.compiles.__wrapped__(torch.device("cpu")), only_compiled=True
@@ -54,7 +54,7 @@ class TestGluon:
 
     def test_a_triton_that_does_not_compile_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Plain kernels run instead; one warning says so, with the release and the reason."""
-        from moba_hf.kernels import hopper
+        from moba_hf.kernels.hopper import dispatch as hopper
 
         def fails(*args: object) -> None:
             try:
@@ -89,8 +89,29 @@ def test_a_tile_of_the_mass_gate_fits_every_gpu(capability: int) -> None:
 
     one = divmod(capability, 10)
     for dim, parts in itertools.product((16, 64, 128, 256), (1, 2, 4, 8, 64)):
-        tile = tuning.mass_gate_tile(dim, 2, parts, one)
+        tile = tuning.gate_tile(dim, 2, parts, one)
         assert tuning.fits(tuning.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
+
+
+def test_a_gpu_can_have_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from moba_hf.kernels import tuning
+    from moba_hf.kernels.tuning import Tile
+
+    others = tuning.choices((9, 0))
+    its_own = replace(others, own=(Tile(32, 32, 4, 2),), mean_gate=Tile(32, 32, 4, 2), resident_tiles=8)
+    monkeypatch.setitem(tuning.TABLE, (8, 0), its_own)
+    assert tuning.own_tile((128, 128), 2, (8, 0)) == Tile(32, 32, 4, 2)
+    assert tuning.own_tile((128, 128), 2, (9, 0)) == others.own[0]
+    launched = {
+        kernel.__name__: keywords
+        for call in (kernel_aot.forward_call(), kernel_aot.decode_call())
+        for kernel, _, keywords in kernel_aot.recorded_for(call, 80)
+    }
+    # a decode step scores blocks in the gate's tile, whatever that is
+    for name in ("gate_fwd_kernel", "_score_kernel"):
+        assert (launched[name]["BLOCK_M"], launched[name]["BLOCK_N"]) == (32, 32)
 
 
 @pytest.mark.slow
@@ -101,10 +122,10 @@ def test_memory_of_the_mass_gate(head_dim: int, block_size: int, parts: int, cap
     """What `tuning.mass_gate_memory` foretells is never less than what the compiled kernels take."""
     from moba_hf.kernels import tuning
 
-    tile = tuning.mass_gate_tile(head_dim, 2, parts, divmod(capability, 10))
+    tile = tuning.gate_tile(head_dim, 2, parts, divmod(capability, 10))
     rule = {"head_dim": head_dim, "block_size": block_size, "topk": 2048 // block_size, "gate": "mass"}
     call = kernel_aot.forward_call(length=8192, queries=64, **rule)
-    reports = kernel_aot.compiled(call, capability, "mass_gate")
+    reports = kernel_aot.compiled(call, capability, "gate_")
     assert reports
     for report in reports:
         assert report.shared <= tuning.mass_gate_memory(tile, head_dim, 2, parts), report

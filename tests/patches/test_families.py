@@ -145,3 +145,22 @@ def test_a_mistral3_around_latent_attention_is_refused() -> None:
     adapter = find_adapter("mistral3")
     with pytest.raises(ValueError, match="latent attention"):
         adapter.check(SimpleNamespace(model_type="mistral4", num_hidden_layers=2), MobaConfig(8, 2))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_text_after_a_video_is_no_new_document(family: str) -> None:
+    """Its positions step back behind the last frames: the same with a mask of ones and without a mask."""
+    model = build_model(tiny_config(family))
+    ids = torch.randint(1, 90, (2, LENGTH))
+    time = torch.cat(
+        [torch.arange(5), 5 + 10 * torch.arange(4).repeat_interleave(4), torch.arange(7, LENGTH - 14)]
+    )
+    place = torch.cat([torch.arange(5), 5 + torch.tensor([0, 0, 1, 1] * 4), torch.arange(7, LENGTH - 14)])
+    positions = torch.stack([time, place, place])[:, None].expand(3, 2, -1)
+    with moba_hf.use_moba(model, SMALL):
+        expected = model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+        assert torch.equal(model(ids, position_ids=positions).logits, expected)
+        again = torch.cat([positions[:, :, :40], positions[:, :, : LENGTH - 40]], dim=2)
+        with pytest.raises(ValueError, match=HIDDEN):
+            model(ids, attention_mask=torch.ones_like(ids), position_ids=again)

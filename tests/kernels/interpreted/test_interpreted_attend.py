@@ -6,11 +6,11 @@ import pytest
 import torch
 from moba_cases import batched_moba_attention
 
-from moba_hf.bench.checks import Case, assert_attention, assert_choice
 from moba_hf.config import LayerConfig
 from moba_hf.kernels.routing import key_format, pair_keys, route
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
+from moba_hf.op.checks import Case, assert_attention, assert_choice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -89,14 +89,14 @@ def test_any_scale(scale: float) -> None:
 
 
 def test_routes_hold_every_pair_once() -> None:
-    from moba_hf.kernels.plan import make_plan
+    from moba_hf.kernels.tiling import make_tiling
 
     case = Case(RAGGED, num_heads=4, num_kv_heads=2, topk=4)
     choice = case.expected_choice()
-    plan = make_plan(case.q, case.k, case.table, *case.longest, block_size=16, tile=8)
-    keys = pair_keys(choice, plan, 0, 2)
-    num_bins = 2 * plan.num_blocks
-    routes = route(keys, plan, 2, 16)
+    tiling = make_tiling(case.q, case.k, case.table, *case.longest, block_size=16, tile=8)
+    keys = pair_keys(choice, tiling, 0, 2)
+    num_bins = 2 * tiling.num_blocks
+    routes = route(keys, tiling, 2, 16)
     bias = key_format(num_bins)[1]
     counts = torch.bincount(keys.flatten().long() - bias, minlength=num_bins + 1)[:num_bins]
     assert torch.equal(routes.bin_begin.diff().long(), counts)
@@ -107,11 +107,11 @@ def test_routes_hold_every_pair_once() -> None:
     held = torch.zeros(num_bins, dtype=torch.long).index_add_(0, info[:, 5], (info[:, 1] - info[:, 0]).long())
     assert torch.equal(held, counts)
     seq_begin = case.table[:, 3].long()
-    number = info[:, 5] % plan.num_blocks
-    seq = torch.searchsorted(plan.block_offset.long(), number.long(), right=True) - 1
-    first_key = seq_begin[seq] + (number - plan.block_offset[seq]) * 16
+    number = info[:, 5] % tiling.num_blocks
+    seq = torch.searchsorted(tiling.block_offset.long(), number.long(), right=True) - 1
+    first_key = seq_begin[seq] + (number - tiling.block_offset[seq]) * 16
     assert torch.equal(info[:, 4].long(), first_key)
-    assert torch.equal(info[:, 3], info[:, 5] // plan.num_blocks)
+    assert torch.equal(info[:, 3], info[:, 5] // tiling.num_blocks)
     taken = routes.pairs[: int(routes.bin_begin[-1])]
     assert len(taken.unique()) == len(taken)
 

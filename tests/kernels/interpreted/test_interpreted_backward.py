@@ -6,10 +6,11 @@ import pytest
 import torch
 from moba_cases import batched_moba_attention
 
-from moba_hf.bench.checks import Case, assert_gradients
-from moba_hf.kernels import attend, attend_backward, tuning
-from moba_hf.kernels.tuning import BackwardTiles, Tile
+from moba_hf.kernels import attend, attend_backward, budgets
+from moba_hf.kernels.tuning import Tile
+from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
+from moba_hf.op.checks import Case, assert_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -63,7 +64,7 @@ def test_any_scale(scale: float) -> None:
 
 def test_a_block_that_everyone_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pairs are cut in segments, the last one not full."""
-    monkeypatch.setattr(tuning, "segment_rows", lambda *_: 16)
+    monkeypatch.setattr(budgets, "segment_rows", lambda *_: 16)
     case = Case([(49, 90), (20, 20)], topk=2, sink=1, block_size=16, num_heads=3)
     choice = case.expected_choice()
     assert int((choice[..., 1] == 0).sum()) > 9 * 16
@@ -76,13 +77,13 @@ def test_groups_of_heads_and_chunks_of_queries(tiles: BackwardTiles, monkeypatch
     case = Case([(20, 50), (17, 17)], num_heads=3, num_kv_heads=3, topk=3, spare=1)
     choice = case.expected_choice()
     splits = {}
-    original = tuning.backward_split
+    original = budgets.backward_split
 
     def split(*args: object) -> tuple[int, int]:
         splits[args[-1]] = original(*args)  # type: ignore[arg-type]
         return splits[args[-1]]
 
-    monkeypatch.setattr(tuning, "backward_split", split)
+    monkeypatch.setattr(budgets, "backward_split", split)
     torch.manual_seed(0)
     whole = assert_gradients(case, choice, tiles=tiles)
     for workspace in (50_000, 25_000, 12_000):

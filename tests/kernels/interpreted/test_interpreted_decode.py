@@ -10,14 +10,15 @@ from decode_checks import (
     assert_dense,
     assert_means_are_prefill_means,
 )
+from forced import with_choices
 from moba_cases import batched_moba_attention
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.kernels import choose, choose_blocks
-from moba_hf.kernels.decode import decode_attention
+from moba_hf.kernels import choose_blocks
+from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.backends import load_backend
 from moba_hf.op.block_means import block_means_of
@@ -145,11 +146,11 @@ def test_choice_at_any_distance_below_the_largest_score(spread: float) -> None:
         assert_choice_is_prefill_choice(q.bfloat16(), keys, torch.tensor([0]), (16, 12, 0, 0), 3)
 
 
-def test_choice_of_more_blocks_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_MOST_HELD", 64)
+def test_choice_of_more_blocks_than_are_held() -> None:
     for kind in (torch.randn(1, 1, 3300, 16), torch.randint(0, 2, (1, 1, 3300, 16)).float()):
         q = torch.randn(1, 2, 2, 16).bfloat16()
-        assert_choice_is_prefill_choice(q, kind.bfloat16(), torch.tensor([0]), (16, 6, 1, 1), 2)
+        with with_choices(choose_held=64):
+            assert_choice_is_prefill_choice(q, kind.bfloat16(), torch.tensor([0]), (16, 6, 1, 1), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

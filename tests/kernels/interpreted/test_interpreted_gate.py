@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forced import fewer_levels
 
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.block_mean import block_mean
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.tiling import make_tiling
+from moba_hf.op.checks import Case, assert_choice
 from moba_hf.op.reference import block_mean_ref
 from moba_hf.op.sequences import packed_table
 
@@ -19,14 +20,14 @@ RAGGED = [(40, 70), (0, 5), (33, 33), (0, 0), (1, 77), (16, 48)]
 @pytest.mark.parametrize("block_size", [16, 17, 48])
 def test_block_mean(block_size: int) -> None:
     case = Case(RAGGED, num_heads=2, num_kv_heads=2, head_dim=24, block_size=block_size, dtype=torch.bfloat16)
-    plan = make_plan(case.q, case.k, case.table, *case.longest, block_size=block_size, tile=16)
-    means = block_mean(case.k, plan)
+    tiling = make_tiling(case.q, case.k, case.table, *case.longest, block_size=block_size, tile=16)
+    means = block_mean(case.k, tiling)
     expected = []
     for row, _, _, k_begin, k_end in case.table.tolist():
         keys = case.k[row, :, k_begin:k_end].transpose(0, 1)
         expected.append(block_mean_ref(keys, block_size)[: max(0, k_end - k_begin - 1) // block_size])
     expected = torch.cat(expected).transpose(0, 1)
-    assert int(plan.block_offset[-1]) == expected.shape[1] <= plan.num_blocks
+    assert int(tiling.block_offset[-1]) == expected.shape[1] <= tiling.num_blocks
     # sums in another order may round the other way
     assert torch.allclose(means[:, : expected.shape[1]].float(), expected.float(), rtol=2**-8, atol=1e-7)
 
@@ -72,8 +73,12 @@ def test_a_thousand_blocks() -> None:
 @pytest.mark.parametrize("kind", ["normal", "integer", "periodic"])
 def test_rows_that_need_the_second_kernel(kind: str) -> None:
     case = Case([(9, 16 * 90), (5, 16 * 80)], topk=8, sink=1, local=1, kind=kind)
-    assert torch.equal(case.select(levels=1).sort(3).values, case.select(levels=8).sort(3).values)
-    assert_choice(case, case.select(levels=1))
+    with fewer_levels(8):
+        first = case.select()
+    with fewer_levels(1):
+        again = case.select()
+    assert torch.equal(again.sort(3).values, first.sort(3).values)
+    assert_choice(case, again)
 
 
 def test_host_bounds_hold() -> None:
@@ -87,10 +92,10 @@ def test_host_bounds_hold() -> None:
         table = packed_table(edges[:, 0], edges[:, 1])
         for chunk_rows in (None, 50):
             sizes = {"block_size": block_size, "tile": tile, "chunk_rows": chunk_rows}
-            plan = make_plan(q, k, table, *longest, **sizes)
-            assert int(plan.tile_offset[:, -1].max()) <= plan.max_tiles
-            assert int(plan.block_offset[-1]) <= plan.num_blocks
-            assert int(plan.block_offset.diff().max()) <= plan.max_blocks
+            tiling = make_tiling(q, k, table, *longest, **sizes)
+            assert int(tiling.tile_offset[:, -1].max()) <= tiling.max_tiles
+            assert int(tiling.block_offset[-1]) <= tiling.num_blocks
+            assert int(tiling.block_offset.diff().max()) <= tiling.max_blocks
 
 
 def _with_choice(case: Case) -> tuple[Case, torch.Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forced import fewer_levels
 
 from moba_hf import moba_attention, select_blocks
-from moba_hf.bench.checks import Case, assert_choice
 from moba_hf.kernels.mass_summary import mass_summary
-from moba_hf.kernels.plan import make_plan
+from moba_hf.kernels.tiling import make_tiling
+from moba_hf.op.checks import Case, assert_choice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -21,8 +22,8 @@ def test_summaries(block_size: int, parts: int, dtype: torch.dtype) -> None:
     lengths = [(40, 70), (0, 5), (33, 33), (1, 230)]
     sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 24}
     case = Case(lengths, **sizes, block_size=block_size, dtype=dtype, spare=3)
-    plan = make_plan(case.q, case.k, case.table, *case.longest, block_size=block_size, tile=16)
-    centers, spreads = mass_summary(case.k, plan)
+    tiling = make_tiling(case.q, case.k, case.table, *case.longest, block_size=block_size, tile=16)
+    centers, spreads = mass_summary(case.k, tiling)
     flat = 0
     for row, _, _, k_begin, k_end in case.table.tolist():
         for block in range(max(0, k_end - k_begin - 1) // block_size):
@@ -37,7 +38,7 @@ def test_summaries(block_size: int, parts: int, dtype: torch.dtype) -> None:
                 wanted = torch.stack([x.var(0, unbiased=False) for x in cut])
                 assert torch.allclose(spreads[head, :, flat].float(), wanted, rtol=2**-7, atol=1e-6)
             flat += 1
-    assert flat == int(plan.block_offset[-1]) > 0
+    assert flat == int(tiling.block_offset[-1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,12 @@ def test_more_blocks_than_a_tile(blocks: int) -> None:
 @pytest.mark.parametrize("kind", ["normal", "periodic"])
 def test_rows_that_need_the_second_kernel(kind: str) -> None:
     case = Case([(9, 32 * 90), (5, 32 * 80)], topk=8, block_size=32, sink=1, local=1, kind=kind, gate="mass")
-    assert torch.equal(case.select(levels=1).sort(3).values, case.select(levels=8).sort(3).values)
-    assert_choice(case, case.select(levels=1))
+    with fewer_levels(8):
+        first = case.select()
+    with fewer_levels(1):
+        again = case.select()
+    assert torch.equal(again.sort(3).values, first.sort(3).values)
+    assert_choice(case, again)
 
 
 def test_the_operator_runs_it() -> None:

@@ -97,15 +97,8 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
-    def select(self, **kwargs: Any) -> Tensor:
-        """The backend's choice; keywords are those of `kernels.select_blocks` or `select_blocks_by_mass`."""
-        if kwargs:
-            from moba_hf import kernels
-
-            args = (self.q, self.k, self.table, *self.longest, *self.rule)
-            if self.gate == "mass":
-                return kernels.select_blocks_by_mass(*args, self.scale, **kwargs)
-            return kernels.select_blocks(*args, **kwargs)
+    def select(self) -> Tensor:
+        """The backend's choice."""
         flat = (self.table, *self.longest, *self.rule, self.gate, self.scale)
         return select_op(self.q, self.k, *flat, self.backend)
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper_common import (
+from moba_hf.kernels.hopper.common import (
     barrier,
     load_pairs,
     load_rows,
@@ -31,6 +31,7 @@ from moba_hf.kernels.hopper_common import (
     run_of_tiles,
     tile_rows,
 )
+from moba_hf.kernels.layout import INFO_COLUMNS, LOG2_E, RUN_BATCH, RUN_BIN, RUN_FIRST_KEY, RUN_KV_HEAD
 
 
 @gluon.jit
@@ -47,11 +48,16 @@ def _produce(
     step = 0
     present = -1
     for tile in range(first, last):
-        info = info_ptr + tile * 8
-        bin = gl.load(info + 5)
+        info = info_ptr + tile * INFO_COLUMNS
+        bin = gl.load(info + RUN_BIN)
         if bin != present:
             stage = step % 2
-            coordinates = [gl.load(info + 2), gl.load(info + 3), gl.load(info + 4), 0]
+            coordinates = [
+                gl.load(info + RUN_BATCH),
+                gl.load(info + RUN_KV_HEAD),
+                gl.load(info + RUN_FIRST_KEY),
+                0,
+            ]
             mbarrier.wait(free.index(stage), (step // 2 & 1) ^ 1)
             mbarrier.expect(ready.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             load_tile(k_desc, coordinates, ready.index(stage), k_ring.index(stage))
@@ -104,7 +110,7 @@ def _consume(
     present = -1
     buffer = 0
     for tile in range(first, last):
-        bin = gl.load(info_ptr + tile * 8 + 5)
+        bin = gl.load(info_ptr + tile * INFO_COLUMNS + RUN_BIN)
         s_pair = load_pairs(pair_ptr, s_row, begin, end)
         if bin != present:
             if step >= 0:
@@ -120,17 +126,17 @@ def _consume(
         keys = k_ring.index(stage).reshape([BLOCK_SIZE, D]).permute((1, 0))
         s = warpgroup_mma(q_smem, keys, zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        high = gl.max(s, 1) * scale
-        weight = gl.exp2(s * scale - high[:, None])
-        mass = gl.sum(weight, 1)
-        p = gl.convert_layout(weight.to(dtype), p_layout)
+        m_i = gl.max(s, 1) * scale
+        p = gl.exp2(s * scale - m_i[:, None])
+        l_i = gl.sum(p, 1)
+        p = gl.convert_layout(p.to(dtype), p_layout)
         values = v_ring.index(stage).reshape([BLOCK_SIZE, D])
         acc = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
+        out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
         barrier()  # the scores of all warps are done: their queries make room
         q_smem.store(out.to(dtype))
-        gl.store(lse_ptr + s_pair, high + gl.log2(mass), mask=begin + s_row < end)
+        gl.store(lse_ptr + s_pair, m_i + gl.log2(l_i), mask=begin + s_row < end)
         barrier()
         rows = q_smem.load(rows_layout)
         at = out_ptr + pair.to(gl.int64)[:, None] * D + column[None, :]
@@ -161,9 +167,7 @@ def resident_kernel(
     num_bins,
     first_row,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     softmax_scale,
     SLOTS: gl.constexpr,
     HEADS: gl.constexpr,
@@ -186,10 +190,9 @@ def resident_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=CONSUMERS)
     fence_async_shared()
-    scale = softmax_scale * 1.4426950408889634
+    scale = softmax_scale * LOG2_E
     if total > 0:
         shared = (k_ring, v_ring, ready, free)
-        q_strides = (q_stride_b, q_stride_h, q_stride_n)
         data = (q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale)
         if CONSUMERS == 2:
             gl.warp_specialize(

@@ -17,22 +17,34 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import device_of, narrow, num_processors, padded
-from moba_hf.kernels.softmax import load_rows
+from moba_hf.kernels.layout import (
+    LN_2,
+    LOG2_E,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    load_rows,
+    row_offset,
+)
 
 
-def num_segments(block_size: int, blocks: int = 0, processors: int = 0) -> int:
+def num_segments(tuned: tuning.Choices, block_size: int, blocks: int = 0, processors: int = 0) -> int:
     """Parts that a block is split in, where `blocks` are attended in all on so many processors."""
-    shortest, longest = tuning.DECODE_SEGMENTS
+    shortest, longest = tuned.decode_segments
     least = int(triton.cdiv(block_size, longest))
-    wanted = processors * tuning.DECODE_PROGRAMS // max(1, blocks)
+    wanted = processors * tuned.decode_programs // max(1, blocks)
     return max(least, min(wanted, int(triton.cdiv(block_size, shortest))))
 
 
 def takes(q: Tensor, topk: int, max_seqlen_q: int, block_size: int) -> bool:
     """Whether so few queries are better served here than by regrouping them by block."""
-    partials = q.shape[0] * q.shape[2] * q.shape[1] * topk * num_segments(block_size)
+    tuned = tuning.choices_for(q)
+    partials = q.shape[0] * q.shape[2] * q.shape[1] * topk * num_segments(tuned, block_size)
     few = min(max_seqlen_q, q.shape[2]) <= tuning.DECODE_QUERIES
-    return few and partials <= tuning.DECODE_PARTIALS
+    return few and partials <= tuned.decode_partials
 
 
 def decode_attention(
@@ -57,11 +69,11 @@ def decode_attention(
         segments: parts that a block is split in; None: by `num_segments`.
     """
     batch, num_heads, q_len, head_dim = q.shape
-    topk, v_dim = choice.shape[3], v.shape[3]
+    topk, v_dim, tuned = choice.shape[3], v.shape[3], tuning.choices_for(q)
     if segments is None:
-        segments = num_segments(block_size, choice.numel(), num_processors(q))
+        segments = num_segments(tuned, block_size, choice.numel(), num_processors(q))
     segment = int(triton.cdiv(block_size, segments))
-    block_n = min(64, triton.next_power_of_2(block_size))
+    block_n = min(tuned.decode_keys, triton.next_power_of_2(block_size))
     shape, device = (batch, q_len, num_heads, topk * segments), q.device
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=device)
     # rows that no sequence covers are never visited: only there the first value stays
@@ -81,9 +93,9 @@ def decode_attention(
                 partial,
                 partial_lse,
                 table.contiguous(),
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
+                q.stride()[:3],
+                k.stride()[:3],
+                v.stride()[:3],
                 q_len,
                 num_heads // k.shape[1],
                 queries,
@@ -111,6 +123,7 @@ def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tup
             is -inf, `partial` is not read. All -inf gives zeros and -inf.
     """
     batch, q_len, num_heads, parts, v_dim = partial.shape
+    least, most = tuning.choices_for(partial).decode_parts
     out = torch.empty(batch, q_len, num_heads, v_dim, dtype=dtype, device=partial.device)
     lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=partial.device)
     with device_of(partial):
@@ -124,7 +137,7 @@ def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tup
             PADDED_PARTS=triton.next_power_of_2(parts),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            BLOCK_P=min(32, max(16, triton.next_power_of_2(parts))),
+            BLOCK_P=min(most, max(least, triton.next_power_of_2(parts))),
             num_warps=4,
         )
     return out, lse
@@ -139,15 +152,9 @@ def _decode_kernel(
     partial_ptr,
     partial_lse_ptr,
     table_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     group_size,
     queries,
@@ -164,19 +171,19 @@ def _decode_kernel(
     STAGES: tl.constexpr,
 ):
     """One (query, head, slot, segment)."""
-    seq = table_ptr + tl.program_id(0) // queries * 5
+    seq = table_ptr + tl.program_id(0) // queries * SEQ_COLUMNS
     head = tl.program_id(1)
     part = tl.program_id(2)
-    q_begin = tl.load(seq + 1)
-    q_end = tl.load(seq + 2)
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
     query = tl.program_id(0) % queries
     if not BY_ROW:
         query += q_begin
     real = (query >= q_begin) & (query < q_end)
     if real | BY_ROW:
-        batch = tl.load(seq).to(tl.int64)
-        k_begin = tl.load(seq + 3)
-        k_end = tl.load(seq + 4)
+        batch = tl.load(seq + SEQ_BATCH).to(tl.int64)
+        k_begin = tl.load(seq + SEQ_K_BEGIN)
+        k_end = tl.load(seq + SEQ_K_END)
         row = (batch * q_len + query) * tl.num_programs(1) + head
         block = tl.load(choice_ptr + row * (tl.num_programs(2) // SEGMENTS) + part // SEGMENTS)
         position = query + (k_end - k_begin) - q_end
@@ -185,32 +192,32 @@ def _decode_kernel(
         at = row * tl.num_programs(2) + part
         if real & (block >= 0) & (begin < end):
             dim = tl.arange(0, PADDED_DIM)
-            q_ptr += batch * q_stride_b + head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_n
+            q_ptr += row_offset(batch, head, query, q_strides)
             q = tl.load(q_ptr + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
             kv_head = (head // group_size).to(tl.int64)
             first_key = k_begin.to(tl.int64) + block.to(tl.int64) * block_size
-            k_ptr += batch * k_stride_b + kv_head * k_stride_h + first_key * k_stride_n
-            v_ptr += batch * v_stride_b + kv_head * v_stride_h + first_key * v_stride_n
-            scale = softmax_scale * 1.4426950408889634
-            high = tl.full([], float("-inf"), tl.float32)
-            mass = tl.zeros([], tl.float32)
-            total = tl.zeros([PADDED_V], tl.float32)
+            k_ptr += row_offset(batch, kv_head, first_key, k_strides)
+            v_ptr += row_offset(batch, kv_head, first_key, v_strides)
+            scale = softmax_scale * LOG2_E
+            m_i = tl.full([], float("-inf"), tl.float32)
+            l_i = tl.zeros([], tl.float32)
+            acc = tl.zeros([PADDED_V], tl.float32)
             for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
                 key = start + tl.arange(0, BLOCK_N)
                 inside = key < end
-                keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-                values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, inside, V_DIM, PADDED_V, False)
+                keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+                values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, False)
                 scores = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
                 scores = tl.where(inside, scores, float("-inf"))
-                new_high = tl.maximum(high, tl.max(scores, 0))
-                weight = tl.exp2(scores - new_high)
-                shrink = tl.exp2(high - new_high)
-                mass = mass * shrink + tl.sum(weight, 0)
-                total = total * shrink + tl.sum(weight[:, None] * values.to(tl.float32), 0)
-                high = new_high
+                m_new = tl.maximum(m_i, tl.max(scores, 0))
+                p = tl.exp2(scores - m_new)
+                alpha = tl.exp2(m_i - m_new)
+                l_i = l_i * alpha + tl.sum(p, 0)
+                acc = acc * alpha + tl.sum(p[:, None] * values.to(tl.float32), 0)
+                m_i = m_new
             column = tl.arange(0, PADDED_V)
-            tl.store(partial_ptr + at * V_DIM + column, total / mass, mask=column < V_DIM)
-            tl.store(partial_lse_ptr + at, high + tl.log2(mass))
+            tl.store(partial_ptr + at * V_DIM + column, acc / l_i, mask=column < V_DIM)
+            tl.store(partial_lse_ptr + at, m_i + tl.log2(l_i))
         else:
             tl.store(partial_lse_ptr + at, float("-inf"))
 
@@ -234,20 +241,20 @@ def _decode_merge_kernel(
     row = query * tl.num_programs(1) + head
     part = tl.arange(0, PADDED_PARTS)
     every = tl.load(partial_lse_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    high = tl.max(every, 0)
-    safe = tl.where(high > float("-inf"), high, 0.0)
-    mass = tl.sum(tl.exp2(every - safe), 0)
+    m_i = tl.max(every, 0)
+    safe = tl.where(m_i > float("-inf"), m_i, 0.0)
+    l_i = tl.sum(tl.exp2(every - safe), 0)
     column = tl.arange(0, PADDED_V)
-    total = tl.zeros([PADDED_V], tl.float32)
+    acc = tl.zeros([PADDED_V], tl.float32)
     for start in range(0, PARTS, BLOCK_P):
         some = start + tl.arange(0, BLOCK_P)
         lse = tl.load(partial_lse_ptr + row * PARTS + some, mask=some < PARTS, other=float("-inf"))
-        there = (lse > float("-inf"))[:, None] & (column < V_DIM)[None, :]
+        mask = (lse > float("-inf"))[:, None] & (column < V_DIM)[None, :]
         at = partial_ptr + (row * PARTS + some)[:, None] * V_DIM + column[None, :]
-        total += tl.sum(tl.load(at, mask=there, other=0.0) * tl.exp2(lse - safe)[:, None], 0)
-    found = high > float("-inf")
-    result = total / tl.where(found, mass, 1.0)
+        acc += tl.sum(tl.load(at, mask=mask, other=0.0) * tl.exp2(lse - safe)[:, None], 0)
+    found = m_i > float("-inf")
+    result = acc / tl.where(found, l_i, 1.0)
     tl.store(out_ptr + row * V_DIM + column, narrow(result, out_ptr), mask=column < V_DIM)
-    natural = (safe + tl.log2(tl.where(found, mass, 1.0))) * 0.6931471805599453
+    natural = (safe + tl.log2(tl.where(found, l_i, 1.0))) * LN_2
     lse_at = (query // q_len * tl.num_programs(1) + head) * q_len + query % q_len
     tl.store(lse_ptr + lse_at, tl.where(found, natural, float("-inf")))

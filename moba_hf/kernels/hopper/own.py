@@ -3,8 +3,8 @@
 Legend: D and DV head dims of keys and values, G query heads of a kv head, S stages of the ring.
 
 A persistent program takes every n-th (query tile, kv head): up to 128 / G tokens of one block times G heads
-(see `plan`). A producer warp streams the block's keys and values, up to the tile's last token, through the
-ring (`hopper_common`); two consumer warpgroups hold 64 rows each. Key tiles that reach beyond the first
+(see `tiling`). A producer warp streams the block's keys and values, up to the tile's last token, through the
+ring (`common`); two consumer warpgroups hold 64 rows each. Key tiles that reach beyond the first
 token are masked by position. Incomplete blocks are left to `own`: keys behind their end must not be read.
 """
 
@@ -14,7 +14,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from moba_hf.kernels.hopper_common import allocate_ring, attend_ring, barrier, fill_ring
+from moba_hf.kernels.hopper.common import allocate_ring, attend_ring, barrier, fill_ring
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    LN_2,
+    LOG2_E,
+    TILE_BATCH,
+    TILE_BEFORE,
+    TILE_COMPLETE,
+    TILE_FIRST_KEY,
+    TILE_HIGH,
+    TILE_LOW,
+    TILE_ORIGIN,
+)
 
 
 @gluon.jit
@@ -33,20 +45,27 @@ def _produce(
     """Fills the ring with the keys that each tile can see."""
     step = 0
     for item in range(gl.program_id(0), work, gl.num_programs(0)):
-        info = info_ptr + item % tiles * 8
-        batch = gl.load(info)
-        seen = gl.minimum(gl.load(info + 1) + TILE, BLOCK_SIZE)
-        first = gl.load(info + 5)
-        if gl.load(info + 6) != 0:
+        info = info_ptr + item % tiles * INFO_COLUMNS
+        batch = gl.load(info + TILE_BATCH)
+        seen = gl.minimum(gl.load(info + TILE_BEFORE) + TILE, BLOCK_SIZE)
+        first = gl.load(info + TILE_FIRST_KEY)
+        if gl.load(info + TILE_COMPLETE) != 0:
             step = fill_ring(k_desc, v_desc, ring, batch, item // tiles, first, seen, step, BLOCK_N, STAGES)
 
 
 @gluon.jit
 def _tile(info_ptr, item, tiles, work):
     """Batch row, keys of its block before it, query index of its first token, query range, completeness."""
-    info = info_ptr + gl.minimum(item, work - 1) % tiles * 8
-    whole = gl.load(info + 6)
-    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), gl.load(info + 4), whole
+    info = info_ptr + gl.minimum(item, work - 1) % tiles * INFO_COLUMNS
+    whole = gl.load(info + TILE_COMPLETE)
+    return (
+        gl.load(info + TILE_BATCH),
+        gl.load(info + TILE_BEFORE),
+        gl.load(info + TILE_ORIGIN),
+        gl.load(info + TILE_LOW),
+        gl.load(info + TILE_HIGH),
+        whole,
+    )
 
 
 @gluon.jit
@@ -106,14 +125,14 @@ def _consume(
         if whole != 0:
             seen = gl.minimum(before + TILE, BLOCK_SIZE)
             last_seen = before + s_row // G
-            acc, top, mass, step = attend_ring(
+            acc, m_i, l_i, step = attend_ring(
                 q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False
             )
             head = item // tiles
-            out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
-            lse = top + gl.log2(mass)
+            out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
+            lse = m_i + gl.log2(l_i)
             if FINAL:
-                lse = lse * 0.6931471805599453
+                lse = lse * LN_2
             v_query = origin + v_row // G
             v_there = (v_row // G < seen - before) & (v_query >= low) & (v_query < high)
             target = (batch.to(gl.int64) * q_len + v_query) * num_heads + head * G + v_row % G
@@ -146,9 +165,7 @@ def own_kernel(
     num_seqs,
     num_kv_heads,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     softmax_scale,
     G: gl.constexpr,
     TILE: gl.constexpr,
@@ -166,8 +183,7 @@ def own_kernel(
     q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
-    scale = softmax_scale * 1.4426950408889634
-    q_strides = (q_stride_b, q_stride_h, q_stride_n)
+    scale = softmax_scale * LOG2_E
     data = (q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_kv_heads * G, q_len, q_strides, scale)
     if work > 0:
         gl.warp_specialize(

@@ -18,9 +18,11 @@ import triton
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import INTERPRETED, device_of, num_processors
-from moba_hf.kernels.plan import Plan, make_plan, tile_table
+from moba_hf.kernels.layout import INFO_COLUMNS
 from moba_hf.kernels.routing import Routes
+from moba_hf.kernels.tiling import make_tiling, tile_table
 from moba_hf.op.sequences import batched_table
 
 _DIMS = (64, 128)
@@ -29,7 +31,7 @@ _DIMS = (64, 128)
 @cache
 def _kernels(name: str) -> Any:
     """A module of Gluon kernels."""
-    return import_module(f"moba_hf.kernels.hopper_{name}")
+    return import_module(f"moba_hf.kernels.hopper.{name}")
 
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -46,7 +48,7 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether the installed Triton compiles the Gluon kernels for `device`; says once what is lost if not."""
     try:
-        for block_size in (tuning.HOPPER_RESIDENT.n, 4 * tuning.HOPPER_RESIDENT.n):
+        for block_size in (tuning.HOPPER.resident.n, 4 * tuning.HOPPER.resident.n):
             _compile(device, block_size)
     except Exception as error:  # whatever a foreign compiler, of a release not known yet, may raise
         warnings.warn(
@@ -74,14 +76,15 @@ def _compile(device: torch.device, block_size: int) -> None:
     k = q[:, :1]
     lse = torch.empty(1, group, length, device=device)
     table = batched_table(1, length, length, device)
-    tile = tuning.OWN_PARTIAL.m // group
-    plan = make_plan(q, k, table, length, length, block_size=block_size, tile=tile)
-    numbers = torch.empty(length, 8, dtype=torch.int32, device=device)
-    routes = Routes(numbers.long(), numbers, numbers, numbers, 2, tuning.HOPPER_RESIDENT.m)
-    own_attention(q, k, k, q, lse, plan, 0, 1.0, False, compile_only=True)
+    tile = tuning.HOPPER.own_partial.m // group
+    tiling = make_tiling(q, k, table, length, length, block_size=block_size, tile=tile)
+    numbers = torch.empty(length, INFO_COLUMNS.value, dtype=torch.int32, device=device)
+    routes = Routes(numbers.long(), numbers, numbers, numbers, 2, tuning.HOPPER.resident.m)
+    inputs = Inputs(q, k, k, tiling, 1.0)
+    own_attention(inputs, 0, q, lse, False, compile_only=True)
     found = routed_tile(block_size, (dim, dim))
     assert found is not None
-    routed_attention(q, k, k, plan, routes, q, lse[..., :8], 0, 1.0, *found, compile_only=True)
+    routed_attention(inputs, routes, q, lse[..., :8], 0, *found, compile_only=True)
 
 
 def _start(kernel: Any, q: Tensor, args: tuple[Any, ...], compile_only: bool, **constants: Any) -> None:
@@ -101,49 +104,46 @@ def _addressable(x: Tensor) -> bool:
 
 
 def takes_own(block_size: int) -> bool:
-    """Whether blocks of this size go to `hopper_own`."""
-    return block_size % tuning.HOPPER_OWN.n == 0
+    """Whether blocks of this size go to `own`."""
+    return block_size % tuning.HOPPER.own.n == 0
 
 
 def routed_tile(block_size: int, dims: tuple[int, int]) -> tuple[tuning.Tile, bool] | None:
     """The tile of the routed kernel, and whether the block stays resident; None: no kernel for this size."""
-    if block_size == tuning.HOPPER_RESIDENT.n and dims[0] == dims[1]:
-        return tuning.HOPPER_RESIDENT, True
-    if block_size < 2 * tuning.HOPPER_RESIDENT.n:
+    if block_size == tuning.HOPPER.resident.n and dims[0] == dims[1]:
+        return tuning.HOPPER.resident, True
+    if block_size < 2 * tuning.HOPPER.resident.n:
         return None
-    for tile in tuning.HOPPER_STREAM:
+    for tile in tuning.HOPPER.stream:
         if block_size % tile.n == 0:
             return tile, False
     return None
 
 
 def own_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
+    chunk: int,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
-    chunk: int,
-    softmax_scale: float,
     final: bool,
     compile_only: bool = False,
 ) -> None:
     """What `own.own_attention` does, for complete blocks only; arguments as there."""
-    tile = tuning.HOPPER_OWN
+    q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
+    tile = tuning.HOPPER.own
     args = (
         q,
         _descriptor(k, tile.n),
         _descriptor(v, tile.n),
         out,
         lse,
-        tile_table(plan, chunk, q.shape[2]),
-        plan.tile_offset[chunk],
-        plan.num_seqs,
+        tile_table(tiling, chunk, q.shape[2]),
+        tiling.tile_offset[chunk],
+        tiling.num_seqs,
         k.shape[1],
         q.shape[2],
-        *q.stride()[:3],
-        softmax_scale,
+        q.stride()[:3],
+        inputs.softmax_scale,
     )
     _start(
         _kernels("own").own_kernel,
@@ -151,8 +151,8 @@ def own_attention(
         args,
         compile_only,
         G=q.shape[1] // k.shape[1],
-        TILE=plan.tile,
-        BLOCK_SIZE=plan.block_size,
+        TILE=tiling.tile,
+        BLOCK_SIZE=tiling.block_size,
         BLOCK_N=tile.n,
         D=q.shape[3],
         DV=v.shape[3],
@@ -163,31 +163,28 @@ def own_attention(
 
 
 def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
+    inputs: Inputs,
     routes: Routes,
     partial: Tensor,
     partial_lse: Tensor,
     first_row: int,
-    softmax_scale: float,
     tile: tuning.Tile,
     resident: bool,
     compile_only: bool = False,
 ) -> None:
     """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
-    keys = plan.block_size if resident else tile.n
+    q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
+    keys = block_size if resident else tile.n
     constants: dict[str, Any] = {
         "SLOTS": partial_lse.shape[-1],
         "HEADS": q.shape[1],
         "ONE_BATCH": q.shape[0] == 1,
-        "BLOCK_SIZE": plan.block_size,
+        "BLOCK_SIZE": block_size,
         "D": q.shape[3],
     }
     if resident:
-        kernel = _kernels("resident").resident_kernel
-        constants |= {"CONSUMERS": tile.m // 64, "REGISTERS": 160 if tile.m == 192 else 232}
+        kernel, consumers = _kernels("resident").resident_kernel, tile.m // 64
+        constants |= {"CONSUMERS": consumers, "REGISTERS": tuning.HOPPER.resident_registers[consumers]}
     else:
         kernel = _kernels("stream").stream_kernel
         constants |= {"BLOCK_N": tile.n, "DV": v.shape[3], "STAGES": tile.stages}
@@ -203,8 +200,8 @@ def routed_attention(
         routes.num_bins,
         first_row,
         q.shape[2],
-        *q.stride()[:3],
-        softmax_scale,
+        q.stride()[:3],
+        inputs.softmax_scale,
     )
     _start(kernel, q, args, compile_only, **constants, num_warps=4)
 

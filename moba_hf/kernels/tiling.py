@@ -22,10 +22,26 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    TILE_BATCH,
+    TILE_BEFORE,
+    TILE_COMPLETE,
+    TILE_FIRST_KEY,
+    TILE_HIGH,
+    TILE_LOW,
+    TILE_ORIGIN,
+)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """The numbering of one call.
 
     Attributes:
@@ -75,7 +91,7 @@ def head_split(group_size: int, rows: int) -> tuple[int, int]:
     return heads, max(1, rows // heads)
 
 
-def make_plan(
+def make_tiling(
     q: Tensor,
     k: Tensor,
     table: Tensor,
@@ -85,7 +101,7 @@ def make_plan(
     block_size: int,
     tile: int,
     chunk_rows: int | None = None,
-) -> Plan:
+) -> Tiling:
     """The numbering of `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`; one kernel launch.
 
     Args:
@@ -102,7 +118,7 @@ def make_plan(
     table = table.contiguous()
     block_offset = torch.empty(num_seqs + 1, dtype=torch.int32, device=q.device)
     tile_offset = torch.empty(chunks, num_seqs + 1, dtype=torch.int32, device=q.device)
-    plan = Plan(
+    tiling = Tiling(
         table=table,
         block_offset=block_offset,
         tile_offset=tile_offset,
@@ -117,7 +133,7 @@ def make_plan(
         max_seqlen_q=min(max_seqlen_q, q.shape[2]),
     )
     with device_of(q):
-        _plan_kernel[(chunks,)](
+        _tiling_kernel[(chunks,)](
             table,
             block_offset,
             tile_offset,
@@ -125,41 +141,39 @@ def make_plan(
             q.shape[2],
             chunk_rows,
             block_size,
-            TILE=plan.tile,
+            TILE=tiling.tile,
             TILES_PER_BLOCK=parts,
             BLOCK_S=min(1024, triton.next_power_of_2(max(1, num_seqs))),
         )
-    return plan
+    return tiling
 
 
-def tile_table(plan: Plan, chunk: int, q_len: int) -> Tensor:
-    """What each query tile of a chunk is, int32 `(max_tiles, 8)`; rows beyond the tiles stay unwritten.
+def tile_table(tiling: Tiling, chunk: int, q_len: int) -> Tensor:
+    """What each query tile of a chunk is, int32 `(max_tiles, INFO_COLUMNS)`.
 
-    Columns: batch row, keys of the block before the tile, query index of its first token (may be negative),
-    first and last + 1 of the chunk's queries of the sequence, first key slot of the block, whether the block
-    is complete.
+    `layout` names the columns. Rows beyond the tiles stay unwritten.
     """
-    first_row = chunk * plan.chunk_rows
-    result = torch.empty(plan.max_tiles, 8, dtype=torch.int32, device=plan.table.device)
-    with device_of(plan.table):
-        _tile_table_kernel[(plan.max_tiles,)](
+    first_row = chunk * tiling.chunk_rows
+    result = torch.empty(tiling.max_tiles, INFO_COLUMNS.value, dtype=torch.int32, device=tiling.table.device)
+    with device_of(tiling.table):
+        _tile_table_kernel[(tiling.max_tiles,)](
             result,
-            plan.table,
-            plan.tile_offset[chunk],
-            plan.num_seqs,
+            tiling.table,
+            tiling.tile_offset[chunk],
+            tiling.num_seqs,
             q_len,
             first_row,
-            min(plan.chunk_rows, plan.num_rows - first_row),
-            plan.block_size,
-            TILE=plan.tile,
-            TILES_PER_BLOCK=plan.tiles_per_block,
+            min(tiling.chunk_rows, tiling.num_rows - first_row),
+            tiling.block_size,
+            TILE=tiling.tile,
+            TILES_PER_BLOCK=tiling.tiles_per_block,
             num_warps=1,
         )
     return result
 
 
 @triton.jit(do_not_specialize=["num_seqs", "q_len", "chunk_rows"])
-def _plan_kernel(
+def _tiling_kernel(
     table_ptr,
     block_offset_ptr,
     tile_offset_ptr,
@@ -178,23 +192,21 @@ def _plan_kernel(
     num_blocks = tl.zeros([], tl.int32)
     for start in range(0, num_seqs, BLOCK_S):
         seq = start + tl.arange(0, BLOCK_S)
-        there = seq < num_seqs
-        row = table_ptr + seq * 5
-        batch = tl.load(row, mask=there, other=0)
-        q_begin = tl.load(row + 1, mask=there, other=0)
-        q_end = tl.load(row + 2, mask=there, other=0)
-        k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        mask = seq < num_seqs
+        row = table_ptr + seq * SEQ_COLUMNS
+        batch = tl.load(row + SEQ_BATCH, mask=mask, other=0)
+        q_begin = tl.load(row + SEQ_Q_BEGIN, mask=mask, other=0)
+        q_end = tl.load(row + SEQ_Q_END, mask=mask, other=0)
+        k_len = tl.load(row + SEQ_K_END, mask=mask, other=0) - tl.load(row + SEQ_K_BEGIN, mask=mask, other=0)
         low, high = clip_queries(batch, q_begin, q_end, q_len, chunk.to(tl.int64) * chunk_rows, chunk_rows)
         first = low + k_len - q_end
         last = high - 1 + k_len - q_end
         first = first // block_size * TILES_PER_BLOCK + first % block_size // TILE
         last = last // block_size * TILES_PER_BLOCK + last % block_size // TILE
-        tiles = tl.where(there & (high > low), last - first + 1, 0)
-        blocks = tl.where(there & (k_len > 0), (k_len - 1) // block_size, 0)
-        tl.store(tile_offset_ptr + seq, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=there)
-        tl.store(
-            block_offset_ptr + seq, num_blocks + tl.cumsum(blocks, 0) - blocks, mask=there & (chunk == 0)
-        )
+        tiles = tl.where(mask & (high > low), last - first + 1, 0)
+        blocks = tl.where(mask & (k_len > 0), (k_len - 1) // block_size, 0)
+        tl.store(tile_offset_ptr + seq, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=mask)
+        tl.store(block_offset_ptr + seq, num_blocks + tl.cumsum(blocks, 0) - blocks, mask=mask & (chunk == 0))
         num_tiles += tl.sum(tiles, 0)
         num_blocks += tl.sum(blocks, 0)
     tl.store(tile_offset_ptr + num_seqs, num_tiles)
@@ -244,18 +256,46 @@ def find_tile(
     `first + i`, `i < TILE`, inside the block and inside the query range.
     """
     seq = bisect(tile_offset_ptr, num_seqs, number)
-    row = table_ptr + seq * 5
-    batch = tl.load(row)
-    q_end = tl.load(row + 2)
-    k_begin = tl.load(row + 3)
-    k_len = tl.load(row + 4) - k_begin
-    low, high = clip_queries(batch, tl.load(row + 1), q_end, q_len, first_row, num_rows)
+    row = table_ptr + seq * SEQ_COLUMNS
+    batch = tl.load(row + SEQ_BATCH)
+    q_end = tl.load(row + SEQ_Q_END)
+    k_begin = tl.load(row + SEQ_K_BEGIN)
+    k_len = tl.load(row + SEQ_K_END) - k_begin
+    low, high = clip_queries(batch, tl.load(row + SEQ_Q_BEGIN), q_end, q_len, first_row, num_rows)
     position = low + k_len - q_end
     tile = position // block_size * TILES_PER_BLOCK + position % block_size // TILE
     tile += number - tl.load(tile_offset_ptr + seq)
     own = tile // TILES_PER_BLOCK
     first = own * block_size + tile % TILES_PER_BLOCK * TILE
     return seq, batch, own, first, q_end - k_len, low, high, k_begin, k_len
+
+
+@triton.jit
+def tile_rows(
+    own,
+    first,
+    origin,
+    low,
+    high,
+    part,
+    group_size,
+    block_size,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Token of the tile, query index, head of the group, and mask `(M,)` of a program's rows.
+
+    A row is a token and a head; `part`: which HEADS of the group's heads the program takes. The rest is what
+    `find_tile` returns.
+    """
+    row = tl.arange(0, BLOCK_M)
+    token = row // HEADS
+    in_group = part * HEADS + row % HEADS
+    position = first + token
+    query = position + origin
+    mask = (token < TILE) & (position < (own + 1) * block_size) & (query >= low) & (query < high)
+    return token, query, in_group, mask & (in_group < group_size)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "q_len", "first_row", "num_rows", "block_size"])
@@ -285,11 +325,11 @@ def _tile_table_kernel(
             TILE,
             TILES_PER_BLOCK,
         )
-        result_ptr += number.to(tl.int64) * 8
-        tl.store(result_ptr, batch)
-        tl.store(result_ptr + 1, first - own * block_size)
-        tl.store(result_ptr + 2, first + origin)
-        tl.store(result_ptr + 3, low)
-        tl.store(result_ptr + 4, high)
-        tl.store(result_ptr + 5, k_begin + own * block_size)
-        tl.store(result_ptr + 6, ((own + 1) * block_size <= k_len).to(tl.int32))
+        result_ptr += number.to(tl.int64) * INFO_COLUMNS
+        tl.store(result_ptr + TILE_BATCH, batch)
+        tl.store(result_ptr + TILE_BEFORE, first - own * block_size)
+        tl.store(result_ptr + TILE_ORIGIN, first + origin)
+        tl.store(result_ptr + TILE_LOW, low)
+        tl.store(result_ptr + TILE_HIGH, high)
+        tl.store(result_ptr + TILE_FIRST_KEY, k_begin + own * block_size)
+        tl.store(result_ptr + TILE_COMPLETE, ((own + 1) * block_size <= k_len).to(tl.int32))

@@ -1,6 +1,6 @@
 """Routed attention for Hopper, in Gluon, for long blocks: what `routed` computes, bound by matrix units.
 
-Legend: D and DV head dims of keys and values, S stages of the ring (see `hopper_common`).
+Legend: D and DV head dims of keys and values, S stages of the ring (see `common`).
 
 A persistent program takes every n-th tile of 128 pairs that chose one block (see `routing`). A producer warp
 streams the block's keys and values through the ring; two consumer warpgroups hold 64 rows each, so that one's
@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from moba_hf.kernels.hopper_common import (
+from moba_hf.kernels.hopper.common import (
     allocate_ring,
     attend_ring,
     barrier,
@@ -24,6 +24,7 @@ from moba_hf.kernels.hopper_common import (
     query_offsets,
     tile_rows,
 )
+from moba_hf.kernels.layout import INFO_COLUMNS, LOG2_E, RUN_BATCH, RUN_FIRST_KEY, RUN_KV_HEAD
 
 
 @gluon.jit
@@ -40,10 +41,10 @@ def _produce(
     """Fills the ring with each tile's block."""
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        info = info_ptr + tile * 8
-        batch = gl.load(info + 2)
-        head = gl.load(info + 3)
-        first = gl.load(info + 4)
+        info = info_ptr + tile * INFO_COLUMNS
+        batch = gl.load(info + RUN_BATCH)
+        head = gl.load(info + RUN_KV_HEAD)
+        first = gl.load(info + RUN_FIRST_KEY)
         step = fill_ring(k_desc, v_desc, ring, batch, head, first, BLOCK_SIZE, step, BLOCK_N, STAGES)
 
 
@@ -93,16 +94,16 @@ def _consume(
         q = gl.load(q_ptr + offset[:, None] + q_column)
         later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)
         pair = load_pairs(pair_ptr, q_row, later_begin, later_end)
-        acc, high, mass, step = attend_ring(
+        acc, m_i, l_i, step = attend_ring(
             q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True
         )
         v_pair = load_pairs(pair_ptr, v_row, begin, end)
         s_pair = load_pairs(pair_ptr, s_row, begin, end)
-        out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
+        out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
         out = gl.convert_layout(out.to(dtype), v_layout)
         at = out_ptr + v_pair.to(gl.int64)[:, None] * DV + v_column
         gl.store(at, out, mask=(begin + v_row < end)[:, None])
-        gl.store(lse_ptr + s_pair, high + gl.log2(mass), mask=begin + s_row < end)
+        gl.store(lse_ptr + s_pair, m_i + gl.log2(l_i), mask=begin + s_row < end)
         begin, end = next_begin, next_end
         next_begin, next_end = later_begin, later_end
 
@@ -120,9 +121,7 @@ def stream_kernel(
     num_bins,
     first_row,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     softmax_scale,
     SLOTS: gl.constexpr,
     HEADS: gl.constexpr,
@@ -139,8 +138,7 @@ def stream_kernel(
     q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
-    scale = softmax_scale * 1.4426950408889634
-    q_strides = (q_stride_b, q_stride_h, q_stride_n)
+    scale = softmax_scale * LOG2_E
     data = (q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale)
     if total > 0:
         gl.warp_specialize(

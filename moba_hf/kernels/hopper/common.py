@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moba_hf.kernels.layout import INFO_COLUMNS, RUN_BEGIN, RUN_END
+
 # Gluon renamed these: thread_barrier until Triton 3.6, async_copy_global_to_shared until 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -38,8 +40,8 @@ def run_of_tiles(total):
 @gluon.jit
 def tile_rows(info_ptr, tile, total):
     """Range of pairs of a tile of `routing`; beyond the end, that of the last one."""
-    info = info_ptr + gl.minimum(tile, total - 1) * 8
-    return gl.load(info), gl.load(info + 1)
+    info = info_ptr + gl.minimum(tile, total - 1) * INFO_COLUMNS
+    return gl.load(info + RUN_BEGIN), gl.load(info + RUN_END)
 
 
 @gluon.jit
@@ -109,8 +111,8 @@ def fill_ring(
 @gluon.jit
 def _weights(
     s,
-    high,
-    mass,
+    m_i,
+    l_i,
     scale,
     last_seen,
     seen_by_all,
@@ -119,16 +121,16 @@ def _weights(
     p_layout: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Softmax weights of the scores of a tile, the factor of what came before, new `high` and `mass`."""
+    """Softmax weights of the scores of a tile, the factor of what came before, new `m_i` and `l_i`."""
     if MASKED:
         if seen_by_all < start + s.shape[1]:
             column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
             s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
-    new_high = gl.maximum(high, gl.max(s, 1) * scale)
-    weight = gl.exp2(s * scale - new_high[:, None])
-    shrink = gl.exp2(high - new_high)
-    mass = mass * shrink + gl.sum(weight, 1)
-    return gl.convert_layout(weight.to(dtype), p_layout), shrink, new_high, mass
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - m_new[:, None])
+    alpha = gl.exp2(m_i - m_new)
+    l_i = l_i * alpha + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), p_layout), alpha, m_new, l_i
 
 
 @gluon.jit
@@ -157,7 +159,7 @@ def attend_ring(
             `seen_by_all`.
 
     Returns:
-        `acc (64, DV)` fp32, not normalised, `high` and `mass` `(64,)` in base 2, and the next step.
+        `acc (64, DV)` fp32, not normalised, `m_i` and `l_i` `(64,)` in base 2, and the next step.
     """
     keys, values, k_ready, v_ready, k_free, v_free = ring
     M: gl.constexpr = 64
@@ -165,8 +167,8 @@ def attend_ring(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    high = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    mass = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    m_i = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    l_i = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
     zeros = gl.full([M, BLOCK_N], 0.0, gl.float32, s_layout)
     stage = step % STAGES
@@ -177,7 +179,7 @@ def attend_ring(
     s = warpgroup_mma_wait(0, deps=[s])
     barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
-    p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
+    p, alpha, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
     for start in range(BLOCK_N, num_keys, BLOCK_N):
         later = (step + 1) % STAGES
         later_phase = (step + 1) // STAGES & 1
@@ -185,7 +187,7 @@ def attend_ring(
         key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
         s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(stage), phase)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         if not OVERLAP:
@@ -193,11 +195,11 @@ def attend_ring(
             barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
-        next_p, shrink, high, mass = _weights(
-            s, high, mass, scale, last_seen, seen_by_all, start, dtype, p_layout, MASKED
+        next_p, alpha, m_i, l_i = _weights(
+            s, m_i, l_i, scale, last_seen, seen_by_all, start, dtype, p_layout, MASKED
         )
         if OVERLAP:
-            # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+            # returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax
             mbarrier.wait(k_ready.index(later), later_phase)
             acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
             barrier()
@@ -207,10 +209,10 @@ def attend_ring(
         step += 1
         stage = later
         phase = later_phase
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
     mbarrier.arrive(v_free.index(stage), count=1)
-    return acc, high, mass, step + 1
+    return acc, m_i, l_i, step + 1

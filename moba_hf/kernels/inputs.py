@@ -1,0 +1,26 @@
+"""What the stages of one forward call share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moba_hf.kernels.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one forward call; last dimensions of tensors are contiguous.
+
+    Attributes:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        tiling: the numbering of tiles and blocks.
+        softmax_scale: above 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tiling: Tiling
+    softmax_scale: float

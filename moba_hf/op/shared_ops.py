@@ -1,0 +1,192 @@
+"""The torch operators of the shared choice of blocks, and the attention that uses them.
+
+Operators with fake kernels and an explicit backward, as those of `moba_hf.op.operators`: `torch.compile` sees
+one opaque node each, and autograd keeps inputs, output and lse.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.numerics import accumulate_dtype
+from moba_hf.op.operators import flat_sequences
+from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared import SharedRule, mask_words, num_tiles
+from moba_hf.op.shared_backends import SharedKernels
+
+# The rule of a call from its flattened form, validated once.
+_rule = lru_cache(maxsize=None)(SharedRule)
+
+
+def flat_shared_rule(rule: SharedRule) -> tuple[Any, ...]:
+    """A rule as the operators take it: the fields of `SharedRule` in order."""
+    shape = (rule.block_size, rule.tile, rule.threshold, rule.share, rule.topk)
+    rest = (rule.sink_blocks, rule.local_blocks, rule.sample, rule.dense_below, rule.rotary_pairs)
+    return shape + rest
+
+
+def _kernels(backend: str) -> SharedKernels:
+    shared = load_backend(backend).shared
+    assert shared is not None
+    return shared
+
+
+@torch.library.custom_op("moba_hf::select_shared", mutates_args=())
+def select_shared_op(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    tile: int,
+    threshold: float | None,
+    share: float | None,
+    topk: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+    sample: int,
+    dense_below: int,
+    rotary_pairs: str,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    """`SharedKernels.select` as one operator."""
+    shape = (block_size, tile, threshold, share, topk)
+    rule = _rule(*shape, sink_blocks, local_blocks, sample, dense_below, rotary_pairs)
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    return _kernels(backend).select(q, k, sequences, rule, softmax_scale)
+
+
+@select_shared_op.register_fake
+def _(q, k, table, max_seqlen_q, max_seqlen_k, block_size, tile, *_rest):  # type: ignore[no-untyped-def]
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    shape = (q.shape[1], num_tiles(sequences, q, tile), mask_words(max_seqlen_k, block_size))
+    return q.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("moba_hf::attend_shared", mutates_args=())
+def attend_shared_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`SharedKernels.attend` as one operator, differentiable in q, k, v with the choice held."""
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    return _kernels(backend).attend(q, k, v, block_mask, sequences, block_size, tile, softmax_scale)
+
+
+@attend_shared_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+@torch.library.custom_op("moba_hf::attend_shared_backward", mutates_args=())
+def _attend_shared_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_mask: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`SharedKernels.backward` as one operator; gradients are contiguous."""
+    saved = Attended(q, k, v, out, lse, block_mask)
+    sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
+    return _kernels(backend).backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
+
+
+@_attend_shared_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, block_mask, table, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, block_mask, table)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_shared_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 8
+
+
+attend_shared_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def select_shared(
+    q: Tensor,
+    k: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    *,
+    softmax_scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The choice of a call, `block_mask` int32 `(num_heads, num_tiles, words)`, without gradient.
+
+    Arguments as for `shared_attention`.
+    """
+    if q.shape[3] % 2:
+        raise ValueError(f"a shared choice (tile > 1) needs an even head_dim, got {q.shape[3]}")
+    name = choose_backend(backend, q, k, k, rule)
+    flat = (*flat_sequences(sequences), *flat_shared_rule(rule))
+    mask: Tensor = select_shared_op(q.detach(), k.detach(), *flat, softmax_scale, name)
+    return mask
+
+
+def shared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    *,
+    softmax_scale: float,
+    backend: str = "auto",
+    block_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under a shared choice, over strided views that `ops.check_tensors` has passed.
+
+    Args:
+        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
+        sequences: where the sequences lie; queries outside them are padding, their output is zero.
+        rule: how blocks are chosen.
+        softmax_scale: factor of the scores in the softmax.
+        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
+        block_mask: a choice made before, see `moba_hf.op.shared`; None: made here.
+
+    Returns:
+        `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
+    """
+    name = choose_backend(backend, q, k, v, rule)
+    if block_mask is None:
+        block_mask = select_shared(q, k, sequences, rule, softmax_scale=softmax_scale, backend=name)
+    where = flat_sequences(sequences)
+    runs = _kernels(name)
+    if runs.differentiable:  # plain torch: no operator between it and autograd
+        return runs.attend(q, k, v, block_mask, sequences, rule.block_size, rule.tile, softmax_scale)
+    return attend_shared_op(q, k, v, block_mask, *where, rule.block_size, rule.tile, softmax_scale, name)

@@ -1,0 +1,153 @@
+"""What the shared choice of blocks computes, one function per stage, as plainly as it can be written.
+
+The rule, in words, is in `moba_hf.op.shared`; it is not MoBA. Every faster path is tested against this file,
+which takes one sequence: `q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`,
+`v (kv_len, num_kv_heads, v_dim)`, the last query standing at the last key. It computes in fp32 (fp64 for fp64
+inputs), and the attention is differentiable by autograd.
+
+A sequence that is read in several calls has tiles that are cut; `cuts` are the positions at which a further
+call begins, so that chunks of a prefill and decode steps have a reference too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moba_hf.op.gates import MassSummary
+from moba_hf.op.numerics import accumulate_dtype
+from moba_hf.op.shared import SharedRule
+
+# Positions [begin, end) of the rows of a tile that one call holds.
+Tile = tuple[int, int]
+
+
+def tiles_ref(q_len: int, kv_len: int, tile: int, cuts: Sequence[int] = ()) -> list[Tile]:
+    """Positions `(begin, end)` of each tile's rows, in order."""
+    first = kv_len - q_len
+    edges = {first, kv_len, *range(0, kv_len, tile), *cuts}
+    inside = sorted(edge for edge in edges if first <= edge <= kv_len)
+    return list(pairwise(inside))
+
+
+def sampled_rows_ref(begin: int, end: int, sample: int) -> list[int]:
+    """Positions of the rows that speak for rows `[begin, end)`: the last of each group of `sample`."""
+    groups = range(begin // sample, (end - 1) // sample + 1)
+    return [min((group + 1) * sample, end) - 1 for group in groups]
+
+
+def tile_masses_ref(
+    q: Tensor,
+    k: Tensor,
+    rule: SharedRule,
+    softmax_scale: float | None = None,
+    cuts: Sequence[int] = (),
+) -> list[Tensor]:
+    """Per tile, the masses `(num_heads, candidates)` of its candidates, summing to 1, in fp32 (fp64)."""
+    q_len, kv_len = q.shape[0], k.shape[0]
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    gate = MassSummary(k.detach().transpose(0, 1), rule.block_size, scale, rotary_pairs=rule.rotary_pairs)
+    scores = gate.scores(q.detach().transpose(0, 1), kv_len // rule.block_size)  # (H, q_len, blocks)
+    masses = []
+    for begin, end in tiles_ref(q_len, kv_len, rule.tile, cuts):
+        candidates = begin // rule.tile * rule.tile // rule.block_size
+        rows = torch.tensor(sampled_rows_ref(begin, end, rule.sample), device=q.device) - (kv_len - q_len)
+        masses.append(scores[:, rows, :candidates].softmax(2).mean(1))
+    return masses
+
+
+def chosen_candidates_ref(mass: Tensor, rule: SharedRule) -> list[int]:
+    """The candidates that a tile of one head attends, from their masses `(candidates,)`."""
+    count = len(mass)
+    sinks = set(range(min(rule.sink_blocks, count)))
+    forced = sinks | set(range(max(0, count - rule.local_blocks), count))
+    order = torch.argsort(mass, descending=True, stable=True).tolist()
+    values = mass.tolist()
+    wanted = []
+    before = 0.0  # the mass of the heavier ones
+    for block in order:
+        passes = rule.threshold is None or values[block] >= rule.threshold * values[order[0]]
+        passes = passes and (rule.share is None or before < rule.share)
+        if passes and block not in forced:
+            wanted.append(block)
+        before += values[block]
+    if rule.topk is not None:
+        wanted = wanted[: rule.topk - rule.own_blocks - len(forced)]
+    return sorted(forced | set(wanted))
+
+
+def select_shared_ref(
+    q: Tensor,
+    k: Tensor,
+    rule: SharedRule,
+    softmax_scale: float | None = None,
+    cuts: Sequence[int] = (),
+) -> Tensor:
+    """The blocks that each tile attends, its own included: bool `(num_heads, tiles, blocks)`."""
+    q_len, kv_len, num_heads = q.shape[0], k.shape[0], q.shape[1]
+    tiles = tiles_ref(q_len, kv_len, rule.tile, cuts)
+    blocks = -(-kv_len // rule.block_size)
+    chosen = torch.zeros(num_heads, len(tiles), blocks, dtype=torch.bool, device=q.device)
+    masses = tile_masses_ref(q, k, rule, softmax_scale, cuts)
+    for number, ((begin, end), mass) in enumerate(zip(tiles, masses, strict=True)):
+        candidates, last = mass.shape[1], -(-end // rule.block_size)
+        chosen[:, number, candidates:last] = True
+        for head in range(num_heads):
+            dense = begin // rule.tile * rule.tile < rule.dense_below
+            taken = list(range(candidates)) if dense else chosen_candidates_ref(mass[head], rule)
+            chosen[head, number, taken] = True
+    return chosen
+
+
+def attend_shared_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    *,
+    block_size: int,
+    tile: int,
+    softmax_scale: float | None = None,
+    cuts: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Softmax over all keys of a tile's blocks up to the row itself, times their values.
+
+    Args:
+        chosen: bool `(num_heads, tiles, blocks)`.
+
+    Returns:
+        `out (q_len, num_heads, v_dim)` in q's dtype and `lse (num_heads, q_len)`, the natural logarithm of
+        the softmax denominator, in fp32 (fp64).
+    """
+    dtype = accumulate_dtype(q.dtype)
+    q_len, num_heads, head_dim = q.shape
+    kv_len = k.shape[0]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    keys, values = (x.to(dtype).repeat_interleave(num_heads // k.shape[1], dim=1) for x in (k, v))
+    attended = torch.zeros(num_heads, q_len, kv_len, dtype=torch.bool, device=q.device)
+    key = torch.arange(kv_len, device=q.device)
+    for number, (begin, end) in enumerate(tiles_ref(q_len, kv_len, tile, cuts)):
+        rows = torch.arange(begin, end, device=q.device)
+        in_block = chosen[:, number, key // block_size]
+        attended[:, rows - (kv_len - q_len)] = in_block[:, None] & (key <= rows[:, None])
+    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * scale
+    scores = scores.masked_fill(~attended, -torch.inf)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
+    return out.to(q.dtype), scores.logsumexp(dim=-1)
+
+
+def shared_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SharedRule,
+    softmax_scale: float | None = None,
+    cuts: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence under a shared choice: select, then attend. Returns `(out, lse)`."""
+    chosen = select_shared_ref(q, k, rule, softmax_scale, cuts)
+    limits = {"block_size": rule.block_size, "tile": rule.tile}
+    return attend_shared_ref(q, k, v, chosen, **limits, softmax_scale=softmax_scale, cuts=cuts)

@@ -1,0 +1,120 @@
+"""What a mask of ones costs: prefill and decode steps with it and without a mask, in turn, in one process.
+
+Run: python tests/benchmarks/bench_masks.py [--lengths 8192 32768] [--layers 4] [--steps 16] [--rounds 5]
+     [--compile] [--full]
+
+The model has random weights and the shape of an 8B Llama on a GPU (a small one on the CPU). `--full` lets
+every layer attend all keys, else the last one does; `--compile` compiles the forward without a cache and
+measures that alone. Prints the median time of a forward in ms, with a mask and without, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from inspect import signature
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from moba_hf import MobaCache, MobaConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build(layers: int, full: bool) -> Any:
+    """A model with random weights, bf16 on a GPU, fp32 on the CPU."""
+    gpu = DEVICE.type == "cuda"
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=4096 if gpu else 256,
+        intermediate_size=14_336 if gpu else 512,
+        num_hidden_layers=layers,
+        num_attention_heads=32 if gpu else 4,
+        num_key_value_heads=8 if gpu else 2,
+        head_dim=128 if gpu else 64,
+        max_position_embeddings=131_072,
+    )
+    config.moba = MobaConfig(128, 8, full_attention_layers=range(layers) if full else (-1,)).to_dict()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="moba")
+    return model.to(DEVICE, torch.bfloat16 if gpu else torch.float32).eval()
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call, the device's work included."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    begin = perf_counter()
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return (perf_counter() - begin) * 1e3
+
+
+def one_round(model: Any, ids: Tensor, mask: Tensor | None, steps: int) -> tuple[float, float]:
+    """Times of a prefill and of one decode step after it (the median of `steps`)."""
+    length = ids.shape[1] - steps
+    cache = MobaCache(model.config, max_cache_len=ids.shape[1])
+    name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
+    given = {name: cache, "use_cache": True, "logits_to_keep": 1}
+
+    def step(begin: int, end: int) -> float:
+        here = None if mask is None else mask[:, :end]
+        return timed(lambda: model(ids[:, begin:end], attention_mask=here, **given))
+
+    prefill = step(0, length)
+    decode = [step(i, i + 1) for i in range(length, length + steps)]
+    return prefill, median(decode)
+
+
+def compare(model: Any, length: int, steps: int, rounds: int, compiled: bool) -> None:
+    """Prints one line per stage: ms with a mask of ones, ms without, ratio."""
+    ids = torch.randint(2, 1000, (1, length + steps), device=DEVICE)
+    ones = torch.ones_like(ids)
+    times: dict[str, dict[bool, list[float]]] = {}
+    for turn in range(rounds + 1):
+        for masked in (True, False) if turn % 2 else (False, True):
+            mask = ones if masked else None
+            if compiled:
+                run = {
+                    "compiled prefill": timed(lambda m=mask: model(ids, attention_mask=m, use_cache=False))
+                }  # type: ignore[misc]
+            else:
+                run = dict(zip(("prefill", "decode step"), one_round(model, ids, mask, steps), strict=True))
+            for stage, took in run.items():
+                if turn:  # the first round warms up
+                    times.setdefault(stage, {True: [], False: []})[masked].append(took)
+    for stage, each in times.items():
+        with_mask, without = median(each[True]), median(each[False])
+        print(
+            f"{length:7,d} tokens  {stage:16s}  ones {with_mask:9.2f} ms  none {without:9.2f} ms  "
+            f"ratio {with_mask / without:.3f}"
+        )
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--full", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = build(arguments.layers, arguments.full)
+    run = torch.compile(model, dynamic=False) if arguments.compile else model
+    print(torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU", torch.__version__)
+    for length in arguments.lengths:
+        compare(run, length, arguments.steps, arguments.rounds, arguments.compile)
+
+
+if __name__ == "__main__":
+    main()

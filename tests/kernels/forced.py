@@ -1,0 +1,27 @@
+"""Choices forced on the kernels, so that small inputs reach rare paths."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import triton
+
+from moba_hf.kernels import tuning
+
+
+def fewer_levels(levels: int) -> AbstractContextManager[object]:
+    """The gates keep so many entries per class, so that more rows need the second kernel."""
+
+    def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
+        return levels, levels >= min(count, triton.cdiv(max_blocks, width))
+
+    return mock.patch.object(tuning, "gate_levels", gate_levels)
+
+
+def with_choices(**changes: Any) -> AbstractContextManager[object]:
+    """Fields of `tuning.Choices` take other values on every GPU."""
+    original = tuning.choices
+    return mock.patch.object(tuning, "choices", lambda one: replace(original(one), **changes))
