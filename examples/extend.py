@@ -6,12 +6,12 @@
 
 A stage loads the bf16 weights of the one before, in fp32; takes the longer context, block size and topk of
 the schedule; trains with plain AdamW in bf16 autocast, gradients checkpointed and the loss in pieces; and
-saves bf16 weights in `OUT/stage0`, `OUT/stage1`, ... Whatever ended a run, the same command goes on: after the
-last finished stage, and within a stage from its last Trainer checkpoint (written every `--save-steps`, and
-when `--max-seconds` or `--stop-after` end the run). `--write-schedule` writes a schedule to start from.
+saves bf16 weights in `OUT/stage0`, `OUT/stage1`, ... Whatever ended a run, the same command goes on: after
+the last finished stage, and within a stage from its last Trainer checkpoint (written every `--save-steps`,
+and when `--max-seconds` or `--stop-after` end the run). `--write-schedule` writes a schedule to start from.
 
-Prints a table per stage: tokens, seconds, tokens/s, peak memory, and with `--dense-steps` what a step of dense
-attention takes at that length. `OUT/stageN/stage.json` keeps the numbers.
+Prints a table per stage: tokens, seconds, tokens/s, peak memory, and with `--dense-steps` what a step of
+dense attention takes at that length. `OUT/stageN/stage.json` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from moba_hf import MobaConfig
+from moba_hf.evaluate.repositories import load_repositories, save_repositories
 from moba_hf.hf.patching import suspend_moba
 from moba_hf.training import LongRowTrainer, MobaCallback, Repository, Rows, Schedule, Stage, read_repository
-from moba_hf.training.rows import load_repositories, save_repositories
 from moba_hf.training.stages import load_stage, save_stage, stages_done
 
 CUDA = torch.cuda.is_available()
@@ -188,7 +188,18 @@ def run_stage(
 
 def table(results: list[dict[str, Any]]) -> str:
     """The numbers of stages as Markdown."""
-    names = ("length", "block / topk", "steps", "tokens", "s", "tokens/s", "s/step", "GiB", "dense s/step", "loss")
+    names = (
+        "length",
+        "block / topk",
+        "steps",
+        "tokens",
+        "s",
+        "tokens/s",
+        "s/step",
+        "GiB",
+        "dense s/step",
+        "loss",
+    )
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
     for one in results:
         moba, log = one["moba"], one["log"]

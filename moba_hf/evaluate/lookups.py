@@ -66,7 +66,9 @@ class Definitions:
         names: dict[str, None] = {}
         while len(names) < count:
             names["_".join(rng.choice(self.words, 2))] = None
-        kinds = list(rng.choice(KINDS, count)) if kinds is None else [kinds[i % len(kinds)] for i in range(count)]
+        kinds = (
+            list(rng.choice(KINDS, count)) if kinds is None else [kinds[i % len(kinds)] for i in range(count)]
+        )
         lines = [self._line(rng, str(kind), name) for kind, name in zip(kinds, names, strict=True)]
         # apart, so that a question is the same tokens wherever it stands
         parts = self.tokenizer([x for line in lines for x in line], add_special_tokens=False).input_ids

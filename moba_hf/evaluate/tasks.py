@@ -234,14 +234,16 @@ def answer_questions(
         rows = max(1, _ROW_TOKENS[device.type == "cpu"] // context.shape[1]) if alike else 1
         for start in range(0, len(asked), rows):
             part = asked[start : start + rows]
-            answers += _ask(model, cache, context[0], part, new_tokens, tokenizer.eos_token_id)
+            answers += ask(model, cache, context[0], part, new_tokens, tokenizer.eos_token_id)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def _ask(
+def ask(
     model: Any, cache: Any, context: Tensor, asked: Sequence[Tensor], new_tokens: int, end: int | None
 ) -> list[list[int]]:
     """Greedy answers to token ids `asked` over copies of `cache`, which holds `context (length,)`.
+
+    They end after `new_tokens`, or with the token `end`.
 
     A row with a shorter question reads the end of the context again, so that all read as many tokens; what is
     missing in its cache is padding on the left.

@@ -1,5 +1,6 @@
 """Training with MoBA: recipes and their callback, stages of a context extension, rows, the loss in pieces."""
 
+from moba_hf.evaluate.repositories import Repository, read_repository
 from moba_hf.training.callback import (
     RECIPES,
     MobaCallback,
@@ -9,7 +10,7 @@ from moba_hf.training.callback import (
     turn_on,
 )
 from moba_hf.training.loss import LongRowTrainer, loss_in_pieces
-from moba_hf.training.rows import Repository, Rows, read_repository
+from moba_hf.training.rows import Rows
 from moba_hf.training.stages import Schedule, Stage
 
 __all__ = [

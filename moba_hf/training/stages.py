@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf.checkpoints.context_length import ContextLength, with_context_length
-from moba_hf.config import MobaConfig, check_int
+from moba_hf.config import NAME, MobaConfig, check_int
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.training.callback import Recipe, turn_on
 
@@ -161,8 +161,9 @@ def load_stage(schedule: Schedule, index: int, source: str | os.PathLike[str]) -
             f"stage {index} has theta={stage.theta}, but the model reads {text.max_position_embeddings} "
             f"tokens already, so that its rotary base stays for {stage.length}"
         )
+    text.moba = stage.moba.to_dict()
     model = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=torch.float32, attn_implementation="sdpa"
+        source, config=config, dtype=torch.float32, attn_implementation=NAME
     )
     turn_on(model, Recipe(), stage.moba)
     return model
@@ -174,13 +175,14 @@ def check_source(schedule: Schedule, index: int, source: str | os.PathLike[str])
     if index == 0 and not position.exists():
         return
     if not position.exists():
-        raise ValueError(f"{source}: holds no {POSITION}: stage {index} starts from what the one before saved")
+        raise ValueError(
+            f"{source}: holds no {POSITION}: stage {index} starts from what the one before saved"
+        )
     known = json.loads(position.read_text(encoding="utf-8"))
     if known["done"] != index or known["schedule"] != schedule.to_dict():
-        raise ValueError(
-            f"{source}: stands after {known['done']} stages of its schedule, which "
-            f"{'is another one' if known['schedule'] != schedule.to_dict() else f'stage {index} does not follow'}"
-        )
+        other = known["schedule"] != schedule.to_dict()
+        reason = "is another one" if other else f"stage {index} does not follow"
+        raise ValueError(f"{source}: stands after {known['done']} stages of its schedule, which {reason}")
 
 
 def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import tiny, tokens
 
 from moba_hf import MobaConfig
+from moba_hf.evaluate.repositories import save_repositories
 from moba_hf.training import Repository, Schedule, Stage
-from moba_hf.training.rows import save_repositories
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,17 @@ from tiny_models import tiny, tokens
 from transformers import AutoConfig, TrainingArguments
 
 from moba_hf import MobaConfig
-from moba_hf.training import LongRowTrainer, Repository, Rows, Schedule, Stage, loss_in_pieces, read_repository
-from moba_hf.training.rows import IGNORED, load_repositories, save_repositories
+from moba_hf.evaluate.repositories import load_repositories, save_repositories
+from moba_hf.training import (
+    LongRowTrainer,
+    Repository,
+    Rows,
+    Schedule,
+    Stage,
+    loss_in_pieces,
+    read_repository,
+)
+from moba_hf.training.rows import IGNORED
 from moba_hf.training.stages import POSITION, load_stage, save_stage
 
 TWO = Schedule(
@@ -87,10 +96,12 @@ def test_a_stage_changes_the_config_and_no_weight(tmp_path: Path) -> None:
 def test_a_folder_that_stands_elsewhere_is_refused(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="holds no moba_schedule.json: stage 1 starts"):
+    with pytest.raises(ValueError, match=r"holds no moba_schedule\.json: stage 1 starts"):
         load_stage(TWO, 1, tmp_path / "source")
     save_stage(TWO, 1, model, tmp_path / "done")
-    with pytest.raises(ValueError, match="stands after 2 stages of its schedule, which stage 1 does not follow"):
+    with pytest.raises(
+        ValueError, match="stands after 2 stages of its schedule, which stage 1 does not follow"
+    ):
         load_stage(TWO, 1, tmp_path / "done")
     other = Schedule(TWO.stages[:1])
     save_stage(other, 0, model, tmp_path / "other")
@@ -208,7 +219,9 @@ def test_files_come_after_what_they_import(tmp_path: Path) -> None:
 
 def test_rows_with_lookups() -> None:
     text = np.frombuffer(b"value = 1\n" * 400, np.uint8).astype(np.int32)
-    rows = Rows([Repository("r", text, np.array([0]))], 1024, 4, short_share=0, lookups=6, tokenizer=Letters())
+    rows = Rows(
+        [Repository("r", text, np.array([0]))], 1024, 4, short_share=0, lookups=6, tokenizer=Letters()
+    )
     for i in range(4):
         row = rows[i]
         assert len(row["input_ids"]) == 1024
