@@ -57,7 +57,7 @@ class Definitions:
         if len(words) < _FEWEST_WORDS:  # of two syllables
             syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
             words = [a + b for a in syllables for b in syllables]
-        self.words = words[int(held_out) :: 2]
+        self.words = np.array(words[int(held_out) :: 2])
 
     def draw(
         self, rng: np.random.Generator, count: int, kinds: Sequence[str] | None = None
