@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key, with_moba
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
 from moba_hf.evaluate.passes import family_of, identity_of
@@ -367,7 +367,7 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
     place = Path(folder)
     values, model_config = read_model_config(place)
     adapter = check_config(model_config, config)
-    new = with_moba(values, config, text_config_key(adapter, model_config))
+    new = with_moba(values, config, adapter.nested_key(model_config))
     replace_text(place / "config.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
 
 

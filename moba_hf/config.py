@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from torch import Tensor
+
 from moba_hf.op.backend_table import check_backend
 from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import check_int
@@ -47,6 +49,10 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
+
+    def forces(self, block: Tensor, own: Tensor) -> Tensor:
+        """Whether queries whose own block is `own` always attend `block`, their own or an earlier one."""
+        return (block < self.sink_blocks) | (block >= own - self.local_blocks)
 
     @property
     def max_keys(self) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba_hf.config import NAME
 from moba_hf.hf.attention import moba_attention_forward
+from moba_hf.hf.loading import auto_class
 
 
 @dataclass
@@ -33,9 +33,7 @@ class Call:
 
 def build_model(config: Any) -> Any:
     """A model of `config` on the CPU in fp32 whose random weights make attention matter, in eval mode."""
-    nested = config.get_text_config() is not config
-    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim >= 2:  # the usual 0.02 leaves attention nearly uniform

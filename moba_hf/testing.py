@@ -345,8 +345,8 @@ def _check_save(case: _Case) -> None:
 
     Only fused experts may round differently, since their kernels depend on how the weights lie in memory.
     """
-    key = case.adapter.text_config_key
-    choice = {key: NAME} if key is not None and case.config is not case.model.config else NAME
+    key = case.adapter.nested_key(case.model.config)
+    choice = NAME if key is None else {key: NAME}
     with tempfile.TemporaryDirectory() as folder, use_moba(case.model, SMALL):
         expected = case.logits(case.ids)
         case.model.save_pretrained(folder)

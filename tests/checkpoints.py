@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig
 
@@ -39,10 +40,23 @@ def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
     return folder
 
 
+def save_tokenizer(folder: Path, size: int = 96) -> Path:
+    """Adds a tokenizer of `size` tokens, one per character, to a folder; it puts `<s>` before a text."""
+    words = ["<s>", "</s>", "<unk>", *(chr(33 + i) for i in range(size - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Sets fields of a JSON object in place; None removes one."""
     values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    removed = {name for name, value in changes.items() if value is None}
+    path.write_text(json.dumps({name: value for name, value in values.items() if name not in removed}))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -1,9 +1,11 @@
 """The command line: what it passes on, what it prints, and how it fails."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +50,7 @@ def test_convert_with_numbers(run, src: Path, tmp_path: Path) -> None:  # type: 
     code, out, err = run("verify", dst, "--source", src)
     assert (code, err) == (0, "")
     assert [line.split()[:2] for line in out.splitlines()] == [
-        ["ok", name] for name in ("config", "weights", "load", "logits")
+        ["ok", name] for name in ("config", "weights", "files", "load", "logits")
     ]
 
 
@@ -165,6 +167,12 @@ def test_verify_fails_on_a_flipped_byte(run, src: Path, tmp_path: Path) -> None:
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            AttributeError("'int' object has no attribute 'x'"),
+            2,
+            "AttributeError: 'int' object has no attribute 'x'",
+        ),
+        (ValueError("a\x1b[31m\udcff\u202eb"), 2, "a\\x1b[31m\\udcff\\u202eb"),
         (OSError(28, "No space left on device", "x"), 2, "[Errno 28] No space left on device: 'x'"),
         (RuntimeError("two\nlines"), 2, "two lines"),
         (MemoryError(), 2, "MemoryError"),
@@ -209,8 +217,29 @@ def test_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    expected = "no such file or folder (of a model on the Hub pass the downloaded folder)"
-    assert done.stderr == f"moba-hf: nowhere: {expected}\n"
+    assert done.stderr == "moba-hf: nowhere: no such file or folder\n"
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
+def test_an_interrupt_is_quiet_from_the_start(seconds: float, tmp_path: Path) -> None:
+    """Importing takes seconds, and must not end in a traceback."""
+    program = "import sys; print(flush=True); import moba_hf_cli; moba_hf_cli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) in [
+        (130, "moba-hf: interrupted\n"),
+        (2, "moba-hf: nowhere: no such file or folder\n"),  # a fast machine
+    ]
 
 
 def test_help(run) -> None:  # type: ignore[no-untyped-def]

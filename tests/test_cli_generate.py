@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_tiny_gguf
+from checkpoints import save_tiny, save_tokenizer, write_tiny_gguf
 from test_inspection import LLAMA_70B, QWEN25_VL_7B
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig, cli
+from moba_hf.hf import generation
 
 SETTINGS = ["--block-size", "16", "--topk", "3"]
 
@@ -102,6 +105,15 @@ def test_inspect_errors(run: Any, tmp_path: Path) -> None:
         (LLAMA_70B, ["--block-size", "16"], "both --block-size and --topk"),
         (LLAMA_70B, [*SETTINGS, "--full-attention-layers", "80"], "the model has 80 layers"),
         (bad, [], "block_size must be an int"),
+        ({**LLAMA_70B, "moba": [1]}, [], "must be a mapping"),
+        ({**LLAMA_70B, "torch_dtype": 1}, [], "config.json: not a config of model_type 'llama'"),
+        ({**LLAMA_70B, "num_attention_heads": 0}, [], "num_attention_heads"),
+        ({**LLAMA_70B, "num_key_value_heads": -8}, [], "num_key_value_heads"),
+        ({**LLAMA_70B, "num_key_value_heads": 5}, [], "no multiple of num_key_value_heads 5"),
+        ({**LLAMA_70B, "num_hidden_layers": 10**9}, [], "num_hidden_layers is 1000000000"),
+        ({**LLAMA_70B, "num_labels": 3 * 10**7}, [], "num_labels is 30000000"),
+        ({**LLAMA_70B, "layer_types": ["full_attention"] * 3}, [], "layer"),
+        ({**LLAMA_70B, "model_type": "ll\x1b[31mama"}, [], "ll\\x1b[31mama"),
     ]:
         code, out, err = run("inspect", write_config(tmp_path / "bad", values), *arguments)
         assert (code, out) == (2, "")
@@ -109,7 +121,7 @@ def test_inspect_errors(run: Any, tmp_path: Path) -> None:
         assert err.count("\n") == 1
     code, _, err = run("inspect", tmp_path / "nothing")
     assert code == 2
-    assert "config.json" in err
+    assert "nothing: no such file or folder" in err
 
 
 def test_generate(run: Any, converted: Path, prompt: Path) -> None:
@@ -155,13 +167,52 @@ def test_generate_errors(run: Any, converted: Path, prompt: Path, tmp_path: Path
         ([converted, "--prompt", "!", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         ([converted, "--prompt", "!", "--chunk", "1"], "chunk_size=1 is too small"),
         ([converted, "--prompt", "!", "--dtype", "int4"], "int4"),
-        ([tmp_path / "none", "--prompt", "!"], "config.json"),
+        ([tmp_path / "none", "--prompt", "!"], "none: no such file or folder"),
         ([bare, "--prompt", "!"], "tokenizer"),
     ]:
         code, out, err = run("generate", *arguments)
         assert (code, out) == (2, ""), err
         assert message in err
         assert err.count("\n") == 1
+
+
+TEMPLATE = "{{ bos_token }}({{ messages[0]['content'] }}){% if add_generation_prompt %}:{% endif %}"
+
+
+def test_generate_chat(run: Any, converted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(converted, tmp_path / "chat")
+    plain = ["--prompt", "!!", "--max-new-tokens", "1"]
+    code, _, err = run("generate", folder, *plain, "--chat")
+    assert (code, err) == (
+        2,
+        "moba-hf: the tokenizer has no chat template, so leave out --chat (chat=True)\n",
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    code, _, err = run("generate", folder, *plain)
+    assert code == 0
+    assert err.startswith("moba-hf: the model has a chat template, which --chat puts the text into\n")
+    code, _, err = run("generate", folder, *plain, "--chat")
+    assert code == 0
+    assert err.startswith("prompt of 6 tokens")  # <s> ( ! ! ) :
+
+
+def test_one_beginning_of_sequence(tmp_path: Path) -> None:
+    folder = save_tokenizer(save_tiny(tmp_path / "model"))
+    model, tokenizer = generation.load(folder)
+    for text, ids in (("ab", [0, 67, 68]), ("<s>ab", [0, 67, 68])):
+        assert generation.encode(model, tokenizer, text)[0].tolist() == ids
+    tokenizer.chat_template = TEMPLATE
+    assert generation.encode(model, tokenizer, "a", chat=True)[0].tolist() == [0, 10, 67, 11, 28]
+    nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    nothing.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(ValueError, match="makes no tokens"):
+        generation.encode(model, nothing, "xx")
+
+
+def test_prompts_without_end(run: Any, converted: Path) -> None:
+    code, _, err = run("generate", converted, "--prompt-file", "/dev/zero")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a device" in err
 
 
 @pytest.mark.slow

@@ -4,23 +4,30 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import FAMILIES, MOBA, edit_json, save_tiny, snapshot
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from fuzz.races import is_whole
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moba_hf import MobaConfig, patch_model
 from moba_hf.checkpoints import convert, folders
 from moba_hf.checkpoints.convert import convert_checkpoint
-from moba_hf.hf.adapter import Adapter
+from moba_hf.checkpoints.inspection import inspect_checkpoint
+from moba_hf.checkpoints.verify import verify_checkpoint
+from moba_hf.testing import build_model
+
+sys.path.append(str(Path(__file__).parent / "patches"))
+from families import tiny_config
 
 INDEX = "model.safetensors.index.json"
 OTHER = MobaConfig(block_size=16, topk=3)
+MOBA_2 = MobaConfig(block_size=8, topk=2)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,10 @@ def test_copies_bytes_and_changes_only_the_config(src: Path, out: Path) -> None:
     assert made == out / "dst"
     before, after = snapshot(src), snapshot(made)
     config, converted = json.loads(before.pop("config.json")), json.loads(after.pop("config.json"))
+    record = json.loads(after.pop("moba_hf.json"))
+    assert "import moba_hf" in record["about"]
+    assert set(record["files"]) == {*after, "config.json", "moba_hf.json"}
+    assert record["left_out"] == [".cache", ".git"]
     assert after == {name: data for name, data in before.items() if not name.startswith((".git", ".cache"))}
     assert len(list(made.glob("*.safetensors"))) > 1
     assert converted == {**config, "moba": MOBA.to_dict(), "attn_implementation": "moba"}
@@ -115,30 +126,75 @@ def test_named_weights_file(src: Path, out: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(made).config._attn_implementation == "moba"
 
 
-def test_nested_text_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nested(Adapter):
-        text_config_key: ClassVar[str | None] = "text_config"
-
-    monkeypatch.setattr(convert, "find_adapter", lambda _: Nested())
+def test_nested_text_config(tmp_path: Path) -> None:
     src = tmp_path / "src"
-    src.mkdir()
-    text = {"model_type": "llama", "num_hidden_layers": 3}
-    values = {
-        "model_type": "llava",
-        "text_config": text,
-        "vision_config": {"model_type": "clip_vision_model"},
-        "attn_implementation": {"vision_config": "eager"},
-    }
-    (src / "config.json").write_text(json.dumps(values))
-    save_file({"x": torch.zeros(1)}, src / "model.safetensors")
-    made = convert_checkpoint(src, tmp_path / "dst", MOBA)
+    build_model(tiny_config("qwen2_5_vl")).save_pretrained(src)
+    edit_json(src / "config.json", attn_implementation={"vision_config": "eager"})
+    text = json.loads((src / "config.json").read_text())["text_config"]
+    made = convert_checkpoint(src, tmp_path / "dst", MOBA_2)
     converted = json.loads((made / "config.json").read_text())
-    assert converted["text_config"] == {**text, "moba": MOBA.to_dict()}
+    assert converted["text_config"] == {**text, "moba": MOBA_2.to_dict()}
     assert converted["attn_implementation"] == {"vision_config": "eager", "text_config": "moba"}
     assert "moba" not in converted
     config = AutoConfig.from_pretrained(made)
     assert config.text_config._attn_implementation == "moba"
     assert config.vision_config._attn_implementation == "eager"
+
+
+def test_a_flat_vision_language_config_stays_flat(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    build_model(tiny_config("qwen2_5_vl")).save_pretrained(src)
+    values = json.loads((src / "config.json").read_text())
+    text = values.pop("text_config")
+    text.pop("model_type")
+    (src / "config.json").write_text(json.dumps({**text, **values}))
+    made = convert_checkpoint(src, tmp_path / "dst", MOBA_2)
+    switch = {"moba": MOBA_2.to_dict(), "attn_implementation": {"text_config": "moba"}}
+    assert json.loads((made / "config.json").read_text()) == {**text, **values, **switch}
+    for path in (made, tmp_path / "again"):
+        loaded = AutoModelForImageTextToText.from_pretrained(path)
+        assert loaded.config.text_config._attn_implementation == "moba"
+        assert loaded.config.text_config.moba == MOBA_2.to_dict()
+        loaded.save_pretrained(tmp_path / "again")
+    assert verify_checkpoint(made, src).passed
+    assert inspect_checkpoint(made).moba == MOBA_2
+
+
+def test_leaves_out_the_state_of_a_training_run(src: Path, out: Path) -> None:
+    for name in ("checkpoint-10", "global_step10"):
+        (src / name).mkdir()
+        (src / name / "config.json").write_text("{}")
+    names = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin")
+    for name in names:
+        (src / name).write_bytes(b"state")
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    assert not {"checkpoint-10", "global_step10", *names} & set(os.listdir(made))
+    assert verify_checkpoint(made, src).passed
+
+
+def test_keeps_permissions_and_empty_folders(src: Path, out: Path) -> None:
+    (src / "empty").mkdir(mode=0o750)
+    (src / "private").mkdir(mode=0o700)
+    (src / "private" / "key").touch(mode=0o600)
+    first_shard(src).chmod(0o400)
+    (src / "config.json").chmod(0o640)
+    src.chmod(0o700)
+    made = convert_checkpoint(src, out / "dst", MOBA)
+
+    def modes(folder: Path) -> dict[str, int]:
+        return {str(p.relative_to(folder)): p.stat().st_mode for p in [folder, *folder.rglob("*")]}
+
+    after = modes(made)
+    del after["moba_hf.json"]
+    assert after == modes(src)
+
+
+def test_names_that_are_long_or_not_utf8(src: Path, out: Path) -> None:
+    (src / os.fsdecode(b"caf\xe9.txt")).touch()
+    for name in ("n" * 255, os.fsdecode(b"d\xff\x1b[31m")):
+        assert is_whole(convert_checkpoint(src, out / name, MOBA), src)
+    with pytest.raises(OSError, match="name too long"):
+        convert_checkpoint(src, out / ("n" * 256), MOBA)
 
 
 def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path) -> None:
@@ -152,7 +208,7 @@ def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path)
         made = convert_checkpoint(cache, out / f"dst{link}", MOBA, link=link)
         assert not any(path.is_symlink() for path in made.iterdir())
         before, after = snapshot(cache), snapshot(made)
-        assert before.keys() == after.keys()
+        assert after.keys() == {*before, "moba_hf.json"}
         assert all(after[name] == before[name] for name in before if name != "config.json")
 
 
@@ -174,16 +230,72 @@ def test_link_falls_back_to_a_copy(src: Path, out: Path, monkeypatch: pytest.Mon
     assert shard.read_bytes() == (made / shard.name).read_bytes()
 
 
-def test_reflinks_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def clone(writer: int, request: int, reader: int) -> None:
-        assert request == 0x40049409
-        os.write(writer, os.read(reader, 100))
+@pytest.mark.parametrize("able", [0, 7, 1 << 20])
+def test_copies_also_where_the_system_does_only_a_part(
+    able: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
 
-    monkeypatch.setattr(folders, "ioctl", clone)
-    monkeypatch.setattr(shutil, "copyfile", lambda *_: pytest.fail("copied"))
-    (tmp_path / "a").write_bytes(b"data")
-    folders.copy_file(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_bytes() == b"data"
+    def part(reader: int, writer: int, _count: int) -> int:
+        if sum(copied) >= able:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        copied.append(os.write(writer, os.read(reader, 7)))
+        return copied[-1]
+
+    monkeypatch.setattr(os, "copy_file_range", part)
+    (tmp_path / "a").write_bytes(b"some bytes to copy")
+    folders.copy_file(tmp_path / "a", tmp_path / "b", (tmp_path / "a").stat())
+    assert (tmp_path / "b").read_bytes() == b"some bytes to copy"
+
+
+def replace(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "appended": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "replaced": replace,
+    "a pipe": into_pipe,
+    "gone": lambda path: path.unlink(),
+    "a new file": lambda path: (path.parent / "new").touch(),
+}
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_refuses_a_source_that_changes_meanwhile(
+    name: str, when: str, link: bool, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last shard and the index change before or after they are copied."""
+    copy = folders.copy_file
+    for victim in (max(src.glob("*.safetensors")), src / INDEX):
+        kept = victim.read_bytes()
+
+        def change(source: Path, *args: Any, victim: Path = victim, **kwargs: Any) -> None:
+            if source != victim:
+                return copy(source, *args, **kwargs)
+            if when == "before":
+                CHANGES[name](victim)
+            copy(source, *args, **kwargs)
+            if when == "after":
+                CHANGES[name](victim)
+
+        monkeypatch.setattr(folders, "copy_file", change)
+        with pytest.raises((ValueError, OSError)):
+            convert_checkpoint(src, out / "dst", MOBA, link=link)
+        assert os.listdir(out) == []
+        for path in (victim, src / "new"):
+            path.unlink(missing_ok=True)
+        victim.write_bytes(kept)
 
 
 # What is refused
@@ -336,3 +448,74 @@ def test_refuses_a_target_it_cannot_write(src: Path, out: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match="out: cannot be written to"):
         convert_checkpoint(src, out / "dst", MOBA)
     assert os.listdir(out) == []
+
+
+def test_refuses_a_model_without_a_layer_for_moba(tmp_path: Path) -> None:
+    src = save_tiny(tmp_path / "src", "mistral")
+    edit_json(src / "config.json", sliding_window=64)
+    with pytest.raises(
+        ValueError, match=r"config\.json: no layer .* can use MoBA \(layer 0: sliding window of 64\)"
+    ):
+        convert_checkpoint(src, tmp_path / "dst", MOBA)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_refuses_a_source_with_missing_weights(src: Path, out: Path) -> None:
+    edit_json(src / "config.json", num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"src: 9 weights are missing.*layers\.3\."):
+        convert_checkpoint(src, out / "dst", MobaConfig(8, 2))
+    assert os.listdir(out) == []
+
+
+def add_git(made: Path) -> None:
+    (made / ".git").mkdir()
+
+
+def add_checkpoint(made: Path) -> None:
+    (made / "other" / "deep").mkdir(parents=True)
+    (made / "other" / "deep" / "config.json").touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_git, r"holds a \.git"),
+        (add_checkpoint, "holds another checkpoint .other/deep."),
+        (lambda made: (made / "config.json").write_text("{}"), "no model's"),
+        (lambda made: (made / "config.json").write_text("{"), "no readable config.json"),
+        (lambda made: (made / "config.json").unlink(), "holds no config.json"),
+    ],
+)
+def test_overwrites_checkpoints_only(
+    change: Callable[[Path], object], message: str, src: Path, out: Path
+) -> None:
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    (made / "moba_hf.json").unlink()
+    convert_checkpoint(src, made, MOBA, overwrite=True)
+    (made / "moba_hf.json").unlink()
+    change(made)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(src, made, OTHER, overwrite=True)
+    assert snapshot(out) == before
+
+
+def test_overwrites_a_conversion_of_a_nested_source(src: Path, out: Path) -> None:
+    (src / "pooling").mkdir()
+    (src / "pooling" / "config.json").write_text("{}")
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    convert_checkpoint(src, made, OTHER, overwrite=True)
+    (made / "pooling" / "mine").touch()
+    with pytest.raises(ValueError, match="holds another checkpoint"):
+        convert_checkpoint(src, made, MOBA, overwrite=True)
+
+
+def test_refuses_a_mount_point(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "a b").mkdir()
+    line = b"30 1 0:26 / " + bytes(out / "a b").replace(b" ", b"\\040") + b" rw - ext4 /dev/vda rw\n"
+    read = Path.read_bytes
+    mounts = Path("/proc/self/mountinfo")
+    monkeypatch.setattr(Path, "read_bytes", lambda self: line if self == mounts else read(self))
+    monkeypatch.setattr(convert, "new_folder", lambda *_, **__: pytest.fail("copied"))
+    with pytest.raises(ValueError, match="a b: is a mount point"):
+        convert_checkpoint(src, out / "a b", MOBA, overwrite=True)

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import moba_hf
 from moba_hf import MobaConfig
+from moba_hf.checkpoints import load
 from moba_hf.hf import generation
 from moba_hf.hf.generation import (
     common_tokens,
@@ -121,13 +122,14 @@ def test_loading_uses_the_gpus_there_are(gpus: bool, tmp_path: Path, monkeypatch
     model.save_pretrained(tmp_path)
     seen: dict[str, object] = {}
 
-    def record(folder: Path, **kwargs: object) -> object:
+    def record(folder: Path, model_class: object, **kwargs: object) -> object:
         seen.update(kwargs)
         return model
 
-    monkeypatch.setattr(generation.torch.cuda, "is_available", lambda: gpus)
-    monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", record)
-    monkeypatch.setattr(generation.AutoTokenizer, "from_pretrained", lambda folder: "tokenizer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(load, "check_complete", lambda *_: None)
+    monkeypatch.setattr(load, "load_model", record)
+    monkeypatch.setattr(load, "load_tokenizer", lambda folder, **kwargs: "tokenizer")
     loaded, tokenizer = generation.load(tmp_path, "bfloat16", SMALL)
     assert seen.pop("device_map", None) == ("auto" if gpus else None)
     assert seen == {"attn_implementation": "sdpa", "dtype": "bfloat16"}

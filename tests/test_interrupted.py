@@ -3,19 +3,22 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from checkpoints import MOBA, save_tiny, snapshot
+from fuzz.races import race_threads
 
 from moba_hf import MobaConfig
 from moba_hf.checkpoints import convert, folders
 from moba_hf.checkpoints.convert import convert_checkpoint
-from moba_hf.checkpoints.folders import recover_folder
+from moba_hf.checkpoints.folders import recover_folders
 
 OTHER = MobaConfig(block_size=16, topk=3)
 
@@ -47,14 +50,14 @@ def test_overwrite_replaces_the_target(src: Path, out: Path) -> None:
 def test_an_error_while_copying_leaves_the_old_target(
     error: BaseException, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(source: Path, target: Path, link: bool) -> None:
-        assert target.parent != out / "dst"
-        target.write_text("half")
+    def fail(source: Path, tree: object, target: Path, **_: object) -> None:
+        assert target != out / "dst"
+        (target / "half").write_text("half")
         raise error
 
     made = convert_checkpoint(src, out / "dst", MOBA)
     before = snapshot(out)
-    monkeypatch.setattr(convert, "copy_file", fail)
+    monkeypatch.setattr(convert, "copy_tree", fail)
     with pytest.raises(type(error)):
         convert_checkpoint(src, made, OTHER, overwrite=True)
     assert snapshot(out) == before
@@ -63,120 +66,209 @@ def test_an_error_while_copying_leaves_the_old_target(
     assert os.listdir(out) == ["dst"]
 
 
-def test_an_error_while_renaming_restores_the_old_target(
-    src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without renameat2."""
+    monkeypatch.setattr(folders, "_rename", lambda *_: False)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_error_while_renaming_keeps_the_old_target(
+    exchange: bool, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = convert_checkpoint(src, out / "dst", MOBA)
     before = snapshot(out)
-    rename = Path.rename
 
-    def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".new"):
+    def fail(source: Path, target: Path, *_: object) -> bool:
+        if Path(source).name == "new":
             raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
+        return rename(source, target) is None
 
-    monkeypatch.setattr(Path, "rename", fail)
+    rename = os.rename
+    if exchange:
+        monkeypatch.setattr(folders, "_rename", fail)
+    else:
+        no_exchange(monkeypatch)
+        monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="Input/output"):
         convert_checkpoint(src, made, OTHER, overwrite=True)
     assert snapshot(out) == before
 
 
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """Hangups end a process, also where the tests run under nohup, which ignores them."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_leaves_nothing(name: str, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = getattr(signal, name)
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-
-    def interrupt(*_: object, **__: object) -> None:
-        signal.raise_signal(number)
-
-    monkeypatch.setattr(convert, "copy_file", interrupt)
-    with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit):
-        convert_checkpoint(src, out / "dst", MOBA)
-    assert os.listdir(out) == []
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-
-
-def test_a_signal_while_renaming_waits(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_there_at_every_moment(src: Path, out: Path) -> None:
+    """A reader that looks all the time never finds it missing."""
     made = convert_checkpoint(src, out / "dst", MOBA)
-    rename = Path.rename
+    missed, done = [], threading.Event()
 
-    def interrupted(self: Path, target: Path) -> Path:
-        signal.raise_signal(signal.SIGTERM)
-        return rename(self, target)
+    def look() -> None:
+        while not done.wait(0.0002):
+            missed.extend([] if (made / "config.json").exists() else [made])
 
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(SystemExit):
-        convert_checkpoint(src, made, OTHER, overwrite=True)
+    reader = threading.Thread(target=look)
+    reader.start()
+    for moba in (OTHER, MOBA) * 2:
+        convert_checkpoint(src, made, moba, overwrite=True)
+    done.set()
+    reader.join()
+    assert not missed
+
+
+def test_replaces_without_an_exchange(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_exchange(monkeypatch)
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    convert_checkpoint(src, made, OTHER, overwrite=True)
     assert json.loads((made / "config.json").read_text())["moba"] == OTHER.to_dict()
+    with pytest.raises(ValueError, match="exists already"):
+        convert_checkpoint(src, made, OTHER)
     assert os.listdir(out) == ["dst"]
 
+
+def test_a_target_that_comes_meanwhile_is_kept(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = convert.copy_tree
+
+    def intrude(*args: object, **kwargs: object) -> None:
+        copy(*args, **kwargs)  # type: ignore[arg-type]
+        (out / "dst").mkdir()
+        (out / "dst" / "mine").touch()
+
+    monkeypatch.setattr(convert, "copy_tree", intrude)
+    with pytest.raises(ValueError, match="exists already"):
+        convert_checkpoint(src, out / "dst", MOBA)
+    assert snapshot(out) == {"dst/mine": b""}
+    assert os.listdir(out) == ["dst"]
+
+
+def test_an_old_target_that_cannot_be_removed_is_told(
+    src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.warns(UserWarning, match=r"\.moba-hf-\w+: could not be removed"):
+            convert_checkpoint(src, made, OTHER, overwrite=True)
+    assert json.loads((made / "config.json").read_text())["moba"] == OTHER.to_dict()
+    convert_checkpoint(src, out / "next", MOBA)  # tidies up, and does not put the old one back
+    assert sorted(os.listdir(out)) == ["dst", "next"]
+
+
+def test_a_read_only_old_target_goes(src: Path, out: Path) -> None:
+    made = convert_checkpoint(src, out / "dst", MOBA)
+    made.chmod(0o555)
+    convert_checkpoint(src, made, OTHER, overwrite=True)
+    assert os.listdir(out) == ["dst"]
+
+
+# Several at once
+
+
+def test_threads_on_one_target(src: Path, out: Path) -> None:
+    assert race_threads(src, out, 12) == {"incomplete": 0, "leftovers": 0, "pairs": 12}
+
+
+def test_a_second_run_deletes_nothing_of_the_first(src: Path, out: Path) -> None:
+    """Process ids say nothing: two containers on one disk may have the same."""
+    with folders.new_folder(out / "dst") as first:
+        (first / "half").touch()
+        for source in (src, src / "missing"):
+            with suppress(ValueError):
+                convert_checkpoint(source, out / "dst", MOBA)
+        assert (first / "half").exists()
+        shutil.rmtree(out / "dst")
+    assert [path.name for path in (out / "dst").iterdir()] == ["half"]
+
+
+def test_files_that_vanish_from_the_working_folder_are_noticed(
+    src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = convert.copy_tree
+
+    def lose(source: Path, tree: object, target: Path, **kwargs: object) -> None:
+        copy(source, tree, target, **kwargs)  # type: ignore[arg-type]
+        (target / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(convert, "copy_tree", lose)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: came or went"):
+        convert_checkpoint(src, out / "dst", MOBA)
+    assert os.listdir(out) == []
+
+
+# Kills
 
 STALL = """
 import sys, time
 from moba_hf import MobaConfig
 from moba_hf.checkpoints import convert
-copy = convert.copy_file
+copy = convert.copy_tree
 def stall(*args, **kwargs):
     copy(*args, **kwargs)
     print("half-way", flush=True)
     time.sleep(60)
-convert.copy_file = stall
-convert.convert_checkpoint(sys.argv[1], sys.argv[2], MobaConfig(8, 2), overwrite=True)
+convert.copy_tree = stall
+if sys.argv[1] == "library":
+    convert.convert_checkpoint(sys.argv[2], sys.argv[3], MobaConfig(8, 2), overwrite=True)
+else:
+    from moba_hf.cli import main
+    main(["convert", sys.argv[2], sys.argv[3], "--block-size", "8", "--topk", "2", "--overwrite"])
 """
 
 
+def _default_signals() -> None:
+    """Signals as a terminal leaves them: nohup and background jobs of a shell ignore these."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_killed_half_way(src: Path, out: Path) -> None:
-    names = ("term", "kill")
-    for name in names:
+    """The command tidies up after SIGTERM, SIGHUP and SIGINT; after SIGKILL the next run does."""
+    kinds = {"term": 143, "hup": 129, "int": 130, "kill": -9}
+    for name in kinds:
         convert_checkpoint(src, out / name, MOBA)
     before = snapshot(out)
     children = {
         name: subprocess.Popen(
-            [sys.executable, "-c", STALL, str(src), str(out / name)], stdout=subprocess.PIPE, text=True
+            [
+                sys.executable,
+                "-c",
+                STALL,
+                "library" if name == "kill" else "command",
+                str(src),
+                str(out / name),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_default_signals,
         )
-        for name in names
+        for name in kinds
     }
     for name, child in children.items():
         assert child.stdout is not None
         assert child.stdout.readline() == "half-way\n"
-        recover_folder(out / name)  # a living process keeps its folder
+        recover_folders(out)  # living processes keep their folders
         child.send_signal(getattr(signal, f"SIG{name.upper()}"))
-        code = child.wait(timeout=30)
-        child.stdout.close()
-        assert code == (-signal.SIGKILL if name == "kill" else 128 + getattr(signal, f"SIG{name.upper()}"))
-    left = sorted(set(os.listdir(out)) - set(names))
+        _, err = child.communicate(timeout=30)
+        assert child.returncode == kinds[name], err
+        assert name == "kill" or err == "moba-hf: interrupted\n"
+    left = sorted(set(os.listdir(out)) - set(kinds))
     assert len(left) == 1
-    assert left[0].startswith(".kill.moba-hf-")
+    assert left[0].startswith(".moba-hf-")
     convert_checkpoint(src, out / "kill", MOBA, overwrite=True)
-    assert sorted(os.listdir(out)) == sorted(names)
+    assert sorted(os.listdir(out)) == sorted(kinds)
     assert snapshot(out) == before
 
 
 def test_killed_between_the_renames(src: Path, out: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
+    """Where there is no exchange in one step, the old target comes back; and foreign folders stay."""
     made = convert_checkpoint(src, out / "dst", MOBA)
     before = snapshot(out)
-    stale = f".dst.moba-hf-{folders._host()}-{dead.pid}"
-    made.rename(out / f"{stale}.old")
-    (out / f"{stale}.new").mkdir()
-    foreign = [
-        ".dst.moba-hf-elsewhere-1.new",
-        f".dst2{stale[4:]}.new",
-        f".dst.moba-hf-{folders._host()}-1.new",
-    ]
-    for name in foreign:
-        (out / name).mkdir()
+    work = out / ".moba-hf-dead"
+    (work / "new").mkdir(parents=True)
+    (work / "lock").write_bytes(b"dst")
+    made.rename(work / "old")
+    (out / ".moba-hf-empty").mkdir()
+    (out / ".moba-hf-foreign").mkdir()
+    (out / ".moba-hf-foreign" / "photo.jpg").touch()
     with pytest.raises(ValueError, match="exists already"):
         convert_checkpoint(src, made, OTHER)
+    (out / ".moba-hf-foreign" / "photo.jpg").unlink()
     assert snapshot(out) == before
-    assert sorted(os.listdir(out)) == sorted([*foreign, "dst"])
+    assert sorted(os.listdir(out)) == [".moba-hf-foreign", "dst"]

@@ -24,6 +24,8 @@ LAYERS = [
     {"evaluate"},
     {"checkpoints.verify", "checkpoints.inspection", "hf.generation"},
     {"checkpoints.convert"},
+    {"checkpoints.load"},
+    {"checkpoints.model_config", "checkpoints.folders"},
     {"hf.patching", "hf.prefill"},
     {"probes"},
     {"hf.attention"},
@@ -40,13 +42,9 @@ LAYERS = [
     {"op.shared"},
     {"op.reference", "op.sequences"},
     {"hf.parallel"},
-    {
-        "checkpoints.folders",
-        "checkpoints.safetensors_files",
-        "checkpoints.gguf_files",
-        "checkpoints.context_length",
-    },
-    {"config"},
+    {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
+    {"checkpoints.gguf_header"},
+    {"config", "hf.cache_names"},
     {"op.backend_table", "op.gates", "op.shared_rule"},
     {"op.numerics", "op.registry"},
 ]
@@ -195,7 +193,7 @@ print(json.dumps([before, tables(), wrapped]))
         del after[name]["moba"]
     methods = after.pop("model")
     changed = {name for name, method in before.pop("model").items() if methods[name] != method}
-    assert changed == {"from_pretrained"}, "moba_hf.hf.loading wraps it, and nothing else"
+    assert changed == {"from_pretrained", "save_pretrained"}, "moba_hf.hf.loading wraps them, nothing else"
     assert wrapped, "it calls what was there before"
     assert after == before
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import MOBA, edit_json, flip, save_tiny, write_tiny_gguf
+import transformers
+from checkpoints import MOBA, SIZES, edit_json, flip, save_tiny, write_tiny_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaForCausalLM,
+)
 
 from moba_hf import MobaConfig, patch_model
 from moba_hf.checkpoints import verify
 from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.verify import verify_checkpoint
 
-CHECKS = ["config", "weights", "load", "logits"]
+CHECKS = ["config", "weights", "files", "load", "logits"]
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +84,14 @@ def test_one_flipped_byte_fails(where: str, pair: tuple[Path, Path], dst: Path) 
     assert failure(dst, pair[0]).startswith("weights: ")
 
 
-def test_other_shards_same_tensors_pass(pair: tuple[Path, Path], dst: Path) -> None:
+def test_other_tensors_fail(pair: tuple[Path, Path], dst: Path) -> None:
     tensors = {}
     for shard in dst.glob("*.safetensors"):
         tensors.update(load_file(shard))
         shard.unlink()
     (dst / "model.safetensors.index.json").unlink()
     save_file(tensors, dst / "model.safetensors", metadata={"format": "pt"})
-    assert verify_checkpoint(dst, pair[0]).passed
+    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in another file
     name, tensor = max(tensors.items())
     save_file({**tensors, name: tensor.float()}, dst / "model.safetensors", metadata={"format": "pt"})
     assert f"{name} is F32" in failure(dst, pair[0])
@@ -103,7 +111,7 @@ def test_other_shards_same_tensors_pass(pair: tuple[Path, Path], dst: Path) -> N
         ({"moba": {"block_size": 8, "topk": 2, "full_attention_layers": [7]}}, "layer 7"),
         ({"attn_implementation": None}, "attn_implementation is None, not 'moba'"),
         ({"attn_implementation": "sdpa"}, "attn_implementation is 'sdpa', not 'moba'"),
-        ({"_attn_implementation": "eager"}, "loads with attn_implementation='eager'"),
+        ({"_attn_implementation": "eager"}, "_attn_implementation is not in the source"),
     ],
 )
 def test_wrong_config_fails(
@@ -115,14 +123,57 @@ def test_wrong_config_fails(
     assert found.startswith(("config: ", "load: "))
 
 
-def test_weights_that_do_not_load_fail(tmp_path: Path) -> None:
-    src = save_tiny(tmp_path / "src")
-    tensors = load_file(src / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
-    dst = convert_checkpoint(src, tmp_path / "dst", MOBA)
-    assert "load: " in failure(dst, src)
-    assert "missing keys on loading: model.norm.weight" in failure(dst, src)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, in the source 1e-06"),
+        ({"rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}}, "rope_parameters.rope_theta"),
+        ({"attention_dropout": 0}, "attention_dropout is 0, in the source 0.0"),
+        ({"hidden_act": None}, "hidden_act is missing"),
+        ({"more": 1}, "more is not in the source"),
+    ],
+)
+def test_any_change_of_the_config_fails(
+    changes: dict[str, Any], message: str, pair: tuple[Path, Path], dst: Path
+) -> None:
+    edit_json(dst / "config.json", **changes)
+    assert f"config.json: {message}" in failure(dst, pair[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dst: (dst / "tokenizer.json").write_text("{}"), "tokenizer.json: differs from the source"),
+        (lambda dst: (dst / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+        (lambda dst: (dst / "more.py").touch(), "more.py: is not in the list of moba_hf.json"),
+        (lambda dst: (dst / "moba_hf.json").unlink(), "moba_hf.json: no such file"),
+        (lambda dst: flip(dst / "model.safetensors.index.json", 20), "index.json: "),
+    ],
+)
+def test_any_other_file_counts(change: Any, message: str, pair: tuple[Path, Path], dst: Path) -> None:
+    change(dst)
+    assert message in failure(dst, pair[0])
+
+
+def test_weights_that_do_not_load_fail(
+    pair: tuple[Path, Path], dst: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lossy(*args: Any, **kwargs: Any) -> Any:
+        model, info = load(*args, **kwargs)
+        return model, {**info, "missing_keys": {"model.norm.weight"}}
+
+    load = LlamaForCausalLM.from_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lossy)
+    assert re.search("load: .*1 weights are missing.*model.norm.weight", failure(dst, pair[0]))
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForQuestionAnswering", "ForSequenceClassification"])
+def test_models_without_a_language_head(kind: str, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SIZES, pad_token_id=0)
+    getattr(transformers, f"Llama{kind}")(config).save_pretrained(tmp_path / "src")
+    dst = convert_checkpoint(tmp_path / "src", tmp_path / "dst", MOBA)
+    report = verify_checkpoint(dst, tmp_path / "src")
+    assert report.passed, report
 
 
 def test_wrong_logits_fail(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

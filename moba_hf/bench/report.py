@@ -9,6 +9,7 @@ from typing import Any
 
 from moba_hf.bench.rows import Figure
 from moba_hf.bench.stages import STAGES
+from moba_hf.evaluate.results import format_table
 
 Result = dict[str, Any]
 DENSE_NAMES = {
@@ -77,7 +78,7 @@ def rows_table(results: Sequence[Result]) -> str:
         speedup = result.get("speedup")
         line += ["-" if speedup is None else f"{speedup:.1f} x", number(result["tflops"])]
         lines.append([*line, number(result.get("peak_gib"))])
-    return _markdown(head, lines)
+    return format_table([head, *lines])
 
 
 def stages_table(results: Sequence[Result]) -> str:
@@ -93,7 +94,7 @@ def stages_table(results: Sequence[Result]) -> str:
         for result in results
         if "gate_ms" in result
     ]
-    return _markdown(head, lines)
+    return format_table([head, *lines])
 
 
 def figure_table(lines: Sequence[Result]) -> str:
@@ -121,7 +122,7 @@ def figure_table(lines: Sequence[Result]) -> str:
         if any(scaled):
             note += f" (its last queries, scaled, give {' and '.join(number(x) for x in scaled)} ms)"
         rows.append([*row, *("-" if x is None else f"{x:.2f} x" for x in over), note])
-    return _markdown(head, rows)
+    return format_table([head, *rows])
 
 
 def _staged(results: Sequence[Result]) -> bool:
@@ -130,11 +131,6 @@ def _staged(results: Sequence[Result]) -> bool:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from copy import deepcopy
+import stat
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from moba_hf.checkpoints.folders import check_target, copy_file, list_files, new_folder, recover_folder
+from moba_hf.checkpoints.folders import (
+    Tree,
+    check_same,
+    check_target,
+    check_unchanged,
+    copy_tree,
+    new_folder,
+    recover_folders,
+    scan,
+)
 from moba_hf.checkpoints.gguf_files import (
     DTYPES,
     is_gguf,
@@ -18,16 +26,20 @@ from moba_hf.checkpoints.gguf_files import (
     load_gguf_tokenizer,
     read_gguf_config,
 )
-from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object
-from moba_hf.config import MobaConfig
+from moba_hf.checkpoints.load import check_complete, find_source
+from moba_hf.checkpoints.model_config import (
+    CONFIG,
+    check_config,
+    read_model_config,
+    with_moba,
+)
+from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object, write_json
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.hf.loading import LOADING, RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_CONFIG = "config.json"
-# Some checkpoints carry this; on loading it would win over the public field.
-_PRIVATE = "_attn_implementation"
 
 
 def convert_checkpoint(
@@ -41,16 +53,18 @@ def convert_checkpoint(
 ) -> Path:
     """Writes `src` as a checkpoint that transformers loads with MoBA, and returns its folder.
 
-    A folder of safetensors is copied byte for byte, `.git` and `.cache` excepted, and only config.json
-    changes: it gains `moba` (in the text config) and `attn_implementation`. A GGUF file is dequantised and
-    saved with its tokenizer. Everything is checked before anything is written; the result appears under its
-    name only when it is whole, and after an error or an interrupt nothing is left beside it.
+    A folder of safetensors is copied byte for byte, without version control, caches and the state of training
+    runs, and only config.json changes: it gains `moba` (in the text config) and `attn_implementation`. A GGUF
+    file is dequantised and saved with its tokenizer. The file moba_hf.json says what was written. Everything
+    is checked before anything is written, and the source again afterwards; the result appears under its name
+    only when it is whole. After an error nothing is left beside it; after a kill the next run tidies up.
 
     Args:
-        src: folder with config.json and safetensors, or a .gguf file.
+        src: folder with config.json and safetensors, a .gguf file, or "owner/name" of a model in the Hugging
+            Face cache. Nothing is downloaded.
         dst: folder to make.
         config: the settings to store; its `backend` is not stored.
-        overwrite: replace `dst` if it is a checkpoint already.
+        overwrite: replace `dst`, in one step, if it is a checkpoint and nothing else.
         link: share the weight files of `src` through hard links instead of copying them, where the file
             system can. Changing such a file in place then changes both.
         dtype: for a GGUF file what to save the weights as: "float32" (default, exact), "bfloat16" or
@@ -60,8 +74,8 @@ def convert_checkpoint(
         ValueError: a source, a target or settings that cannot be used; the message names the file.
         OSError: the file system refused.
     """
-    source, target = Path(src), Path(dst).resolve()
-    recover_folder(target)
+    source, target = find_source(src), Path(dst).resolve()
+    recover_folders(target.parent)
     if source.is_dir():
         if dtype is not None:
             raise ValueError(f"{source}: dtype is for GGUF files; a folder of safetensors is copied as it is")
@@ -72,92 +86,32 @@ def convert_checkpoint(
         _convert_gguf(source.absolute(), target, config, overwrite=overwrite, dtype=dtype or DTYPES[0])
     elif source.suffix == ".gguf" and source.is_file():
         raise ValueError(f"{source}: damaged GGUF file (it does not begin as one)")
-    elif source.is_file():
-        raise ValueError(f"{source}: is not a GGUF file; to convert safetensors pass their folder")
     else:
-        raise ValueError(
-            f"{source}: no such file or folder (of a model on the Hub pass the downloaded folder)"
-        )
+        raise ValueError(f"{source}: is not a GGUF file; to convert safetensors pass their folder")
     return target
 
 
-def read_model_config(folder: Path) -> tuple[dict[str, Any], PreTrainedConfig]:
-    """config.json of a checkpoint, as JSON and as the config class of its model_type.
-
-    Raises:
-        ValueError: config.json is missing, not JSON, or not a config of the model_type it names.
-    """
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder}: {_explain_no_config(folder)}")
-    values = read_json_object(path)
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
-        raise ValueError(f"{path}: names no model_type")
-    find_adapter(model_type)  # an unknown one is told with the families there are
-
-    from transformers import CONFIG_MAPPING
-
-    try:
-        return values, CONFIG_MAPPING[model_type].from_dict(deepcopy(values))
-    except Exception as error:  # config classes raise what they like on bad values
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a config of model_type {model_type!r} ({reason})") from error
-
-
-def check_config(config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
-    """The adapter of a model; ValueError when it has none or when `moba` does not fit the model."""
-    adapter = find_adapter(config.model_type)
-    adapter.check(adapter.text_config(config), moba)
-    return adapter
-
-
-def text_config_key(adapter: Adapter, config: PreTrainedConfig) -> str | None:
-    """Name of the text config nested in `config`; None where `config` is it."""
-    return None if adapter.text_config(config) is config else adapter.text_config_key
-
-
-def with_moba(values: Mapping[str, Any], moba: MobaConfig, key: str | None) -> dict[str, Any]:
-    """The JSON of a config with MoBA turned on, everything else as it is.
-
-    Args:
-        values: the JSON of config.json; not changed.
-        moba: the settings to store.
-        key: name of the nested text config, or None.
-    """
-    values = {name: value for name, value in values.items() if name != _PRIVATE}
-    if key is None:
-        return {**values, "moba": moba.to_dict(), "attn_implementation": "moba"}
-    # A plain string would reach the vision tower too; a choice made for it is kept.
-    chosen = values.get("attn_implementation")
-    towers = chosen if isinstance(chosen, dict) else {}
-    text = {name: value for name, value in (values.get(key) or {}).items() if name != _PRIVATE}
-    return {
-        **values,
-        key: {**text, "moba": moba.to_dict()},
-        "attn_implementation": {**towers, key: "moba"},
-    }
-
-
 def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: bool, link: bool) -> None:
+    tree = scan(source)
     values, config = read_model_config(source)
-    adapter = check_config(config, moba)
-    read_checkpoint(source, values.get("transformers_weights"))
-    files = list_files(source)
+    adapter = _check_usable(source / CONFIG, config, moba)
+    weights = read_checkpoint(source, values.get("transformers_weights"))
+    check_complete(source, config)
     _check_apart(source, target)
-    if inside := [path for path in files if target in (source / path).resolve().parents]:
+    if inside := [path for path in tree.files if target in (source / path).resolve().parents]:
         raise ValueError(f"{target}: holds the file that {source / inside[0]} links to")
     check_target(target, overwrite=overwrite)
-    key = text_config_key(adapter, config)
-    if key is not None and not values.get(key):  # published flat: the text model's values at the top level
-        values = {**values, key: adapter.text_config(config).to_dict()}
-    converted = with_moba(values, moba, key)
+    converted = with_moba(values, moba, adapter.nested_key(config))
+    written = (Path(CONFIG), Path(RECORD))
     with new_folder(target, overwrite=overwrite) as folder:
-        for path in files:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            if path != Path(_CONFIG):
-                copy_file(source / path, folder / path, link=link)
-        _write_config(folder, converted)
+        copy_tree(source, tree, folder, skip=written, link=link)
+        write_json(folder / CONFIG, converted)
+        (folder / CONFIG).chmod(stat.S_IMODE(tree.files[Path(CONFIG)].st_mode))
+        _write_record(folder, source, tree.left_out)
+        check_unchanged(source, tree)
+        _check_copy(folder, tree, skip=written)
+        if read_checkpoint(folder, values.get("transformers_weights")).shards != weights.shards:
+            raise ValueError(f"{source}: its weights changed while they were copied")
 
 
 def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bool, dtype: str) -> None:
@@ -165,7 +119,8 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
         raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
     _check_apart(source, target)
     check_target(target, overwrite=overwrite)
-    check_config(read_gguf_config(source), moba)
+    before = source.stat()
+    _check_usable(source, read_gguf_config(source), moba)
     tokenizer = load_gguf_tokenizer(source)
 
     import torch
@@ -178,8 +133,52 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
             raise OSError(f"{folder}: cannot be written ({error})") from error
         tokenizer.save_pretrained(folder)
         adapter = find_adapter(model.config.model_type)
-        values = read_json_object(folder / _CONFIG)
-        _write_config(folder, with_moba(values, moba, text_config_key(adapter, model.config)))
+        values = read_json_object(folder / CONFIG)
+        write_json(folder / CONFIG, with_moba(values, moba, adapter.nested_key(model.config)))
+        _write_record(folder, source, [])
+        check_same(source, before, source.stat())
+
+
+def _check_usable(path: Path, config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
+    """The adapter of a model that MoBA can run in; ValueError names `path`."""
+    try:
+        adapter = check_config(config, moba)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    text = adapter.text_config(config)
+    if not adapter.eligible_layers(text):
+        reason = adapter.stock_reason(text, 0)
+        raise ValueError(
+            f"{path}: no layer of this {config.model_type} model can use MoBA (layer 0: {reason})"
+        )
+    return adapter
+
+
+def _check_copy(folder: Path, tree: Tree, skip: Collection[Path]) -> None:
+    """Raises ValueError unless `folder` holds the files of `tree`, and those in `skip`."""
+    made = scan(folder).files
+    if gone := sorted((set(tree.files) | set(skip)) ^ set(made)):
+        raise ValueError(f"{folder / gone[0]}: came or went while {folder} was written")
+    for name, found in tree.files.items():
+        if name not in skip and made[name].st_size != found.st_size:
+            raise ValueError(f"{folder / name}: changed while it was written")
+
+
+def _write_record(folder: Path, source: Path, left_out: Sequence[Path]) -> None:
+    """Says in the folder what was made of what, and how it is loaded."""
+    record = folder / RECORD
+    record.unlink(missing_ok=True)  # of an earlier conversion
+    files = {str(name): found.st_size for name, found in scan(folder).files.items()}
+    write_json(
+        record,
+        {
+            "about": LOADING,
+            "source": source.name,
+            "changed": {CONFIG: [NAME, "attn_implementation"]},
+            "left_out": [str(name) for name in left_out],
+            "files": {**files, RECORD: None},
+        },
+    )
 
 
 def _check_apart(source: Path, target: Path) -> None:
@@ -196,17 +195,3 @@ def _check_apart(source: Path, target: Path) -> None:
 def _is_same(one: Path, other: Path) -> bool:
     """Whether two resolved paths are one place, also where letter case or a bind mount tells them apart."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))
-
-
-def _write_config(folder: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False)
-    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _explain_no_config(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        return "holds a PEFT adapter, not a model; merge it into its base model and convert that"
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        return f"holds no config.json; to convert the GGUF file pass it itself: {folder / gguf[0]}"
-    return "holds no config.json, so it is not a transformers checkpoint"

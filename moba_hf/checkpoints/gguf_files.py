@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moba_hf.checkpoints.gguf_header import check_gguf_header
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +58,20 @@ def load_gguf_model(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     names = _tensor_names(path, path.stat().st_mtime_ns)
-    model, info = _read(
-        path,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        ),
-    )
+
+    def load() -> Any:
+        # its progress bar would fill log files
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            return AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+
+    model, info = _read(path, load)
     if missing := sorted(map(str, info["missing_keys"])):  # transformers would fill them with noise
         raise ValueError(f"{path}: holds no {missing[0]} ({len(missing)} tensors are missing)")
     # Dense layers are named one to one; experts are stacked in the file and fused in the model.
@@ -93,6 +101,7 @@ def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
         from gguf import GGUFReader
     except ImportError:
         raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    check_gguf_header(path)
     reader = _read(path, lambda: GGUFReader(path))
     names = tuple(str(tensor.name) for tensor in reader.tensors)
 
@@ -116,7 +125,7 @@ def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
 def _read(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
-    except (MemoryError, ImportError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
         raise
-    except Exception as error:  # the readers let numpy's, struct's and their own errors through
+    except BaseException as error:  # numpy's, struct's, their own, and panics of the Rust tokenizers
         raise ValueError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from error

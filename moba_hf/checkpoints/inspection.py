@@ -6,13 +6,15 @@ values and MoBA's gate. Projections, MLPs and linear-attention layers cost the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moba_hf.checkpoints.convert import read_model_config
+from moba_hf.checkpoints.load import find_source
+from moba_hf.checkpoints.model_config import read_model_config
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.gates import GATES
@@ -157,17 +159,19 @@ def inspect_config(
 def inspect_checkpoint(src: str | Path, moba: MobaConfig | None = None) -> Inspection:
     """`inspect_config` of a folder with config.json, or of that file; nothing else in it is read.
 
+    "owner/name" is looked for in the Hugging Face cache, where there is no such path.
+
     Raises:
         ValueError: config.json is missing or damaged, or what `inspect_config` raises.
     """
-    path = Path(src)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder with a config.json")
+    path = find_source(src)
     folder = path.parent if path.name == "config.json" and path.is_file() else path
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder with a config.json")
     _, config = read_model_config(folder)
     try:
         return inspect_config(config, moba)
-    except TypeError as error:  # settings in config.json of a wrong type
+    except Exception as error:  # what a config can do wrong has no common class
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
@@ -241,9 +245,11 @@ def describe(inspection: Inspection) -> str:
         f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
         f"MoBA settings: {inspection.moba_source}",
         "",
-        *_table([("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]),
+        *text_table(
+            [("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]
+        ),
         "",
-        *_table(
+        *text_table(
             [
                 ("TOKENS", "KEY BUDGET", "OF DENSE PAIRS", "DENSE FLOPS", "MOBA FLOPS", "KV CACHE"),
                 *(
@@ -271,7 +277,8 @@ def describe(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: list[tuple[str, ...]], *, right: bool = False) -> list[str]:
+def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """The lines of a table in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = str.rjust if right else str.ljust
     return ["  ".join(map(align, row, widths)).rstrip() for row in rows]

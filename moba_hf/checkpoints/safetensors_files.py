@@ -92,6 +92,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object, in UTF-8 where all of it can be."""
+    try:
+        data = json.dumps(values, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as in file names that are not UTF-8
+        data = json.dumps(values, indent=2).encode()
+    path.write_bytes(data + b"\n")
+
+
 def _weight_map(folder: Path, weights_file: str | None) -> dict[str, str]:
     """Tensor name to shard name from the index; empty where one file holds everything."""
     if weights_file is not None:

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moba_hf.checkpoints.convert import check_config, read_model_config, text_config_key
-from moba_hf.checkpoints.gguf_files import is_gguf, load_gguf_model, tied_names
-from moba_hf.checkpoints.safetensors_files import Checkpoint, StoredTensor, read_checkpoint
+from moba_hf.checkpoints.folders import scan
+from moba_hf.checkpoints.gguf_files import (
+    is_gguf,
+    load_gguf_model,
+    load_gguf_tokenizer,
+    read_gguf_config,
+    tied_names,
+)
+from moba_hf.checkpoints.load import find_source, load_model, model_class_of
+from moba_hf.checkpoints.model_config import (
+    CONFIG,
+    check_config,
+    read_model_config,
+    read_settings,
+    with_moba,
+)
+from moba_hf.checkpoints.safetensors_files import (
+    INDEX_FILE,
+    Checkpoint,
+    StoredTensor,
+    read_checkpoint,
+    read_json_object,
+)
 from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.hf.loading import RECORD
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +54,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: "config", "weights", "load" or "logits".
+        name: "config", "weights", "files", "load" or "logits".
         passed: whether it is as it must be.
         detail: what was found, in one line.
     """
@@ -67,23 +90,25 @@ class _Target:
 def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
     """A report on the converted checkpoint `dst` against the `source` it was made from.
 
-    Looks at the settings in config.json; at the weights, equal byte for byte to those of the source, or for
-    a GGUF source to its dequantised tensors in the dtype they were saved in; whether transformers loads
-    `dst` with MoBA; and whether its logits on random ids that `topk` blocks cover equal those of dense
+    Looks at config.json, which must be that of the source with MoBA turned on; at the weights, equal byte
+    for byte to those of the source, or for a GGUF source to its dequantised tensors in the dtype of `dst`; at
+    every other file, which must be in the list that the conversion wrote and equal byte for byte to that of
+    the source, or to what the GGUF file gives; whether transformers loads `dst` with MoBA; and whether its
+    logits (without a head, its hidden states) on random ids that `topk` blocks cover equal those of dense
     attention, in fp32. Stops at the first check that fails. Holds one model in memory at a time.
 
     Raises:
         ValueError: `dst` is not a folder, or `source` is neither a folder nor a GGUF file.
     """
-    folder, origin = Path(dst), Path(source)
+    folder, origin = Path(dst), find_source(source)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not origin.is_dir() and not is_gguf(origin):
-        raise ValueError(f"{origin}: {'is not a GGUF file' if origin.exists() else 'no such file or folder'}")
+        raise ValueError(f"{origin}: is not a GGUF file")
     found: dict[str, Any] = {}
 
     def config() -> str:
-        found["target"], detail = _check_settings(folder)
+        found["target"], detail = _check_settings(folder, origin)
         return detail
 
     def load() -> str:
@@ -93,6 +118,7 @@ def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
     steps: list[tuple[str, Callable[[], str]]] = [
         ("config", config),
         ("weights", lambda: _check_weights(found["target"], origin)),
+        ("files", lambda: _check_files(found["target"], origin)),
         ("load", load),
         ("logits", lambda: _check_logits(found["model"], found["target"])),
     ]
@@ -107,29 +133,42 @@ def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
 def _run(name: str, step: Callable[[], str]) -> Check:
     try:
         return Check(name, True, step())
-    except (ValueError, TypeError, RuntimeError) as error:
-        return Check(name, False, " ".join(str(error).split()))
+    except (KeyboardInterrupt, MemoryError, ImportError):
+        raise
+    except Exception as error:  # what a checkpoint can do wrong has no common class
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return Check(name, False, " ".join(reason.split()))
 
 
-def _check_settings(folder: Path) -> tuple[_Target, str]:
+def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
     values, config = read_model_config(folder)
-    settings = _text_values(values, config).get(NAME)
-    if settings is None:
-        raise ValueError(f"{folder / 'config.json'}: has no {NAME!r} settings")
-    moba = MobaConfig.from_dict(settings)
-    adapter = check_config(config, moba)
-    key = text_config_key(adapter, config)
+    adapter = find_adapter(config.model_type)
+    key = adapter.nested_key(config)
+    moba = read_settings(folder, values, key)
+    if moba is None:
+        raise ValueError(f"{folder / CONFIG}: has no {NAME!r} settings")
+    check_config(config, moba)
     wanted: Any = NAME if key is None else {key: NAME}
     field = values.get("attn_implementation")
     if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == NAME):
-        raise ValueError(f"{folder / 'config.json'}: attn_implementation is {field!r}, not {wanted!r}")
-    detail = f"block_size {moba.block_size}, topk {moba.topk}"
-    return _Target(folder, values, config, moba, adapter), detail
+        raise ValueError(f"{folder / CONFIG}: attn_implementation is {field!r}, not {wanted!r}")
+    target = _Target(folder, values, config, moba, adapter)
+    if source.is_dir():
+        _compare_values(folder / CONFIG, values, with_moba(read_model_config(source)[0], moba, key))
+    return target, f"block_size {moba.block_size}, topk {moba.topk}"
 
 
-def _text_values(values: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    key = text_config_key(find_adapter(config.model_type), config)
-    return values if key is None else values.get(key) or {}
+def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> None:
+    """Raises ValueError, naming the entry, unless two JSON values are the same."""
+    if isinstance(values, dict) and isinstance(wanted, dict):
+        for name in sorted({*values, *wanted}):
+            if name not in wanted:
+                raise ValueError(f"{path}: {where}{name} is not in the source")
+            if name not in values:
+                raise ValueError(f"{path}: {where}{name} is missing")
+            _compare_values(path, values[name], wanted[name], f"{where}{name}.")
+    elif repr(values) != repr(wanted):  # tells 1 from True, and NaN equals itself
+        raise ValueError(f"{path}: {where.removesuffix('.')} is {values!r}, in the source {wanted!r}")
 
 
 def _check_weights(target: _Target, source: Path) -> str:
@@ -140,6 +179,61 @@ def _check_weights(target: _Target, source: Path) -> str:
         return f"{len(stored.tensors)} tensors equal to the source byte for byte"
     dtype = _compare_gguf(stored, source)
     return f"{len(stored.tensors)} tensors equal to the dequantised ones in {dtype}"
+
+
+def _check_files(target: _Target, source: Path) -> str:
+    """Compares what is neither weights nor config.json, and the list that the conversion wrote."""
+    record = read_json_object(target.folder / RECORD).get("files")
+    if not isinstance(record, dict):
+        raise ValueError(f"{target.folder / RECORD}: lists no files; 'convert' did not make this folder")
+    made = {str(path) for path in scan(target.folder).files}
+    for name in sorted({*record} ^ made):
+        what = "is missing" if name in record else f"is not in the list of {RECORD}"
+        raise ValueError(f"{target.folder / name}: {what}")
+    weights = {*read_checkpoint(target.folder, target.values.get("transformers_weights")).shards}
+    if source.is_dir():
+        apart = {*weights, CONFIG, RECORD}
+        wanted = {str(path) for path in scan(source).files} - apart
+        _compare_files(target.folder, made - apart, source, wanted)
+    else:
+        apart = {*weights, CONFIG, RECORD, INDEX_FILE}
+        with TemporaryDirectory() as folder:
+            place = Path(folder)
+            _write_without_weights(source.absolute(), target, place)
+            values = with_moba(read_json_object(place / CONFIG), target.moba, None)
+            _compare_values(target.folder / CONFIG, _any_version(target.values), _any_version(values))
+            wanted = {str(path) for path in scan(place).files} - apart
+            _compare_files(target.folder, made - apart, place, wanted)
+    return f"{len(made - apart)} other files as they must be"
+
+
+def _write_without_weights(source: Path, target: _Target, place: Path) -> None:
+    """Writes what the conversion of a GGUF file writes before MoBA is turned on, but for the weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_gguf_config(source))
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = target.config.dtype
+    model.config.save_pretrained(place)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(place)
+    load_gguf_tokenizer(source).save_pretrained(place)
+
+
+def _compare_files(folder: Path, names: set[str], source: Path, wanted: set[str]) -> None:
+    """Raises ValueError at the first file that is not the same byte for byte."""
+    for name in sorted(names ^ wanted):
+        raise ValueError(f"{folder / name}: {'is missing' if name in wanted else 'is not in the source'}")
+    for name in sorted(names):
+        if not cmp(folder / name, source / name, shallow=False):
+            raise ValueError(f"{folder / name}: differs from the source")
+
+
+def _any_version(values: dict[str, Any]) -> dict[str, Any]:
+    """A config without the version of transformers that wrote it."""
+    return {name: value for name, value in values.items() if name != "transformers_version"}
 
 
 def _compare_folders(stored: Checkpoint, original: Checkpoint) -> None:
@@ -202,26 +296,12 @@ def _read_chunks(place: StoredTensor) -> Iterator[np.ndarray[Any, Any]]:
 
 def _check_load(target: _Target) -> tuple[Any, str]:
     import torch
-    import transformers
 
-    names = target.config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None:
-        model_class = transformers.AutoModelForCausalLM
-    try:
-        loaded: Any = model_class.from_pretrained(
-            target.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-    except Exception as error:  # what a checkpoint can do wrong has no common base class
-        raise ValueError(f"{target.folder}: does not load ({type(error).__name__}: {error})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or ())):
-            raise ValueError(f"{target.folder}: {kind.replace('_', ' ')} on loading: {keys[0]}")
+    model = load_model(target.folder, model_class_of(target.config), dtype=torch.float32)
     implementation = target.adapter.text_config(model.config)._attn_implementation
     if implementation != NAME:
         raise ValueError(f"{target.folder}: loads with attn_implementation={implementation!r}")
-    return model.eval(), f"{type(model).__name__} with attn_implementation={NAME!r}"
+    return model, f"{type(model).__name__} with attn_implementation={NAME!r}"
 
 
 def _check_logits(model: Any, target: _Target) -> str:
@@ -252,8 +332,8 @@ def _prompt_length(target: _Target, text: Any) -> int:
 def _logits(model: Any, implementation: str, ids: torch.Tensor, target: _Target) -> torch.Tensor:
     import torch
 
-    key = text_config_key(target.adapter, model.config)
+    key = target.adapter.nested_key(model.config)
     model.set_attn_implementation(implementation if key is None else {key: implementation})
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False)[0]
     return logits.float()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 import typer
 
 from moba_hf.cli import checkpoints, quality, speed
+from moba_hf.cli.options import shown
 
 # typer carries its own copy of click in newer versions; this is its base class of usage errors in all.
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -38,20 +46,71 @@ app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unkno
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line `args` (default: the program's own) and exits."""
+    warnings.showwarning = _warn
     try:
-        code = app(args=None if args is None else list(args), prog_name="moba-hf", standalone_mode=False)
+        with _signals():
+            code = app(args=None if args is None else list(args), prog_name="moba-hf", standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message())
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", code=130)
+    except _Ended as error:
+        _fail("interrupted", code=128 + error.number)
+    except Exception as error:  # files can be wrong in ways that nobody has listed
+        if os.environ.get("MOBA_HF_TRACEBACK"):
+            raise
+        known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and str(error)
+        _fail(str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": "))
     if code == 130:  # what typer makes of KeyboardInterrupt
         _fail("interrupted", code=130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _Ended(BaseException):
+    """A signal asked the program to end; raised so that unfinished folders are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise, and whatever signal came first, later ones are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # what is still done is short
+        raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # ignored ones stay so, as under nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Shows our own warnings as one line; those of the libraries say nothing to who types a command."""
+    if "moba_hf" in Path(filename).parts:
+        print(f"moba-hf: {shown(' '.join(str(message).split()))}", file=sys.stderr)
+
+
 def _fail(message: str, code: int = 2) -> NoReturn:
     """Prints one line and exits."""
-    print(f"moba-hf: {' '.join(message.split())}", file=sys.stderr)
+    print(f"moba-hf: {shown(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

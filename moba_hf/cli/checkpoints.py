@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated
@@ -19,8 +19,10 @@ from moba_hf.cli.options import (
     Preset,
     SinkBlocks,
     Topk,
+    TrustRemoteCode,
     quiet,
     settings,
+    shown,
 )
 
 
@@ -73,12 +75,13 @@ def convert(
     quiet()
     chosen = None if dtype is None else dtype.value
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
-    print(f"{made}: converted; block_size {config.block_size}, topk {config.topk}")
-    print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!r})")
+    print(f"{shown(made)}: converted; block_size {config.block_size}, topk {config.topk}")
+    print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
 def presets() -> None:
     """List the presets."""
+    from moba_hf.checkpoints.inspection import text_table
     from moba_hf.config import MobaConfig, preset_names, read_preset
 
     rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
@@ -87,7 +90,7 @@ def presets() -> None:
         full = ",".join(map(str, moba.full_attention_layers)) or "-"
         numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
         rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
-    _print_table(rows)
+    print("\n".join(text_table(rows)))
 
 
 def verify(
@@ -101,7 +104,7 @@ def verify(
     report = verify_checkpoint(dst, source)
     for check in report.checks:
         if check.passed:
-            print(f"ok      {check.name:<8} {check.detail}")
+            print(f"ok      {check.name:<8} {shown(check.detail)}")
     if not report.passed:
         failed = report.checks[-1]
         raise ValueError(f"verify failed at {failed.name}: {failed.detail}")
@@ -124,25 +127,31 @@ def inspect_model(
     quiet()
     config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
     result = inspect_checkpoint(src, config)
-    print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
+    print(json.dumps(result.to_dict(), indent=2) if as_json else shown(describe(result)))
 
 
 def generate(
-    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
+    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made, or any checkpoint.")],
     prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the text into the model's chat template, as a question.")
+    ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
     dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
     chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)
     quiet()
-    model, tokenizer = generation.load(dst, dtype.value)
-    ids = generation.encode(model, tokenizer, text)
+    model, tokenizer = generation.load(dst, dtype.value, trust_remote_code=trust_remote_code)
+    ids = generation.encode(model, tokenizer, text, chat=chat)
+    if not chat and getattr(tokenizer, "chat_template", None):
+        print("moba-hf: the model has a chat template, which --chat puts the text into", file=sys.stderr)
     runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
     results = []
     for name, function in runs.items():
@@ -171,11 +180,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
                 bar.close()  # before the first token is printed
 
         yield advance
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows in columns; the last column runs free."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        print("  ".join([*cells, row[-1]]))

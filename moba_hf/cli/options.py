@@ -27,6 +27,11 @@ FullLayers = Annotated[
     typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings for its tokenizer."),
+]
+
 
 def settings(
     preset: str | None,
@@ -76,3 +81,8 @@ def quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def shown(text: object) -> str:
+    """`text` as a terminal may get it: control characters and half surrogates (of file names) as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))

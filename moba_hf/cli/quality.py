@@ -9,10 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from moba_hf.cli.options import BlockSize, Gate, LocalBlocks, SinkBlocks, Topk, quiet
+from moba_hf.cli.options import (
+    BlockSize,
+    Gate,
+    LocalBlocks,
+    SinkBlocks,
+    Topk,
+    TrustRemoteCode,
+    quiet,
+    shown,
+)
 
 _Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
-_Length = Annotated[int, typer.Option(help="Tokens of each text that are read.")]
+_Length = Annotated[int, typer.Option(min=1, help="Tokens of each text that are read.")]
 
 
 def evaluate(
@@ -36,7 +45,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="code-lookup: a folder of Python sources, whole repositories; may be given again."),
     ] = None,
-    task_length: Annotated[list[int] | None, typer.Option(help="Tokens of a task's context.")] = None,
+    task_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a task's context.")] = None,
     contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
     depth: Annotated[
         list[float] | None, typer.Option(help="Where answers stand, 0 to 1; may be given again (spread).")
@@ -44,6 +53,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of tasks and samples.")] = 0,
     out: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
     from moba_hf.evaluate import run
@@ -58,7 +68,7 @@ def evaluate(
         "local_blocks": local_blocks,
         "gate": gate,
     }
-    loaded, tokenizer = run.load(model)
+    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
     settings = run.settings_of(loaded, preset or [], numbers)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
     repositories = [read_repository(folder, tokenizer) for folder in sources or ()]
@@ -77,7 +87,7 @@ def evaluate(
         store=store,
     )
     _write_json(out, result)
-    print(run.tables(result))
+    print(shown(run.tables(result)))
 
 
 def calibrate(
@@ -93,6 +103,7 @@ def calibrate(
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find, for each layer, full attention or how many blocks: the cheapest setting you allow.
 
@@ -105,9 +116,11 @@ def calibrate(
 
     if not text:
         raise ValueError("give --text FILE, texts like those the model will read")
+    if write and not Path(model).is_dir():
+        raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
     _check_folder(out, store)
     quiet()
-    loaded, tokenizer = run.load(model)
+    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
     texts = [run.read_ids(tokenizer, name, length) for name in text]
     found = search(
         loaded,
@@ -122,7 +135,7 @@ def calibrate(
     print(found.report())
     if write:
         write_settings(model, found.config)
-        print(f"{model}: settings stored in config.json")
+        print(f"{shown(model)}: settings stored in config.json")
 
 
 def plot(
@@ -130,9 +143,9 @@ def plot(
     source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing a checkpoint.")],
     out: Annotated[str, typer.Option(help="PNG, SVG or PDF file.")],
     text: Annotated[str | None, typer.Option(help="routing: the text file that is read.")] = None,
-    length: Annotated[int, typer.Option(help="routing: tokens of it.")] = 8192,
-    layer: Annotated[int, typer.Option(help="routing: layer.")] = 0,
-    head: Annotated[int, typer.Option(help="routing: query head.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="routing: tokens of it.")] = 8192,
+    layer: Annotated[int, typer.Option(min=0, help="routing: layer.")] = 0,
+    head: Annotated[int, typer.Option(min=0, help="routing: query head.")] = 0,
     setting: Annotated[
         str | None, typer.Option(help="recall, needles: which setting of the file (the last).")
     ] = None,
@@ -148,7 +161,7 @@ def plot(
         plots.routing_of(source, text, length, layer, head).savefig(out, dpi=160)
     else:
         plots.from_json(kind, source, setting=setting).savefig(out, dpi=160)
-    print(out)
+    print(shown(out))
 
 
 def lm_eval(context: typer.Context) -> None:

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moba_hf.config import LayerConfig
-from moba_hf.evaluate.passes import attention, attention_rows, family_of, sample_positions, watch
+from moba_hf.evaluate.passes import (
+    attention,
+    attention_rows,
+    family_of,
+    ranked_by_rule,
+    sample_positions,
+    watch,
+)
 from moba_hf.evaluate.results import progress
 from moba_hf.op.gates import GATES
 
@@ -49,10 +56,7 @@ def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scal
     complete = k.shape[1] // rule.block_size
     scores = GATES[rule.gate].summary(k, rule.block_size, scale).scores(q, complete)
     scores = F.pad(scores, (0, blocks - complete), value=-torch.inf)
-    own = (positions // rule.block_size)[:, None]
-    column = torch.arange(blocks, device=q.device)
-    forced = (column <= own) & ((column < rule.sink_blocks) | (column >= own - rule.local_blocks))
-    scores = scores.masked_fill(column > own, -torch.inf).masked_fill(forced, torch.inf)
+    scores = ranked_by_rule(scores, positions // rule.block_size, rule)
     return scores.sort(dim=2, descending=True, stable=True).indices
 
 

@@ -14,9 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moba_hf.config import MobaConfig
+from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.patching import set_implementation, use_moba
+from moba_hf.op.numerics import default_scale
 
 _PROBED = "moba_probe"
 # Parts of a config that say where a model comes from and how it runs, not what it is.
@@ -106,7 +107,7 @@ def _probed_attention(
 ) -> tuple[Tensor, None]:
     probe: Probe | None = module.__dict__.get("_moba_probe")
     if probe is not None:
-        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        scale = kwargs.get("scaling") or default_scale(query)
         probe(int(module.layer_idx), module, query[0], key[0], value[0], float(scale))  # type: ignore[arg-type]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -134,6 +135,18 @@ def sample_positions(length: int, count: int, seed: int) -> Tensor:
     first = length // 4
     order = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))
     return (order[:count] + first).sort().values
+
+
+def ranked_by_rule(scores: Tensor, own: Tensor, rule: LayerConfig) -> Tensor:
+    """`scores (H, M, blocks)` with infinity for own and forced blocks and -infinity for later ones.
+
+    Args:
+        own: `(M,)`, the own block of each query.
+    """
+    column = torch.arange(scores.shape[2], device=scores.device)
+    later = column > own[:, None]
+    forced = rule.forces(column, own[:, None]) & ~later
+    return scores.masked_fill(later, -torch.inf).masked_fill(forced, torch.inf)
 
 
 def attention_rows(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moba_hf.config import LayerConfig, MobaConfig
-from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
+from moba_hf.evaluate.passes import attention_rows, family_of, ranked_by_rule, sample_positions, watch
 from moba_hf.op.ops import select_blocks
 from moba_hf.op.shared_rule import SharedRule
 
@@ -53,12 +53,10 @@ def chosen_mask(choice: Tensor, blocks: int) -> Tensor:
 
 def oracle_mask(masses: Tensor, own: Tensor, rule: LayerConfig) -> Tensor:
     """Bool `(H, M, blocks)`: own and forced blocks, then those of the greatest mass, `topk` in all."""
-    column = torch.arange(masses.shape[2], device=masses.device)
-    before = column <= own[:, None]
-    forced = before & ((column < rule.sink_blocks) | (column >= own[:, None] - rule.local_blocks))
-    ranked = masses.masked_fill(forced, torch.inf).masked_fill(~before, -torch.inf)
+    ranked = ranked_by_rule(masses, own, rule)
     best = ranked.topk(min(rule.topk, masses.shape[2]), dim=2).indices
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, best, True) & before
+    chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, best, True)
+    return chosen & (ranked > -torch.inf)
 
 
 def layer_recall(

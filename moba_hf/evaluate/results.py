@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ class Store:
         settings: what the answers depend on besides their keys, JSON-ready.
 
     Raises:
-        ValueError: the file is no such store, or its settings differ.
+        ValueError: the file is no such store, was changed or damaged, or its settings differ.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]):
@@ -32,8 +33,11 @@ class Store:
             try:
                 known = json.loads(self.path.read_text(encoding="utf-8"))
                 settings_there, self.answers = known["settings"], known["answers"]
-            except (ValueError, KeyError, TypeError):
+                whole = known["check"] == self._check(settings_there)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{self.path} holds no earlier results") from None
+            if not whole:
+                raise ValueError(f"{self.path} was changed or damaged; remove it or name another file")
             if settings_there != self.settings:
                 raise ValueError(f"{self.path} was made with other settings; remove it or name another file")
 
@@ -45,11 +49,16 @@ class Store:
         answer: T = self.answers[key]
         return answer
 
+    def _check(self, settings: Any) -> str:
+        """A hash by which a changed file is told from one that was written here."""
+        return hashlib.sha256(json.dumps([settings, self.answers], sort_keys=True).encode()).hexdigest()[:16]
+
     def write(self) -> None:
         """Writes the file anew, beside it first, so that it is never half written."""
         if self.path is None:
             return
-        text = json.dumps({"settings": self.settings, "answers": self.answers}, indent=1)
+        values = {"settings": self.settings, "answers": self.answers, "check": self._check(self.settings)}
+        text = json.dumps(values, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(text + "\n", encoding="utf-8")

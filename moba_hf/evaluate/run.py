@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.code_lookup import CODE_LOOKUP, run_code_lookup
@@ -27,14 +27,11 @@ MEASURES = ("perplexity", "positions", "agreement", "recall")
 _DENSE_TOO = ("perplexity", "positions")
 
 
-def load(path: str, device: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint folder; fp32 on a CPU, the stored dtype elsewhere."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def load(path: str, device: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
+    dtype = "float32" if device == "cpu" else "auto"
+    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def settings_of(
@@ -57,8 +54,11 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tenso
     Raises:
         ValueError: the file holds fewer tokens.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    ids: Tensor = tokenizer(text[: 16 * length], return_tensors="pt").input_ids[:, :length]
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(16 * length)  # no more: a device has no end
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
     return ids

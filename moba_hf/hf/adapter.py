@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # model_type of a text config -> "module:class" under moba_hf.patches
 _BUILT_IN = {
+    "gemma3_text": "gemma:Gemma3Adapter",
     "llama": "llama:LlamaAdapter",
     "ministral": "mistral:MinistralAdapter",
     "ministral3": "mistral:MistralAdapter",
@@ -48,6 +49,7 @@ _BUILT_IN = {
 _MLA = "it uses multi-head latent attention, whose cache holds no keys to take block means of"
 _SPARSE = "its attention is sparse already: its own indexer chooses the keys of every query"
 _REFUSED = {
+    "gemma3": "its image tokens attend later tokens of their image; load the text model alone (gemma3_text)",
     "mistral4": _MLA,
     "mistral_large4": _SPARSE,
     "mistral_large4_text": _SPARSE,
@@ -80,6 +82,10 @@ class Adapter:
         if key is None:
             return config
         return config.get(key, config) if isinstance(config, dict) else getattr(config, key, config)
+
+    def nested_key(self, config: Any) -> str | None:
+        """Name of the text config nested in `config`; None where `config` is it."""
+        return None if self.text_config(config) is config else self.text_config_key
 
     def stock_reason(self, config: Any, layer_idx: int) -> str | None:
         """Why layer `layer_idx` keeps the stock implementation; None: MoBA may run there.

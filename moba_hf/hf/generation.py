@@ -10,24 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-)
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from moba_hf.checkpoints.convert import read_model_config
+from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.loading import dense_on_purpose
 from moba_hf.hf.patching import patch_model, unpatch_model
 from moba_hf.hf.prefill import prefill
 
 CHUNK = 2048
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,8 @@ def read_prompt(file: str | Path | None, text: str | None) -> str:
     """
     parts = []
     if file is not None:
+        if Path(file).is_char_device() and Path(file).resolve().parent == Path("/dev"):
+            raise ValueError(f"{file}: is a device, which may have no end; give a file or a pipe")
         try:
             parts.append(Path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
@@ -72,46 +67,50 @@ def read_prompt(file: str | Path | None, text: str | None) -> str:
     return prompt
 
 
-def load(folder: str | Path, dtype: str = "auto", moba: MobaConfig | None = None) -> tuple[Any, Any]:
-    """The model of `folder` with MoBA on, over the GPUs there are, and its tokenizer.
+def load(
+    source: str | Path,
+    dtype: str = "auto",
+    moba: MobaConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """The model of a checkpoint with MoBA on, over the GPUs there are, and its tokenizer.
 
     Args:
-        folder: a checkpoint, converted or not.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        source: a checkpoint, converted or not; see `load_checkpoint`, also for the other arguments.
         moba: the settings; None: those of the checkpoint, else the preset "default".
 
     Raises:
-        ValueError: no checkpoint, no tokenizer, or an architecture without MoBA.
+        ValueError: as `load_checkpoint`, or an architecture without MoBA.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder with a config.json")
-    _, config = read_model_config(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: its tokenizer does not load ({error})") from error
-    nested = config.get_text_config() is not config
-    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    with dense_on_purpose():
-        model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype, **placement)
-    return patch_model(model.eval(), moba), tokenizer
+    model, tokenizer = load_checkpoint(source, dtype, trust_remote_code=trust_remote_code)
+    return patch_model(model, moba), tokenizer
 
 
-def encode(model: Any, tokenizer: Any, text: str) -> Tensor:
+def encode(model: Any, tokenizer: Any, text: str, *, chat: bool = False) -> Tensor:
     """Token ids `(1, length)` of `text`.
 
+    Args:
+        text: a text that begins with the tokenizer's own beginning-of-sequence token gets no second one.
+        chat: `text` is a question for the tokenizer's chat template.
+
     Raises:
-        ValueError: an id that the model has no embedding for: the tokenizer is another model's.
+        ValueError: no tokens, no chat template, or an id that the model has no embedding for: the tokenizer
+            is another model's.
     """
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template, so leave out --chat (chat=True)")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    begins = chat or bool(tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not begins).input_ids
+    if ids.numel() == 0:
+        raise ValueError("the tokenizer makes no tokens of this prompt")
     size = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= size:
         raise ValueError(f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens")
-    return ids
+    return ids.long()
 
 
 def text_streamer(tokenizer: Any) -> BaseStreamer:

@@ -1,27 +1,39 @@
-"""Notices when transformers loads a MoBA checkpoint so that it would run dense attention.
+"""Keeps the switch to MoBA when transformers loads and saves a model.
 
 A checkpoint says with `config.moba` that its model was made for MoBA, but which attention runs is decided at
 each load: by the argument `attn_implementation`, else by the field of that name in config.json, else it is
-dense. `from_pretrained` of transformers' models is therefore wrapped: it does and returns what it did, and
-warns where the two disagree. Without `import moba_hf` nobody can notice.
+dense. transformers drops that field when it saves. `from_pretrained` and `save_pretrained` of its models are
+therefore wrapped: they do and return what they did; the first warns where the two disagree, the second stores
+the switch of a model that runs MoBA, and a note that names this package. Without `import moba_hf` nobody can
+notice.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.config import NAME
 from moba_hf.hf.adapter import find_adapter, has_adapter
 from moba_hf.hf.parallel import check_tensor_parallel, tensor_parallel_ranks
 
+# Says in a saved folder what transformers' own error does not: which package to import.
+RECORD = "moba_hf.json"
+LOADING = (
+    "This checkpoint runs MoBA (Mixture of Block Attention). transformers knows attn_implementation='moba' "
+    "after 'import moba_hf' (pip install moba-hf). Without it, load with attn_implementation='sdpa': dense."
+)
+
 logger = logging.get_logger(__name__)
-_silent = False
+_silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 
 def runs_dense(model: Any) -> str | None:
@@ -37,7 +49,7 @@ def runs_dense(model: Any) -> str | None:
 
 def warn_if_dense(model: Any) -> None:
     """Warns, once per implementation, about a model that has `config.moba` but does not run it."""
-    running = None if _silent else runs_dense(model)
+    running = None if _silent.get() else runs_dense(model)
     if running is not None:
         logger.warning_once(
             f"This checkpoint has MoBA settings (config.moba), but was loaded with attn_implementation="
@@ -46,15 +58,57 @@ def warn_if_dense(model: Any) -> None:
         )
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of `config`, with its other towers if it has any."""
+    nested = config.get_text_config() is not config
+    return AutoModelForImageTextToText if nested else AutoModelForCausalLM
+
+
 @contextmanager
 def dense_on_purpose() -> Iterator[None]:
     """No warning inside the `with` block."""
-    global _silent
-    before, _silent = _silent, True
+    token = _silent.set(True)
     try:
         yield
     finally:
-        _silent = before
+        _silent.reset(token)
+
+
+def place_settings(config: Any) -> None:
+    """Moves MoBA settings to the text config, in place, where a config.json without a nested one has them."""
+    if config is None or not has_adapter(getattr(config, "model_type", "")):
+        return
+    text = find_adapter(config.model_type).text_config(config)
+    if (
+        text is not config
+        and getattr(text, "moba", None) is None
+        and getattr(config, "moba", None) is not None
+    ):
+        text.moba = config.moba
+        del config.moba
+
+
+@contextmanager
+def switch_kept(model: Any) -> Iterator[bool]:
+    """Inside the block the config of a model that runs MoBA has the field that `save_pretrained` writes.
+
+    Gives whether it runs MoBA.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not has_adapter(getattr(config, "model_type", "")):
+        yield False
+        return
+    text = find_adapter(config.model_type).text_config(config)
+    runs = text._attn_implementation == NAME and getattr(text, "moba", None) is not None
+    if not runs or "attn_implementation" in config.__dict__:
+        yield runs
+        return
+    key = find_adapter(config.model_type).text_config_key
+    config.attn_implementation = NAME if text is config else {key: NAME}
+    try:
+        yield True
+    finally:
+        config.__dict__.pop("attn_implementation", None)
 
 
 def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,7 +128,7 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def watch_loads() -> None:
-    """Wraps `PreTrainedModel.from_pretrained`, once."""
+    """Wraps `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
     if getattr(original, "_moba_watched", False):
         return
@@ -83,8 +137,23 @@ def watch_loads() -> None:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _check_ranks(args, kwargs)
         loaded = original(cls, *args, **kwargs)
-        warn_if_dense(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        place_settings(getattr(model, "config", None))
+        warn_if_dense(model)
         return loaded
 
     from_pretrained._moba_watched = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
+
+    saves: Any = PreTrainedModel.__dict__["save_pretrained"]
+
+    @functools.wraps(saves)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        with switch_kept(self) as runs_moba:
+            result = saves(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if runs_moba and (folder / "config.json").is_file() and not (folder / RECORD).exists():
+            (folder / RECORD).write_text(json.dumps({"about": LOADING}, indent=2) + "\n", encoding="utf-8")
+        return result
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -188,9 +188,8 @@ def set_implementation(model: Any, adapter: Adapter, name: str) -> None:
     Raises:
         ValueError: the model does not let it be set.
     """
-    key = adapter.text_config_key
-    nested = key is not None and hasattr(model.config, key)
-    model.set_attn_implementation({key: name} if nested else name)
+    key = adapter.nested_key(model.config)
+    model.set_attn_implementation(name if key is None else {key: name})
     text_config = adapter.text_config(model.config)
     if text_config._attn_implementation != name:  # transformers only warns
         raise ValueError(

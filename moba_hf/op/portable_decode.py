@@ -95,7 +95,7 @@ def choose(q: Tensor, block_means: Tensor, position: Tensor, rule: LayerConfig) 
     scores = scores.view(batch, num_heads, length, complete)
     column = torch.arange(complete + 1, device=q.device)
     own = (position // rule.block_size).masked_fill(position < 0, -1)[:, None, :, None]
-    forced = (column < rule.sink_blocks) | (column >= own - rule.local_blocks)
+    forced = rule.forces(column, own)
     rank = torch.nn.functional.pad(_ranks(scores), (0, 1))
     rank = torch.where(forced, _LAST - 1 - column, rank)
     rank = torch.where(column == own, _LAST, rank).masked_fill(column > own, -1)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moba_hf.op.numerics import accumulate_dtype, part_size, spread_dtype
+from moba_hf.op.numerics import accumulate_dtype, default_scale, part_size, spread_dtype
 
 
 def block_mean_ref(k: Tensor, block_size: int) -> Tensor:
@@ -42,7 +42,7 @@ def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | 
     """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.op.gates`."""
     dtype, narrow = accumulate_dtype(q.dtype), spread_dtype(q.dtype)
     squares = q.to(dtype).square().to(narrow).to(dtype)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
     group_size, size = q.shape[1] // k.shape[1], part_size(block_size)
     keys = k.to(dtype).repeat_interleave(group_size, dim=1)
     reach = 2 * math.log(size)
@@ -125,9 +125,9 @@ def attend_ref(
         the softmax denominator, in fp32 (fp64).
     """
     dtype = accumulate_dtype(q.dtype)
-    q_len, num_heads, head_dim = q.shape
+    q_len, num_heads, _ = q.shape
     kv_len, num_kv_heads, _ = k.shape
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
     group_size = num_heads // num_kv_heads
     keys = k.to(dtype).repeat_interleave(group_size, dim=1)
     values = v.to(dtype).repeat_interleave(group_size, dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from moba_hf.op.numerics import check_int
 
 # How the two coordinates that a rotary embedding turns together are paired: (d, d + D/2), or (2d, 2d + 1).
@@ -70,6 +72,10 @@ class SharedRule:
             raise ValueError(
                 f"rotary_pairs must be one of {', '.join(map(repr, ROTARY_PAIRS))}, got {self.rotary_pairs!r}"
             )
+
+    def forces(self, block: Tensor, own: Tensor) -> Tensor:
+        """Whether tiles whose first own block is `own` always attend `block`, theirs or an earlier one."""
+        return (block < self.sink_blocks) | (block >= own - self.local_blocks)
 
     @property
     def gate(self) -> str:

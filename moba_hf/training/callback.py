@@ -279,8 +279,8 @@ def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> Non
         config = dataclasses.replace(moba_config(text), backend=backend)
     patch_model(model, recipe.settings(config))
     # transformers writes this public field, and reads it on a plain load; its own private one is not saved
-    nested = adapter.text_config_key is not None and text is not model.config
-    model.config.attn_implementation = {adapter.text_config_key: NAME} if nested else NAME
+    key = adapter.nested_key(model.config)
+    model.config.attn_implementation = NAME if key is None else {key: NAME}
 
 
 def _inner(model: Any) -> Any:

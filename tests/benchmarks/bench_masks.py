@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from statistics import median
 from time import perf_counter
@@ -55,41 +56,45 @@ def timed(call: Callable[[], Any]) -> float:
     return (perf_counter() - begin) * 1e3
 
 
-def one_round(model: Any, ids: Tensor, mask: Tensor | None, steps: int) -> tuple[float, float]:
-    """Times of a prefill and of one decode step after it (the median of `steps`)."""
-    length = ids.shape[1] - steps
-    cache = MobaCache(model.config, max_cache_len=ids.shape[1])
+def one_round(model: Any, ids: Tensor, steps: int, order: tuple[bool, bool]) -> dict[str, dict[bool, float]]:
+    """Times of a prefill and of a decode step (the median of `steps`), with a mask of ones and without.
+
+    Both take turns, step by step, so that whatever else the machine does meets both.
+    """
+    length, ones = ids.shape[1] - steps, torch.ones_like(ids)
     name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
-    given = {name: cache, "use_cache": True, "logits_to_keep": 1}
+    caches = {masked: MobaCache(model.config, max_cache_len=ids.shape[1]) for masked in order}
 
-    def step(begin: int, end: int) -> float:
-        here = None if mask is None else mask[:, :end]
-        return timed(lambda: model(ids[:, begin:end], attention_mask=here, **given))
+    def step(masked: bool, begin: int, end: int) -> float:
+        given = {"attention_mask": ones[:, :end] if masked else None, name: caches[masked]}
+        return timed(lambda: model(ids[:, begin:end], use_cache=True, logits_to_keep=1, **given))
 
-    prefill = step(0, length)
-    decode = [step(i, i + 1) for i in range(length, length + steps)]
-    return prefill, median(decode)
+    prefill = {masked: step(masked, 0, length) for masked in order}
+    decode: dict[bool, list[float]] = {True: [], False: []}
+    for begin in range(length, length + steps):
+        for masked in order if begin % 2 else order[::-1]:
+            decode[masked].append(step(masked, begin, begin + 1))
+    return {"prefill": prefill, "decode step": {masked: median(each) for masked, each in decode.items()}}
 
 
 def compare(model: Any, length: int, steps: int, rounds: int, compiled: bool) -> None:
     """Prints one line per stage: ms with a mask of ones, ms without, ratio."""
     ids = torch.randint(2, 1000, (1, length + steps), device=DEVICE)
-    ones = torch.ones_like(ids)
     times: dict[str, dict[bool, list[float]]] = {}
     for turn in range(rounds + 1):
-        for masked in (True, False) if turn % 2 else (False, True):
-            mask = ones if masked else None
-            if compiled:
-                run = {
-                    "compiled prefill": timed(lambda m=mask: model(ids, attention_mask=m, use_cache=False))
-                }  # type: ignore[misc]
-            else:
-                run = dict(zip(("prefill", "decode step"), one_round(model, ids, mask, steps), strict=True))
-            for stage, took in run.items():
+        order = (True, False) if turn % 2 else (False, True)
+        if compiled:
+            masks = {True: torch.ones_like(ids), False: None}
+            calls = {m: partial(model, ids, attention_mask=masks[m], use_cache=False) for m in order}
+            found = {"compiled prefill": {m: timed(call) for m, call in calls.items()}}
+        else:
+            found = one_round(model, ids, steps, order)
+        for stage, each in found.items():
+            for masked, took_ms in each.items():
                 if turn:  # the first round warms up
-                    times.setdefault(stage, {True: [], False: []})[masked].append(took)
-    for stage, each in times.items():
-        with_mask, without = median(each[True]), median(each[False])
+                    times.setdefault(stage, {True: [], False: []})[masked].append(took_ms)
+    for stage, both in times.items():
+        with_mask, without = median(both[True]), median(both[False])
         print(
             f"{length:7,d} tokens  {stage:16s}  ones {with_mask:9.2f} ms  none {without:9.2f} ms  "
             f"ratio {with_mask / without:.3f}"

@@ -14,6 +14,7 @@ from moba_hf import MobaConfig
 from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.evaluate import passes, run
 from moba_hf.evaluate.passes import attention, watch
+from moba_hf.evaluate.results import Store
 from moba_hf.evaluate.run import evaluate, tables
 
 SETTINGS = {"dense": None, "moba": MobaConfig(8, 3)}
@@ -162,3 +163,13 @@ def test_a_dense_pass_leaves_the_vision_tower_as_it_was() -> None:
     with attention(model, None):
         assert implementations() == ("sdpa", "eager")
     assert implementations() == ("moba", "eager")
+
+
+@pytest.mark.parametrize("change", [("0.5", "0.25"), ('"answers"', '"answer"'), ("{", ""), ('"a"', '"b"')])
+def test_a_store_that_was_changed_is_refused(change: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "store.json"
+    Store(path, {"x": 1}).get("a", lambda: 0.5)
+    assert Store(path, {"x": 1}).get("a", lambda: 1) == 0.5
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(ValueError, match=r"store\.json"):
+        Store(path, {"x": 1})

@@ -99,6 +99,7 @@ def tiny_config(family: str) -> Any:
 
 
 _MAKERS: dict[str, Any] = {
+    "gemma3_text": lambda: _text("gemma3_text", query_pre_attn_scalar=16, **_WINDOWS),
     "llama": lambda: _text("llama"),
     "mistral": lambda: _text("mistral", sliding_window=None),
     "mixtral": lambda: _text("mixtral", num_local_experts=4, num_experts_per_tok=2),

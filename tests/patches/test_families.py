@@ -128,6 +128,7 @@ def test_an_overlay_that_is_no_packing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
+        ("gemma3", "load the text model alone"),
         ("mistral4", "latent attention"),
         ("mistral_large4", "sparse already"),
         ("mistral_large4_text", "sparse already"),

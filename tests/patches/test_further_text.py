@@ -2,7 +2,11 @@
 
 from typing import Any, ClassVar
 
+import pytest
 from family_contract import FamilyContract
+
+from moba_hf import MobaConfig
+from moba_hf.hf.adapter import find_adapter
 
 
 class TestMixtral(FamilyContract):
@@ -23,6 +27,27 @@ class TestMinistral(FamilyContract):
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     }
     eligible: ClassVar[list[int]] = [1]
+
+
+class TestGemma3(FamilyContract):
+    """Window layers with a rotary base of their own, normed queries and keys, a scale of its own."""
+
+    model_type = "gemma3_text"
+    values: ClassVar[dict[str, Any]] = {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    }
+    eligible: ClassVar[list[int]] = [1]
+
+    def test_an_encoder_is_refused(self, model: Any) -> None:
+        model.config.use_bidirectional_attention = True
+        with pytest.raises(ValueError, match="use_bidirectional_attention"):
+            find_adapter("gemma3_text").check(model.config, MobaConfig(8, 3))
 
 
 class TestQwen2Moe(FamilyContract):

@@ -1,0 +1,192 @@
+"""The loader of all commands: the checkpoint must be whole, none of its code runs, errors name the file."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moba_hf.checkpoints.gguf_files import (
+    is_gguf,
+    load_gguf_model,
+    load_gguf_tokenizer,
+    read_gguf_config,
+)
+from moba_hf.checkpoints.model_config import read_model_config
+from moba_hf.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, read_checkpoint
+from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.loading import auto_class, dense_on_purpose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Weights of decoder layers; others that have no place in a model are heads that it does not need.
+_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+# transformers changes settings of the whole process while it makes a model.
+_LOADING = threading.RLock()
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_source(source: str | Path) -> Path:
+    """The folder or file that `source` names: a path, or a model of the Hugging Face cache as "owner/name".
+
+    Nothing is downloaded, so that a mistyped path fails at once.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    hint = ""
+    if _HUB_NAME.fullmatch(str(source)):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(source), local_files_only=True))
+        except Exception:  # which of its errors says "not there" varies by version
+            hint = (
+                f", and no model of that name in the Hugging Face cache (hf download {source} puts it there)"
+            )
+    raise ValueError(f"{source}: no such file or folder{hint}")
+
+
+def load_checkpoint(
+    source: str | Path, dtype: str = "auto", *, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The model of a checkpoint with stock attention, in evaluation mode, and its tokenizer.
+
+    A vision-language checkpoint is loaded whole.
+
+    Args:
+        source: a folder, a GGUF file, or "owner/name" of a model in the Hugging Face cache.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own, for a GGUF file float32.
+        device: where to put the model; None: spread over the GPUs there are, else the CPU.
+        trust_remote_code: run Python code that the checkpoint brings for its tokenizer.
+
+    Raises:
+        ValueError: nothing to load, an unsupported architecture, missing weights, or a tokenizer that needs
+            code. The message names the file or the folder.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
+    path = find_source(source)
+    if is_gguf(path):
+        return _load_gguf(path, dtype, device)
+    if not path.is_dir():
+        raise ValueError(f"{path}: is neither a folder with a config.json nor a GGUF file")
+    values, config = read_model_config(path)
+    check_files(path)
+    if values.get("transformers_weights") or any((path / n).exists() for n in (SINGLE_FILE, INDEX_FILE)):
+        read_checkpoint(path, values.get("transformers_weights"))
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+
+    import torch
+
+    auto = auto_class(config)
+    check_complete(path, config, auto)
+    place = device or ("auto" if torch.cuda.is_available() else None)
+    options = {"device_map": place} if place else {}
+    return load_model(path, auto, dtype=dtype, attn_implementation="sdpa", **options), tokenizer
+
+
+def load_model(folder: Path, model_class: Any, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(folder, **kwargs)` in evaluation mode, if the checkpoint is whole.
+
+    Raises:
+        ValueError: weights are missing or have other shapes, or layers are left over.
+    """
+    with _LOADING, reported(folder), dense_on_purpose():
+        model, info = model_class.from_pretrained(
+            folder,
+            **kwargs,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    refuse_incomplete(folder, model, info)
+    return model.eval()
+
+
+def refuse_incomplete(folder: Path, model: Any, info: dict[str, Any]) -> None:
+    """Raises ValueError where transformers filled in weights at random, or left out decoder layers."""
+    name = type(model).__name__
+    for kind, what in (
+        ("missing_keys", "are missing, so it is no whole"),
+        ("mismatched_keys", "have other shapes than config.json gives this"),
+    ):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        if keys:
+            raise ValueError(f"{folder}: {len(keys)} weights {what} {name} (the first: {keys[0]})")
+    if extra := sorted(key for key in map(str, info.get("unexpected_keys") or ()) if _LAYER.search(key)):
+        raise ValueError(
+            f"{folder}: holds {len(extra)} weights of layers that config.json does not name "
+            f"(the first: {extra[0]})"
+        )
+
+
+def check_complete(folder: Path, config: PreTrainedConfig, model_class: Any = None) -> None:
+    """Raises ValueError unless the folder holds every weight of its model, in shape; none is read.
+
+    The model is `model_class`, by default the one that config.json names, and takes no memory for weights.
+
+    A quantised checkpoint is not looked at: its weights get their names from packages that may be missing.
+    """
+    if getattr(config, "quantization_config", None):
+        return
+    load_model(folder, model_class or model_class_of(config), device_map="meta", attn_implementation="sdpa")
+
+
+def model_class_of(config: PreTrainedConfig) -> Any:
+    """The class that config.json names, else that of causal language models."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    found = getattr(transformers, str(names[0]), None)
+    return transformers.AutoModelForCausalLM if found is None else found
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it needs code and `trust_remote_code` is off.
+    """
+    from transformers import AutoTokenizer
+
+    with reported(folder, "its tokenizer does not load"):
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for a pipe, device or socket in `folder`: reading it could wait or go on for ever."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise ValueError(f"{path}: is neither a file nor a folder")
+
+
+@contextmanager
+def reported(path: Path, what: str = "does not load") -> Iterator[None]:
+    """Errors inside the block become a ValueError that names `path`: what files cause has no common class."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
+        raise
+    except BaseException as error:  # panics of the Rust tokenizers are no Exception
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: {what} ({type(error).__name__}: {reason})") from error
+
+
+def _load_gguf(path: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
+    import torch
+
+    find_adapter(read_gguf_config(path.absolute()).model_type)
+    tokenizer = load_gguf_tokenizer(path.absolute())
+    model = load_gguf_model(path.absolute(), getattr(torch, "float32" if dtype == "auto" else dtype))
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
