@@ -99,10 +99,12 @@ def weave(text: Ids, lines: Sequence[Sequence[int]], at: Ids) -> tuple[Ids, Ids]
     Args:
         at: `(len(lines),)`, rising.
     """
-    sizes = np.array([len(line) for line in lines])
-    begins = np.asarray(at) + np.concatenate([[0], sizes[:-1].cumsum()]) if len(lines) else np.zeros(0, int)
-    flat = np.concatenate([np.asarray(line, text.dtype) for line in lines]) if len(lines) else text[:0]
-    return np.insert(text, np.repeat(np.asarray(at, int), sizes), flat), begins
+    if not len(lines):
+        return text, np.zeros(0, int)
+    sizes, places = np.array([len(line) for line in lines]), np.asarray(at, int)
+    flat = np.concatenate([np.asarray(line, text.dtype) for line in lines])
+    begins = places + np.concatenate([[0], sizes[:-1].cumsum()])
+    return np.insert(text, np.repeat(places, sizes), flat), begins
 
 
 def snap(places: Ids, allowed: Ids) -> Ids:

@@ -2,8 +2,8 @@
 
     cache, reused = read_with_saved_cache(model, input_ids, "codebase.safetensors")
 
-A file holds keys and values of every layer, and in its header hashes of the model, of the settings, and of the
-text chunk by chunk. Where the text has changed, everything before the first changed chunk is reused. A file of
+A file holds keys and values of every layer, and in its header hashes of the model, the settings, and the text
+chunk by chunk. Where the text has changed, everything before the first changed chunk is reused. A file of
 another model or other settings is refused, a damaged one too.
 """
 
