@@ -1,11 +1,11 @@
 """Asks questions about a folder of sources: read once, kept on disk, answered with the place they came from.
 
-    python examples/ask_codebase.py MODEL my_project/ --question "def parse_settings(" --cache project.safetensors
+    python examples/ask_codebase.py MODEL my_project/ --question "def parse(" --cache project.safetensors
     python examples/ask_codebase.py MODEL my_project/ --chat --question "Where is the port set?"
 
 The model reads every source file, then the question, and the answer is streamed. By default a question is
-text that the model continues; `--chat` puts it into the tokenizer's chat template, after the sources. Below the
-answer stands the file and line that holds its longest run of tokens word for word.
+text that the model continues; `--chat` puts it into the tokenizer's chat template, after the sources. Below
+the answer stands the file and line that holds its longest run of tokens word for word.
 
 With `--cache` the keys and values of the codebase are written to a file and reused by the next call: all of
 them where nothing changed, else what stands before the first changed chunk. Files come after those that they
