@@ -126,7 +126,7 @@ def evaluate(
                 model, tokenizer, sources, n, config, contexts=contexts, seed=seed, store=known
             )
             return looked.to_dict()
-        given = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
+        given: dict[str, Any] = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
         return run_task(model, tokenizer, name, n, config, **given).to_dict()
 
     result["tasks"] = [

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from moba_hf.config import check_int
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.identity import identity_of
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.prefill import prefill
+from moba_hf.op.numerics import check_int
 
 _FORMAT = "moba_hf cache 1"
 

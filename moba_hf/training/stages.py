@@ -24,8 +24,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf.checkpoints.context_length import ContextLength, with_context_length
-from moba_hf.config import NAME, MobaConfig, check_int
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
+from moba_hf.op.numerics import check_int
 from moba_hf.training.callback import Recipe, turn_on
 
 POSITION = "moba_schedule.json"
