@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     begun, reused = time.monotonic(), 0
     if args.cache is None:
         padded = torch.cat([sources, sources[-1:]])[None]  # `prefill` leaves the last token
-        cache: Any = prefill(model, padded, args.chunk_size)
+        cache: Any = prefill(model, padded, args.chunk_size, dense_tail=0)
     else:
         cache, reused = read_with_saved_cache(model, sources[None], args.cache, chunk_size=args.chunk_size)
     seconds = time.monotonic() - begun
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     for question in args.question:
         print(f"\n> {question}", flush=True)
         ids = torch.cat([sources[None], question_ids(question, tokenizer, args.chat)], dim=1)
+        prefill(model, ids, cache=cache, progress=False)  # the question attends every key
         made = model.generate(
             ids.to(model.device),
             max_new_tokens=args.max_new_tokens,

@@ -15,6 +15,7 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.saved_cache import read_with_saved_cache
 
 RULE = MobaConfig(block_size=8, topk=2)
+SHARED = MobaConfig(8, tile=8, threshold=0.1, gate="mass")
 
 
 def model(rule: MobaConfig = RULE, seed: int = 0) -> Any:
@@ -27,12 +28,14 @@ def asked(model: Any, cache: Any, question: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("length", [64, 77, 81])
-def test_reuse_gives_the_same_logits(length: int, tmp_path: Path) -> None:
-    one, ids, question = model(), tokens(1, length), tokens(1, 5)
+@pytest.mark.parametrize("rule", [RULE, SHARED], ids=["per query", "shared"])
+def test_reuse_gives_the_same_logits(rule: MobaConfig, length: int, tmp_path: Path) -> None:
+    one, ids, question = model(rule), tokens(1, length), tokens(1, 5)
     cache, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert (reused, cache.get_seq_length()) == (0, length)
     first = asked(one, cache, question)
-    assert close(first, one(torch.cat([ids, question], dim=1)).logits[:, -5:])
+    if rule == RULE or length == 64:  # a tile that text and question share hears both in one call alone
+        assert close(first, one(torch.cat([ids, question], dim=1)).logits[:, -5:])
     again, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert reused == again.get_seq_length() == length
     torch.testing.assert_close(asked(one, again, question), first, rtol=0, atol=0)
@@ -85,5 +88,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"keys.0": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="no cache that this release reads"):
         read_with_saved_cache(one, ids, file, chunk_size=16)
+    with pytest.raises(ValueError, match="chunk_size=12 must be a multiple of tile=8"):
+        read_with_saved_cache(model(SHARED), ids, tmp_path / "z", chunk_size=12)
     with pytest.raises(ValueError, match=r"must be \(1, length\)"):
         read_with_saved_cache(one, ids[0], file)

@@ -76,9 +76,17 @@ def make_context(
 
 @torch.no_grad()
 def answers_right(
-    model: Any, context: Ids, definitions: Sequence[Definition], config: MobaConfig | None
+    model: Any,
+    context: Ids,
+    definitions: Sequence[Definition],
+    config: MobaConfig | None,
+    dense_question: bool = True,
 ) -> list[bool]:
-    """Whether each definition's answer comes out greedily, MoBA in context and question (None: dense)."""
+    """Whether each definition's answer comes out greedily, the context read with MoBA (None: dense).
+
+    The question attends every key, or with `dense_question` False what the rule says; the tokens of the
+    answer do what the settings say of decoding.
+    """
     from transformers import DynamicCache
 
     device = model.device
@@ -96,7 +104,8 @@ def answers_right(
                 part = group[begin : begin + rows]
                 asked = [torch.tensor(definitions[i].question, device=device) for i in part]
                 longest = max(len(definitions[i].answer) for i in part)
-                for i, answer in zip(part, ask(model, cache, ids, asked, longest, None), strict=True):
+                answers = ask(model, cache, ids, asked, longest, None, dense=dense_question)
+                for i, answer in zip(part, answers, strict=True):
                     wanted = list(definitions[i].answer)
                     right[i] = answer[: len(wanted)] == wanted
     return right
@@ -120,9 +129,14 @@ def run_code_lookup(
     contexts: int = 8,
     questions: int = 16,
     seed: int = 0,
+    dense_question: bool = True,
     store: Store | None = None,
 ) -> LookupScore:
-    """Score of `model` on `contexts` contexts of `length` tokens, `questions` each, under `config`."""
+    """Score of `model` on `contexts` contexts of `length` tokens, `questions` each, under `config`.
+
+    Args:
+        dense_question: see `answers_right`.
+    """
     if contexts < 1 or questions < 1:
         raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
     if not repositories:
@@ -136,10 +150,12 @@ def run_code_lookup(
             ids, asked = make_context(
                 tokenizer, repositories, length, questions=questions, seed=seed + number
             )
-            right = answers_right(model, ids, [definition for definition, _ in asked], config)
+            definitions = [definition for definition, _ in asked]
+            right = answers_right(model, ids, definitions, config, dense_question)
             return [[d.kind, depth, float(x)] for (d, depth), x in zip(asked, right, strict=True)]
 
-        marks.append(store.get(f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}", one))
+        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}"
+        marks.append(store.get(key, one))
     return _score(length, marks)
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -400,10 +400,47 @@ def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
     return rule.block_size
 
 
+class _Defaults:
+    """The defaults of transformers that `use_moba_cache` replaces; installed once, however many use it."""
+
+    _TABLES = (
+        (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, MobaLayer),
+        (cache_utils.STATIC_LAYER_TYPE_MAPPING, MobaStaticLayer),
+    )
+    _previous: ClassVar[tuple[Any, ...]] = ()
+    _ours: ClassVar[Any] = None
+
+    @classmethod
+    def install(cls) -> None:
+        prepare = getattr(GenerationMixin, _PREPARE, None)
+        if prepare is None:
+            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
+        cls._ours = _with_reserve(prepare)
+        cls._previous = (prepare, *(table[_FULL] for table, _ in cls._TABLES))
+        setattr(GenerationMixin, _PREPARE, cls._ours)
+        for table, layer in cls._TABLES:
+            table[_FULL] = layer
+
+    @classmethod
+    def remove(cls) -> None:
+        """Puts back what is still ours; what somebody else has replaced since stays."""
+        prepare, *layers = cls._previous
+        if getattr(GenerationMixin, _PREPARE, None) is cls._ours:
+            setattr(GenerationMixin, _PREPARE, prepare)
+        for (table, ours), layer in zip(cls._TABLES, layers, strict=True):
+            if table[_FULL] is ours:
+                table[_FULL] = layer
+
+
+# Every `use_moba_cache` that has not ended.
+_ACTIVE: list[use_moba_cache] = []
+
+
 class use_moba_cache:
     """Makes `generate` build MoBA cache layers by default, for every model in this process.
 
-    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back::
+    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back when
+    no other use is left, in whatever order they end::
 
         moba_hf.use_moba_cache()
         with moba_hf.use_moba_cache():
@@ -416,19 +453,16 @@ class use_moba_cache:
     """
 
     def __init__(self) -> None:
-        tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
-        self._tables = [(table, table[_FULL]) for table in tables]
-        self._prepare = getattr(GenerationMixin, _PREPARE, None)
-        if self._prepare is None:
-            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
-        setattr(GenerationMixin, _PREPARE, _with_reserve(self._prepare))
-        tables[0][_FULL], tables[1][_FULL] = MobaLayer, MobaStaticLayer
+        if not _ACTIVE:
+            _Defaults.install()
+        _ACTIVE.append(self)
 
     def undo(self) -> None:
-        """Puts back what was there before."""
-        for table, layer in self._tables:
-            table[_FULL] = layer
-        setattr(GenerationMixin, _PREPARE, self._prepare)
+        """Ends this use; with the last one, what was there before comes back."""
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
+            if not _ACTIVE:
+                _Defaults.remove()
 
     def __enter__(self) -> use_moba_cache:
         return self
@@ -462,6 +496,8 @@ def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(prepare)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not _ACTIVE:  # somebody else's wrapper has kept this one
+            return prepare(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         model_kwargs, length = given["model_kwargs"], int(given["max_cache_length"])
         before = _caches(model_kwargs)

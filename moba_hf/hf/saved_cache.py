@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.identity import identity_of
 from moba_hf.hf.layer_plan import moba_config
@@ -48,7 +49,8 @@ def read_with_saved_cache(
         model: a causal language model of transformers that runs MoBA, without sliding windows.
         input_ids: `(1, length)`.
         path: of the file, which need not exist.
-        chunk_size: tokens of a chunk, by which the text is hashed and read.
+        chunk_size: tokens of a chunk, by which the text is hashed and read; a multiple of `tile` where
+            queries share a choice of blocks.
 
     Raises:
         ValueError: `path` is no such file, is damaged, or was made by another model or with other settings
@@ -57,6 +59,7 @@ def read_with_saved_cache(
     check_int("chunk_size", chunk_size, minimum=1)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (1, length) and not empty, got {tuple(input_ids.shape)}")
+    _check_tiles(model, chunk_size)
     made_of, hashes = _made_of(model, chunk_size), chunk_hashes(input_ids[0], chunk_size)
     length = input_ids.shape[1]
     cache = MobaCache(model.config, max_cache_len=length + length // 8)
@@ -69,7 +72,7 @@ def read_with_saved_cache(
         reused = _load(file, made_of, hashes, chunk_size, length, cache, model.device)
     if reused < length:
         padded = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # `prefill` leaves the last token
-        prefill(model, padded, chunk_size, cache=cache, progress=progress)
+        prefill(model, padded, chunk_size, cache=cache, progress=progress, dense_tail=0)
         _save(file, made_of, hashes, cache)
     return cache, reused
 
@@ -81,6 +84,16 @@ def chunk_hashes(ids: Tensor, chunk_size: int) -> list[str]:
         so_far.update(chunk.numpy().tobytes())
         found.append(so_far.copy().hexdigest()[:16])
     return found
+
+
+def _check_tiles(model: Any, chunk_size: int) -> None:
+    """Raises ValueError where a chunk would end inside a tile of queries that share a choice."""
+    adapter = find_adapter(model.config.model_type)
+    text = adapter.text_config(model.config)
+    config, layers = moba_config(text), adapter.num_layers(text)
+    tiles = {getattr(config.for_layer(i, layers), "tile", 1) for i in range(layers)}
+    if cut := [tile for tile in sorted(tiles) if chunk_size % tile]:
+        raise ValueError(f"chunk_size={chunk_size} must be a multiple of tile={cut[0]}")
 
 
 def _made_of(model: Any, chunk_size: int) -> dict[str, str]:

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,20 @@ from moba_hf.evaluate.perplexity import by_position, token_losses
 from moba_hf.evaluate.repositories import load_repositories
 from moba_hf.hf.loading import dense_on_purpose
 
-ASKED = 64  # tokens of a question that may read densely
 
-
-def rule_of(name: str) -> MobaConfig | None:
-    """The settings that a rule names."""
+def rule_of(name: str) -> tuple[MobaConfig | None, bool]:
+    """The settings that a rule names, and whether the question is read dense."""
+    name, dense = name.removesuffix("/dense-question"), name.endswith("/dense-question")
+    decode = "full" if dense else "sparse"
     if name == "dense":
-        return None
+        return None, True
     if name.startswith("shared"):
-        _, *parts = name.split("/")
-        threshold = float(parts[0]) if parts else 0.01
+        threshold = float(name.partition("/")[2] or 0.01)
         forced = {"sink_blocks": 1, "local_blocks": 1, "gate": "mass", "tile": 64, "threshold": threshold}
-        if "dense-question" in parts:
-            return MobaConfig(64, decode_max_len=ASKED, dense_below=ASKED, **forced)
-        return MobaConfig(64, decode="sparse", **forced)
-    numbers, *rest = name.removeprefix("window ").split("/dense")
-    block, topk = map(int, numbers.split("/"))
-    moba = MobaConfig(block, topk, decode="sparse")
-    if name.startswith("window"):
-        return sliding_window(moba)
-    return replace(moba, decode="full", decode_max_len=ASKED) if rest else moba
+        return MobaConfig(64, decode=decode, **forced), dense
+    block, topk = map(int, name.removeprefix("window ").split("/"))
+    moba = MobaConfig(block, topk, decode=decode)
+    return (sliding_window(moba) if name.startswith("window") else moba), dense
 
 
 def with_theta(config: Any, theta: float, length: int) -> None:
@@ -66,7 +59,7 @@ def measure(
         if time.monotonic() - begun > args.limit:
             print("the limit came first:", name)
             break
-        rule, row = rule_of(name), {"rule": name, "length": args.length}
+        (rule, dense), row = rule_of(name), {"rule": name, "length": args.length}
         started = time.monotonic()
         try:
             if texts and "dense-question" not in name:
@@ -82,6 +75,7 @@ def measure(
                     rule,
                     contexts=args.contexts,
                     questions=args.questions,
+                    dense_question=dense,
                 )
                 row |= {
                     "lookups": looked.score,
