@@ -202,9 +202,9 @@ def tables(result: Mapping[str, Any]) -> str:
     parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
     for text, by_setting in result.get("positions", {}).items():
         ranges = next(iter(by_setting.values()))["ranges"]
-        heads = [f"{begin}-{end - 1}" for begin, end, _ in ranges]
+        columns = [f"{begin}-{end - 1}" for begin, end, _ in ranges]
         lines = [[name, *(loss for *_, loss in one["ranges"])] for name, one in by_setting.items()]
-        parts.append(f"{text}, loss by position\n{format_table([['setting', *heads], *lines])}")
+        parts.append(f"{text}, loss by position\n{format_table([['setting', *columns], *lines])}")
     for text, by_setting in result.get("attended", {}).items():
         rows = [list[object](["setting", "of dense pairs", "by layer", "heads from", "to"])]
         for name, one in by_setting.items():
