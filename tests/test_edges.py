@@ -312,7 +312,10 @@ class TestPrecisionOfOneThread:
         seen = {}
 
         def ours() -> None:
+            written = torch.empty(1, 40, 40)
             with full_precision(a.device):
+                torch.bmm(a[None], b[None], out=written)
+                seen["written"] = [written[0]]
                 inside.set()
                 other.wait(20)
                 seen["ours"] = [
@@ -334,7 +337,7 @@ class TestPrecisionOfOneThread:
             assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         finally:
             torch.backends.mkldnn.matmul.fp32_precision = before
-        assert all(torch.equal(x, exact) for x in seen["ours"])
+        assert all(torch.equal(x, exact) for x in [*seen["ours"], *seen["written"]])
 
     def test_nothing_changes_where_nothing_is_lowered(self) -> None:
         a, b = torch.randn(40, 64), torch.randn(64, 40)
