@@ -21,7 +21,7 @@ _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
 # Those that only a choice shared by a tile of queries has, and what they are without one.
-_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "dense_below": 0}
+_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
@@ -95,6 +95,7 @@ def make_rule(
     tile: int = 1,
     threshold: float | None = None,
     dense_below: int = 0,
+    sample: int = 1,
 ) -> Rule:
     """The rule that settings name: the paper's where `tile` is 1, else one that `tile` queries share.
 
@@ -106,8 +107,8 @@ def make_rule(
     )
     check_int("tile", tile, minimum=1)
     if tile == 1:
-        for name, value in (("threshold", threshold), ("dense_below", dense_below)):
-            if value:
+        for name, value in (("threshold", threshold), ("sample", sample), ("dense_below", dense_below)):
+            if value != _SHARED_FIELDS[name]:
                 raise ValueError(
                     f"{name}={value} needs tile > 1: a query that chooses for itself takes topk blocks"
                 )
@@ -128,6 +129,7 @@ def make_rule(
         topk=topk,
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
+        sample=sample,
         dense_below=dense_below,
     )
 
@@ -151,13 +153,15 @@ class MobaConfig:
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
-            `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `dense_below` for that layer.
-            Mappings are accepted and normalised.
+            `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `sample`, `dense_below` for that
+            layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
             mass, see `moba_hf.op.gates`; better for models never trained with MoBA).
         tile: neighbouring queries of a head that share one choice of blocks, a multiple or a divisor of
             `block_size`; not the paper's MoBA, see `moba_hf.op.shared`. 1: every query chooses for itself.
         threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended; in (0, 1).
+        sample: with `tile` > 1, the masses of a tile come from one query in so many, the last of each group
+            in the call; a divisor of `tile`. 1: from all.
         dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
 
     Raises:
@@ -176,6 +180,7 @@ class MobaConfig:
     gate: str = "mean"
     tile: int = 1
     threshold: float | None = None
+    sample: int = 1
     dense_below: int = 0
 
     def __post_init__(self) -> None:
@@ -203,6 +208,14 @@ class MobaConfig:
     @property
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*_LAYER_FIELDS, *_SHARED_FIELDS)}
+
+    def in_words(self) -> str:
+        """The rule of most layers, as keywords."""
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in self._values.items()
+            if value not in (None, _SHARED_FIELDS.get(name))
+        )
 
     def _override(self, pairs: tuple[tuple[str, Any], ...]) -> Rule:
         values: dict[str, Any] = dict(pairs)

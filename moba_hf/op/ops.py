@@ -45,6 +45,7 @@ def moba_attention(
     gate: str = "mean",
     tile: int = 1,
     threshold: float | None = None,
+    sample: int = 1,
     dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -74,6 +75,7 @@ def moba_attention(
             `tile` > 1 "mass".
         tile: queries that share a choice, a multiple or a divisor of `block_size`.
         threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended.
+        sample: with `tile` > 1, one query in so many, the last of each group, speaks for the tile.
         dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
         cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
             (keys take those of the queries when only these are given). A sequence with fewer queries than
@@ -93,7 +95,7 @@ def moba_attention(
         NotImplementedError: a derivative in forward mode, which the reference alone has.
     """
     _check_packed(q, k, v)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     sequences = Sequences(table, *_longest(q, k, table, max_seqlen_q, max_seqlen_k), by_row=False)
     if block_indices is not None:
@@ -126,6 +128,7 @@ def select_blocks(
     gate: str = "mean",
     tile: int = 1,
     threshold: float | None = None,
+    sample: int = 1,
     dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -142,7 +145,7 @@ def select_blocks(
     Arguments and errors are those of `moba_attention`. The choice carries no gradient.
     """
     _check_packed(q, k, k)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
     q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
