@@ -377,7 +377,7 @@ class TestPrefillOfRotaryEmbeddings:
         one = self.model(kind)
         one(ids, attention_mask=mask, position_ids=positions, **cache_kwargs(one, expected))
         model = self.model(kind)
-        cache = prefill(model, ids, chunk_size=16, attention_mask=mask, progress=False)
+        cache = prefill(model, ids, chunk_size=16, attention_mask=mask, dense_tail=0, progress=False)
         for ours, theirs in zip(cache.layers, expected.layers, strict=True):
             real = mask[:, None, :59, None].bool().expand_as(ours.keys)
             assert error(ours.keys[real], theirs.keys[:, :, :59][real]) < 1e-5
@@ -389,12 +389,12 @@ class TestPrefillOfRotaryEmbeddings:
     @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
     def test_a_cache_of_other_frequencies_is_refused(self, kind: str) -> None:
         model, ids = self.model(kind), torch.randint(1, 90, (1, 60))
-        cache = prefill(model, ids[:, :21], progress=False)
-        prefill(model, ids[:, :30], cache=cache, progress=False)
+        cache = prefill(model, ids[:, :21], dense_tail=0, progress=False)
+        prefill(model, ids[:, :30], cache=cache, dense_tail=0, progress=False)
         with pytest.raises(
             ValueError, match=rf'type "{kind}" change beyond 32 tokens: the cache holds 29 tokens'
         ):
-            prefill(model, ids, cache=cache, progress=False)
+            prefill(model, ids, cache=cache, dense_tail=0, progress=False)
 
 
 class TestDefaultCache:
