@@ -37,7 +37,33 @@ _WRITTEN_FOR = (
 )
 
 
-class MobaLayer(DynamicLayer):
+class _OrderedMoves:
+    """Orders what an offloading cache copies from two streams: it offloads on one and prefetches on another.
+
+    Nothing in transformers makes the prefetch wait. So it could read host memory before the copy to it has
+    ended, and write to device memory whose freed tensor queued kernels still read.
+    """
+
+    device: Any
+    _work: torch.cuda.Stream | None = None
+
+    def _begin_move(self) -> None:
+        """Called on the stream that computes, before a copy to the CPU is queued."""
+        if torch.device(self.device).type == "cuda":
+            self._work = torch.cuda.current_stream(self.device)
+
+    def _follow_work(self) -> None:
+        """Makes the current stream, on which the layer comes back, wait for the work queued so far."""
+        if self._work is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._work)
+
+    def _end_moves(self) -> None:
+        """Waits for the copies in flight, before rows are changed wherever they lie."""
+        if self._work is not None:
+            torch.cuda.synchronize(self.device)
+
+
+class MobaLayer(_OrderedMoves, DynamicLayer):
     """A dynamic cache layer: a decode step writes one slot and neither copies nor reads the others.
 
     Keys and values lie in the first slots of larger buffers, which grow by an eighth when they are full.
@@ -205,6 +231,7 @@ class MobaLayer(DynamicLayer):
         """Applies a selection of rows; only the slots in use are moved."""
         if self._buffers is None or self._length == 0:
             return
+        self._end_moves()
         capacity = self._buffers[0].shape[2]
         for i, old in enumerate(self._buffers):
             rows = change(old[:, :, : self._length])
@@ -225,10 +252,12 @@ class MobaLayer(DynamicLayer):
     def offload(self) -> None:
         """Moves keys and values to the CPU; the means stay where they are used."""
         if self._buffers is not None:
+            self._begin_move()
             self._buffers = [x.to("cpu", non_blocking=True) for x in self._buffers]
 
     def prefetch(self) -> None:
         if self._buffers is not None:
+            self._follow_work()
             self._buffers = [x.to(self.device, non_blocking=True) for x in self._buffers]
 
     def activate_past_recording(self) -> None:
@@ -251,7 +280,7 @@ def _tracked(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-class MobaStaticLayer(StaticLayer):
+class MobaStaticLayer(_OrderedMoves, StaticLayer):
     """A static cache layer with means of complete blocks, for `torch.compile` and CUDA graphs.
 
     Args:
@@ -329,7 +358,17 @@ class MobaStaticLayer(StaticLayer):
         super().reset()
         self.block_means.forget(0)
 
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._begin_move()
+        super().offload()
+
+    def prefetch(self) -> None:
+        self._follow_work()
+        super().prefetch()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._end_moves()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.is_initialized:
             self.block_means.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))

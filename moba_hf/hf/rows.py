@@ -260,20 +260,21 @@ class Rows:
             kv_start, kv_end = torch.zeros_like(offset), offset + q_len
         else:
             real = self._real()
-            kv_start = real.int().argmax(dim=1)
-            kv_end = torch.where(real.any(dim=1), kv_len - real.flip(1).int().argmax(dim=1), 0)
+            kv_start, kv_end = _bounds(real)
             if isinstance(self.q_offset, Tensor):
                 _assert_later(self.q_offset + q_len <= self.given.shape[1], SHORT)
-            _assert_later((real.sum(dim=1) == kv_end - kv_start).all(), f"the attention mask {HOLE}")
         table = batched_table(batch, q_len, kv_len, device, kv_start, kv_end, offset)
         return Layout(Sequences(table, q_len, kv_len, True, kv_start))
 
     def _real(self) -> Tensor:
         """Bool `(batch, kv_len)`: slots that are written and no padding."""
         assert self.given is not None
-        missing = self.kv_len - self.given.shape[1]
-        given = nn.functional.pad(self.given.to(torch.bool), (0, max(0, missing)))[:, : self.kv_len]
-        return given & (torch.arange(self.kv_len, device=self.device) < self.q_offset + self.q_len)
+        given, written = self.given.to(torch.bool), self.q_offset + self.q_len
+        if isinstance(written, int) and given.shape[1] == self.kv_len == written:
+            return given  # a step of a dynamic cache: every slot is written, few operators matter
+        missing = self.kv_len - given.shape[1]
+        given = nn.functional.pad(given, (0, max(0, missing)))[:, : self.kv_len]
+        return given & (torch.arange(self.kv_len, device=self.device) < written)
 
     def _in_graph(self, kwargs: dict[str, Any]) -> Layout:
         """The layout inside a graph: offsets tell of packing; without them it is asserted to be absent."""
@@ -383,6 +384,14 @@ def moba_mask(
         dense=dense,
         windowed=local_size is not None,
     )
+
+
+def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
+    """First slot and last + 1 of the rows of `real`, int64 `(batch,)`; a hole raises on the device."""
+    start, count = real.view(torch.uint8).argmax(dim=1), real.sum(dim=1)
+    begins = (real[:, 1:] > real[:, :-1]).sum(dim=1) + real[:, 0]
+    _assert_later((begins <= 1).all(), f"the attention mask {HOLE}")
+    return start, start + count
 
 
 def _hidden_axes(config: Any, batch: int, length: int) -> Tensor | None:
