@@ -29,7 +29,7 @@ LAYERS = [
     {"hf.patching", "hf.prefill"},
     {"probes"},
     {"hf.attention"},
-    {"hf.layer_plan", "hf.rows"},
+    {"hf.layer_plan", "hf.rows", "hf.rope"},
     {"hf.loading"},
     {"hf.adapter", "hf.cache", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},

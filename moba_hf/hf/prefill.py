@@ -88,8 +88,9 @@ def prefill(
     if seen >= length:
         raise ValueError(f"the cache holds {seen} tokens, the prompt has {length}: nothing is left to read")
     _check_slots(cache, length)
-    position_ids = None
+    position_ids, longest = None, length
     if attention_mask is not None:
+        longest = int(attention_mask.sum(1).max())
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -99,7 +100,6 @@ def prefill(
     if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and _is_first_process())
-    longest = length if position_ids is None else int(position_ids.max()) + 1
     bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
     with whole_prompt(model, longest, seen), bar:
         for count, dense in chunks:
