@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("MOBA_TEST_DEVICE") == "cuda" else "cpu"
 LENGTH = 61
@@ -75,13 +76,23 @@ def tensor_parallel(folder: str) -> None:
         for ours, whole in zip(caches[0].layers, caches[1].layers, strict=True):
             close(ours.keys, whole.keys[:, rank * heads : (rank + 1) * heads], f"{decode}: cached keys")
         made = [
-            each.generate(ids, cache=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            each.generate(
+                ids,
+                **cache_kwargs(each.generate, cache),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+            )
             for each, cache in zip((model, expected), caches, strict=True)
         ]
         assert torch.equal(*made), f"{decode}: tokens {made}"
         fresh = [
             each.generate(
-                ids, cache=MobaCache(each.config), max_new_tokens=8, min_new_tokens=8, do_sample=False
+                ids,
+                **cache_kwargs(each.generate, MobaCache(each.config)),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
             )
             for each in (model, expected)
         ]
@@ -149,6 +160,16 @@ def ulysses(folder: str) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 close(parameter.grad, grads[key], f"{name}: {key}")
+    mask = torch.ones_like(ids)
+    mask[:, -9:] = 0
+    got = model(ids[:, part], attention_mask=mask[:, part], position_ids=plain[:, part], use_cache=False)
+    real = mask[0, part].bool()
+    close(got.logits[:, real].detach(), before["one document"][0][:, part][:, real], "padding on the right")
+    mask = mask.flip(1)
+    mask[:, : length // ranks + 3] = 0  # rank 0 has nothing but padding, the next one begins with it
+    if rank < 2:
+        with pytest.raises(ValueError, match="padding on the left of rows"):
+            model(ids[:, part], attention_mask=mask[:, part], position_ids=plain[:, part], use_cache=False)
 
 
 def fails(folder: str) -> None:
