@@ -57,6 +57,10 @@ class TestTwoProcesses:
     def test_ulysses(self, folder: Any) -> None:
         assert_ranks(f"ulysses={folder('llama')}")
 
+    @needs_deepspeed
+    def test_ulysses_through_accelerate(self, folder: Any) -> None:
+        assert_ranks(f"through_accelerate={folder('llama')}")
+
     def test_a_rank_that_fails_ends_the_others_with_its_message(self) -> None:
         result = run_ranks("fails=-", timeout=120)
         assert result.returncode != 0
