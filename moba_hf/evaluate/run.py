@@ -20,15 +20,29 @@ from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.parallel import launched_ranks
 
 MEASURES = ("perplexity", "agreement", "recall")
 
 
-def load(path: str, device: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    path: str, device: str | None = None, *, trust_remote_code: bool = False, spread: bool = False
+) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "float32" if device == "cpu" else "auto"
-    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code, spread=spread)
+
+
+def check_ranks(measures: Sequence[str], store: str | os.PathLike[str] | None) -> None:
+    """Raises ValueError for what a model spread over the ranks of `torchrun` cannot give."""
+    ranks = launched_ranks()
+    if ranks > 1 and "recall" in measures:
+        raise ValueError(
+            f"recall looks at all heads of a layer, each of {ranks} ranks has some: run it without torchrun"
+        )
+    if ranks > 1 and store is not None:
+        raise ValueError(f"a store is kept by one process, there are {ranks} ranks: leave out --store")
 
 
 def settings_of(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,6 +31,18 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
             f"{heads} key-value heads cannot be divided among {ranks} ranks: tensor parallelism would cut "
             f"inside a head. Use {', '.join(map(str, fitting))} ranks, or sequence parallelism"
         )
+
+
+def launched_ranks() -> int:
+    """Processes that `torchrun` started this program in; 1: it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def tensor_parallel_ranks(kwargs: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -21,6 +20,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.hf.parallel import is_first_rank
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 
@@ -92,7 +92,7 @@ def prefill(
     read = seen + sum(n for n, _ in chunks)
     if dense_tail:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
-    hidden = not (progress and _is_first_process())
+    hidden = not (progress and is_first_rank())
     with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
         for count, dense in chunks:
             end = seen + count
@@ -135,13 +135,6 @@ def _attending_everything(model: Any, wanted: bool) -> Iterator[None]:
     finally:
         for module in modules:
             delattr(module, SUSPENDED)
-
-
-def _is_first_process() -> bool:
-    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:
