@@ -103,7 +103,7 @@ def load_checkpoint(
     place = device or ("auto" if torch.cuda.is_available() else None)
     options: dict[str, Any] = {"device_map": place} if place else {}
     if ranks > 1:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         options = {"distributed_config": DistributedConfig(tp_size=ranks)}
     return load_model(path, auto, dtype=dtype, attn_implementation="sdpa", **options), tokenizer

@@ -109,7 +109,11 @@ def evaluate(
     """
     _check(texts, measures, tasks, task_lengths, contexts)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
-    made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
+    made_of = (
+        {}
+        if store is None
+        else {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
+    )
     known = Store(store, {**made_of, "settings": configs, "seed": seed})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
     result["keys"] = {}
