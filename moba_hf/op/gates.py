@@ -150,6 +150,7 @@ class MassSummary:
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
         self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
+        self.centers = torch.cat([self.mean, self.smallest[:, None]], 1)
         self.log_size = math.log(size)
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
