@@ -109,10 +109,11 @@ def _random_mask(q: Tensor, kv_len: int, sequences: Any, rule: SharedRule) -> tu
     return torch.stack(heads), attended, pairs
 
 
-def read(model: Any, ids: Tensor, cache: MobaCache, chunk: int) -> None:
-    """Reads a prompt into an emptied cache, in chunks."""
+def read(model: Any, ids: Tensor, cache: MobaCache, chunk: int, **kwargs: Any) -> None:
+    """Reads a prompt into an emptied cache, in chunks, every token by the rule (`dense_tail=0`)."""
     cache.reset()
-    moba_hf.prefill(model, ids, chunk, progress=False, **cache_kwargs(moba_hf.prefill, cache))
+    kwargs = {"dense_tail": 0, "progress": False, **cache_kwargs(moba_hf.prefill, cache), **kwargs}
+    moba_hf.prefill(model, ids, chunk, **kwargs)
 
 
 def rates(length: int, seconds: float, peak: float) -> dict[str, str]:
@@ -296,11 +297,8 @@ def ten_million(ranks: Ranks, tiny: bool) -> None:
         if not done and not ranks.room(seconds * 0.5, "c-10m, the rest"):
             raise Stop
 
-    cache.reset()
     try:
-        moba_hf.prefill(
-            model, ids, chunk, progress=False, on_chunk=after, **cache_kwargs(moba_hf.prefill, cache)
-        )
+        read(model, ids, cache, chunk, on_chunk=after)
     except Stop:
         return
 
