@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moba_hf.op.backend_table import check_backend
 from moba_hf.op.gates import GATES
-from moba_hf.op.numerics import check_int
+from moba_hf.op.numerics import check_int, plain_int
 from moba_hf.op.shared_rule import SharedRule, check_rotary_pairs
 
 # Names of the original MoBA release, read by `from_dict`.
@@ -106,6 +106,9 @@ def make_rule(
     Raises:
         ValueError: values out of range, or that belong to the other rule. TypeError: values of a wrong type.
     """
+    block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample = (
+        plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample)
+    )
     check_int("tile", tile, minimum=1)
     if tile == 1:
         for name, value in (("threshold", threshold), ("sample", sample), ("dense_below", dense_below)):
@@ -185,6 +188,8 @@ class MobaConfig:
     dense_below: int = 0
 
     def __post_init__(self) -> None:
+        for name in (*_LAYER_FIELDS, *_SHARED_FIELDS, "decode_max_len"):
+            object.__setattr__(self, name, plain_int(getattr(self, name)))
         _ = self._base  # which raises
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
@@ -367,7 +372,7 @@ def read_preset(name: str) -> dict[str, Any]:
 def _int_tuple(values: object) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"full_attention_layers must be a list of ints, got {values!r}")
-    result = tuple(values)
+    result = tuple(plain_int(value) for value in values)
     for value in result:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"full_attention_layers must hold ints, got {value!r}")
@@ -395,7 +400,7 @@ def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, Any], ..
                 f"layer {index} overrides {', '.join(unknown)}; it may set "
                 f"{', '.join([*_LAYER_FIELDS, *_SHARED_FIELDS])}"
             )
-        result.append((index, tuple(sorted(pairs.items()))))
+        result.append((index, tuple(sorted((name, plain_int(value)) for name, value in pairs.items()))))
     if len({index for index, _ in result}) != len(result):
         raise ValueError("layers names a layer twice")
     return tuple(sorted(result))

@@ -21,6 +21,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 
@@ -71,8 +72,8 @@ def prefill(
 
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, a
-            cache under both names, or one that holds the whole prompt or, being static, has not a slot for
-            every token.
+            cache under both names, or one that holds the whole prompt, holds tokens rotated by other
+            frequencies (`hf.rope`), or is static and has not a slot for every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -98,7 +99,9 @@ def prefill(
     if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and _is_first_process())
-    with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
+    longest = length if position_ids is None else int(position_ids.max()) + 1
+    bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
+    with whole_prompt(model, longest, seen), bar:
         for count, dense in chunks:
             end = seen + count
             with attending_everything(model, dense):
