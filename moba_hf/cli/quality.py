@@ -121,7 +121,9 @@ def calibrate(
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find, for each layer, full attention or how many blocks: the cheapest setting you allow.
+    """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
+
+    The threshold of a choice that a tile of queries shares is not searched; compare some with 'moba-hf eval'.
 
     Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
     model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
