@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,8 +77,20 @@ def convert(
             help="GGUF only: what to save as. float32 (default) is exact; the others take half the size."
         ),
     ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Write a longer context into the config: so many tokens.")
+    ] = None,
+    rope: Annotated[str, typer.Option(help="How positions reach it: theta, linear or yarn.")] = "theta",
+    rope_theta: Annotated[
+        float | None, typer.Option(help="theta only: the new base (by default as interpolation would).")
+    ] = None,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Extend a source whose rotary embedding is scaled already.")
+    ] = False,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
+    if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
+        raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
     config = settings(
         preset,
         full_attention_layers,
@@ -93,6 +105,7 @@ def convert(
         gate=gate,
     )
     quiet()
+    from moba_hf.checkpoints.context_length import ContextLength
     from moba_hf.checkpoints.convert import convert_checkpoint
     from moba_hf.config import DEFAULT_PRESET, MobaConfig
 
@@ -100,8 +113,13 @@ def convert(
         print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
         config = MobaConfig.from_preset(DEFAULT_PRESET)
     chosen = None if dtype is None else dtype.value
-    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
+    context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
+    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen, context=context)
     print(f"{shown(made)}: converted; {config.in_words()}")
+    if context is not None:
+        print(
+            f"Context {context.length:,} tokens by {context.rope}; untrained, so measure it: 'moba-hf eval'"
+        )
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
@@ -225,7 +243,7 @@ def generate(
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
             streamer = generation.text_streamer(tokenizer)
-            more = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
+            more: Any = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
             result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
     if compare:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -48,10 +49,15 @@ def evaluate(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="perplexity, agreement, recall; may be given again.")
+        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; may be given again.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="needle, multi-needle, key-value, variables (RULER-like).")
+        list[str] | None,
+        typer.Option(help="needle, multi-needle, key-value, variables (RULER-like), code-lookup."),
+    ] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(help="code-lookup: a folder of Python sources, whole repositories; may be given again."),
     ] = None,
     task_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a task's context.")] = None,
     contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
@@ -81,11 +87,14 @@ def evaluate(
     )
     quiet()
     from moba_hf.evaluate import run
+    from moba_hf.evaluate.repositories import read_repository
 
+    run.check_ranks(measure or (), store)
     named = run.presets_of(preset or [], given)
-    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code, spread=True)
     wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
+    repositories = [read_repository(folder, tokenizer) for folder in sources or ()]
     result = run.evaluate(
         loaded,
         tokenizer,
@@ -96,6 +105,7 @@ def evaluate(
         task_lengths=task_length or [length],
         contexts=contexts,
         depths=depth or None,
+        sources=repositories,
         seed=seed,
         store=store,
     )
@@ -119,7 +129,9 @@ def calibrate(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find, for each layer, full attention or how many blocks: the cheapest setting you allow.
+    """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
+
+    The threshold of a choice that a tile of queries shares is not searched; compare some with 'moba-hf eval'.
 
     Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
     model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
@@ -208,7 +220,7 @@ def _check_folder(*paths: str | None) -> None:
 
 def _write_json(path: str | None, values: Any) -> None:
     """Writes `values` to a file; where that fails after all, they are printed, so that no work is lost."""
-    if path is None:
+    if path is None or os.environ.get("RANK", "0") != "0":
         return
     text = json.dumps(values, indent=1)
     try:

@@ -95,6 +95,8 @@ class Inspection:
         num_heads, num_kv_heads, head_dim: of the attention layers.
         dtype: of keys and values in the cache.
         layers, lengths: the rows.
+        max_length: tokens that the config gives the model; None: it does not say.
+        rope: the rotary parameters; None: the model has none.
     """
 
     model_type: str
@@ -107,6 +109,8 @@ class Inspection:
     dtype: str
     layers: tuple[LayerRow, ...]
     lengths: tuple[LengthRow, ...]
+    max_length: int | None = None
+    rope: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -154,6 +158,8 @@ def inspect_config(
         dtype=str(dtype).removeprefix("torch."),
         layers=layers,
         lengths=tuple(_length_row(layers, shape, length) for length in lengths),
+        max_length=getattr(text, "max_position_embeddings", None),
+        rope=getattr(text, "rope_parameters", None) or None,
     )
 
 
@@ -247,6 +253,8 @@ def describe(inspection: Inspection) -> str:
         f"{inspection.model_type}: {len(inspection.layers)} layers ({counts}), {inspection.num_heads} heads, "
         f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
         f"MoBA settings: {inspection.moba_source}",
+        *([] if inspection.max_length is None else [f"context: {inspection.max_length:,} tokens"]),
+        *([] if inspection.rope is None else [f"rotary embedding: {_rope_text(inspection.rope)}"]),
         "",
         *text_table(
             [("LAYERS", "ATTENTION", "WHY"), *_layer_ranges(inspection.layers)],
@@ -289,6 +297,14 @@ def _layer_ranges(layers: Sequence[LayerRow]) -> list[tuple[str, str, str]]:
         first, last = numbers[0], numbers[-1]
         ranges.append((str(first) if first == last else f"{first}-{last}", kind, why))
     return ranges
+
+
+def _rope_text(rope: dict[str, Any]) -> str:
+    """Rotary parameters on one line; those of layer types one after the other."""
+    if all(isinstance(value, dict) for value in rope.values()):
+        return "; ".join(f"{kind}: {_rope_text(one)}" for kind, one in rope.items())
+    shown = {name: value for name, value in rope.items() if not isinstance(value, (list, tuple))}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.registry import Registry
-from moba_hf.op.shared_rule import SharedRule
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -142,7 +141,7 @@ def _plan(
     def make() -> LayerPlan:
         moba: MobaConfig = getattr(_kept, settings)
         rule = None if suspended else moba.for_layer(layer_idx, num_layers)
-        if isinstance(rule, SharedRule):
+        if rule is not None:
             rule = dataclasses.replace(rule, rotary_pairs=rotary_pairs)
         full_len = moba.decode_max_len if moba.decode == "full" else 0
         return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.dense_len)

@@ -14,7 +14,9 @@ keys and takes
     score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key of least norm
 
 where `f(v) = v / 2` is the cumulant of a normal spread and `f(v) = sqrt(2 v log n) - log n` for
-`v > 2 log n`, as n samples cannot reach further (the random energy model). A block costs
+`v > 2 log n`, as n samples cannot reach further (the random energy model). `var_d` is the mean of the
+variances of the two coordinates that a rotary embedding turns together: a rotation keeps it, so scores do not
+depend on where positions begin. A block costs
 `2 * parts + 1` dot products with vectors that depend on its keys alone. Like block means these are taken in
 fp32 (fp64) and rounded to the key dtype, the variances and the squared queries of fp16 to bf16; products of
 these dtypes are accumulated in fp32, so that a kernel can do the same.
@@ -56,11 +58,17 @@ class Gate(ABC):
 
     @abstractmethod
     def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+        self,
+        k: Tensor,
+        block_size: int,
+        softmax_scale: float,
+        block_means: Tensor | None = None,
+        rotary_pairs: str = "halves",
     ) -> Summary:
         """The summary of the complete blocks of `k (HK, N, D)`.
 
         Args:
+            rotary_pairs: one of `ROTARY_PAIRS`, for a gate that pairs coordinates.
             block_means: `(HK, >= complete blocks, D)` of a cache, for a gate that scores means; None: taken
                 here.
         """
@@ -76,7 +84,12 @@ class MeanGate(Gate):
     scores_means = True
 
     def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+        self,
+        k: Tensor,
+        block_size: int,
+        softmax_scale: float,
+        block_means: Tensor | None = None,
+        rotary_pairs: str = "halves",
     ) -> Summary:
         means = block_mean(k, block_size) if block_means is None else block_means
         return MeanSummary(means[:, : k.shape[1] // block_size].to(accumulate_dtype(k.dtype)))
@@ -92,9 +105,14 @@ class MassGate(Gate):
     reads_scale = True
 
     def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+        self,
+        k: Tensor,
+        block_size: int,
+        softmax_scale: float,
+        block_means: Tensor | None = None,
+        rotary_pairs: str = "halves",
     ) -> Summary:
-        return MassSummary(k, block_size, softmax_scale)
+        return MassSummary(k, block_size, softmax_scale, rotary_pairs)
 
     def vectors(self, block_size: int) -> int:
         return 2 * (block_size // part_size(block_size)) + 1
@@ -132,12 +150,11 @@ class MassSummary:
         k: `(HK, N, D)`.
         block_size: tokens in a block.
         scale: factor of the scores in the softmax.
-        rotary_pairs: average variances over the coordinates that a rotary embedding turns together, so that
-            scores do not depend on where positions begin: "halves" pairs d with d + D/2, "neighbours" 2d
-            with 2d + 1. None: variances as they are.
+        rotary_pairs: which coordinates a rotary embedding turns together: "halves", d and d + D/2, or
+            "neighbours", 2d and 2d + 1.
     """
 
-    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str | None = None):
+    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str = "halves"):
         count, size = k.shape[1] // block_size, part_size(block_size)
         dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
         keys = k[:, : count * block_size].to(dtype)
@@ -145,8 +162,8 @@ class MassSummary:
         self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
         self.pairs = rotary_pairs
         var = parts.var(3, unbiased=False) if count else parts.mean(3)  # torch warns of variances of nothing
-        var = var if rotary_pairs is None else self._paired(var) / 2
-        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
+        var = self._of_pairs(var) / 2
+        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D)
         blocks = keys.unflatten(1, (count, block_size))
         least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
         self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
@@ -167,14 +184,29 @@ class MassSummary:
 
     def squares(self, queries: Tensor) -> Tensor:
         """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
-        return self._paired(queries.square()).to(self.narrow).to(queries.dtype)
+        return queries.square().to(self.narrow).to(queries.dtype)
 
-    def _paired(self, x: Tensor) -> Tensor:
-        """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
-        if self.pairs is None:
-            return x
-        if x.shape[-1] % 2:
-            raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
-        return (
-            x.unflatten(-1, (2, -1)).sum(-2) if self.pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
-        )
+    def _of_pairs(self, var: Tensor) -> Tensor:
+        """For each coordinate of `var (..., D)` the sum over its pair."""
+        sums = pair_sums(var, self.pairs)
+        return torch.cat([sums, sums], -1) if self.pairs == "halves" else sums.repeat_interleave(2, -1)
+
+
+class PairedMassSummary(MassSummary):
+    """The same with one variance for each pair of coordinates, `(HK, parts, blocks, D/2)`: half the products.
+
+    Low precision rounds the sum of two squares where `MassSummary` rounds each.
+    """
+
+    def squares(self, queries: Tensor) -> Tensor:
+        return pair_sums(queries.square(), self.pairs).to(self.narrow).to(queries.dtype)
+
+    def _of_pairs(self, var: Tensor) -> Tensor:
+        return pair_sums(var, self.pairs)
+
+
+def pair_sums(x: Tensor, rotary_pairs: str) -> Tensor:
+    """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`."""
+    if rotary_pairs == "halves":
+        return x.unflatten(-1, (2, -1)).sum(-2)
+    return x.unflatten(-1, (-1, 2)).sum(-1)

@@ -152,12 +152,14 @@ def select_blocks(
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
     if isinstance(rule, SharedRule):
         return select_shared(q4, k4, Sequences(table, *lengths), rule, softmax_scale=scale, backend=backend)
+    _check_head_dim(rule, q)
     short = rule if torch.compiler.is_compiling() else _shortened(rule, int(lengths[1]))
     if short.topk < rule.topk:
         _check_size(q, rule.topk, short.topk)
     name = choose_backend(backend, q4, k4, k4, short)
     choice = select_op(q4, k4, table, *lengths, *flat_rule(short), scale, name)[0]
-    return torch.nn.functional.pad(choice, (0, rule.topk - short.topk), value=-1)
+    missing = rule.topk - short.topk
+    return torch.nn.functional.pad(choice, (0, missing), value=-1) if missing else choice
 
 
 def attention(
@@ -198,6 +200,7 @@ def attention(
             _check_mask(block_indices, q, sequences, rule)
         settings: Any = {"softmax_scale": softmax_scale, "backend": backend, "block_mask": block_indices}
         return shared_attention(q, k, v, sequences, rule, **settings)
+    _check_head_dim(rule, q)
     if block_indices is None and not torch.compiler.is_compiling():
         rule = _shortened(rule, int(sequences.max_seqlen_k))
     name = choose_backend(backend, q, k, v, rule)
@@ -217,6 +220,12 @@ def attention(
         return runs.forward(q, k, v, block_indices, sequences, rule.block_size, softmax_scale)
     flat_where = flat_sequences(sequences)
     return attend_op(q, k, v, block_indices, *flat_where, rule.block_size, softmax_scale, name)
+
+
+def _check_head_dim(rule: LayerConfig, q: Tensor) -> None:
+    """Raises ValueError where `q (..., head_dim)` has a coordinate without a partner."""
+    if rule.gate == "mass" and q.shape[-1] % 2:
+        raise ValueError(f"gate='mass' needs an even head_dim, got {q.shape[-1]}")
 
 
 def _shortened(rule: LayerConfig, longest: int) -> LayerConfig:
