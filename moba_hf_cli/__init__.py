@@ -6,6 +6,14 @@ Every error is one plain line on stderr and exit code 2. `checkpoints`, `quality
 commands, `options` what several of them take, `signals` how they end, `app` the whole.
 """
 
-from moba_hf_cli.app import main
+from collections.abc import Sequence
+from typing import NoReturn
 
-__all__ = ["main"]
+from moba_hf_cli.signals import exiting
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line `args` (default: the program's own) and exits."""
+    with exiting():
+        from moba_hf_cli.app import main as run
+    run(args)
