@@ -158,7 +158,8 @@ def select_blocks(
         _check_size(q, rule.topk, short.topk)
     name = choose_backend(backend, q4, k4, k4, short)
     choice = select_op(q4, k4, table, *lengths, *flat_rule(short), scale, name)[0]
-    return torch.nn.functional.pad(choice, (0, rule.topk - short.topk), value=-1)
+    missing = rule.topk - short.topk
+    return torch.nn.functional.pad(choice, (0, missing), value=-1) if missing else choice
 
 
 def attention(
