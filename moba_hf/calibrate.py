@@ -6,10 +6,10 @@ or the best within an allowed key budget.
 3. `allocate`: the cheapest sum of costs at a key budget, layer by layer, by a Lagrange multiplier.
 4. Whole passes confirm: one for a key budget, a few by bisection for an allowed loss.
 
-In what it finds every query chooses for itself; the threshold of a shared choice (`tile` > 1)
-is not searched.
+The settings it finds let every query choose for itself; it does not search the threshold of a shared choice
+(`tile` > 1).
 
-On SmolLM2-135M the whole takes minutes on two cores. What it takes elsewhere: per text of N tokens one dense
+A calibration of SmolLM2-135M takes minutes on two cores. In general it takes, per text of N tokens one dense
 prefill and, per layer and rule, `samples` rows of attention and one output projection; one backward pass over
 2,048 tokens, which needs the weights and about 2 GB per billion parameters of activations in bf16; and
 `1 + confirmations` prefills per text. For an 8B model at 32K tokens on one 80 GB GPU that is an estimated few

@@ -1,4 +1,4 @@
-"""Models that show what MoBA does in them: random weights that matter, and recorded attention calls."""
+"""Tiny models for checks: random weights with peaked attention, and recorded attention calls."""
 
 from __future__ import annotations
 

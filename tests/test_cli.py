@@ -14,7 +14,8 @@ import pytest
 import torch
 from checkpoints import flip, save_tiny
 
-from moba_hf import MobaConfig, bench, cli
+import moba_hf_cli as cli
+from moba_hf import MobaConfig, bench
 from moba_hf.checkpoints import convert
 from moba_hf.config import preset_names
 
@@ -108,6 +109,63 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == preset_names()
     assert re.search(r"^paper-1m +4096 +12 +1 +- +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
+    values = json.loads(run("presets", "--json")[1])
+    assert list(values) == preset_names()
+    for name, preset in values.items():  # what a file leaves out has the value that MobaConfig gives it
+        config = MobaConfig.from_preset(name)
+        assert {key: getattr(config, key) for key in preset["moba"] if key != "full_attention_layers"} == {
+            key: value for key, value in preset["moba"].items() if key != "full_attention_layers"
+        }
+        assert tuple(preset["moba"]["full_attention_layers"]) == config.full_attention_layers
+
+
+def test_convert_without_settings_takes_the_default_and_says_so(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, _, err = run("convert", src, tmp_path / "dst")
+    assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is taken\n")
+    assert settings(tmp_path / "dst") == MobaConfig.from_preset("default")
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["--help"], 0),
+        (["convert", "--help"], 0),
+        (["presets"], 0),
+        (["presets", "--json"], 0),
+        (["--show-completion", "bash"], 0),
+        (["fly"], 2),
+        (["convert"], 2),
+        (["convert", "a", "b", "--topk", "2"], 2),
+        (["convert", "a", "b", "--preset", "huge"], 2),
+        (["eval", "a", "--preset", "huge"], 2),
+        (["calibrate", "a"], 2),
+    ],
+)
+def test_what_needs_no_model_imports_neither_torch_nor_transformers(args: list[str], code: int) -> None:
+    program = """
+import sys
+import moba_hf_cli
+try:
+    moba_hf_cli.main(sys.argv[1:])
+except SystemExit as end:
+    heavy = {"torch", "transformers", "moba_hf", "numpy"} & set(sys.modules)
+    print("imported", sorted(heavy), "code", end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == [f"imported [] code {code}"], done.stderr
+
+
+def test_shell_completion_lists_commands() -> None:
+    environment = {
+        **os.environ,
+        "_MOBA_HF_COMPLETE": "complete_bash",
+        "COMP_WORDS": "moba-hf con",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "moba_hf_cli"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.stdout.split() == ["convert"]
 
 
 BLOCKS = ("--block-size", "8", "--topk", "2")
@@ -120,7 +178,6 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         ((), "Missing command"),
         (("fly",), "No such command 'fly'"),
         (("convert",), "Missing argument"),
-        (("convert", "SRC", "DST"), "give --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--tile", "8"), "--preset excludes --tile"),
@@ -240,7 +297,7 @@ def test_bench_passes_its_options_on(run, green: bool, monkeypatch: pytest.Monke
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moba_hf.cli", "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS]
+    command = [sys.executable, "-m", "moba_hf_cli", "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""

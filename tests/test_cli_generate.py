@@ -226,7 +226,7 @@ def test_generate_compare_on_smollm2(tmp_path: Path) -> None:
     gguf = next(file.locate() for file in files if file.suffix == ".gguf")
     from pydoc_data.topics import topics
 
-    command = [sys.executable, "-m", "moba_hf.cli"]
+    command = [sys.executable, "-m", "moba_hf_cli"]
     subprocess.run([*command, "convert", gguf, tmp_path / "dst", "--preset", "default"], check=True)
     from transformers import AutoTokenizer
 

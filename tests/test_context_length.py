@@ -18,7 +18,7 @@ from moba_hf.checkpoints.context_length import ContextLength, with_context_lengt
 from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 from moba_hf.checkpoints.verify import verify_checkpoint
-from moba_hf.cli.app import app
+from moba_hf_cli.app import app
 
 DIM, BASE, OLD = 16, 10_000.0, 256
 PLAIN = BASE ** (-torch.arange(0, DIM, 2).double() / DIM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -106,7 +107,12 @@ def test_public_configs(
     assert {kind: counted.count(kind) for kind in dict.fromkeys(counted)} == kinds
     assert len(result.layers) == values["num_hidden_layers"] == len({row.index for row in result.layers})
     assert [row.tokens for row in result.lengths] == list(LENGTHS) == [8192, 32768, 131072, 1048576]
-    assert len(text.splitlines()) >= len(result.layers) + len(LENGTHS)
+    ranges = [
+        line.split()[0] for line in text.splitlines() if re.match(r"\d+(-\d+)? +(moba|full|stock) ", line)
+    ]
+    covered = [range(int(r.split("-")[0]), int(r.split("-")[-1]) + 1) for r in ranges]
+    assert [index for each in covered for index in each] == [row.index for row in result.layers]
+    assert len(ranges) < len(result.layers), "equal neighbours are one line"
 
 
 def test_numbers_of_llama_70b() -> None:

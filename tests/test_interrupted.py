@@ -206,7 +206,7 @@ convert.copy_tree = stall
 if sys.argv[1] == "library":
     convert.convert_checkpoint(sys.argv[2], sys.argv[3], MobaConfig(8, 2), overwrite=True)
 else:
-    from moba_hf.cli import main
+    from moba_hf_cli import main
     main(["convert", sys.argv[2], sys.argv[3], "--block-size", "8", "--topk", "2", "--overwrite"])
 """
 

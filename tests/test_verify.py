@@ -304,7 +304,7 @@ def test_smollm2_reloads_in_a_new_process(tmp_path: Path) -> None:
     path = next(Path(spec.origin).parent.glob("*.gguf"))
     dst, ids_file, logits_file = tmp_path / "dst", tmp_path / "ids.pt", tmp_path / "logits.pt"
     moba = ["--block-size", "32", "--topk", "3", "--sink-blocks", "1"]
-    command = [sys.executable, "-m", "moba_hf.cli"]
+    command = [sys.executable, "-m", "moba_hf_cli"]
     subprocess.run([*command, "convert", str(path), str(dst), *moba], check=True)
     ids = torch.randint(49152, (1, 600), generator=torch.Generator().manual_seed(0))
     torch.save(ids, ids_file)

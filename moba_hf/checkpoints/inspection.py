@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def _window_pairs(length: int, window: int | None) -> int:
 
 
 def describe(inspection: Inspection) -> str:
-    """The inspection as text: a row per layer, then a row per length."""
+    """The inspection as text: a row per range of equal layers, then a row per length."""
     kinds = {kind: sum(row.kind == kind for row in inspection.layers) for kind in ("moba", "full", "stock")}
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     most = "up to " if any(isinstance(row.rule, SharedRule) for row in inspection.layers) else ""
@@ -256,7 +257,7 @@ def describe(inspection: Inspection) -> str:
         *([] if inspection.rope is None else [f"rotary embedding: {_rope_text(inspection.rope)}"]),
         "",
         *text_table(
-            [("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]
+            [("LAYERS", "ATTENTION", "WHY"), *_layer_ranges(inspection.layers)],
         ),
         "",
         *text_table(
@@ -286,6 +287,16 @@ def describe(inspection: Inspection) -> str:
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
     return "\n".join(lines)
+
+
+def _layer_ranges(layers: Sequence[LayerRow]) -> list[tuple[str, str, str]]:
+    """Layers (`3`, or `3-7` where neighbours are equal), kind and reason."""
+    ranges = []
+    for (kind, why), rows in groupby(layers, key=lambda row: (row.kind, row.why)):
+        numbers = [row.index for row in rows]
+        first, last = numbers[0], numbers[-1]
+        ranges.append((str(first) if first == last else f"{first}-{last}", kind, why))
+    return ranges
 
 
 def _rope_text(rope: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, the tool its users already have, with "moba" registered."""
+"""Runs lm-evaluation-harness, as installed, with "moba" registered as an attention implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def run_lm_eval(args: Sequence[str]) -> None:
-    """Runs its command line with `args`, e.g. `--model hf --model_args pretrained=DIR --tasks NAME`.
+    """Runs the command line of the harness with `args`, for example `--model hf --model_args pretrained=DIR --tasks NAME`.
 
     Raises:
         ImportError: the harness is not installed.

@@ -50,11 +50,11 @@ class Store:
         return answer
 
     def _check(self, settings: Any) -> str:
-        """A hash by which a changed file is told from one that was written here."""
+        """A hash that detects files changed by others."""
         return hashlib.sha256(json.dumps([settings, self.answers], sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self) -> None:
-        """Writes the file anew, beside it first, so that it is never half written."""
+        """Replaces the file in one step, by way of a temporary file, so that it is never half written."""
         if self.path is None:
             return
         values = {"settings": self.settings, "answers": self.answers, "check": self._check(self.settings)}

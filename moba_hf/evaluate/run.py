@@ -75,7 +75,7 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tenso
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(16 * length)  # no more: a device has no end
+        text = file.read(16 * length)  # bounded: a device file never ends
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
@@ -178,7 +178,7 @@ def _check(
     contexts: int,
     sources: Sequence[Repository],
 ) -> None:
-    """Raises ValueError for what would fail after hours."""
+    """Raises ValueError now for requests that would fail only after hours of work."""
     for what, names, known in (("measure", measures, MEASURES), ("task", tasks, (*TASKS, CODE_LOOKUP))):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
@@ -193,7 +193,7 @@ def _check(
 
 
 def _follows_text(model: Any, config: MobaConfig) -> bool:
-    """Whether some layer attends as many blocks as the text asks for."""
+    """Whether the number of attended blocks depends on the text in some layer."""
     adapter, text_config = family_of(model)
     num_layers = adapter.num_layers(text_config)
     return any(isinstance(config.for_layer(i, num_layers), SharedRule) for i in range(num_layers))

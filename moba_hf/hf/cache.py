@@ -104,7 +104,7 @@ class MobaLayer(_OrderedMoves, DynamicLayer):
         self._assign(1, value)
 
     def _assign(self, which: int, value: Tensor | None) -> None:
-        """Somebody else's assignment: the tensor becomes the buffer, the means are forgotten."""
+        """Handles an assignment from outside: the tensor becomes the buffer, and the means are dropped."""
         if value is None:
             self._buffers, self._length = None, 0
         else:

@@ -18,7 +18,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from moba_hf.config import NAME
@@ -60,6 +59,11 @@ def warn_if_dense(model: Any) -> None:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model of `config`, with its other towers if it has any."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )  # slow; `inspect` needs neither
+
     nested = config.get_text_config() is not config
     return AutoModelForImageTextToText if nested else AutoModelForCausalLM
 
@@ -118,6 +122,8 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     config = kwargs.get("config")
     if config is None:
+        from transformers import AutoConfig
+
         names = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "trust_remote_code")
         config = AutoConfig.from_pretrained(
             args[0], **{name: kwargs[name] for name in names if name in kwargs}
@@ -129,6 +135,8 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def watch_loads() -> None:
     """Wraps `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
+    from transformers import PreTrainedModel
+
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
     if getattr(original, "_moba_watched", False):
         return

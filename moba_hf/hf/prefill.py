@@ -52,10 +52,10 @@ def prefill(
     The end of the prompt, `dense_tail` tokens, attends every key: where a question follows a long text, that
     is what lets a model find short facts (measured: dev/LOG.md, 2026-11-26). Every other row equals that of a
     prefill in one call, and with `dense_tail=0` all do; where queries share a choice of blocks, chunks end
-    between tiles for that, and padded batches, whose rows begin anywhere, differ a little. Chunks of
-    `decode_max_len` tokens or fewer would count as decoding, so none is left: the last two chunks are evened
-    out, and so few tokens altogether on top of a filled cache are left to `generate`. Assisted generation
-    needs an empty cache: no prefill before it.
+    between tiles for that, and padded batches, whose rows begin anywhere, differ a little. A chunk of
+    `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with the previous
+    chunk; if a filled cache needs no more tokens than that, they are left to `generate`. Assisted generation
+    needs an empty cache, so do not prefill for it.
 
     Args:
         model: a causal language model of transformers.

@@ -27,8 +27,8 @@ from moba_hf.op.gates import GATES, Summary
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.sequences import Attended
 
-# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Elsewhere than
-# on CPUs so many times more, since launches are dear there and pages are not.
+# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Multiplied by
+# `_DEVICE_FACTOR` off the CPU, where launches dominate, not page faults.
 _SCORE_BUDGET = 1 << 24
 _PARTIAL_BUDGET = 1 << 24
 _TILE_BUDGET = 1 << 20
@@ -288,7 +288,7 @@ class _Tiles:
 
 
 class _Partials:
-    """A buffer of partial rows `(pairs + 1, width)` that all chunks share: fresh pages are dear."""
+    """A buffer of partial rows `(pairs + 1, width)` that all chunks share: touching new pages is slow."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
         self.buffer = torch.empty(0, width, dtype=dtype, device=device)

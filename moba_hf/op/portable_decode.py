@@ -22,7 +22,7 @@ from moba_hf.op.numerics import accumulate_dtype, full_precision
 
 # Queries per row up to which this path is taken.
 MAX_QUERIES = 16
-# Elements of gathered keys held at once. On CPUs little: fresh pages are dearer than the work on them.
+# Elements of gathered keys held at once. Small on CPUs, where page faults cost more than the work.
 _GATHER_BUDGET, _GATHER_BUDGET_GPU = 1 << 18, 1 << 26
 _LAST = torch.iinfo(torch.int64).max
 

@@ -28,7 +28,7 @@ from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles, unpack_blocks
 
 # Elements that the terms of masses, and the scores, of one step may hold, and keys in one piece of a list.
-# Elsewhere than on CPUs so many times more elements, since launches are dear there.
+# Off the CPU the budgets are multiplied by `_DEVICE_FACTOR`: there launches dominate, not page faults.
 _MASS_BUDGET = 1 << 20
 _SCORE_BUDGET = 1 << 18
 _FUSED_BUDGET = 1 << 20  # (row, key) pairs of a call of the fused kernel, which holds no scores
@@ -335,7 +335,7 @@ class _Sequence:
         return gathered.view(len(index), index.shape[1] * self.block_size, -1)
 
     def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Memory `name` that every piece uses anew: fresh pages are dear."""
+        """Memory `name` that every piece reuses: touching new pages is slow."""
         size = math.prod(shape)
         if name not in self.space or self.space[name].numel() < size:
             self.space[name] = self.q.new_empty(size)

@@ -13,7 +13,7 @@ from ranks import launch
 
 from moba_hf import cli
 
-CLI = ("-m", "moba_hf.cli")
+CLI = ("-m", "moba_hf_cli")
 
 
 @pytest.fixture(scope="module")

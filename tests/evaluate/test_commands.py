@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AttentionInterface, AutoTokenizer, PreTrainedTokenizerFast
 
 from moba_hf import MobaConfig
-from moba_hf.cli import main
 from moba_hf.evaluate import token_losses
 from moba_hf.evaluate.run import load
+from moba_hf_cli import main
 
 
 @pytest.fixture(scope="module")

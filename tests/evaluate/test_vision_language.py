@@ -12,8 +12,8 @@ from checkpoints import save_tokenizer
 from families import tiny_config
 
 from moba_hf import MobaConfig, convert_checkpoint
-from moba_hf.cli import main
 from moba_hf.testing import build_model
+from moba_hf_cli import main
 
 RULE = ("--block-size", 8, "--topk", 2)
 

@@ -36,4 +36,4 @@ def test_kernels(file: str) -> None:
 
 
 def test_benchmark_runs() -> None:
-    assert "gate: green" in run_interpreted("-m", "moba_hf.cli", "bench", "--tiny")
+    assert "gate: green" in run_interpreted("-m", "moba_hf_cli", "bench", "--tiny")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moba_hf.cli.options import (
+from moba_hf_cli.options import (
+    AsJson,
     BlockSize,
     DenseBelow,
     Gate,
@@ -21,10 +23,12 @@ from moba_hf.cli.options import (
     Tile,
     Topk,
     TrustRemoteCode,
+    load_package,
     quiet,
     settings,
     shown,
 )
+from moba_hf_cli.preset_files import check_preset
 
 _Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
 _Length = Annotated[int, typer.Option(min=1, help="Tokens of each text that are read.")]
@@ -63,15 +67,13 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of tasks and samples.")] = 0,
     out: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
-    from moba_hf.evaluate import run
-    from moba_hf.evaluate.repositories import read_repository
-
+    for name in preset or ():
+        check_preset(name)
     _check_folder(out, store)
-    quiet()
-    run.check_ranks(measure or (), store)
     given = settings(
         block_size=block_size,
         topk=topk,
@@ -83,6 +85,11 @@ def evaluate(
         local_blocks=local_blocks,
         gate=gate,
     )
+    quiet()
+    from moba_hf.evaluate import run
+    from moba_hf.evaluate.repositories import read_repository
+
+    run.check_ranks(measure or (), store)
     named = run.presets_of(preset or [], given)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code, spread=True)
     wanted = run.settings_of(loaded, named)
@@ -103,7 +110,7 @@ def evaluate(
         store=store,
     )
     _write_json(out, result)
-    print(shown(run.tables(result)))
+    print(json.dumps(result, indent=1) if as_json else shown(run.tables(result)))
 
 
 def calibrate(
@@ -119,6 +126,7 @@ def calibrate(
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
@@ -128,16 +136,17 @@ def calibrate(
     Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
     model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
     """
-    from moba_hf.calibrate import calibrate as search
-    from moba_hf.calibrate import write_settings
-    from moba_hf.evaluate import run
-
     if not text:
         raise ValueError("give --text FILE, texts like those the model will read")
     if write and not Path(model).is_dir():
         raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
     _check_folder(out, store)
+    load_package()
     quiet()
+    from moba_hf.calibrate import calibrate as search
+    from moba_hf.calibrate import write_settings
+    from moba_hf.evaluate import run
+
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
     texts = [run.read_ids(tokenizer, name, length) for name in text]
     found = search(
@@ -150,10 +159,10 @@ def calibrate(
         store=store,
     )
     _write_json(out, found.to_dict())
-    print(found.report())
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found.report())
     if write:
         write_settings(model, found.config)
-        print(f"{shown(model)}: settings stored in config.json")
+        print(f"{shown(model)}: settings stored in config.json", file=sys.stderr if as_json else sys.stdout)
 
 
 def plot(
@@ -169,10 +178,11 @@ def plot(
     ] = None,
 ) -> None:
     """Draw results (needs matplotlib: extra 'plot')."""
+    _check_folder(out)
+    load_package()
+    quiet()
     from moba_hf import plots
 
-    _check_folder(out)
-    quiet()
     if kind == "routing":
         if text is None:
             raise ValueError("routing needs --text FILE")
@@ -184,6 +194,7 @@ def plot(
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with "moba" registered; all arguments go to it (extra 'eval')."""
+    load_package()
     from moba_hf.evaluate.harness import run_lm_eval
 
     run_lm_eval(context.args)

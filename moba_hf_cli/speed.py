@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moba_hf_cli.options import load_package
+
 
 def bench(
     rows: Annotated[
@@ -29,6 +31,7 @@ def bench(
     out: Annotated[str, typer.Option(help="Folder for CSV, Markdown and PNG.")] = "bench_results",
 ) -> None:
     """Time the operator beside dense attention on this GPU, after proving it right."""
+    load_package()
     from moba_hf.bench import Options, run
 
     options = Options(

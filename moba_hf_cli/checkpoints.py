@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moba_hf.cli.options import (
-    NEEDED,
+from moba_hf_cli.options import (
+    AsJson,
     BlockSize,
     DenseBelow,
     FullLayers,
@@ -25,10 +25,13 @@ from moba_hf.cli.options import (
     Tile,
     Topk,
     TrustRemoteCode,
+    load_package,
+    load_package_alone,
     quiet,
     settings,
     shown,
 )
+from moba_hf_cli.preset_files import preset_rows, presets_as_json, table_lines
 
 
 class LoadDtype(str, Enum):
@@ -86,9 +89,8 @@ def convert(
     ] = False,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
-    from moba_hf.checkpoints.context_length import ContextLength
-    from moba_hf.checkpoints.convert import convert_checkpoint
-
+    if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
+        raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
     config = settings(
         preset,
         full_attention_layers,
@@ -102,12 +104,15 @@ def convert(
         local_blocks=local_blocks,
         gate=gate,
     )
-    if config is None:
-        raise typer.BadParameter(NEEDED)
     quiet()
+    from moba_hf.checkpoints.context_length import ContextLength
+    from moba_hf.checkpoints.convert import convert_checkpoint
+    from moba_hf.config import DEFAULT_PRESET, MobaConfig
+
+    if config is None:
+        print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
+        config = MobaConfig.from_preset(DEFAULT_PRESET)
     chosen = None if dtype is None else dtype.value
-    if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
-        raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
     context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen, context=context)
     print(f"{shown(made)}: converted; {config.in_words()}")
@@ -118,20 +123,12 @@ def convert(
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the presets."""
-    from moba_hf.checkpoints.inspection import text_table
-    from moba_hf.config import MobaConfig, preset_names, read_preset
-
-    head = ("PRESET", "BLOCK_SIZE", "TOPK", "TILE", "THRESHOLD", "SINK", "LOCAL", "GATE", "FULL LAYERS")
-    rows = [(*head, "DESCRIPTION")]
-    for name in preset_names():
-        moba = MobaConfig.from_preset(name)
-        full = ",".join(map(str, moba.full_attention_layers)) or "-"
-        numbers = (moba.block_size, moba.topk, moba.tile, moba.threshold, moba.sink_blocks, moba.local_blocks)
-        words = ("-" if number is None else str(number) for number in numbers)
-        rows.append((name, *words, moba.gate, full, read_preset(name)["description"]))
-    print("\n".join(text_table(rows)))
+    if as_json:
+        print(json.dumps(presets_as_json(), indent=2))
+    else:
+        print("\n".join(table_lines(preset_rows())))
 
 
 def verify(
@@ -139,9 +136,10 @@ def verify(
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
+    load_package()
+    quiet()
     from moba_hf.checkpoints.verify import verify_checkpoint
 
-    quiet()
     report = verify_checkpoint(dst, source)
     for check in report.checks:
         if check.passed:
@@ -164,15 +162,13 @@ def inspect_model(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     full_attention_layers: FullLayers = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what each layer would do and cost; settings from the config unless options give others."""
-    from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
-
-    quiet()
     config = settings(
         preset,
         full_attention_layers,
+        load=load_package_alone,
         block_size=block_size,
         topk=topk,
         tile=tile,
@@ -183,6 +179,9 @@ def inspect_model(
         local_blocks=local_blocks,
         gate=gate,
     )
+    quiet()
+    from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
+
     result = inspect_checkpoint(src, config)
     print(json.dumps(result.to_dict(), indent=2) if as_json else shown(describe(result)))
 
@@ -215,6 +214,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
+    load_package()
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)

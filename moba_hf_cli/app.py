@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import typer
 
-from moba_hf.cli import checkpoints, quality, speed
-from moba_hf.cli.options import shown
+from moba_hf_cli import checkpoints, quality, speed
+from moba_hf_cli.options import shown
+from moba_hf_cli.signals import Ended, raising
 
 # typer carries its own copy of click in newer versions; this is its base class of usage errors in all.
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -24,7 +22,6 @@ _UsageError: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     name="moba-hf",
     help="MoBA (Mixture of Block Attention) for Hugging Face Transformers checkpoints.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -48,13 +45,13 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line `args` (default: the program's own) and exits."""
     warnings.showwarning = _warn
     try:
-        with _signals(), _first_rank_alone():
+        with raising(), _first_rank_alone():
             code = app(args=None if args is None else list(args), prog_name="moba-hf", standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", code=130)
-    except _Ended as error:
+    except Ended as error:
         _fail("interrupted", code=128 + error.number)
     except Exception as error:  # files can be wrong in ways that nobody has listed
         if os.environ.get("MOBA_HF_TRACEBACK"):
@@ -79,37 +76,6 @@ def _first_rank_alone() -> Iterator[None]:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-class _Ended(BaseException):
-    """A signal asked the program to end; raised so that unfinished folders are removed."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise, and whatever signal came first, later ones are ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # what is still done is short
-        raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)
-
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # ignored ones stay so, as under nohup
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _warn(

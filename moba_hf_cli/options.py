@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from moba_hf_cli.preset_files import check_preset
+from moba_hf_cli.signals import exiting
 
 if TYPE_CHECKING:
     from moba_hf.config import MobaConfig
@@ -41,6 +46,8 @@ FullLayers = Annotated[
     typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 # What a user is told who gave too few of them.
 NEEDED = (
     "give --preset NAME, or both --block-size and --topk, or --tile, --block-size and --threshold for a "
@@ -53,33 +60,54 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def load_package() -> None:
+    """Imports moba_hf, with torch and transformers: seconds in which a signal ends the process at once."""
+    with exiting():
+        import moba_hf  # noqa: F401
+
+
+def load_package_alone() -> None:
+    """Makes modules of moba_hf importable without running `moba_hf/__init__`.
+
+    For a command that reads configs and builds no model: registering with transformers takes seconds.
+    """
+    found = find_spec("moba_hf")
+    if "moba_hf" not in sys.modules and found is not None:
+        sys.modules["moba_hf"] = module_from_spec(found)
+
+
 def settings(
-    preset: str | None = None, full_attention_layers: str | None = None, **numbers: int | float | str | None
+    preset: str | None = None,
+    full_attention_layers: str | None = None,
+    load: Callable[[], None] = load_package,
+    **numbers: int | float | str | None,
 ) -> MobaConfig | None:
     """The settings that options give; None: no option is given.
 
     Args:
+        load: imports what is needed of moba_hf, after the options were found to go together.
         numbers: fields of `MobaConfig`; None: not given.
 
     Raises:
         typer.BadParameter: a preset beside numbers, or too few of them. ValueError: values out of range.
     """
-    from moba_hf.config import MobaConfig
-
     numbers["full_attention_layers"] = _layer_list(full_attention_layers)  # type: ignore[assignment]
     given = {name: value for name, value in numbers.items() if value is not None}
     if preset is not None and given:
         raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
     if preset is not None:
-        return MobaConfig.from_preset(preset)
-    if not given:
-        return None
+        check_preset(preset)
     shared = given.get("tile", 1) != 1
-    if any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
+    if given and any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
         raise typer.BadParameter(NEEDED)
     if shared:
         given.setdefault("gate", "mass")  # the only one there
-    return MobaConfig.from_dict(given)
+    load()
+    from moba_hf.config import MobaConfig
+
+    if preset is not None:
+        return MobaConfig.from_preset(preset)
+    return MobaConfig.from_dict(given) if given else None
 
 
 def _layer_list(text: str | None) -> list[int] | None:
