@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -46,24 +47,30 @@ class Gate(ABC):
     Attributes:
         words: what `inspect` and warnings call it, "" for the paper's.
         reads_scale: its scores depend on `softmax_scale`.
-        scores_means: its scores are `q . block_mean`, so a cache that keeps block means is all that a decode
-            step needs; other gates read all cached keys at every step.
     """
 
     words: ClassVar[str] = ""
     reads_scale: ClassVar[bool] = False
-    scores_means: ClassVar[bool] = False
 
     @abstractmethod
+    def kept(self) -> Kept:
+        """What a cache keeps of each complete block, so that a decode step need not read its keys."""
+
+    @abstractmethod
+    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
+        """The summary of complete blocks from what is kept of them, `(HK, blocks, width)`."""
+
     def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
+        self, k: Tensor, block_size: int, softmax_scale: float, kept: Tensor | None = None
     ) -> Summary:
         """The summary of the complete blocks of `k (HK, N, D)`.
 
         Args:
-            block_means: `(HK, >= complete blocks, D)` of a cache, for a gate that scores means; None: taken
-                here.
+            kept: `(HK, >= complete blocks, width)`, what a cache keeps of them; None: taken here.
         """
+        if kept is None:
+            kept = self.kept().take(k, block_size)
+        return self.summary_of(kept[:, : k.shape[1] // block_size], k.shape[2], block_size, softmax_scale)
 
     @abstractmethod
     def vectors(self, block_size: int) -> int:
@@ -73,13 +80,11 @@ class Gate(ABC):
 class MeanGate(Gate):
     """The paper's gate: `q . mean(keys)`, unscaled (arXiv 2502.13189, equations 5 and 6)."""
 
-    scores_means = True
+    def kept(self) -> Kept:
+        return KeptMeans()
 
-    def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
-    ) -> Summary:
-        means = block_mean(k, block_size) if block_means is None else block_means
-        return MeanSummary(means[:, : k.shape[1] // block_size].to(accumulate_dtype(k.dtype)))
+    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
+        return MeanSummary(kept.to(accumulate_dtype(kept.dtype)))
 
     def vectors(self, block_size: int) -> int:
         return 1
@@ -91,10 +96,11 @@ class MassGate(Gate):
     words = "mass gate"
     reads_scale = True
 
-    def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, block_means: Tensor | None = None
-    ) -> Summary:
-        return MassSummary(k, block_size, softmax_scale)
+    def kept(self) -> Kept:
+        return KeptMass()
+
+    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
+        return MassSummary.of_kept(kept, head_dim, block_size, softmax_scale)
 
     def vectors(self, block_size: int) -> int:
         return 2 * (block_size // part_size(block_size)) + 1
@@ -138,19 +144,32 @@ class MassSummary:
     """
 
     def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str | None = None):
-        count, size = k.shape[1] // block_size, part_size(block_size)
-        dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
-        keys = k[:, : count * block_size].to(dtype)
-        parts = keys.unflatten(1, (count, block_size // size, size))
-        self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        self.pairs = rotary_pairs
-        var = parts.var(3, unbiased=False) if count else parts.mean(3)  # torch warns of variances of nothing
-        var = var if rotary_pairs is None else self._paired(var) / 2
-        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
-        blocks = keys.unflatten(1, (count, block_size))
-        least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
-        self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
-        self.log_size = math.log(size)
+        self._hold(mass_vectors(k, block_size, rotary_pairs), block_size, scale, rotary_pairs)
+
+    @classmethod
+    def of_kept(
+        cls, kept: Tensor, head_dim: int, block_size: int, scale: float, rotary_pairs: str | None = None
+    ) -> MassSummary:
+        """The same from what a cache keeps, `(HK, blocks, width)`; see `KeptMass`."""
+        summary = cls.__new__(cls)
+        vectors = KeptMass(rotary_pairs).split(kept, head_dim, block_size)
+        summary._hold(vectors, block_size, scale, rotary_pairs)
+        return summary
+
+    def _hold(
+        self,
+        vectors: tuple[Tensor, Tensor, Tensor],
+        block_size: int,
+        scale: float,
+        rotary_pairs: str | None,
+    ) -> None:
+        mean, var, smallest = vectors
+        dtype = accumulate_dtype(mean.dtype)
+        self.pairs, self.narrow = rotary_pairs, spread_dtype(mean.dtype)
+        self.mean = mean.to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
+        self.var = var.to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
+        self.smallest = smallest.to(dtype) * scale  # (HK, blocks, D)
+        self.log_size = math.log(part_size(block_size))
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
@@ -166,14 +185,88 @@ class MassSummary:
 
     def squares(self, queries: Tensor) -> Tensor:
         """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
-        return self._paired(queries.square()).to(self.narrow).to(queries.dtype)
+        return _paired(queries.square(), self.pairs).to(self.narrow).to(queries.dtype)
 
-    def _paired(self, x: Tensor) -> Tensor:
-        """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
-        if self.pairs is None:
-            return x
-        if x.shape[-1] % 2:
-            raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
-        return (
-            x.unflatten(-1, (2, -1)).sum(-2) if self.pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
-        )
+
+def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the mass gate knows of the complete blocks of `k (..., N, D)`, rounded as it is kept.
+
+    Returns:
+        Means `(..., blocks, parts, D)` and the key of least norm `(..., blocks, D)` in k's dtype, between
+        them variances `(..., blocks, parts, D)` in `spread_dtype`, `D / 2` of them with rotary pairs.
+    """
+    count, size = k.shape[-2] // block_size, part_size(block_size)
+    keys = k[..., : count * block_size, :].to(accumulate_dtype(k.dtype))
+    parts = keys.unflatten(-2, (count, block_size // size, size))
+    mean = parts.mean(-2)
+    var = parts.var(-2, unbiased=False) if count else mean  # torch warns of variances of nothing
+    var = var if rotary_pairs is None else _paired(var, rotary_pairs) / 2
+    blocks = keys.unflatten(-2, (count, block_size))
+    least = blocks.square().sum(-1).argmin(-1)[..., None, None].expand(*blocks.shape[:-2], 1, k.shape[-1])
+    return mean.to(k.dtype), var.to(spread_dtype(k.dtype)), blocks.gather(-2, least)[..., 0, :].to(k.dtype)
+
+
+def _paired(x: Tensor, rotary_pairs: str | None) -> Tensor:
+    """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
+    if rotary_pairs is None:
+        return x
+    if x.shape[-1] % 2:
+        raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
+    return x.unflatten(-1, (2, -1)).sum(-2) if rotary_pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
+
+
+class Kept(Protocol):
+    """What a cache keeps of each complete block: `width` numbers in a row, in the dtype of the keys."""
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        """How many numbers."""
+        ...
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        """Those of the complete blocks of `k (..., N, D)`: `(..., N // block_size, width)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeptMeans:
+    """The mean of a block."""
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        return head_dim
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        return block_mean(k, block_size)
+
+
+@dataclass(frozen=True)
+class KeptMass:
+    """The vectors of the mass gate: means of the parts, the smallest key, variances of the parts.
+
+    Attributes:
+        rotary_pairs: as for `MassSummary`; with pairs there are half as many variances.
+    """
+
+    rotary_pairs: str | None = None
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        return sum(self._sizes(head_dim, block_size))
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        mean, var, smallest = mass_vectors(k, block_size, self.rotary_pairs)
+        # variances of fp16 keys are bf16, kept as they are in numbers of the same size
+        return torch.cat([mean.flatten(-2), smallest, var.view(k.dtype).flatten(-2)], -1)
+
+    def split(self, kept: Tensor, head_dim: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `mass_vectors` returned, from `kept (..., blocks, width)`."""
+        mean, smallest, var = kept.split(self._sizes(head_dim, block_size), -1)
+        parts = block_size // part_size(block_size)
+        mean, var = (x.unflatten(-1, (parts, -1)) for x in (mean, var.view(spread_dtype(kept.dtype))))
+        return mean, var, smallest
+
+    def _sizes(self, head_dim: int, block_size: int) -> list[int]:
+        parts = block_size // part_size(block_size)
+        return [
+            parts * head_dim,
+            head_dim,
+            parts * (head_dim if self.rotary_pairs is None else head_dim // 2),
+        ]
