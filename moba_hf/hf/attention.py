@@ -46,8 +46,8 @@ _SPARSE_WITHOUT_KERNEL = (
 )
 _ASSISTED = (
     'assisted and prompt-lookup generation under decode="full": candidates are verified several at a time, '
-    "by the rule of prefill, where plain generation attends every key, so tokens may differ. For the same tokens let moba_hf.prefill read the prompt into the cache, or set "
-    'decode="sparse"'
+    "by the rule of prefill, where plain generation attends every key, so tokens may differ. For the same "
+    'tokens let moba_hf.prefill read the prompt into the cache, or set decode="sparse"'
 )
 
 logger = logging.get_logger(__name__)
