@@ -26,7 +26,7 @@ RULES = {
 }
 PROMPT, NEW = 53, 24
 # A text that repeats a token has keys of equal norm in the first layer, of which the mass gate takes the
-# least: there another shape of a matmul may flip a choice. Of three seeds tried, this one has no such flip.
+# least: there another shape of a matmul may flip a choice, as it does with seed 0.
 SEED = 1
 
 
