@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moba_hf.op.backend_table import check_backend
 from moba_hf.op.gates import GATES
-from moba_hf.op.numerics import check_int
+from moba_hf.op.numerics import check_int, plain_int
 from moba_hf.op.shared_rule import SharedRule
 
 # Names of the original MoBA release, read by `from_dict`.
@@ -21,7 +21,7 @@ _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
 # Fields that a single layer may set for itself.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
 # Those that only a choice shared by a tile of queries has, and what they are without one.
-_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "dense_below": 0}
+_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
@@ -95,16 +95,20 @@ def make_rule(
     tile: int = 1,
     threshold: float | None = None,
     dense_below: int = 0,
+    sample: int = 1,
 ) -> Rule:
     """The rule that settings name: the paper's where `tile` is 1, else one that `tile` queries share.
 
     Raises:
         ValueError: values out of range, or that belong to the other rule. TypeError: values of a wrong type.
     """
+    block_size, topk, sink_blocks, local_blocks, tile, dense_below = (
+        plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below)
+    )
     check_int("tile", tile, minimum=1)
     if tile == 1:
-        for name, value in (("threshold", threshold), ("dense_below", dense_below)):
-            if value:
+        for name, value in (("threshold", threshold), ("sample", sample), ("dense_below", dense_below)):
+            if value != _SHARED_FIELDS[name]:
                 raise ValueError(
                     f"{name}={value} needs tile > 1: a query that chooses for itself takes topk blocks"
                 )
@@ -125,6 +129,7 @@ def make_rule(
         topk=topk,
         sink_blocks=sink_blocks,
         local_blocks=local_blocks,
+        sample=sample,
         dense_below=dense_below,
     )
 
@@ -148,13 +153,15 @@ class MobaConfig:
             that on an empty cache the decode rule and the prefill rule agree.
         backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
-            `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `dense_below` for that layer.
-            Mappings are accepted and normalised.
+            `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `sample`, `dense_below` for that
+            layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
             mass, see `moba_hf.op.gates`; better for models never trained with MoBA).
         tile: neighbouring queries of a head that share one choice of blocks, a multiple or a divisor of
             `block_size`; not the paper's MoBA, see `moba_hf.op.shared`. 1: every query chooses for itself.
         threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended; in (0, 1).
+        sample: with `tile` > 1, the masses of a tile come from one query in so many, the last of each group
+            in the call; a divisor of `tile`. 1: from all.
         dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
 
     Raises:
@@ -173,9 +180,12 @@ class MobaConfig:
     gate: str = "mean"
     tile: int = 1
     threshold: float | None = None
+    sample: int = 1
     dense_below: int = 0
 
     def __post_init__(self) -> None:
+        for name in (*_LAYER_FIELDS, *_SHARED_FIELDS, "decode_max_len"):
+            object.__setattr__(self, name, plain_int(getattr(self, name)))
         _ = self._base  # which raises
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
@@ -198,6 +208,14 @@ class MobaConfig:
     @property
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*_LAYER_FIELDS, *_SHARED_FIELDS)}
+
+    def in_words(self) -> str:
+        """The rule of most layers, as keywords."""
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in self._values.items()
+            if value not in (None, _SHARED_FIELDS.get(name))
+        )
 
     def _override(self, pairs: tuple[tuple[str, Any], ...]) -> Rule:
         values: dict[str, Any] = dict(pairs)
@@ -350,7 +368,7 @@ def read_preset(name: str) -> dict[str, Any]:
 def _int_tuple(values: object) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"full_attention_layers must be a list of ints, got {values!r}")
-    result = tuple(values)
+    result = tuple(plain_int(value) for value in values)
     for value in result:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"full_attention_layers must hold ints, got {value!r}")
@@ -378,7 +396,7 @@ def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, Any], ..
                 f"layer {index} overrides {', '.join(unknown)}; it may set "
                 f"{', '.join([*_LAYER_FIELDS, *_SHARED_FIELDS])}"
             )
-        result.append((index, tuple(sorted(pairs.items()))))
+        result.append((index, tuple(sorted((name, plain_int(value)) for name, value in pairs.items()))))
     if len({index for index, _ in result}) != len(result):
         raise ValueError("layers names a layer twice")
     return tuple(sorted(result))

@@ -68,9 +68,26 @@ def test_convert_with_a_preset_and_flags(run, src: Path, tmp_path: Path) -> None
     assert run("convert", src, dst, *numbers, "--overwrite")[0] == 0
     assert settings(dst) == MobaConfig(16, 5, gate="mass")
     assert "16, mass gate" in run("inspect", dst)[1]
-    assert run("convert", src, dst, "--preset", "default-mass", "--overwrite")[0] == 0
-    assert settings(dst) == dataclasses.replace(MobaConfig.from_preset("default"), gate="mass")
+    assert run("convert", src, dst, "--preset", "default-per-query-mass", "--overwrite")[0] == 0
+    assert settings(dst) == dataclasses.replace(MobaConfig.from_preset("default-per-query"), gate="mass")
     assert os.listdir(tmp_path) == ["dst"]
+
+
+def test_convert_with_a_shared_choice(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "dst"
+    numbers = ["--tile", "16", "--block-size", "8", "--threshold", "0.25", "--sample", "4"]
+    code, out, _ = run("convert", src, dst, *numbers, "--dense-below", "32")
+    expected = MobaConfig(8, tile=16, threshold=0.25, sample=4, dense_below=32, gate="mass")
+    assert code == 0
+    assert "converted; block_size=8" in out
+    assert "threshold=0.25" in out
+    assert "topk" not in out
+    assert settings(dst) == expected
+    shown = run("inspect", dst)[1]
+    assert "blocks of 8 shared by 16 queries, threshold 0.25, one in 4 chooses, all below 32" in shown
+    assert "up to 100.0%" in shown
+    capped = run("inspect", dst, "--block-size", "8", "--tile", "8", "--threshold", "0.5", "--topk", "9")[1]
+    assert "blocks of 8 shared by 8 queries, threshold 0.5, at most 9" in capped
 
 
 def test_dtype_is_passed_on(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -90,10 +107,11 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == preset_names()
-    assert re.search(r"^paper-1m +4096 +12 +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
+    assert re.search(r"^paper-1m +4096 +12 +1 +- +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
 
 
 BLOCKS = ("--block-size", "8", "--topk", "2")
+SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
 
 
 @pytest.mark.parametrize(
@@ -105,9 +123,18 @@ BLOCKS = ("--block-size", "8", "--topk", "2")
         (("convert", "SRC", "DST"), "give --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
+        (("convert", "SRC", "DST", "--preset", "fine", "--tile", "8"), "--preset excludes --tile"),
+        (("convert", "SRC", "DST", *BLOCKS, "--tile", "8"), "or --tile, --block-size and --threshold"),
+        (("convert", "SRC", "DST", *BLOCKS, "--threshold", "0.1"), "threshold=0.1 needs tile > 1"),
+        (("convert", "SRC", "DST", *BLOCKS, "--sample", "2"), "sample=2 needs tile > 1"),
+        (("convert", "SRC", "DST", *SHARED, "--sample", "3"), "sample=3 must divide tile=16"),
+        (("convert", "SRC", "DST", *SHARED, "--gate", "mean"), "shares a choice by mass"),
+        (("inspect", "SRC", *SHARED, "--dense-below", "8"), "dense_below=8 must be a multiple of tile=16"),
+        (("eval", "SRC", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),
+        (("generate", "SRC", "--prompt", "a", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),
         (
             ("convert", "SRC", "DST", "--preset", "huge"),
-            "unknown preset 'huge'; valid presets are default, default-mass, fine",
+            "valid presets are default, default-per-query, default-per-query-mass, fine",
         ),
         (
             ("convert", "SRC", "DST", *BLOCKS, "--gate", "max"),

@@ -10,8 +10,12 @@ import pytest
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig, preset_names, read_preset
 from moba_hf.op.backends import BACKENDS
+from moba_hf.op.shared_rule import SharedRule
 
-PRESETS = ("default", "default-mass", "fine", "paper-10m", "paper-1m", "paper-32k", "paper-8k")
+PRESETS = (
+    *("default", "default-per-query", "default-per-query-mass", "fine"),
+    *("paper-10m", "paper-1m", "paper-32k", "paper-8k"),
+)
 
 
 def make(**values: object) -> MobaConfig:
@@ -206,10 +210,16 @@ class TestPresets:
     def test_published_settings(self, name: str, expected: MobaConfig) -> None:
         assert MobaConfig.from_preset(name) == expected
 
-    def test_default_keeps_the_first_block_and_the_one_before(self) -> None:
-        config = MobaConfig.from_preset("default")
+    @pytest.mark.parametrize("name", ["default", "default-per-query", "default-per-query-mass"])
+    def test_default_keeps_the_first_block_and_the_one_before(self, name: str) -> None:
+        config = MobaConfig.from_preset(name)
         assert config.sink_blocks >= 1
         assert config.local_blocks >= 1
+
+    def test_default_shares_its_choice(self) -> None:
+        rule = MobaConfig.from_preset("default").for_layer(0, 2)
+        assert isinstance(rule, SharedRule)
+        assert (rule.tile, rule.block_size, rule.threshold, rule.topk) == (64, 32, 0.01, None)
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_every_number_has_a_source(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
 from moba_hf.hf.prefill import _chunk_lengths
 from moba_hf.op.gates import block_mean
+
+# Without a dense tail a prefill is what the model makes of the whole prompt in one call.
+prefill = partial(moba_hf.prefill, dense_tail=0)
 
 SPARSE = MobaConfig(block_size=4, topk=3, decode="sparse")
 RULES = {
@@ -127,8 +131,8 @@ class TestAgainstStock:
     def test_prefix_reuse(self, family: str, rule: str) -> None:
         """One document read once, its cache copied for every question."""
         model, document = tiny(family, RULES[rule]), tokens(1, 37)
-        ours = moba_hf.prefill(model, document, chunk_size=16, progress=False)
-        stock = moba_hf.prefill(
+        ours = prefill(model, document, chunk_size=16, progress=False)
+        stock = prefill(
             model, document, chunk_size=16, cache=DynamicCache(config=model.config), progress=False
         )
         for i in range(2):
@@ -211,7 +215,7 @@ class TestPrefill:
         """The same keys, values and means in every layer, then the same tokens."""
         model, inputs = tiny(family), left_padded(tokens(2, 50), *pads)
         sizes = (chunk_size, 100)
-        caches = [moba_hf.prefill(model, **inputs, chunk_size=size, progress=False) for size in sizes]
+        caches = [prefill(model, **inputs, chunk_size=size, progress=False) for size in sizes]
         real = inputs["attention_mask"].bool()[:, :-1]
         for ours, one in zip(caches[0].layers, caches[1].layers, strict=True):
             assert ours.get_seq_length() == 49
@@ -229,8 +233,8 @@ class TestPrefill:
 
     def test_goes_on_where_a_cache_ends(self) -> None:
         model, ids = tiny(), tokens(1, 60)
-        cache = moba_hf.prefill(model, ids[:, :25], chunk_size=10, progress=False)
-        moba_hf.prefill(model, ids, chunk_size=10, cache=cache, progress=False)
+        cache = prefill(model, ids[:, :25], chunk_size=10, progress=False)
+        prefill(model, ids, chunk_size=10, cache=cache, progress=False)
         assert cache.get_seq_length() == 59
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
@@ -238,7 +242,7 @@ class TestPrefill:
     def test_a_repeated_cache_serves_beams(self) -> None:
         """One prompt read once; what the error about other shapes says to do."""
         model, ids = tiny(), tokens(1, 40)
-        cache = moba_hf.prefill(model, ids, chunk_size=16, progress=False)
+        cache = prefill(model, ids, chunk_size=16, progress=False)
         with pytest.raises(ValueError, match="batch_repeat_interleave"):
             generate(model, copy.deepcopy(cache), input_ids=ids, num_beams=3)
         cache.batch_repeat_interleave(3)
@@ -254,9 +258,9 @@ class TestPrefill:
                 cache = MobaCache(model.config, static=True, max_cache_len=slots)
             if slots == 49:
                 with pytest.raises(ValueError, match="has 49 slots, the prompt 50 tokens"):
-                    moba_hf.prefill(model, ids, 16, cache=cache, progress=False)
+                    prefill(model, ids, 16, cache=cache, progress=False)
             else:
-                moba_hf.prefill(model, ids, 16, cache=cache, progress=False)
+                prefill(model, ids, 16, cache=cache, progress=False)
             assert int(cache.get_seq_length()) == (0 if slots == 49 else 49)
 
     def test_what_the_model_is_given_lies_on_its_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +273,14 @@ class TestPrefill:
             seen.append({name: x.device.type for name, x in given.items()})
 
         monkeypatch.setattr(type(model), "forward", record)
-        moba_hf.prefill(model, **left_padded(tokens(2, 50), 14, 2), chunk_size=30, progress=False)
+        prefill(model, **left_padded(tokens(2, 50), 14, 2), chunk_size=30, progress=False)
         on_it = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), "meta")
         assert seen == [on_it, on_it]
 
     def test_static_cache(self) -> None:
         model, ids = tiny(), tokens(1, 50)
         cache = MobaCache(model.config, static=True, max_cache_len=96)
-        moba_hf.prefill(model, ids, chunk_size=16, cache=cache, progress=False)
+        prefill(model, ids, chunk_size=16, cache=cache, progress=False)
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
@@ -295,9 +299,9 @@ class TestPrefill:
 
     def test_shows_its_progress(self, capsys: pytest.CaptureFixture[str]) -> None:
         model, ids = tiny(), tokens(1, 30)
-        moba_hf.prefill(model, ids, chunk_size=10)
+        prefill(model, ids, chunk_size=10)
         assert "29/29" in capsys.readouterr().err
-        moba_hf.prefill(model, ids, chunk_size=10, progress=False)
+        prefill(model, ids, chunk_size=10, progress=False)
         assert capsys.readouterr().err == ""
 
     def test_memory_of_logits_is_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +309,7 @@ class TestPrefill:
         monkeypatch.setattr(
             model.lm_head, "forward", lambda x: seen.append(x.shape[1]) or x[..., :1], raising=True
         )
-        moba_hf.prefill(model, tokens(1, 30), chunk_size=10, progress=False)
+        prefill(model, tokens(1, 30), chunk_size=10, progress=False)
         assert seen == [1, 1, 1]
 
     @pytest.mark.parametrize(
@@ -318,7 +322,7 @@ class TestPrefill:
     )
     def test_bad_input(self, kwargs: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            moba_hf.prefill(tiny(), **({"input_ids": tokens(1, 30), "progress": False} | kwargs))
+            prefill(tiny(), **({"input_ids": tokens(1, 30), "progress": False} | kwargs))
 
     def test_a_full_cache_is_refused(self) -> None:
         model, ids = tiny(), tokens(1, 30)
@@ -326,7 +330,7 @@ class TestPrefill:
         with torch.no_grad():
             model(ids, **cache_kwargs(model, cache))
         with pytest.raises(ValueError, match="holds 30 tokens, the prompt has 30"):
-            moba_hf.prefill(model, ids, cache=cache, progress=False)
+            prefill(model, ids, cache=cache, progress=False)
 
 
 @pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])
@@ -338,7 +342,7 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
         with torch.no_grad():
             model(ids[:, :39] if not twice else ids[:, :20], **cache_kwargs(model, cache))
         if twice:
-            moba_hf.prefill(model, ids, cache=cache, progress=False)
+            prefill(model, ids, cache=cache, progress=False)
         with pytest.raises(ValueError, match="the whole prompt to the 39 tokens that this cache holds"):
             generate(model, cache, input_ids=ids, **kwargs)
     cache.reset()

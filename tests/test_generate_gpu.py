@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
 
 pytestmark = pytest.mark.gpu
+
+prefill = partial(moba_hf.prefill, dense_tail=0)
 
 RULES = {"sparse": SPARSE, "full": FULL}
 BF16_RULES = {"sparse": MobaConfig(16, 3, decode="sparse"), "full": MobaConfig(16, 3)}
@@ -144,8 +147,8 @@ def test_offloading(rule: str, dtype: torch.dtype) -> None:
         expected = generate(model, kept, input_ids=ids, **kwargs)
         assert torch.equal(generate(model, away, input_ids=ids, **kwargs), expected)
         assert any(layer.keys.device.type == "cpu" for layer in away.layers)
-    cache = moba_hf.prefill(model, ids, 20, cache=MobaCache(model.config, offloading=True), progress=False)
-    expected = generate(model, moba_hf.prefill(model, ids, 20, progress=False), input_ids=ids)
+    cache = prefill(model, ids, 20, cache=MobaCache(model.config, offloading=True), progress=False)
+    expected = generate(model, prefill(model, ids, 20, progress=False), input_ids=ids)
     assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_generate import generate, left_padded
+from test_generate import generate, left_padded, prefill
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
 
@@ -102,7 +102,7 @@ def test_turns_and_reset(model: Any, ids: Tensor) -> None:
 def test_prefix_reuse(model: Any, ids: Tensor) -> None:
     """One document read once in chunks, its cache copied for every question, as from a stock cache."""
     caches = [
-        moba_hf.prefill(model, ids, 128, cache=cache, progress=False)
+        prefill(model, ids, 128, cache=cache, progress=False)
         for cache in (MobaCache(model.config), DynamicCache(config=model.config))
     ]
     for question in (ids[:, 7:31], ids[:, 60:101]):
@@ -112,8 +112,8 @@ def test_prefix_reuse(model: Any, ids: Tensor) -> None:
 
 
 def test_prefill_in_chunks_equals_one_call(model: Any, ids: Tensor) -> None:
-    cache = moba_hf.prefill(model, ids, 128, progress=False)
-    whole = moba_hf.prefill(model, ids, LENGTH, progress=False)
+    cache = prefill(model, ids, 128, progress=False)
+    whole = prefill(model, ids, LENGTH, progress=False)
     assert torch.equal(generate(model, cache, input_ids=ids), generate(model, whole, input_ids=ids))
 
 

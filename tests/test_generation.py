@@ -45,10 +45,10 @@ def test_chunks_give_the_tokens_of_one_call(family: str) -> None:
     streamer = Collected()
     with moba_hf.use_moba(model, SMALL):
         # decode attends every key, and the last token of the prompt is read by the first decode step
-        expected = generate(model, ids, 8, chunk=1000)
-        result = generate(model, ids, 8, chunk=17, streamer=streamer, on_prefill=read.append)
+        expected = generate(model, ids, 8, chunk=1000, dense_tail=0)
+        result = generate(model, ids, 8, chunk=17, dense_tail=0, streamer=streamer, on_prefill=read.append)
         dense = generate_dense(model, ids, 8)
-        again = generate(model, ids, 8)
+        again = generate(model, ids, 8, dense_tail=0)
     assert result.tokens == expected.tokens == again.tokens
     assert sum(read) == 74
     assert len(read) == 5
@@ -62,14 +62,17 @@ def test_covering_equals_dense() -> None:
     model = build_model(tiny_config("llama"))
     ids = torch.randint(1, 90, (1, 75))
     with moba_hf.use_moba(model, MobaConfig(block_size=8, topk=64)):
-        assert generate(model, ids, 6, chunk=20).tokens == generate_dense(model, ids, 6, chunk=20).tokens
+        assert (
+            generate(model, ids, 6, chunk=20, dense_tail=0).tokens
+            == generate_dense(model, ids, 6, chunk=20).tokens
+        )
 
 
 def test_a_prompt_of_one_token() -> None:
     model, ids = build_model(tiny_config("llama")), torch.tensor([[5]])
     with moba_hf.use_moba(model, SMALL):
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-        assert generate(model, ids, 3).tokens == expected[0, 1:].tolist()
+        assert generate(model, ids, 3, dense_tail=0).tokens == expected[0, 1:].tolist()
 
 
 def test_no_chunk_counts_as_decoding() -> None:
@@ -77,7 +80,9 @@ def test_no_chunk_counts_as_decoding() -> None:
     for length in range(8, 40):
         read: list[int] = []
         with moba_hf.use_moba(model, MobaConfig(block_size=8, topk=2, decode_max_len=4)):
-            generate(model, torch.randint(1, 90, (1, length)), 1, chunk=9, on_prefill=read.append)
+            generate(
+                model, torch.randint(1, 90, (1, length)), 1, chunk=9, dense_tail=0, on_prefill=read.append
+            )
         assert sum(read) == length - 1
         assert 4 < min(read) <= max(read) <= 9
 

@@ -211,6 +211,12 @@ else:
 """
 
 
+def _default_signals() -> None:
+    """Signals as a terminal leaves them: nohup and background jobs of a shell ignore these."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_killed_half_way(src: Path, out: Path) -> None:
     """The command tidies up after SIGTERM, SIGHUP and SIGINT; after SIGKILL the next run does."""
     kinds = {"term": 143, "hup": 129, "int": 130, "kill": -9}
@@ -230,7 +236,7 @@ def test_killed_half_way(src: Path, out: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also under nohup
+            preexec_fn=_default_signals,
         )
         for name in kinds
     }

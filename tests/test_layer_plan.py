@@ -46,7 +46,9 @@ class TestLoading:
         assert MobaConfig.from_dict(loaded.config.moba) == moba
         assert torch.equal(logits(loaded, ids), expected)
 
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)  # the saved config says what ran
+        assert torch.equal(logits(plain, ids), expected)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
         assert MobaConfig.from_dict(stock.config.moba) == moba
         assert torch.equal(logits(stock, ids), sdpa_logits(model, ids))
         stock.set_attn_implementation("moba")
@@ -119,7 +121,9 @@ class TestLoading:
             vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
         )
         model = AutoModelForCausalLM.from_config(config)
-        message = "no MoBA adapter for model_type 'gpt_neox'; known: llama, mini.*, qwen3_vl.*subclass"
+        message = (
+            "no MoBA adapter for model_type 'gpt_neox'; known: gemma3_text, llama, mini.*, qwen3_vl.*subclass"
+        )
         with pytest.raises(ValueError, match=message):
             patch_model(model, SMALL)
         model.set_attn_implementation("moba")

@@ -13,7 +13,7 @@ from moba_hf import MobaCache, MobaConfig, moba_attention, prefill, select_block
 from moba_hf.checkpoints.inspection import describe, inspect_config
 from moba_hf.config import LayerConfig, make_rule
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.prefill import _chunks, logger
+from moba_hf.hf.prefill import DENSE_TAIL, _chunks, logger, tail_begin
 from moba_hf.op.shared import tile_bound, unpack_blocks
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref
 from moba_hf.op.shared_rule import SharedRule
@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "gate": "mass",
     "sink_blocks": 1,
     "local_blocks": 1,
+    "sample": 4,
     "dense_below": 32,
 }
 SHARED = MobaConfig(**SETTINGS)
@@ -85,12 +86,16 @@ def _outside(at: slice, length: int) -> Tensor:
 def test_layers_may_differ() -> None:
     moba = MobaConfig(**SETTINGS, layers={0: {"tile": 1, "topk": 5}, -1: {"threshold": 0.9}})
     assert moba.for_layer(0, 3) == LayerConfig(8, 5, 1, 1, "mass")
-    assert moba.for_layer(1, 3) == SharedRule(8, 16, 0.5, sink_blocks=1, local_blocks=1, dense_below=32)
-    assert moba.for_layer(2, 3) == SharedRule(8, 16, 0.9, sink_blocks=1, local_blocks=1, dense_below=32)
+    assert moba.for_layer(1, 3) == SharedRule(
+        8, 16, 0.5, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
+    )
+    assert moba.for_layer(2, 3) == SharedRule(
+        8, 16, 0.9, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
+    )
     mixed = MobaConfig(8, 5, layers={1: {**SETTINGS}})
     assert mixed.for_layer(0, 3) == LayerConfig(8, 5)
     assert mixed.for_layer(1, 3) == SharedRule(
-        8, 16, 0.5, topk=5, sink_blocks=1, local_blocks=1, dense_below=32
+        8, 16, 0.5, topk=5, sink_blocks=1, local_blocks=1, sample=4, dense_below=32
     )
     for config in (moba, mixed, SHARED):
         assert MobaConfig.from_dict(config.to_dict()) == config
@@ -130,7 +135,7 @@ def test_decode_steps_follow_their_setting(decode, static) -> None:
     model = with_rule(tiny_model(), MobaConfig(**SETTINGS, decode=decode))
     ids = tokens(2, 90)
     cache = MobaCache(model.config, max_cache_len=128, static=static)
-    prefill(model, ids[:, :71], cache=cache, progress=False)
+    prefill(model, ids[:, :71], cache=cache, dense_tail=0, progress=False)
     with captured() as calls:
         for at in range(70, 90):
             logits(model, ids[:, at : at + 1], **cache_kwargs(model, cache))
@@ -215,8 +220,10 @@ def test_compiled_attention_is_the_eager_one() -> None:
         ({"threshold": 1.5}, "threshold must lie between 0 and 1, both excluded, got 1.5"),
         ({"tile": 12}, "tile=12 must be a multiple or a divisor of block_size=8"),
         ({"tile": 1, "topk": 4}, "threshold=0.5 needs tile > 1"),
-        ({"tile": 1, "topk": 4, "threshold": None}, "dense_below=32 needs tile > 1"),
-        ({"tile": 1, "threshold": None, "dense_below": 0}, "topk is missing: with tile=1"),
+        ({"tile": 1, "topk": 4, "threshold": None}, "sample=4 needs tile > 1"),
+        ({"tile": 1, "topk": 4, "threshold": None, "sample": 1}, "dense_below=32 needs tile > 1"),
+        ({"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}, "topk is missing: with tile=1"),
+        ({"sample": 5}, "sample=5 must divide tile=16"),
         ({"topk": 3}, "topk=3 is too small: it counts the 2 blocks that a tile overlaps"),
         ({"dense_below": 40}, "dense_below=40 must be a multiple of tile=16"),
         ({"decode_max_len": 33}, "decode_max_len=33 exceeds dense_below and tile = 32"),
@@ -252,10 +259,15 @@ def test_shares_are_the_most_that_a_text_may_ask_for() -> None:
 
 def test_inspect_says_what_it_can_without_a_text() -> None:
     text = describe(inspect_config(tiny_model(moba=SHARED).config))
-    assert "blocks of 8 shared by 16 queries, threshold 0.5, 1 sink, 1 local, all below 32" in text
-    assert "Shared choices follow the text: their shares are the most that it may ask for." in text
+    assert (
+        "blocks of 8 shared by 16 queries, threshold 0.5, one in 4 chooses, 1 sink, 1 local, all below 32"
+        in text
+    )
+    assert "How many blocks a shared choice takes depends on the text" in text
+    assert text.count("up to") == 12
     plain = describe(inspect_config(tiny_model().config))
-    assert "Shared choices" not in plain
+    assert "depends on the text" not in plain
+    assert "up to" not in plain
 
 
 def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture) -> None:
@@ -284,9 +296,9 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
 def test_a_prefill_in_chunks_is_one_shot() -> None:
     model = tiny_model(moba=SHARED)
     ids = tokens(1, 91)
-    whole = prefill(model, ids, chunk_size=96, progress=False)
+    whole = prefill(model, ids, chunk_size=96, dense_tail=0, progress=False)
     for size in (32, 40):
-        parts = prefill(model, ids, chunk_size=size, progress=False)
+        parts = prefill(model, ids, chunk_size=size, dense_tail=0, progress=False)
         for one, other in zip(parts.layers, whole.layers, strict=True):
             assert close(one.keys[:, :, :90], other.keys[:, :, :90])
             assert close(one.values[:, :, :90], other.values[:, :, :90])
@@ -312,3 +324,28 @@ def test_the_end_of_a_prompt_may_be_read_dense(moba) -> None:
     assert not any(vars(layer.self_attn).get("moba_suspended") for layer in model.model.layers)
     with pytest.raises(ValueError, match="dense_tail must be at least 0, got -1"):
         prefill(model, ids, dense_tail=-1, progress=False)
+
+
+@pytest.mark.parametrize(("moba", "begin"), [(SHARED, 160), (MobaConfig(8, 2), 172)])
+def test_by_default_the_last_128_tokens_attend_every_key(moba, begin) -> None:
+    model = tiny_model(moba=moba)
+    ids = tokens(1, 300)
+    expected = prefill(model, ids, dense_tail=128, progress=False)
+    assert tail_begin(model, 300, DENSE_TAIL) == begin
+    assert [tail_begin(model, n, 0) for n in (1, 128, 130)] == [0, 127, 129]
+    with captured() as calls:
+        cache = prefill(model, ids, progress=False)
+    assert [call.query.shape[2] for call in calls[::3]] == [begin, 299 - begin]
+    for one, other in zip(cache.layers, expected.layers, strict=True):
+        assert torch.equal(one.keys[:, :, :299], other.keys[:, :, :299])
+    plain = prefill(model, ids, dense_tail=0, progress=False)
+    first, last = slice(0, begin), slice(begin, 299)
+    assert close(cache.layers[-1].keys[:, :, first], plain.layers[-1].keys[:, :, first])
+    assert not close(cache.layers[-1].keys[:, :, last], plain.layers[-1].keys[:, :, last])
+    model.set_attn_implementation("sdpa")
+    assert tail_begin(model, 300, DENSE_TAIL) == 299
+    short = tokens(1, 90)
+    dense = prefill(model, short, progress=False)
+    model.set_attn_implementation("moba")
+    for one, other in zip(prefill(model, short, progress=False).layers, dense.layers, strict=True):
+        assert close(one.keys[:, :, :89], other.keys[:, :, :89])

@@ -197,6 +197,7 @@ def _layer_row(adapter: Adapter, config: Any, moba: MobaConfig, index: int) -> L
         most = "" if rule.topk is None else f", at most {rule.topk}"
         dense = f", all below {rule.dense_below:,}" if rule.dense_below else ""
         why = f"blocks of {rule.block_size} shared by {rule.tile} queries, threshold {rule.threshold:g}"
+        why += f", one in {rule.sample} chooses" if rule.sample > 1 else ""
         return LayerRow(index, "moba", rule, f"{why}{most}{words}{dense}", rule.max_keys)
     why = f"{rule.topk} blocks of {rule.block_size}{words}{gate and f', {gate}'}"
     return LayerRow(index, "moba", rule, why, rule.max_keys)
@@ -240,6 +241,7 @@ def describe(inspection: Inspection) -> str:
     """The inspection as text: a row per layer, then a row per length."""
     kinds = {kind: sum(row.kind == kind for row in inspection.layers) for kind in ("moba", "full", "stock")}
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    most = "up to " if any(isinstance(row.rule, SharedRule) for row in inspection.layers) else ""
     lines = [
         f"{inspection.model_type}: {len(inspection.layers)} layers ({counts}), {inspection.num_heads} heads, "
         f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
@@ -255,10 +257,10 @@ def describe(inspection: Inspection) -> str:
                 *(
                     (
                         f"{row.tokens:,}",
-                        f"{row.key_budget:.1%}",
-                        f"{row.pair_share:.1%}",
+                        f"{most}{row.key_budget:.1%}",
+                        f"{most}{row.pair_share:.1%}",
                         f"{row.dense_flops:.3g}",
-                        f"{row.moba_flops:.3g}",
+                        f"{most}{row.moba_flops:.3g}",
                         f"{row.kv_cache_bytes / 2**30:,.2f} GiB",
                     )
                     for row in inspection.lengths
@@ -267,10 +269,11 @@ def describe(inspection: Inspection) -> str:
             right=True,
         ),
     ]
-    if any(isinstance(row.rule, SharedRule) for row in inspection.layers):
+    if most:
         lines += [
             "",
-            "Shared choices follow the text: their shares are the most that it may ask for.",
+            "How many blocks a shared choice takes depends on the text: its shares here are the most that "
+            "it may ask for, 'moba-hf eval' measures them.",
         ]
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")

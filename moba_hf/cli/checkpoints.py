@@ -12,12 +12,17 @@ from typing import Annotated
 import typer
 
 from moba_hf.cli.options import (
+    NEEDED,
     BlockSize,
+    DenseBelow,
     FullLayers,
     Gate,
     LocalBlocks,
     Preset,
+    SampleRows,
     SinkBlocks,
+    Threshold,
+    Tile,
     Topk,
     TrustRemoteCode,
     quiet,
@@ -49,6 +54,10 @@ def convert(
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -69,13 +78,25 @@ def convert(
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
     from moba_hf.checkpoints.convert import convert_checkpoint
 
-    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    config = settings(
+        preset,
+        full_attention_layers,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     if config is None:
-        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
+        raise typer.BadParameter(NEEDED)
     quiet()
     chosen = None if dtype is None else dtype.value
     made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
-    print(f"{shown(made)}: converted; block_size {config.block_size}, topk {config.topk}")
+    print(f"{shown(made)}: converted; {config.in_words()}")
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 
@@ -84,12 +105,14 @@ def presets() -> None:
     from moba_hf.checkpoints.inspection import text_table
     from moba_hf.config import MobaConfig, preset_names, read_preset
 
-    rows = [("PRESET", "BLOCK_SIZE", "TOPK", "SINK", "LOCAL", "GATE", "FULL LAYERS", "DESCRIPTION")]
+    head = ("PRESET", "BLOCK_SIZE", "TOPK", "TILE", "THRESHOLD", "SINK", "LOCAL", "GATE", "FULL LAYERS")
+    rows = [(*head, "DESCRIPTION")]
     for name in preset_names():
         moba = MobaConfig.from_preset(name)
         full = ",".join(map(str, moba.full_attention_layers)) or "-"
-        numbers = (moba.block_size, moba.topk, moba.sink_blocks, moba.local_blocks)
-        rows.append((name, *map(str, numbers), moba.gate, full, read_preset(name)["description"]))
+        numbers = (moba.block_size, moba.topk, moba.tile, moba.threshold, moba.sink_blocks, moba.local_blocks)
+        words = ("-" if number is None else str(number) for number in numbers)
+        rows.append((name, *words, moba.gate, full, read_preset(name)["description"]))
     print("\n".join(text_table(rows)))
 
 
@@ -115,6 +138,10 @@ def inspect_model(
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -125,7 +152,19 @@ def inspect_model(
     from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 
     quiet()
-    config = settings(preset, block_size, topk, sink_blocks, local_blocks, gate, full_attention_layers)
+    config = settings(
+        preset,
+        full_attention_layers,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     result = inspect_checkpoint(src, config)
     print(json.dumps(result.to_dict(), indent=2) if as_json else shown(describe(result)))
 
@@ -135,20 +174,47 @@ def generate(
     prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
+    sink_blocks: SinkBlocks = None,
+    local_blocks: LocalBlocks = None,
+    gate: Gate = None,
+    full_attention_layers: FullLayers = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the model's chat template, as a question.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
     dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
     chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+    dense_tail: Annotated[
+        int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
+    ] = 128,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)
+    config = settings(
+        preset,
+        full_attention_layers,
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
     quiet()
-    model, tokenizer = generation.load(dst, dtype.value, trust_remote_code=trust_remote_code)
+    model, tokenizer = generation.load(dst, dtype.value, config, trust_remote_code=trust_remote_code)
     ids = generation.encode(model, tokenizer, text, chat=chat)
     if not chat and getattr(tokenizer, "chat_template", None):
         print("moba-hf: the model has a chat template, which --chat puts the text into", file=sys.stderr)
@@ -159,7 +225,8 @@ def generate(
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
             streamer = generation.text_streamer(tokenizer)
-            result = function(model, ids, max_new_tokens, chunk=chunk, streamer=streamer, on_prefill=advance)
+            more = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
+            result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
     if compare:
         print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))

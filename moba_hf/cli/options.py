@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 Preset = Annotated[str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in a block.")]
-Topk = Annotated[int | None, typer.Option(help="Blocks a query attends, its own included.")]
+Topk = Annotated[
+    int | None, typer.Option(help="Blocks a query attends, its own included; with --tile the most.")
+]
 SinkBlocks = Annotated[
     int | None, typer.Option(help="First blocks that are always attended; they count in topk.")
 ]
@@ -22,10 +24,28 @@ LocalBlocks = Annotated[
 Gate = Annotated[
     str | None, typer.Option(help="How blocks are scored: mean (MoBA), or mass (not MoBA; better untrained).")
 ]
+Tile = Annotated[
+    int | None, typer.Option(help="Queries that share a choice of blocks (not MoBA; better untrained).")
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="With --tile: take blocks of at least so many times the largest mass.")
+]
+SampleRows = Annotated[
+    int | None, typer.Option("--sample", help="With --tile: one query in so many chooses for its tile (1).")
+]
+DenseBelow = Annotated[
+    int | None, typer.Option(help="With --tile: queries before this position attend every key (0).")
+]
 FullLayers = Annotated[
     str | None,
     typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
 ]
+
+# What a user is told who gave too few of them.
+NEEDED = (
+    "give --preset NAME, or both --block-size and --topk, or --tile, --block-size and --threshold for a "
+    "choice that queries share"
+)
 
 TrustRemoteCode = Annotated[
     bool,
@@ -34,33 +54,32 @@ TrustRemoteCode = Annotated[
 
 
 def settings(
-    preset: str | None,
-    block_size: int | None,
-    topk: int | None,
-    sink_blocks: int | None,
-    local_blocks: int | None,
-    gate: str | None,
-    full_attention_layers: str | None,
+    preset: str | None = None, full_attention_layers: str | None = None, **numbers: int | float | str | None
 ) -> MobaConfig | None:
-    """The settings that options give; None: no option is given."""
+    """The settings that options give; None: no option is given.
+
+    Args:
+        numbers: fields of `MobaConfig`; None: not given.
+
+    Raises:
+        typer.BadParameter: a preset beside numbers, or too few of them. ValueError: values out of range.
+    """
     from moba_hf.config import MobaConfig
 
-    numbers: dict[str, object] = {
-        "block_size": block_size,
-        "topk": topk,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-        "gate": gate,
-        "full_attention_layers": _layer_list(full_attention_layers),
-    }
+    numbers["full_attention_layers"] = _layer_list(full_attention_layers)  # type: ignore[assignment]
     given = {name: value for name, value in numbers.items() if value is not None}
     if preset is not None and given:
         raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
     if preset is not None:
         return MobaConfig.from_preset(preset)
-    if given and (block_size is None or topk is None):
-        raise typer.BadParameter("give --preset NAME, or both --block-size and --topk")
-    return MobaConfig.from_dict(given) if given else None
+    if not given:
+        return None
+    shared = given.get("tile", 1) != 1
+    if any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
+        raise typer.BadParameter(NEEDED)
+    if shared:
+        given.setdefault("gate", "mass")  # the only one there
+    return MobaConfig.from_dict(given)
 
 
 def _layer_list(text: str | None) -> list[int] | None:

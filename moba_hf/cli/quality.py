@@ -11,12 +11,17 @@ import typer
 
 from moba_hf.cli.options import (
     BlockSize,
+    DenseBelow,
     Gate,
     LocalBlocks,
+    SampleRows,
     SinkBlocks,
+    Threshold,
+    Tile,
     Topk,
     TrustRemoteCode,
     quiet,
+    settings,
     shown,
 )
 
@@ -31,6 +36,10 @@ def evaluate(
     preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
     block_size: BlockSize = None,
     topk: Topk = None,
+    tile: Tile = None,
+    threshold: Threshold = None,
+    sample: SampleRows = None,
+    dense_below: DenseBelow = None,
     sink_blocks: SinkBlocks = None,
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
@@ -55,21 +64,26 @@ def evaluate(
 
     _check_folder(out, store)
     quiet()
-    numbers = {
-        "block_size": block_size,
-        "topk": topk,
-        "sink_blocks": sink_blocks,
-        "local_blocks": local_blocks,
-        "gate": gate,
-    }
+    given = settings(
+        block_size=block_size,
+        topk=topk,
+        tile=tile,
+        threshold=threshold,
+        sample=sample,
+        dense_below=dense_below,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        gate=gate,
+    )
+    named = run.presets_of(preset or [], given)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
-    settings = run.settings_of(loaded, preset or [], numbers)
+    wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
     result = run.evaluate(
         loaded,
         tokenizer,
         texts,
-        settings,
+        wanted,
         measures=measure or ["perplexity"],
         tasks=task or [],
         task_lengths=task_length or [length],

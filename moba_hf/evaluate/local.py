@@ -56,7 +56,7 @@ def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scal
     complete = k.shape[1] // rule.block_size
     scores = GATES[rule.gate].summary(k, rule.block_size, scale).scores(q, complete)
     scores = F.pad(scores, (0, blocks - complete), value=-torch.inf)
-    scores = ranked_by_rule(scores, positions // rule.block_size, rule)
+    scores = ranked_by_rule(scores, positions, rule)
     return scores.sort(dim=2, descending=True, stable=True).indices
 
 

@@ -14,10 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moba_hf.config import LayerConfig, MobaConfig
+from moba_hf.config import MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.numerics import default_scale
+from moba_hf.op.shared_rule import SharedRule
 
 _PROBED = "moba_probe"
 # Parts of a config that say where a model comes from and how it runs, not what it is.
@@ -137,15 +138,16 @@ def sample_positions(length: int, count: int, seed: int) -> Tensor:
     return (order[:count] + first).sort().values
 
 
-def ranked_by_rule(scores: Tensor, own: Tensor, rule: LayerConfig) -> Tensor:
+def ranked_by_rule(scores: Tensor, positions: Tensor, rule: Rule) -> Tensor:
     """`scores (H, M, blocks)` with infinity for own and forced blocks and -infinity for later ones.
 
     Args:
-        own: `(M,)`, the own block of each query.
+        positions: `(M,)`, of the queries. Where a tile shares a choice, the blocks that it overlaps are own.
     """
     column = torch.arange(scores.shape[2], device=scores.device)
-    later = column > own[:, None]
-    forced = rule.forces(column, own[:, None]) & ~later
+    later = column > (positions // rule.block_size)[:, None]
+    begin = positions // rule.tile * rule.tile if isinstance(rule, SharedRule) else positions
+    forced = rule.forces(column, (begin // rule.block_size)[:, None]) & ~later
     return scores.masked_fill(later, -torch.inf).masked_fill(forced, torch.inf)
 
 

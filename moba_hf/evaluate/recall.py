@@ -1,7 +1,9 @@
 """How good a choice of blocks is, layer by layer and head by head, against the best choice of as many blocks.
 
 The oracle attends the same number of blocks and the same forced ones, but takes the others by their true
-attention mass. Measured in one dense pass, so that a layer is not blamed for the layers below it.
+attention mass. Measured in one dense pass, so that a layer is not blamed for the layers below it. Where a
+tile of queries shares a choice, the oracle still chooses for each query, as many blocks as its tile attends:
+it bounds the mass, and the recall of blocks says how far the queries of a tile differ.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moba_hf.config import LayerConfig, MobaConfig
+from moba_hf.config import MobaConfig, Rule
 from moba_hf.evaluate.passes import attention_rows, family_of, ranked_by_rule, sample_positions, watch
 from moba_hf.op.ops import select_blocks
+from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
 
@@ -51,16 +54,17 @@ def chosen_mask(choice: Tensor, blocks: int) -> Tensor:
     return mask[:, :, :blocks].transpose(0, 1)
 
 
-def oracle_mask(masses: Tensor, own: Tensor, rule: LayerConfig) -> Tensor:
-    """Bool `(H, M, blocks)`: own and forced blocks, then those of the greatest mass, `topk` in all."""
-    ranked = ranked_by_rule(masses, own, rule)
-    best = ranked.topk(min(rule.topk, masses.shape[2]), dim=2).indices
-    chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, best, True)
+def oracle_mask(masses: Tensor, positions: Tensor, rule: Rule, counts: Tensor) -> Tensor:
+    """Bool `(H, M, blocks)`: own and forced blocks, then those of most mass, `counts (H, M)` in all."""
+    ranked = ranked_by_rule(masses, positions, rule)
+    order = ranked.sort(dim=2, descending=True, stable=True).indices
+    taken = torch.arange(masses.shape[2], device=masses.device) < counts[..., None]
+    chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, order, taken)
     return chosen & (ranked > -torch.inf)
 
 
 def layer_recall(
-    q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scale: float
+    q: Tensor, k: Tensor, positions: Tensor, rule: Rule, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block recall, mass and oracle mass of one layer, `(H,)` each, averaged over `positions`.
 
@@ -74,8 +78,13 @@ def layer_recall(
         softmax_scale=scale,
     )
     masses = block_masses(attention_rows(q[:, positions], k, positions, scale), rule.block_size)
-    chosen = chosen_mask(choice[positions], masses.shape[2])
-    oracle = oracle_mask(masses, positions // rule.block_size, rule)
+    blocks = masses.shape[2]
+    if isinstance(rule, SharedRule):
+        own = torch.arange(blocks, device=q.device) <= (positions // rule.block_size)[:, None]
+        chosen = unpack_blocks(choice, blocks)[:, positions // rule.tile] & own
+    else:
+        chosen = chosen_mask(choice[positions], blocks)
+    oracle = oracle_mask(masses, positions, rule, chosen.sum(2))
     block = (chosen & oracle).sum(2) / oracle.sum(2)
     return block.mean(1), (masses * chosen).sum(2).mean(1), (masses * oracle).sum(2).mean(1)
 
@@ -89,8 +98,6 @@ def recall(model: Any, ids: Tensor, config: MobaConfig, *, samples: int = 128, s
 
     def probe(layer: int, _: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         rule = config.for_layer(layer, num_layers)
-        if isinstance(rule, SharedRule):
-            raise ValueError("recall is defined for queries that choose for themselves: tile must be 1")
         if rule is not None:
             rows[layer] = layer_recall(q, k, positions.to(q.device), rule, scale)
 

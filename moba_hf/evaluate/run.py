@@ -14,12 +14,15 @@ from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
+from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.passes import family_of, identity_of
 from moba_hf.evaluate.perplexity import perplexity
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.prefill import DENSE_TAIL
+from moba_hf.op.shared_rule import SharedRule
 
 MEASURES = ("perplexity", "agreement", "recall")
 
@@ -31,18 +34,19 @@ def load(path: str, device: str | None = None, *, trust_remote_code: bool = Fals
     return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def settings_of(
-    model: Any, presets: Sequence[str], numbers: Mapping[str, Any]
-) -> dict[str, MobaConfig | None]:
-    """Named settings to measure: dense, the presets, the given `numbers`; else what `model` holds."""
-    settings: dict[str, MobaConfig | None] = {"dense": None}
-    settings |= {name: MobaConfig.from_preset(name) for name in presets}
-    given = {name: value for name, value in numbers.items() if value is not None}
-    if given:
-        settings["given"] = MobaConfig.from_dict(given)
-    if len(settings) == 1:
-        settings["moba"] = moba_config(family_of(model)[1])
-    return settings
+def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, MobaConfig]:
+    """Settings by name: the presets, and those that are `given`.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    named = {name: MobaConfig.from_preset(name) for name in presets}
+    return named if given is None else {**named, "given": given}
+
+
+def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaConfig | None]:
+    """What is measured: dense, and the `named` settings; without any, those that `model` holds."""
+    return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
@@ -91,14 +95,17 @@ def evaluate(
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "agreement": ..., "recall": ..., "tasks": [...],
-        "keys": {text: {setting: [key budget, share of dense pairs]}}}`.
+        "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share":
+        ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides how many keys are
+        attended the key budget is None, and the share of pairs is counted in the passes of perplexity or
+        agreement, None without either.
     """
     _check(texts, measures, tasks, task_lengths, contexts)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
-    known = Store(store, {**made_of, "settings": configs, "seed": seed})
+    known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
-    result["keys"] = {}
+    result |= {"keys": {}, "attended": {}}
     runs = [
         (text, name, measure)
         for text in texts
@@ -108,12 +115,18 @@ def evaluate(
     ]
     for text, name, measure in progress(runs, "passes"):
         passed = partial(_one, model, measure, texts[text], settings[name], seed)
-        result[measure][text][name] = known.get(f"{measure}/{text}/{name}", passed)
+        one = dict(known.get(f"{measure}/{text}/{name}", passed))
+        if "attended" in one:
+            result["attended"].setdefault(text, {})[name] = one.pop("attended")
+        result[measure][text][name] = one
     for text, ids in texts.items():
         for name, config in settings.items():
             if config is not None:
                 row = inspect_config(model.config, config, (ids.shape[1],)).lengths[0]
-                result["keys"].setdefault(text, {})[name] = [row.key_budget, row.pair_share]
+                keys: list[float | None] = [row.key_budget, row.pair_share]
+                if _follows_text(model, config):
+                    keys = [None, result["attended"].get(text, {}).get(name, {"share": None})["share"]]
+                result["keys"].setdefault(text, {})[name] = keys
     result["tasks"] = [
         {
             "setting": name,
@@ -147,19 +160,41 @@ def _check(
         raise ValueError("there is nothing to measure: give texts (--text FILE) or tasks (--task NAME)")
 
 
+def _follows_text(model: Any, config: MobaConfig) -> bool:
+    """Whether some layer attends as many blocks as the text asks for."""
+    adapter, text_config = family_of(model)
+    num_layers = adapter.num_layers(text_config)
+    return any(isinstance(config.for_layer(i, num_layers), SharedRule) for i in range(num_layers))
+
+
 def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed: int) -> dict[str, Any]:
-    if measure == "perplexity":
-        return perplexity(model, ids, config).to_dict()
-    assert config is not None
-    if measure == "agreement":
-        return agreement(model, ids, config).to_dict()
-    return recall(model, ids, config, seed=seed).to_dict()
+    """The numbers of one measure, with those of `Attended` where a pass runs MoBA."""
+    if config is None:
+        return perplexity(model, ids, None).to_dict()
+    if measure == "recall":
+        return recall(model, ids, config, seed=seed).to_dict()
+    with count_pairs(model, config, ids.shape[1]) as attended:
+        if measure == "perplexity":
+            found = perplexity(model, ids, config).to_dict()
+        else:
+            found = agreement(model, ids, config).to_dict()
+    return {**found, "attended": attended.to_dict()}
 
 
 def tables(result: Mapping[str, Any]) -> str:
     """The numbers of `evaluate` as markdown tables."""
     texts = {**result.get("perplexity", {}), **result.get("agreement", {})}
     parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
+    for text, by_setting in result.get("attended", {}).items():
+        rows = [list[object](["setting", "of dense pairs", "by layer", "heads from", "to"])]
+        for name, one in by_setting.items():
+            heads = [share for shares in one["heads"].values() for share in shares]
+            layers = " ".join(f"{sum(shares) / len(shares):.2f}" for shares in one["heads"].values())
+            if len({round(share, 6) for share in heads}) > 1:
+                ends = [_percent(min(heads)), _percent(max(heads))]
+                rows.append([name, _percent(one["share"]), layers, *ends])
+        if len(rows) > 1:
+            parts.append(f"{text}, pairs attended by layers and heads\n{format_table(rows)}")
     for text, by_setting in result.get("recall", {}).items():
         rows = [list[object](["setting", "block recall", "mass", "oracle mass"])]
         for name, one in by_setting.items():
@@ -177,6 +212,10 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     """A row per setting: what it attends, its losses on `text` and how it agrees with dense."""
     losses = result.get("perplexity", {}).get(text, {})
@@ -186,7 +225,7 @@ def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     for name in {**losses, **near}:
         shares = result["keys"].get(text, {}).get(name)
         row: list[object] = [name]
-        row += ["100 %", "100 %"] if shares is None else [f"{100 * x:.1f} %" for x in shares]
+        row += ["-" if x is None else _percent(x) for x in shares or (1.0, 1.0)]
         one, dense, other = losses.get(name), losses.get("dense"), near.get(name)
         row += ["-", "-"] if one is None else [one["loss"], one["trailing"]]
         known = one is not None and dense is not None and name != "dense"

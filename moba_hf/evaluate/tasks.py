@@ -22,6 +22,7 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.results import Store, progress
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -211,11 +212,17 @@ def make_sample(
 
 @torch.no_grad()
 def answer_questions(
-    model: Any, tokenizer: Any, sample: Sample, new_tokens: int, config: MobaConfig | None
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    new_tokens: int,
+    config: MobaConfig | None,
+    dense_tail: int = DENSE_TAIL,
 ) -> list[str]:
     """Greedy answers: the context is read once, each question on top of it; MoBA in both (None: dense).
 
-    Questions are asked together, as rows of a batch over copies of the cache.
+    As `moba_hf.prefill` reads a prompt: its last `dense_tail` tokens, with the question, attend every key; 0:
+    none. Questions are asked together, as rows of a batch over copies of the cache.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -229,20 +236,36 @@ def answer_questions(
     answers: list[list[int]] = []
     with attention(model, config):
         cache = DynamicCache(config=model.config)
-        model.base_model(input_ids=context, **cache_kwargs(model.base_model, cache))
+        length = context.shape[1]
+        tail = length
+        if dense_tail:
+            tail = min(length, tail_begin(model, length + min(map(len, asked)), dense_tail))
+        for part, dense in ((context[:, :tail], False), (context[:, tail:], True)):
+            if part.shape[1]:
+                with attending_everything(model, dense):
+                    model.base_model(input_ids=part, **cache_kwargs(model.base_model, cache))
         alike = all(type(layer) is DynamicLayer for layer in cache.layers)
         rows = max(1, _ROW_TOKENS[device.type == "cpu"] // context.shape[1]) if alike else 1
         for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
-            answers += _ask(model, cache, context[0], part, new_tokens, tokenizer.eos_token_id)
+            some = asked[start : start + rows]
+            end = tokenizer.eos_token_id
+            answers += _ask(model, cache, context[0], some, new_tokens, end, dense=dense_tail > 0)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
 def _ask(
-    model: Any, cache: Any, context: Tensor, asked: Sequence[Tensor], new_tokens: int, end: int | None
+    model: Any,
+    cache: Any,
+    context: Tensor,
+    asked: Sequence[Tensor],
+    new_tokens: int,
+    end: int | None,
+    *,
+    dense: bool,
 ) -> list[list[int]]:
     """Greedy answers to token ids `asked` over copies of `cache`, which holds `context (length,)`.
 
+    `dense`: the questions attend every key; what follows them does what the settings say of decoding.
     A row with a shorter question reads the end of the context again, so that all read as many tokens; what is
     missing in its cache is padding on the left.
     """
@@ -260,7 +283,8 @@ def _ask(
         where = {"position_ids": slots[at:seen] - left}
         if mask is not None:
             where["attention_mask"] = mask[:, :seen]
-        outputs = model.base_model(input_ids=ids, **cache_kwargs(model.base_model, copy), **where)
+        with attending_everything(model, dense and at == length):
+            outputs = model.base_model(input_ids=ids, **cache_kwargs(model.base_model, copy), **where)
         hidden = outputs.last_hidden_state[:, -1]
         ids, at = model.get_output_embeddings()(hidden).argmax(1, keepdim=True), seen
         for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):

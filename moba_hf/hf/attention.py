@@ -76,8 +76,11 @@ def moba_attention_forward(
     """
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) and "cache" not in kwargs:
+        mask = attention_mask
+        if isinstance(mask, Rows):  # of a causal model: the mask that its stock layers would get
+            mask = _stock_mask(module, mask, query.device, "not causal", kwargs)
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     plan = layer_plan(module)
     rows, q_len = attention_mask, query.shape[2]
@@ -294,7 +297,7 @@ def _refuse_unsupported(dropout: float, q_len: int, kv_len: int, kwargs: dict[st
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, tensors in its dtype, as torch's own attention does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

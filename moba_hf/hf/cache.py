@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -38,7 +38,33 @@ _WRITTEN_FOR = (
 )
 
 
-class MobaLayer(DynamicLayer):
+class _OrderedMoves:
+    """Orders what an offloading cache copies from two streams: it offloads on one and prefetches on another.
+
+    Nothing in transformers makes the prefetch wait. So it could read host memory before the copy to it has
+    ended, and write to device memory whose freed tensor queued kernels still read.
+    """
+
+    device: Any
+    _work: torch.cuda.Stream | None = None
+
+    def _begin_move(self) -> None:
+        """Called on the stream that computes, before a copy to the CPU is queued."""
+        if torch.device(self.device).type == "cuda":
+            self._work = torch.cuda.current_stream(self.device)
+
+    def _follow_work(self) -> None:
+        """Makes the current stream, on which the layer comes back, wait for the work queued so far."""
+        if self._work is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._work)
+
+    def _end_moves(self) -> None:
+        """Waits for the copies in flight, before rows are changed wherever they lie."""
+        if self._work is not None:
+            torch.cuda.synchronize(self.device)
+
+
+class MobaLayer(_OrderedMoves, DynamicLayer):
     """A dynamic cache layer: a decode step writes one slot and neither copies nor reads the others.
 
     Keys and values lie in the first slots of larger buffers, which grow by an eighth when they are full.
@@ -227,6 +253,7 @@ class MobaLayer(DynamicLayer):
         """Applies a selection of rows; only the slots in use are moved."""
         if self._buffers is None or self._length == 0:
             return
+        self._end_moves()
         capacity = self._buffers[0].shape[2]
         for i, old in enumerate(self._buffers):
             rows = change(old[:, :, : self._length])
@@ -247,10 +274,12 @@ class MobaLayer(DynamicLayer):
     def offload(self) -> None:
         """Moves keys and values to the CPU; the means stay where they are used."""
         if self._buffers is not None:
+            self._begin_move()
             self._buffers = [x.to("cpu", non_blocking=True) for x in self._buffers]
 
     def prefetch(self) -> None:
         if self._buffers is not None:
+            self._follow_work()
             self._buffers = [x.to(self.device, non_blocking=True) for x in self._buffers]
 
     def activate_past_recording(self) -> None:
@@ -274,7 +303,7 @@ def _tracked(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-class MobaStaticLayer(StaticLayer):
+class MobaStaticLayer(_OrderedMoves, StaticLayer):
     """A static cache layer with means of complete blocks, for `torch.compile` and CUDA graphs.
 
     Args:
@@ -358,7 +387,17 @@ class MobaStaticLayer(StaticLayer):
         self.prompt = None
         self.block_means.forget(0)
 
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._begin_move()
+        super().offload()
+
+    def prefetch(self) -> None:
+        self._follow_work()
+        super().prefetch()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._end_moves()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.is_initialized:
             self.block_means.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -442,10 +481,47 @@ def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
     return rule.block_size
 
 
+class _Defaults:
+    """The defaults of transformers that `use_moba_cache` replaces; installed once, however many use it."""
+
+    _TABLES = (
+        (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, MobaLayer),
+        (cache_utils.STATIC_LAYER_TYPE_MAPPING, MobaStaticLayer),
+    )
+    _previous: ClassVar[tuple[Any, ...]] = ()
+    _ours: ClassVar[Any] = None
+
+    @classmethod
+    def install(cls) -> None:
+        prepare = getattr(GenerationMixin, _PREPARE, None)
+        if prepare is None:
+            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
+        cls._ours = _with_reserve(prepare)
+        cls._previous = (prepare, *(table[_FULL] for table, _ in cls._TABLES))
+        setattr(GenerationMixin, _PREPARE, cls._ours)
+        for table, layer in cls._TABLES:
+            table[_FULL] = layer
+
+    @classmethod
+    def remove(cls) -> None:
+        """Puts back what is still ours; what somebody else has replaced since stays."""
+        prepare, *layers = cls._previous
+        if getattr(GenerationMixin, _PREPARE, None) is cls._ours:
+            setattr(GenerationMixin, _PREPARE, prepare)
+        for (table, ours), layer in zip(cls._TABLES, layers, strict=True):
+            if table[_FULL] is ours:
+                table[_FULL] = layer
+
+
+# Every `use_moba_cache` that has not ended.
+_ACTIVE: list[use_moba_cache] = []
+
+
 class use_moba_cache:
     """Makes `generate` build MoBA cache layers by default, for every model in this process.
 
-    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back::
+    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back when
+    no other use is left, in whatever order they end::
 
         moba_hf.use_moba_cache()
         with moba_hf.use_moba_cache():
@@ -458,19 +534,16 @@ class use_moba_cache:
     """
 
     def __init__(self) -> None:
-        tables = (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING)
-        self._tables = [(table, table[_FULL]) for table in tables]
-        self._prepare = getattr(GenerationMixin, _PREPARE, None)
-        if self._prepare is None:
-            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
-        setattr(GenerationMixin, _PREPARE, _with_reserve(self._prepare))
-        tables[0][_FULL], tables[1][_FULL] = MobaLayer, MobaStaticLayer
+        if not _ACTIVE:
+            _Defaults.install()
+        _ACTIVE.append(self)
 
     def undo(self) -> None:
-        """Puts back what was there before."""
-        for table, layer in self._tables:
-            table[_FULL] = layer
-        setattr(GenerationMixin, _PREPARE, self._prepare)
+        """Ends this use; with the last one, what was there before comes back."""
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
+            if not _ACTIVE:
+                _Defaults.remove()
 
     def __enter__(self) -> use_moba_cache:
         return self
@@ -504,6 +577,8 @@ def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(prepare)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not _ACTIVE:  # somebody else's wrapper has kept this one
+            return prepare(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         model_kwargs, length = given["model_kwargs"], int(given["max_cache_length"])
         before = _caches(model_kwargs)

@@ -18,7 +18,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.patching import patch_model, unpatch_model
-from moba_hf.hf.prefill import prefill
+from moba_hf.hf.prefill import DENSE_TAIL, prefill
 
 CHUNK = 2048
 
@@ -125,6 +125,7 @@ def generate(
     max_new_tokens: int,
     *,
     chunk: int = CHUNK,
+    dense_tail: int = DENSE_TAIL,
     streamer: BaseStreamer | None = None,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Generated:
@@ -135,6 +136,7 @@ def generate(
         ids: `(1, length)` token ids.
         max_new_tokens: at most this many; an end-of-sequence token ends earlier.
         chunk: tokens of the prompt read at a time, which bounds memory; see `prefill`.
+        dense_tail: tokens at the end of the prompt that attend every key; see `prefill`.
         streamer: gets the tokens as they come.
         on_prefill: called with the number of tokens just read.
 
@@ -155,7 +157,7 @@ def generate(
             on_prefill(count)
 
     start = time.perf_counter()
-    prefill(model, ids, chunk, cache=cache, progress=False, on_chunk=read)
+    prefill(model, ids, chunk, cache=cache, progress=False, on_chunk=read, dense_tail=dense_tail)
     _wait(model)
     middle = time.perf_counter()
     out = model.generate(

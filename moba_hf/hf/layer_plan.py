@@ -64,18 +64,10 @@ def _settings_of(raw: Any) -> MobaConfig:
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
         f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} "
-        f"({_in_words(moba)}), which was measured at 8K tokens. Pass a MobaConfig to "
+        f"({moba.in_words()}), which was measured at 8K tokens. Pass a MobaConfig to "
         "moba_hf.patch_model, or set config.moba, to choose."
     )
     return moba
-
-
-def _in_words(moba: MobaConfig) -> str:
-    """The rule of a preset, as keywords."""
-    names = ["block_size", "topk", "sink_blocks", "local_blocks"]
-    if moba.tile > 1:
-        names = ["tile", "block_size", "threshold", "dense_below", "sink_blocks", "local_blocks"]
-    return ", ".join(f"{name}={getattr(moba, name)}" for name in names)
 
 
 def layer_plan(module: nn.Module) -> LayerPlan:

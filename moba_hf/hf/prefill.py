@@ -22,8 +22,12 @@ from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
+from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
+
+# Tokens at the end of a prompt that attend every key unless one says otherwise: the question, mostly.
+DENSE_TAIL = 128
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +42,7 @@ def prefill(
     progress: bool = True,
     on_chunk: Callable[[int], None] | None = None,
     *,
-    dense_tail: int = 0,
+    dense_tail: int = DENSE_TAIL,
     past_key_values: Cache | None = None,
 ) -> Cache:
     """A cache that holds `input_ids` but for the last token, which `generate` must still see::
@@ -46,10 +50,12 @@ def prefill(
         cache = moba_hf.prefill(model, input_ids)
         model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
-    Every row equals that of a prefill in one call; where queries share a choice of blocks, chunks end between
-    tiles for that, and padded batches, whose rows begin anywhere, differ a little. In a stock cache, chunks
-    of `decode_max_len` tokens or fewer would count as decoding, so none is left: the last two chunks are
-    evened out, and so few tokens altogether on top of a filled cache are left to `generate`.
+    The end of the prompt, `dense_tail` tokens, attends every key: where a question follows a long text, that
+    is what lets a model find short facts (measured: dev/LOG.md, 2026-11-26). Every other row equals that of a
+    prefill in one call, and with `dense_tail=0` all do; where queries share a choice of blocks, chunks end
+    between tiles for that, and padded batches, whose rows begin anywhere, differ a little. In a stock cache,
+    chunks of `decode_max_len` tokens or fewer would count as decoding, so none is left: the last two chunks
+    are evened out, and so few tokens altogether on top of a filled cache are left to `generate`.
 
     A `MobaCache` is closed: what comes after the prompt follows the decode rule, however many tokens a call
     holds, until the next `prefill` on that cache. Assisted and prompt-lookup generation then give the tokens
@@ -65,14 +71,14 @@ def prefill(
             `MobaCache`.
         progress: show a progress bar; of several processes only the first does.
         on_chunk: called after every chunk with its tokens, for a progress display of one's own.
-        dense_tail: so many tokens at the end of the prompt attend every key, say the question after a long
-            text; more where a tile of queries that share a choice would be cut.
+        dense_tail: so many tokens at the end of the prompt attend every key; more where a tile of queries
+            that share a choice would be cut. 0: none, as in a plain forward of the model.
         past_key_values: another name of `cache`, as in transformers before 5.24.
 
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, a
-            cache under both names, or one that holds the whole prompt or, being static, has not a slot for
-            every token.
+            cache under both names, or one that holds the whole prompt, holds tokens rotated by other
+            frequencies (`hf.rope`), or is static and has not a slot for every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -92,19 +98,20 @@ def prefill(
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    tail = _tail_begin(model, seen, length, dense_tail)
+    tail = max(seen, tail_begin(model, length, dense_tail))
     few, padded = follows_places(cache), attention_mask is not None
     chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=padded, few=few)]
     read = seen + sum(n for n, _ in chunks)
-    if dense_tail:
+    if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and _is_first_process())
+    longest = length if position_ids is None else int(position_ids.max()) + 1
     prompt = Prompt(length - 1, dense_from=read, begin=seen)
     bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
-    with _reading(cache, prompt), bar:
+    with whole_prompt(model, longest, seen), _reading(cache, prompt), bar:
         for count, dense in chunks:
             end = seen + count
-            with _attending_everything(model, dense):
+            with attending_everything(model, dense):
                 model(
                     input_ids=input_ids[:, seen:end].to(model.device),
                     attention_mask=None if attention_mask is None else attention_mask[:, :end],
@@ -120,16 +127,19 @@ def prefill(
     return cache
 
 
-def _tail_begin(model: Any, seen: int, length: int, dense_tail: int) -> int:
-    """Where the dense tail of a prompt begins, between tiles; its last token is left to `generate`."""
-    if dense_tail == 0:
+def tail_begin(model: Any, length: int, dense_tail: int) -> int:
+    """Where the dense tail of a prompt of `length` tokens begins, between tiles; at most `length - 1`.
+
+    The last token belongs to `generate`. Where the model does not run MoBA there is no tail.
+    """
+    if dense_tail == 0 or model.config.get_text_config(decoder=True)._attn_implementation != NAME:
         return length - 1
     begin = max(0, length - dense_tail)
-    return min(length - 1, max(seen, begin - begin % _tile(model)))
+    return min(length - 1, begin - begin % _tile(model))
 
 
 @contextmanager
-def _attending_everything(model: Any, wanted: bool) -> Iterator[None]:
+def attending_everything(model: Any, wanted: bool = True) -> Iterator[None]:
     """Full attention in every layer inside the block, where `wanted`."""
     config = model.config.get_text_config(decoder=True)
     modules: list[Any] = []

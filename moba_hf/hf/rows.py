@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from moba_hf.hf.spans import (
@@ -120,7 +121,10 @@ class Rows:
         dense: Tensor | None = None,
         windowed: bool = False,
     ):
-        self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
+        # torch.jit.trace makes tensors of sizes
+        self.batch, self.q_len, self.kv_len = (
+            int(size) if isinstance(size, Tensor) else size for size in (batch, q_len, kv_len)
+        )
         # the counter of a static cache, which has moved on when the first layer asks
         self.q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
         self.device = torch.device(device)
@@ -129,7 +133,7 @@ class Rows:
         self._seen: Seen | None = None
         self._layouts: dict[torch.device, Layout] = {}
         self._known: Layout | None = None
-        if not windowed and (q_len == 1 or not _may_look(self.device)):
+        if not windowed and (q_len == 1 or not self._may_look({})):
             self._known = self._unpacked({})  # before a graph begins, if it does not contain this
 
     @property
@@ -152,7 +156,7 @@ class Rows:
             self._check_no_cache()
             if self.batch != 1:
                 raise ValueError(f"cu_seq_lens_q describes one packed row, got a batch of {self.batch}")
-        if not _may_look(self.device):
+        if not self._may_look(kwargs):
             return self._in_graph(kwargs)
         found = self._layouts.get(device)
         if found is None:
@@ -163,7 +167,7 @@ class Rows:
 
     def check_separated(self, kwargs: dict[str, Any], what: str) -> None:
         """Raises ValueError unless the masks of stock layers (`what` says why) keep packed rows apart."""
-        if _may_look(self.device):
+        if self._may_look(kwargs):
             if self.q_len > 1:
                 check_separated(self._look(kwargs), what)
             return
@@ -176,12 +180,18 @@ class Rows:
             begins = offsets[1:-1]
             inside = (begins > 0) & (begins < self.q_len)
             sees = self.neighbours[0, 0][(begins - 1).clamp(0, self.q_len - 2)]
-            torch._assert_async(~(inside & sees).any(), joined(what))
+            _assert_later(~(inside & sees).any(), joined(what))
+
+    def _may_look(self, kwargs: dict[str, Any]) -> bool:
+        """Whether values can be read: not in a graph that is traced or captured, nor where there are none."""
+        held = (self.given, self.q_offset, self.neighbours, self.axes)
+        given = (kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"))
+        return _may_look(self.device) and not any(isinstance(x, FakeTensor) for x in (*held, *given))
 
     def _unpacked(self, kwargs: dict[str, Any]) -> Layout:
         """The layout by a look where it is allowed, else from the device."""
         to_read = self.given if self.given is not None else self.q_offset
-        if not _may_look(self.device) or (
+        if not self._may_look(kwargs) or (
             self.q_len == 1 and isinstance(to_read, Tensor) and not check_values(to_read)
         ):
             return self._on_device()
@@ -265,20 +275,21 @@ class Rows:
             kv_start, kv_end = torch.zeros_like(offset), offset + q_len
         else:
             real = self._real()
-            kv_start = real.int().argmax(dim=1)
-            kv_end = torch.where(real.any(dim=1), kv_len - real.flip(1).int().argmax(dim=1), 0)
+            kv_start, kv_end = _bounds(real)
             if isinstance(self.q_offset, Tensor):
-                torch._assert_async(self.q_offset + q_len <= self.given.shape[1], SHORT)
-            torch._assert_async((real.sum(dim=1) == kv_end - kv_start).all(), f"the attention mask {HOLE}")
+                _assert_later(self.q_offset + q_len <= self.given.shape[1], SHORT)
         table = batched_table(batch, q_len, kv_len, device, kv_start, kv_end, offset)
         return Layout(Sequences(table, q_len, kv_len, True, kv_start))
 
     def _real(self) -> Tensor:
         """Bool `(batch, kv_len)`: slots that are written and no padding."""
         assert self.given is not None
-        missing = self.kv_len - self.given.shape[1]
-        given = nn.functional.pad(self.given.to(torch.bool), (0, max(0, missing)))[:, : self.kv_len]
-        return given & (torch.arange(self.kv_len, device=self.device) < self.q_offset + self.q_len)
+        given, written = self.given.to(torch.bool), self.q_offset + self.q_len
+        if isinstance(written, int) and given.shape[1] == self.kv_len == written:
+            return given  # a step of a dynamic cache: every slot is written, few operators matter
+        missing = self.kv_len - given.shape[1]
+        given = nn.functional.pad(given, (0, max(0, missing)))[:, : self.kv_len]
+        return given & (torch.arange(self.kv_len, device=self.device) < written)
 
     def _in_graph(self, kwargs: dict[str, Any]) -> Layout:
         """The layout inside a graph: offsets tell of packing; without them it is asserted to be absent."""
@@ -295,7 +306,7 @@ class Rows:
         if self.given is not None:
             named = torch.arange(self.q_len, device=self.device) < offsets[-1]
             fits = fits & ((self._real() == named).all() | self._real().all())
-        torch._assert_async(fits, _OFFSETS_UNDER_COMPILE)
+        _assert_later(fits, _OFFSETS_UNDER_COMPILE)
         return Layout(Sequences(packed_table(offsets, offsets), longest, longest, by_row=False))
 
     def _assert_not_packed(self, kwargs: dict[str, Any]) -> None:
@@ -307,7 +318,7 @@ class Rows:
             slot = torch.arange(self.q_len, device=self.device) + self.q_offset
             real = self.given[:, slot.clamp(max=self.given.shape[1] - 1)]
             rises = rises | ~(real[:, 1:] & real[:, :-1])
-        torch._assert_async(rises.all(), _PACKED_UNDER_COMPILE)
+        _assert_later(rises.all(), _PACKED_UNDER_COMPILE)
 
     def _check_no_cache(self) -> None:
         if self.q_len != self.kv_len:
@@ -390,6 +401,14 @@ def moba_mask(
     )
 
 
+def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
+    """First slot and last + 1 of the rows of `real`, int64 `(batch,)`; a hole raises on the device."""
+    start, count = real.view(torch.uint8).argmax(dim=1), real.sum(dim=1)
+    begins = (real[:, 1:] > real[:, :-1]).sum(dim=1) + real[:, 0]
+    _assert_later((begins <= 1).all(), f"the attention mask {HOLE}")
+    return start, start + count
+
+
 def _hidden_axes(config: Any, batch: int, length: int) -> Tensor | None:
     """M-RoPE ids `(3, batch, length)` of the forward that asks for a mask, where its layers get none.
 
@@ -417,6 +436,12 @@ def _may_look(device: torch.device) -> bool:
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _assert_later(holds: Tensor, message: str) -> None:
+    """Raises RuntimeError when the device finds that `holds`, 0-d, is False; a meta tensor has no value."""
+    if holds.device.type != "meta":
+        torch._assert_async(holds, message)
 
 
 def _read(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ def attend(
             on it.
         resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
         use_decode: use the decode kernel; None: for few queries.
-        use_hopper: False: no Gluon kernels; None: where `hopper.available`.
+        use_hopper: False: no Gluon kernels; None: where `hopper.dispatch.available`.
         by_row: row r of the table is batch row r, for every r: the decode kernel writes every row.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.numerics import has_tangent
 from moba_hf.op.operators import dense_decode_op
 from moba_hf.op.sequences import Sequences, batched_table
 
@@ -66,7 +67,7 @@ def dense_attention(
     whole = whole or sequences is None
     if whole and q_len == kv_len:
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
+            q, k, v, is_causal=True, scale=scale, enable_gqa=bool(num_heads != num_kv_heads)
         )
         return out.transpose(1, 2)
     group_size = num_heads // num_kv_heads
@@ -99,6 +100,8 @@ def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
     if q.shape[2] == k.shape[2]:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return None
+    if has_tangent(q, k, v):  # the kernel would drop it
         return None
     name = choose_backend(backend, q, k, v, None)
     kernels = load_backend(name).cache

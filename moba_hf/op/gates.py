@@ -169,6 +169,7 @@ class MassSummary:
         self.mean = mean.to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
         self.var = var.to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
         self.smallest = smallest.to(dtype) * scale  # (HK, blocks, D)
+        self.centers = torch.cat([self.mean, self.smallest[:, None]], 1)
         self.log_size = math.log(part_size(block_size))
 
     def scores(self, q: Tensor, columns: int) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,26 +23,74 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks.
 
-    The per-backend switches are used where torch has them (2.9): it refuses to read the older global one
-    after they were set one by one.
+    Nothing but this thread's state changes. Where a setting of torch lowers fp32 matmuls on `device`, those
+    of the body run in fp64 and are rounded to fp32; else the body runs as it is.
     """
-    switches: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    newer = all(hasattr(switch, "fp32_precision") for switch in switches)
-    previous = [switch.fp32_precision for switch in switches] if newer else []
-    older = "" if newer else torch.get_float32_matmul_precision()
-    try:
-        if newer:
-            for switch in switches:
-                switch.fp32_precision = "ieee"
-        else:
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, previous, strict=False):
-            switch.fp32_precision = value
-        if not newer:
-            torch.set_float32_matmul_precision(older)
+    exact = _Fp64Matmuls() if _lowers_matmuls(device) else nullcontext()
+    with torch.autocast(device.type, enabled=False), exact:
+        yield
+
+
+def _lowers_matmuls(device: torch.device) -> bool:
+    """Whether fp32 matmuls on `device` are computed in TF32 or bf16, by torch's settings."""
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
+    if backend is None:
+        return False
+    switch = getattr(backend, "matmul", None)
+    if switch is None or not hasattr(switch, "fp32_precision"):  # torch before 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return switch.fp32_precision not in ("none", "ieee")
+
+
+class _Fp64Matmuls(TorchDispatchMode):
+    """Computes fp32 matrix products in fp64; like every such mode it belongs to one thread."""
+
+    # matmul and einsum reach a mode undivided below autograd, as inside our operators
+    _PRODUCTS = frozenset(
+        getattr(torch.ops.aten, name)
+        for name in ("matmul", "einsum", "linear", "mm", "bmm", "addmm", "baddbmm", "mv", "dot")
+    )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in self._PRODUCTS:
+            return func(*args, **kwargs)
+        result = kwargs.pop("out", None)
+        product = func.overloadpacket(*_widened(args), **kwargs)
+        narrow = product.to(next(_tensors(args)).dtype)
+        return narrow if result is None else result.copy_(narrow)
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, lists looked into."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _widened(x: Any) -> Any:
+    """Arguments with every fp32 tensor among them in fp64."""
+    if isinstance(x, (list, tuple)):
+        return [_widened(each) for each in x]
+    return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode AD follows any of them."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def plain_int(value: Any) -> Any:
+    """`value` as an int where it is an integer of another kind, such as numpy's; else as it is."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return operator.index(value)
+    return value
 
 
 def check_int(name: str, value: object, *, minimum: int) -> None:

@@ -8,21 +8,27 @@ for a device.
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import Backend, choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import GATES, Kept, KeptMass
-from moba_hf.op.numerics import default_scale
+from moba_hf.op.numerics import check_int, default_scale, has_tangent, plain_int
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
 from moba_hf.op.shared_ops import select_shared, shared_attention, shared_steps
 from moba_hf.op.shared_rule import SharedRule
+
+# Bytes above which a choice with more slots than blocks is refused.
+_MOST_CHOICE = 1 << 32
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +45,7 @@ def moba_attention(
     gate: str = "mean",
     tile: int = 1,
     threshold: float | None = None,
+    sample: int = 1,
     dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -68,6 +75,7 @@ def moba_attention(
             `tile` > 1 "mass".
         tile: queries that share a choice, a multiple or a divisor of `block_size`.
         threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended.
+        sample: with `tile` > 1, one query in so many, the last of each group, speaks for the tile.
         dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
         cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
             (keys take those of the queries when only these are given). A sequence with fewer queries than
@@ -82,13 +90,16 @@ def moba_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit; the message says which.
-        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an int.
+        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an integer; a
+            list or array where a tensor belongs.
+        NotImplementedError: a derivative in forward mode, which the reference alone has.
     """
     _check_packed(q, k, v)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     sequences = Sequences(table, *_longest(q, k, table, max_seqlen_q, max_seqlen_k), by_row=False)
     if block_indices is not None:
+        _require_tensor("block_indices", block_indices)
         if block_indices.ndim != 3:
             expected = "(total_q, num_heads, topk)" if tile == 1 else "(num_heads, num_tiles, words)"
             raise ValueError(f"block_indices must be {expected}, got {tuple(block_indices.shape)}")
@@ -117,6 +128,7 @@ def select_blocks(
     gate: str = "mean",
     tile: int = 1,
     threshold: float | None = None,
+    sample: int = 1,
     dense_below: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -127,20 +139,25 @@ def select_blocks(
 ) -> Tensor:
     """The blocks each query attends, int32 `(total_q, num_heads, topk)`, relative to its sequence.
 
-    Slot 0 is the own block, the order of the others is not specified, and -1 fills up where fewer exist.
+    Slot 0 is the own block, the order of the others is not specified, and -1 fills up where fewer exist. A
+    `topk` above the number of blocks is filled up too, unless that would take more than 4 GiB: ValueError.
     With `tile` > 1 a block mask, int32 `(num_heads, num_tiles, words)`, see `moba_hf.op.shared`.
     Arguments and errors are those of `moba_attention`. The choice carries no gradient.
     """
     _check_packed(q, k, k)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below)
+    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
     table = _packed_table(q, k, cu_seqlens_q, cu_seqlens_k)
     lengths = _longest(q, k, table, max_seqlen_q, max_seqlen_k)
     q4, k4 = _as_batch(q.detach()), _as_batch(k.detach())
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
     if isinstance(rule, SharedRule):
         return select_shared(q4, k4, Sequences(table, *lengths), rule, softmax_scale=scale, backend=backend)
-    name = choose_backend(backend, q4, k4, k4, rule)
-    return select_op(q4, k4, table, *lengths, *flat_rule(rule), scale, name)[0]
+    short = rule if torch.compiler.is_compiling() else _shortened(rule, int(lengths[1]))
+    if short.topk < rule.topk:
+        _check_size(q, rule.topk, short.topk)
+    name = choose_backend(backend, q4, k4, k4, short)
+    choice = select_op(q4, k4, table, *lengths, *flat_rule(short), scale, name)[0]
+    return torch.nn.functional.pad(choice, (0, rule.topk - short.topk), value=-1)
 
 
 def attention(
@@ -177,6 +194,8 @@ def attention(
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
     """
+    if backend != "reference":
+        _refuse_tangents(q, k, v)
     if isinstance(rule, SharedRule):
         if block_indices is not None:
             _check_mask(block_indices, q, sequences, rule)
@@ -184,6 +203,8 @@ def attention(
         if steps:
             return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
         return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+    if block_indices is None and not torch.compiler.is_compiling():
+        rule = _shortened(rule, int(sequences.max_seqlen_k))
     name = choose_backend(backend, q, k, v, rule)
     runs = load_backend(name)
     if block_indices is not None:
@@ -208,6 +229,35 @@ def kept_of(rule: Rule) -> Kept:
     return KeptMass(rule.rotary_pairs) if isinstance(rule, SharedRule) else GATES[rule.gate].kept()
 
 
+def _shortened(rule: LayerConfig, longest: int) -> LayerConfig:
+    """What `rule` chooses in sequences of at most `longest` keys, with no more blocks than they have."""
+    blocks = max(1, -(-longest // rule.block_size))
+    if rule.topk <= blocks:
+        return rule
+    sinks = min(rule.sink_blocks, blocks - 1)
+    local = min(rule.local_blocks, blocks - 1 - sinks)
+    return replace(rule, topk=blocks, sink_blocks=sinks, local_blocks=local)
+
+
+def _check_size(q: Tensor, topk: int, blocks: int) -> None:
+    """Raises ValueError where a choice with more slots than there are blocks would be huge."""
+    size = 4 * q.shape[0] * q.shape[1] * topk
+    if size > _MOST_CHOICE:
+        raise ValueError(
+            f"topk={topk} makes a choice of {size / 2**30:,.0f} GiB for {q.shape[0]} queries and "
+            f"{q.shape[1]} heads, but the longest sequence has {blocks} blocks: lower topk to that"
+        )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raises NotImplementedError where forward-mode AD asks for a derivative, which would be lost."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            "MoBA has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp): use reverse "
+            'mode (backward, torch.func.vjp), or backend="reference" for short sequences'
+        )
+
+
 def _is_decode(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, rule: LayerConfig, runs: Backend
 ) -> bool:
@@ -218,7 +268,7 @@ def _is_decode(
 
 def check_values(x: Tensor) -> bool:
     """Whether values of tensors beside `x` may be read: on the CPU, or when `MOBA_HF_CHECK=1`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
     return x.device.type == "cpu" or os.environ.get("MOBA_HF_CHECK") == "1"
 
@@ -237,6 +287,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"k and v must agree in length and heads, and with q in batch: q {tuple(q.shape)}, "
             f"k {tuple(k.shape)}, v {tuple(v.shape)} as (batch, heads, length, dim)"
         )
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        raise ValueError(f"head_dim and v_dim must be at least 1, got {q.shape[3]} and {v.shape[3]}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -245,9 +297,17 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        _require_tensor(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name} must be (tokens, heads, dim), got {tuple(x.shape)}")
     check_tensors(_as_batch(q), _as_batch(k), _as_batch(v))
+
+
+def _require_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a torch tensor, got {type(x).__name__}: pass torch.as_tensor({name})"
+        )
 
 
 def _as_batch(x: Tensor) -> Tensor:
@@ -266,6 +326,7 @@ def _packed_table(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _require_tensor(name, cu)
         if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} must be int32 (num_seqs + 1,), got {cu.dtype} {tuple(cu.shape)}")
         if cu.device != q.device:
@@ -301,14 +362,13 @@ def _longest(
         for name, bound, begin in (("max_seqlen_q", max_seqlen_q, 1), ("max_seqlen_k", max_seqlen_k, 3)):
             if bound is None:
                 continue
-            if not isinstance(bound, int):
-                raise TypeError(f"{name} must be an int, got {bound!r}")
+            check_int(name, plain_int(bound), minimum=-sys.maxsize)
             lengths = (table[:, begin + 1] - table[:, begin]).tolist()
             if bound < max(lengths, default=0):
                 raise ValueError(f"{name}={bound} is below the longest sequence, {max(lengths)} tokens")
     return (
-        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+        q.shape[0] if max_seqlen_q is None else plain_int(max_seqlen_q),
+        k.shape[0] if max_seqlen_k is None else plain_int(max_seqlen_k),
     )
 
 

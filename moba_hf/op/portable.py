@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,9 @@ def select(
     result = torch.full((batch, q_len, num_heads, rule.topk), -1, dtype=torch.int32, device=q.device)
     with full_precision(q.device):
         for row, q_begin, q_end, k_begin, k_end in table.tolist():
+            if q_end - q_begin and k_end - k_begin <= rule.block_size:  # one block: nothing to choose
+                result[row, q_begin:q_end, :, 0] = 0
+                continue
             if q_end == q_begin:
                 continue
             queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
@@ -91,8 +95,7 @@ def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -
         excluded = column >= own[:, None]
         for j in range(forced.shape[1]):
             excluded |= column == forced[:, j, None]
-        best = _stable_topk(scores.masked_fill_(excluded, -torch.inf), count, free)
-        best = best.masked_fill(torch.arange(count, device=q.device) >= free[:, None], -1)
+        best = _stable_topk(scores.masked_fill_(excluded, -torch.inf), excluded, count, free)
         slots = torch.cat([slots, best], 2)
     if bool((forced < 0).any()):  # close the gaps that missing forced blocks leave
         order = torch.argsort((slots < 0).to(torch.uint8), dim=2, stable=True)
@@ -111,23 +114,31 @@ def _forced_blocks(own: Tensor, sink_blocks: int, local_blocks: int) -> Tensor:
     return torch.cat([sinks, local], 1)
 
 
-def _stable_topk(scores: Tensor, count: int, free: Tensor) -> Tensor:
-    """Indices int32 `(H, M, count)` of the largest scores; -1 for -inf; at equal scores the lower index.
+def _stable_topk(scores: Tensor, excluded: Tensor, count: int, free: Tensor) -> Tensor:
+    """Indices int32 `(H, M, count)` of the largest scores, NaN the largest; at equal scores the lower index.
 
     `torch.topk` breaks ties as it likes, so rows where the last taken and the first left score are equal
-    are done again with a stable sort. `free (M,)` is how many a row will really take.
+    are done again with a stable sort, and so are rows that take a score of -inf: those of excluded columns
+    are -inf too.
+
+    Args:
+        scores: `(H, M, columns)`, -inf where `excluded (M, columns)`.
+        free: `(M,)`, how many a row takes at most; the rest are -1.
     """
     width = min(count + 1, scores.shape[2])
     values, indices = scores.topk(width, dim=2)
-    last = (free - 1).clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
+    taken = torch.minimum(free, (~excluded).sum(1))
+    last = (taken - 1).clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
     after = free.clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
     at_last, at_after = values.gather(2, last)[..., 0], values.gather(2, after)[..., 0]
-    tied = (last != after)[..., 0] & (at_last == at_after) & (at_last > -torch.inf)
-    indices = indices.masked_fill(values == -torch.inf, -1)[:, :, :count].to(torch.int32)
-    if bool(tied.any()):
-        value, index = scores[tied].sort(dim=1, descending=True, stable=True)
-        indices[tied] = index.masked_fill(value == -torch.inf, -1)[:, :count].to(torch.int32)
-    return indices
+    equal = (at_last == at_after) | (at_last.isnan() & at_after.isnan())
+    again = ((last != after)[..., 0] & equal | (at_last == -torch.inf)) & (taken > 0)
+    indices = indices[:, :, :count].to(torch.int32)
+    if bool(again.any()):
+        order = scores[again].argsort(dim=1, descending=True, stable=True)
+        out = excluded.expand(scores.shape)[again].gather(1, order)
+        indices[again] = order.gather(1, out.to(torch.uint8).argsort(dim=1, stable=True))[:, :count].int()
+    return indices.masked_fill(torch.arange(count, device=scores.device) >= taken[:, None], -1)
 
 
 @dataclass
@@ -182,14 +193,53 @@ def _route(choice: Tensor, own: Tensor, num_kv_heads: int, num_blocks: int) -> _
     return _Chunk(pairs, tile_key % bins // num_blocks, tile_key % num_blocks, own_tiles, len(order))
 
 
+class _Tile(NamedTuple):
+    """What a group of tiles attends.
+
+    Attributes:
+        row: `(t, T)` row numbers, `len(q)` of the chunk for "no pair".
+        keys: `(t, B, D)`. values: `(t, B, Dv)`. scores: `(t, T, B)`, -inf where `hidden`.
+        hidden: bool `(t, T, B)`, keys after the query; None: none.
+    """
+
+    row: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    hidden: Tensor | None
+
+
+def _product(weights: Tensor, x: Tensor, hidden: Tensor | None, finite: bool) -> Tensor:
+    """`weights (t, A, B) @ x (t, B, D)` where `weights` is 0 at `hidden`, without 0 x NaN there.
+
+    Args:
+        finite: everything in `x` is known to be finite.
+    """
+    if finite or hidden is None:
+        return torch.bmm(weights, x)
+    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
+    seen = (~hidden).to(x.dtype)
+    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
+        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
+    return result
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether all elements are known to be finite: their sums are."""
+    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    return bool(torch.stack(sums).isfinite().all())
+
+
 class _Tiles:
     """Gathers what one chunk's tiles need from a sequence's strided `(heads, length, dim)` tensors."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, first: int, block_size: int, scale: float
     ):
+        """`block_size`: at most the keys; `choice (M, H, K)`."""
         self.dtype = accumulate_dtype(q.dtype)
-        self.k, self.v, self.block_size, self.topk = k, v, block_size, choice.shape[2]
+        self.k, self.v, self.block_size = k, v, block_size
+        self.choice, self.topk = choice, choice.shape[2]
         self.position = torch.arange(q.shape[1], device=q.device) + first
         num_blocks = -(-k.shape[1] // block_size)
         self.routed = _route(choice, self.position // block_size, k.shape[0], num_blocks)
@@ -202,8 +252,13 @@ class _Tiles:
         """`x (H * M, ...)` with a row of `fill` after the last, for lanes without a pair."""
         return torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
 
-    def load(self, tiles: slice, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row numbers `(t, T)`, keys `(t, B, D)`, values `(t, B, Dv)` and scores `(t, T, B)` of `tiles`."""
+    def groups(self) -> Iterator[tuple[slice, Tensor, _Tile]]:
+        """Slices of tiles that fit the tile budget: their pairs, flat, and what `load` makes of them."""
+        for group, own in self.routed.groups(self.block_size):
+            yield group, self.routed.pairs[group].reshape(-1), self.load(group, own)
+
+    def load(self, tiles: slice, own: bool) -> _Tile:
+        """What `tiles` attend and their scores; `own`: their own blocks, masked causally."""
         row = self.routed.pairs[tiles] // self.topk
         kv_head = self.routed.kv_head[tiles]
         block = self.routed.block[tiles]
@@ -214,10 +269,12 @@ class _Tiles:
         else:
             keys, values = (self.blocks(x)[kv_head, block].to(self.dtype) for x in (self.k, self.v))
         scores = torch.bmm(self.gather(self.q, row), keys.transpose(1, 2))
+        hidden = None
         if own:
             position = self.position[row.clamp(max=len(self.q) - 2) % len(self.position)]
-            scores.masked_fill_(key[:, None, :] > position[:, :, None], -torch.inf)
-        return row, keys, values, scores
+            hidden = key[:, None, :] > position[:, :, None]
+            scores.masked_fill_(hidden, -torch.inf)
+        return _Tile(row, keys, values, scores, hidden)
 
     def blocks(self, x: Tensor) -> Tensor:
         """The complete blocks of `x (HK, N, D)` as a view `(HK, N // B, B, D)`."""
@@ -236,12 +293,13 @@ class _Partials:
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
         self.buffer = torch.empty(0, width, dtype=dtype, device=device)
 
-    def take(self, routed: _Chunk, choice: Tensor) -> Tensor:
-        """The buffer for one chunk, zero where `choice (M, H, K)` is -1; the rest is to be written."""
+    def take(self, tiles: _Tiles) -> Tensor:
+        """The buffer for one chunk, zero where its choice is -1; the rest is to be written."""
+        routed = tiles.routed
         if len(self.buffer) < routed.num_pairs + 1:
             self.buffer = self.buffer.new_empty(routed.num_pairs + 1, self.buffer.shape[1])
         view = self.buffer[: routed.num_pairs + 1]
-        missing = choice.transpose(0, 1).reshape(-1) < 0
+        missing = tiles.choice.transpose(0, 1).reshape(-1) < 0
         if bool(missing.any()):
             view[:-1][missing] = 0.0
         return view
@@ -250,11 +308,16 @@ class _Partials:
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, table: Tensor, block_size: int, scale: float
 ) -> Iterator[tuple[int, slice, slice, _Tiles]]:
-    """(batch row, query slice, key slice, tiles) of every chunk of every sequence."""
-    num_heads, topk, width = q.shape[1], block_indices.shape[3], max(q.shape[3], v.shape[3])
-    chunk = max(1, _budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
+    """(batch row, query slice, key slice, tiles) of every chunk of every sequence that has queries."""
+    num_heads, width = q.shape[1], max(q.shape[3], v.shape[3])
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        if q_begin == q_end:
+            continue
         keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]
+        # a short sequence costs what its own keys and blocks cost
+        size = min(block_size, k_end - k_begin)
+        topk = min(block_indices.shape[3], -(-(k_end - k_begin) // size))
+        chunk = max(1, _budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
         if (
             q_end - q_begin
         ) * topk >= k_end - k_begin:  # gathers repay a copy with a head's keys side by side
@@ -262,8 +325,8 @@ def _chunks(
         for start in range(q_begin, q_end, chunk):
             part = slice(start, min(q_end, start + chunk))
             first = (k_end - k_begin) - (q_end - start)
-            choice = block_indices[row, part]
-            tiles = _Tiles(q[row, :, part], keys, values, choice, first, block_size, scale)
+            choice = block_indices[row, part, :, :topk]
+            tiles = _Tiles(q[row, :, part], keys, values, choice, first, size, scale)
             yield row, part, slice(k_begin, k_end), tiles
 
 
@@ -281,32 +344,32 @@ def attend(
 
     Args:
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
-        block_indices: `(batch, q_len, H, topk)`, as `select` returns them, slots in any order.
+        block_indices: `(batch, q_len, H, topk)`, -1 last, the order of the others is free.
     """
     batch, num_heads, q_len, _ = q.shape
-    topk, dtype = block_indices.shape[3], accumulate_dtype(q.dtype)
+    dtype, finite = accumulate_dtype(q.dtype), _finite(v)
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     space = _Partials(v.shape[3], dtype, q.device)
     with full_precision(q.device):
         for row, part, _, tiles in _chunks(q, k, v, block_indices, table, block_size, softmax_scale):
-            routed = tiles.routed
-            partial = space.take(routed, block_indices[row, part])
-            top = torch.full((routed.num_pairs + 1,), -torch.inf, dtype=dtype, device=q.device)
+            partial = space.take(tiles)
+            top = torch.full((tiles.routed.num_pairs + 1,), -torch.inf, dtype=dtype, device=q.device)
             mass = torch.zeros_like(top)
-            for group, own in routed.groups(block_size):
-                _, _, values, scores = tiles.load(group, own)
-                high = scores.amax(2, keepdim=True)
-                weights = scores.sub_(high).exp_()
-                pairs = routed.pairs[group].reshape(-1)
-                partial.index_copy_(0, pairs, torch.bmm(weights, values).flatten(0, 1))
+            for _, pairs, tile in tiles.groups():
+                high = tile.scores.amax(2, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # all may be -inf
+                weights = tile.scores.sub_(high).exp_()
+                partial.index_copy_(
+                    0, pairs, _product(weights, tile.values, tile.hidden, finite).flatten(0, 1)
+                )
                 top.scatter_(0, pairs, high.flatten())
                 mass.scatter_(0, pairs, weights.sum(2).flatten())
-            top, mass = (x[:-1].view(num_heads, -1, topk) for x in (top, mass))
+            top, mass = (x[:-1].view(num_heads, -1, tiles.topk) for x in (top, mass))
             high = top.amax(2, keepdim=True)
             weights = torch.exp(top - high)
             total = (weights * mass).sum(2)
-            merged = partial[:-1].view(num_heads, -1, topk, v.shape[3]).mul_(weights[..., None]).sum(2)
+            parts = partial[:-1].view(num_heads, -1, tiles.topk, v.shape[3])
+            merged = parts.mul_(weights[..., None]).sum(2)
             out[row, part] = (merged / total[..., None]).transpose(0, 1).to(out.dtype)
             lse[row, :, part] = high[..., 0] + total.log()
     return out, lse
@@ -323,36 +386,35 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_indices = saved
-    num_heads, topk, dtype = q.shape[1], block_indices.shape[3], accumulate_dtype(q.dtype)
+    num_heads, dtype = q.shape[1], accumulate_dtype(q.dtype)
+    finite = _finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
     space = _Partials(q.shape[3], dtype, q.device)
     with full_precision(q.device):
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(3).transpose(1, 2) - grad_lse.to(dtype)
         for row, part, keys_at, tiles in _chunks(q, k, v, block_indices, table, block_size, softmax_scale):
-            routed = tiles.routed
             d_out = tiles.rows(grad_out[row, part].transpose(0, 1).to(dtype).reshape(-1, v.shape[3]))
             d_row = tiles.rows(delta[row, :, part].reshape(-1, 1))
             lse_row = tiles.rows(lse[row, :, part].reshape(-1, 1), fill=torch.inf)
-            partial = space.take(routed, block_indices[row, part])
+            partial = space.take(tiles)
             grad_kv = [x[row, :, keys_at] for x in sums]
-            for group, own in routed.groups(block_size):
-                at, keys, values, scores = tiles.load(group, own)
+            for group, pairs, tile in tiles.groups():
+                at, hidden = tile.row, tile.hidden
+                turned = None if hidden is None else hidden.transpose(1, 2)
                 d_tile = tiles.gather(d_out, at)
-                weights = scores.sub_(tiles.gather(lse_row, at)).exp_()
-                d_scores = (
-                    torch.bmm(d_tile, values.transpose(1, 2)).sub_(tiles.gather(d_row, at)).mul_(weights)
-                )
-                partial.index_copy_(
-                    0, routed.pairs[group].reshape(-1), torch.bmm(d_scores, keys).flatten(0, 1)
-                )
+                weights = tile.scores.sub_(tiles.gather(lse_row, at)).exp_()
+                d_scores = torch.bmm(d_tile, tile.values.transpose(1, 2))
+                d_scores.sub_(tiles.gather(d_row, at)).mul_(weights)
+                partial.index_copy_(0, pairs, _product(d_scores, tile.keys, hidden, finite).flatten(0, 1))
+                queries = tiles.gather(tiles.q, at)
                 grads = (
-                    torch.bmm(d_scores.transpose(1, 2), tiles.gather(tiles.q, at)),
-                    torch.bmm(weights.transpose(1, 2), d_tile),
+                    _product(d_scores.transpose(1, 2), queries, turned, finite),
+                    _product(weights.transpose(1, 2), d_tile, turned, finite),
                 )
                 for total, grad in zip(grad_kv, grads, strict=True):
-                    _add_blocks(total, grad, routed.kv_head[group], routed.block[group])
-            d_q = partial[:-1].view(num_heads, -1, topk, q.shape[3]).sum(2) * softmax_scale
+                    _add_blocks(total, grad, tiles.routed.kv_head[group], tiles.routed.block[group])
+            d_q = partial[:-1].view(num_heads, -1, tiles.topk, q.shape[3]).sum(2) * softmax_scale
             grad_q[row, :, part] = d_q.to(q.dtype)
     return grad_q, sums[0].to(k.dtype), sums[1].to(v.dtype)
 

@@ -74,14 +74,15 @@ def attend_blocks(
     lse = torch.empty(batch, num_heads, length, dtype=dtype, device=q.device)
     kv_head = torch.arange(num_heads, device=q.device) // (num_heads // k.shape[1])
     budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
-    pairs = max(1, budget // (batch * choice.shape[3] * block_size * max(dim, v.shape[3])))
+    size = min(block_size, k.shape[2])  # where blocks are longer than that, there is one
+    pairs = max(1, budget // max(1, batch * choice.shape[3] * size * max(dim, v.shape[3])))
     step = min(pairs, num_heads)
     for m in range(0, length, max(1, pairs // num_heads)):
         part = slice(m, m + max(1, pairs // num_heads))
         for h in range(0, num_heads, step):
             some = slice(h, h + step)
             blocks = choice[:, some, part]
-            if q.device.type == "cpu":
+            if q.device.type == "cpu" and blocks.numel():
                 blocks = blocks[..., : max(1, int((blocks >= 0).sum(3).max()))]
             out[:, part, some], lse[:, some, part] = _attend(
                 q[:, some, part],
@@ -91,7 +92,7 @@ def attend_blocks(
                 blocks,
                 position[:, part],
                 table[:, 3],
-                block_size,
+                size,
                 softmax_scale,
             )
     return out, lse
@@ -140,7 +141,8 @@ def _ranks(scores: Tensor) -> Tensor:
     if scores.dtype == torch.float64:
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         return torch.empty_like(order).scatter_(-1, order, (scores.shape[-1] - index).expand_as(order))
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: both zeros are one score
+    # NaN is the largest, whatever its sign bit; + 0.0: both zeros are one score
+    bits = (scores + 0.0).view(torch.int32).masked_fill(scores.isnan(), torch.iinfo(torch.int32).max)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + (1 << 31)
     return (ordered << 31) - index + (1 << 30)
 

@@ -138,9 +138,15 @@ def attend_ref(
     for slot in range(block_indices.shape[2]):
         chosen |= block_indices[:, :, slot, None] == key_block
     chosen &= (key_index <= position[:, None])[:, None, :]
-    scores = torch.einsum("qhd,khd->qhk", q.to(dtype), keys) * scale
+    of_key = "khd"
+    if not all(
+        bool(x.isfinite().all()) for x in (q, keys, values)
+    ):  # 0 x NaN is no zero: each query its own keys
+        keys, values = (torch.where(chosen[..., None], x.transpose(0, 1), 0.0) for x in (keys, values))
+        of_key = "qhkd"
+    scores = torch.einsum(f"qhd,{of_key}->qhk", q.to(dtype), keys) * scale
     scores = scores.masked_fill(~chosen, -torch.inf)
-    out = torch.einsum("qhk,khd->qhd", scores.softmax(dim=-1), values)
+    out = torch.einsum(f"qhk,{of_key}->qhd", scores.softmax(dim=-1), values)
     return out.to(q.dtype), scores.logsumexp(dim=-1).transpose(0, 1)
 
 

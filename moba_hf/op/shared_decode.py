@@ -59,7 +59,7 @@ def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_
         gate = MassSummary.of_kept(kept[row], dim, rule.block_size, softmax_scale, rule.rotary_pairs)
         for m in range(0, length, step):
             part = slice(m, m + step)
-            mass = row_masses(q[row, :, part], gate, ~earlier[row, part, :columns])
+            mass = row_masses(q[row, :, part], gate, ~earlier[row, part, :columns], 0)
             taken = torch.nn.functional.pad(take_candidates(mass, candidates[row, part], rule), (0, 1))
             chosen[row, :, part] = torch.where(dense[row, part], earlier[row, part], taken) | own[row, part]
     return chosen

@@ -6,6 +6,7 @@ one opaque node each, and autograd keeps inputs, output and lse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,10 @@ from moba_hf.op.shared_backends import SharedKernels
 
 # The rule of a call from its flattened form, validated once.
 _rule = lru_cache(maxsize=None)(SharedRule)
+
+# Called with `(block_mask, q, sequences, rule)` of every choice that is attended: for counting, so empty
+# unless an evaluation runs.
+CHOICE_WATCHERS: list[Callable[[Tensor, Tensor, Sequences, SharedRule], None]] = []
 
 
 def flat_shared_rule(rule: SharedRule) -> tuple[Any, ...]:
@@ -220,6 +225,8 @@ def shared_attention(
     name = choose_backend(backend, q, k, v, rule)
     if block_mask is None:
         block_mask = select_shared(q, k, sequences, rule, softmax_scale=softmax_scale, backend=name)
+    for watch in CHOICE_WATCHERS:
+        watch(block_mask, q, sequences, rule)
     where = flat_sequences(sequences)
     runs = _kernels(name)
     if runs.differentiable:  # plain torch: no operator between it and autograd

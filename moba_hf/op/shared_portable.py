@@ -14,12 +14,14 @@ for CPUs, MPS and GPUs without a kernel.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moba_hf.op import shared_cpu
 from moba_hf.op.gates import MassSummary
 from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
 from moba_hf.op.sequences import Attended, Sequences
@@ -29,6 +31,7 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, se
 # Elsewhere than on CPUs so many times more elements, since launches are dear there.
 _MASS_BUDGET = 1 << 20
 _SCORE_BUDGET = 1 << 18
+_FUSED_BUDGET = 1 << 20  # (row, key) pairs of a call of the fused kernel, which holds no scores
 _PIECE_KEYS = 4096
 _DEVICE_FACTOR = 64
 
@@ -91,32 +94,38 @@ def _choose_tiles(q: Tensor, gate: MassSummary, rows: list[list[int]], rule: Sha
         return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
     sampled, speaks = _sampled_rows(begin, count, rule.sample)
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    hidden = ~earlier[:, None, :columns].expand(-1, at.shape[1], -1)
-    masses = row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1)).unflatten(1, at.shape)
-    mass = (masses * speaks[:, :, None]).sum(2) / speaks.sum(1)[:, None]
+    seen = int(candidates[0])  # all rows see so many
+    hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
+    masses = row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen).unflatten(1, at.shape)
+    if not speaks.all():
+        masses *= speaks[:, :, None]
+    mass = masses.sum(2).div_(speaks.sum(1)[:, None])
     taken = take_candidates(mass, candidates, rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
     return torch.where(dense, earlier, taken) | own
 
 
-def row_masses(q: Tensor, gate: MassSummary, hidden: Tensor) -> Tensor:
-    """The softmax of the scores of `q (H, M, D)` over blocks that are not `hidden (M, columns)`.
+def row_masses(q: Tensor, gate: MassSummary, hidden: Tensor, seen: int) -> Tensor:
+    """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
 
     A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
+
+    Args:
+        hidden: bool `(M, further blocks)`.
     """
-    kv_heads, columns = gate.mean.shape[0], hidden.shape[1]
+    kv_heads, columns = gate.mean.shape[0], seen + hidden.shape[1]
     queries = q.to(gate.mean.dtype).reshape(kv_heads, 1, -1, q.shape[2])
     spread = gate.squares(queries) @ gate.var[:, :, :columns].transpose(2, 3)
     # f(v) of `moba_hf.op.gates` is m (2 r - m), with r = sqrt(v / 2) and m = min(r, sqrt(log n))
     root = spread.mul_(0.5).sqrt_()
     least = root.clamp(max=math.sqrt(gate.log_size))
-    terms = queries @ gate.mean[:, :, :columns].transpose(2, 3)
-    terms += root.mul_(2).sub_(least).mul_(least).add_(gate.log_size)
-    single = queries @ gate.smallest[:, None, :columns].transpose(2, 3)
-    terms = torch.cat([terms, single], 1).view(kv_heads, terms.shape[1] + 1, -1, *hidden.shape)
-    terms.masked_fill_(hidden, -torch.inf)
+    terms = queries @ gate.centers[:, :, :columns].transpose(2, 3)  # of parts, then of the smallest key
+    terms[:, :-1] += root.mul_(2).sub_(least).mul_(least).add_(gate.log_size)
+    terms = terms.view(kv_heads, terms.shape[1], -1, hidden.shape[0], columns)
+    terms[..., seen:].masked_fill_(hidden, -torch.inf)
     high = terms.amax((1, 4), keepdim=True).clamp_(min=torch.finfo(terms.dtype).min)
-    mass = _weights(terms, high).masked_fill_(hidden, 0.0).sum(1)
+    mass = _weights(terms, high).sum(1)
+    mass[..., seen:].masked_fill_(hidden, 0.0)
     return mass.div_(mass.sum(3, keepdim=True).clamp_(min=torch.finfo(mass.dtype).tiny)).flatten(0, 1)
 
 
@@ -258,8 +267,8 @@ class _Sequence:
         padded = torch.nn.functional.pad(part, (0, 0, 0, self.count * self.block_size - self.length))
         return padded.reshape(self.num_kv_heads * self.count, -1)
 
-    def batches(self) -> Iterator[_Batch]:
-        """All problems, those with like counts of blocks together."""
+    def batches(self, *, alike: bool = False) -> Iterator[_Batch]:
+        """All problems, those with like counts of blocks together; only equal counts where `alike`."""
         counts = self.chosen.sum(1)
         order = counts.argsort(stable=True)
         sizes = counts[order].tolist()
@@ -272,8 +281,12 @@ class _Sequence:
         kv_head = head // (self.num_heads // self.num_kv_heads)
         at = 0
         while at < len(sizes):
-            end = min(len(sizes), at + self._most(sizes[at]))
-            end = min(end, at + self._most(sizes[end - 1]))  # the longest list counts
+            if alike:
+                keys = self.tile * sizes[at] * self.block_size
+                end = bisect_right(sizes, sizes[at], at, min(len(sizes), at + max(1, _FUSED_BUDGET // keys)))
+            else:
+                end = min(len(sizes), at + self._most(sizes[at]))
+                end = min(end, at + self._most(sizes[end - 1]))  # the longest list counts
             blocks = self._lists(self.chosen[order[at:end]], sizes[at:end])
             padded = sizes[at] < sizes[end - 1]
             yield _Batch(row[at:end], position[at:end], kv_head[at:end], blocks, padded)
@@ -373,14 +386,14 @@ def attend(
     """
     batch, num_heads, q_len, _ = q.shape
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
-    dtype = accumulate_dtype(q.dtype)
+    dtype, fast = accumulate_dtype(q.dtype), shared_cpu.fused(q, v)
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
         for seq in _each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
             outs = seq.q.new_empty(len(seq.q), v.shape[3])
             lses = seq.q.new_empty(len(seq.q))
-            for problems in seq.batches():
-                part, part_lse = _attend_batch(seq, problems)
+            for problems in seq.batches(alike=fast):
+                part, part_lse = (shared_cpu.attend_batch if fast else _attend_batch)(seq, problems)
                 outs.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
                 lses.index_copy_(0, problems.row.flatten(), part_lse.flatten())
             at = seq.batch, seq.queries

@@ -127,6 +127,7 @@ class SharedRule:
             "gate",
             "tile",
             "threshold",
+            "sample",
             "dense_below",
         )
         return {name: getattr(self, name) for name in names}

@@ -13,7 +13,8 @@ import torch
 import triton
 
 from moba_hf.bench.timing import median_ms
-from moba_hf.kernels import attend, hopper, select_blocks
+from moba_hf.kernels import attend, select_blocks
+from moba_hf.kernels.hopper import dispatch as hopper
 from moba_hf.op.sequences import batched_table
 
 SETTINGS = ((128, 8), (512, 3))

@@ -69,7 +69,10 @@ def tensor_parallel(folder: str) -> None:
         moba = MobaConfig.from_dict({**expected.config.moba, "decode": decode})
         for each in (model, expected):
             moba_hf.patch_model(each, moba)
-        caches = [moba_hf.prefill(each, ids, chunk_size=16, progress=False) for each in (model, expected)]
+        caches = [
+            moba_hf.prefill(each, ids, chunk_size=16, dense_tail=0, progress=False)
+            for each in (model, expected)
+        ]
         rank, heads = dist.get_rank(), caches[0].layers[0].keys.shape[1]
         assert heads * dist.get_world_size() == caches[1].layers[0].keys.shape[1]
         for ours, whole in zip(caches[0].layers, caches[1].layers, strict=True):

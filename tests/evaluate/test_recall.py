@@ -10,6 +10,8 @@ from moba_hf.evaluate import recall
 from moba_hf.evaluate.passes import watch
 from moba_hf.evaluate.recall import layer_recall
 from moba_hf.op.reference import select_blocks_ref
+from moba_hf.op.shared_reference import select_shared_ref
+from moba_hf.op.shared_rule import SharedRule
 
 
 @pytest.mark.parametrize("gate", ["mean", "mass"])
@@ -45,6 +47,30 @@ def test_layer_recall_is_that_of_brute_force(
             found.append(
                 (len(chosen & best) / len(best), *(sum(share[b] for b in s) for s in (chosen, best)))
             )
+        expected = [sum(x) / len(x) for x in zip(*found, strict=True)]
+        assert [float(x[head]) for x in (block, mass, oracle)] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("sample", [1, 4])
+def test_recall_of_a_shared_choice_is_that_of_brute_force(sample: int) -> None:
+    torch.manual_seed(0)
+    q, k = 2 * torch.randn(4, 90, 16), 2 * torch.randn(2, 90, 16)
+    rule = SharedRule(8, 16, 0.3, sample=sample)
+    positions = torch.tensor([5, 20, 33, 59, 89])
+    block, mass, oracle = layer_recall(q, k, positions, rule, 0.25)
+    choice = select_shared_ref(q.transpose(0, 1), k.transpose(0, 1), rule, 0.25)
+    for head in range(4):
+        found = []
+        for t in positions.tolist():
+            weights = (k[head // 2, : t + 1] @ q[head, t] * 0.25).softmax(0)
+            share = {b: float(weights[b * 8 : (b + 1) * 8].sum()) for b in range(t // 8 + 1)}
+            first = t // 16 * 2
+            forced = {b for b in share if b < 1 or b >= first - 1}
+            chosen = {b for b in share if choice[head, t // 16, b]}
+            rest = sorted(set(share) - forced, key=lambda b: -share[b])
+            best = forced | set(rest[: len(chosen) - len(forced)])
+            shares = (sum(share[b] for b in s) for s in (chosen, best))
+            found.append((len(chosen & best) / len(best), *shares))
         expected = [sum(x) / len(x) for x in zip(*found, strict=True)]
         assert [float(x[head]) for x in (block, mass, oracle)] == pytest.approx(expected, abs=1e-5)
 

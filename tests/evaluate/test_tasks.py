@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from moba_hf import MobaConfig, use_moba
+from moba_hf import MobaConfig, prefill, use_moba
 from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer, tasks
 from moba_hf.evaluate.tasks import answer_questions, wilson
+from moba_hf.hf.cache_names import cache_kwargs
 
 
 class Bytes:
@@ -77,6 +78,24 @@ def test_questions_asked_together_are_answered_as_alone(
     monkeypatch.setattr(tasks, "_ROW_TOKENS", (1, 1))
     assert answer_questions(model, tokenizer, sample, 4, config) == together
     assert len(set(together)) > 1
+
+
+def test_the_end_of_context_and_question_attends_every_key() -> None:
+    """As `prefill` does it, and not without a tail; rules of one query and of a tile."""
+    model, tokenizer = tiny_model(), Bytes()
+    sample = make_sample("needle", tokenizer, 600, questions=1)
+    ids = tokenizer(sample.context + sample.questions[0][0], return_tensors="pt").input_ids
+    shared = MobaConfig(16, tile=32, threshold=0.9, gate="mass")
+    for config in (MobaConfig(16, 2), shared):
+        answers = [answer_questions(model, tokenizer, sample, 8, config, tail) for tail in (0, 128, 10**6)]
+        with use_moba(model, config):
+            cache = prefill(model, ids, dense_tail=128, progress=False)
+            settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            mask = torch.ones_like(ids)
+            new = model.generate(ids, attention_mask=mask, **cache_kwargs(model.generate, cache), **settings)
+        assert answers[1] == [tokenizer.decode(new[0, -8:].tolist())]
+        assert answers[2] == answer_questions(model, tokenizer, sample, 8, None)
+        assert len({str(answer) for answer in answers}) > 1
 
 
 def test_tasks_see_moba_and_go_on_where_they_stopped(tmp_path: Path) -> None:

@@ -230,7 +230,11 @@ class TestCheckpoints:
     def test_a_dense_load_warns(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         from transformers.utils import logging
 
-        tiny().save_pretrained(tmp_path / "moba")  # as transformers saves: without attn_implementation
+        tiny().save_pretrained(tmp_path / "moba")
+        config = tmp_path / "moba" / "config.json"  # as saved where moba_hf was not imported
+        values = json.loads(config.read_text())
+        del values["attn_implementation"]
+        config.write_text(json.dumps(values))
         tiny(None, attention="sdpa").save_pretrained(tmp_path / "plain")
         logging.enable_propagation()
         level = logging.get_verbosity()

@@ -1,0 +1,107 @@
+"""MoBA in float64, one query at a time, written from the rule and apart from `moba_hf.op.reference`.
+
+Arrays are numpy, of one sequence and one head: `q (M, D)`, `k (N, D)`, `v (N, DV)`, the last query standing
+at the last key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The numbers of the rule, and the softmax scale."""
+
+    block_size: int
+    topk: int
+    sink_blocks: int = 0
+    local_blocks: int = 0
+    gate: str = "mean"
+    scale: float = 1.0
+
+
+def score(q: Array, block: Array, rule: Rule) -> float:
+    """The score of one complete block `(B, D)` for one query `(D,)`."""
+    if rule.gate == "mean":
+        return float(q @ (block.sum(0) / len(block)))
+    size = 16 if len(block) % 16 == 0 else len(block)
+    norms = [float(key @ key) for key in block]
+    terms = [rule.scale * float(q @ block[norms.index(min(norms))])]
+    for start in range(0, len(block), size):
+        part = block[start : start + size]
+        mean = part.sum(0) / size
+        spread = rule.scale**2 * float((q * q) @ (((part - mean) ** 2).sum(0) / size))
+        reach = 2 * math.log(size)
+        gain = spread / 2 if spread <= reach else math.sqrt(spread * reach) - reach / 2
+        terms.append(math.log(size) + rule.scale * float(q @ mean) + gain)
+    most = max(terms)
+    return most + math.log(sum(math.exp(x - most) for x in terms))
+
+
+def scores_of(q: Array, k: Array, position: int, rule: Rule) -> dict[int, float]:
+    """Scores of the candidates of a query at `position`: earlier blocks that are not forced."""
+    own, size = position // rule.block_size, rule.block_size
+    free = range(rule.sink_blocks, own - rule.local_blocks)
+    return {i: score(q, k[i * size : (i + 1) * size], rule) for i in free}
+
+
+def blocks_of(q: Array, k: Array, position: int, rule: Rule) -> set[int]:
+    """The blocks that a query at `position` attends."""
+    own = position // rule.block_size
+    scores = scores_of(q, k, position, rule)
+    chosen = {own} | (set(range(own)) - set(scores))
+    best = sorted(scores, key=lambda i: (-scores[i], i))
+    return chosen | set(best[: rule.topk - len(chosen)])
+
+
+def attend(q: Array, k: Array, v: Array, position: int, blocks: set[int], rule: Rule) -> tuple[Array, float]:
+    """Output `(DV,)` and log-sum-exp of one query."""
+    weights, _, lse = _softmax(q, k, position, blocks, rule)
+    out = np.zeros(v.shape[1])
+    for key, weight in weights.items():
+        out += weight * v[key]
+    return out, lse
+
+
+def gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    position: int,
+    blocks: set[int],
+    rule: Rule,
+    d_out: Array,
+    d_lse: float,
+    into: tuple[Array, Array],
+) -> Array:
+    """`dq (D,)` of one query; its parts of dk and dv are added `into` those."""
+    weights, _, _ = _softmax(q, k, position, blocks, rule)
+    out, _ = attend(q, k, v, position, blocks, rule)
+    d_q = np.zeros_like(q)
+    for key, weight in weights.items():
+        d_score = weight * (float(d_out @ (v[key] - out)) + d_lse) * rule.scale
+        d_q += d_score * k[key]
+        into[0][key] += d_score * q
+        into[1][key] += weight * d_out
+    return d_q
+
+
+def _softmax(
+    q: Array, k: Array, position: int, blocks: set[int], rule: Rule
+) -> tuple[dict[int, float], float, float]:
+    """Weights by key, the largest score, and the log-sum-exp."""
+    keys = [i for i in range(position + 1) if i // rule.block_size in blocks]
+    scores = [rule.scale * float(q @ k[i]) for i in keys]
+    most = max(scores)
+    total = sum(math.exp(x - most) for x in scores)
+    return (
+        {i: math.exp(x - most) / total for i, x in zip(keys, scores, strict=True)},
+        most,
+        most + math.log(total),
+    )
