@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit_json, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from typer.testing import CliRunner
 
+from moba_hf import MobaConfig
 from moba_hf.checkpoints.context_length import ContextLength, with_context_length
+from moba_hf.checkpoints.convert import convert_checkpoint
+from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
+from moba_hf.checkpoints.verify import verify_checkpoint
+from moba_hf.cli.app import app
 
 DIM, BASE, OLD = 16, 10_000.0, 256
 PLAIN = BASE ** (-torch.arange(0, DIM, 2).double() / DIM)
@@ -152,3 +159,35 @@ class TestRefused:
     def test_values(self, values: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             ContextLength(1024, **values)
+
+
+@pytest.mark.parametrize(
+    "wanted", [ContextLength(1024), ContextLength(2048, "linear"), ContextLength(512, "yarn")]
+)
+def test_convert_writes_it_and_verify_knows(wanted: ContextLength, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "source")
+    made = convert_checkpoint(model, tmp_path / "made", MobaConfig(8, 2), context=wanted)
+    read = AutoConfig.from_pretrained(made)
+    assert read.max_position_embeddings == wanted.length
+    assert read.rope_parameters["rope_type"] == ("default" if wanted.rope == "theta" else wanted.rope)
+    report = verify_checkpoint(made, model)
+    assert report.passed, report.checks[-1]
+    shown = describe(inspect_checkpoint(made))
+    assert f"context: {wanted.length:,} tokens" in shown
+    assert f"rope_type {read.rope_parameters['rope_type']}" in shown
+    edit_json(made / "config.json", max_position_embeddings=wanted.length + 1)  # not what was recorded
+    assert not verify_checkpoint(made, model).passed
+    with pytest.raises(ValueError, match=f"context_length={OLD} is not above"):
+        convert_checkpoint(model, tmp_path / "other", MobaConfig(8, 2), context=ContextLength(OLD))
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "source")
+    command = ["convert", str(model), str(tmp_path / "made"), "--block-size", "8", "--topk", "2"]
+    result = CliRunner().invoke(app, [*command, "--context-length", "1024", "--rope-theta", "5e4"])
+    assert result.exit_code == 0, result.output
+    assert "Context 1,024 tokens by theta" in result.output
+    assert AutoConfig.from_pretrained(tmp_path / "made").rope_parameters["rope_theta"] == 5e4
+    other = [*command[:2], str(tmp_path / "other"), *command[3:], "--rope", "yarn"]
+    assert CliRunner().invoke(app, other).exit_code != 0

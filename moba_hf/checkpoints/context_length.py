@@ -18,6 +18,8 @@ from typing import Any
 from moba_hf.op.numerics import check_int
 
 ROPES = ("theta", "linear", "yarn")
+# The entries of a text config that a longer context changes.
+CHANGED = ("max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling")
 _FULL = "full_attention"
 
 
@@ -86,6 +88,24 @@ def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextL
         "rope_theta": extended["rope_theta"],
         "rope_scaling": None if plain else scaling,
     }
+
+
+def with_context(
+    values: Mapping[str, Any], text_config: Any, wanted: ContextLength | None, key: str | None
+) -> dict[str, Any]:
+    """The JSON of a whole config with a longer context; as it is for None.
+
+    Args:
+        values: the JSON of config.json; not changed.
+        text_config: its text config as transformers reads it.
+        wanted: the context to extend to.
+        key: name of the nested text config, or None.
+    """
+    if wanted is None:
+        return dict(values)
+    if key is None or not values.get(key):
+        return with_context_length(values, text_config, wanted)
+    return {**values, key: with_context_length(values[key], text_config, wanted)}
 
 
 def _extended(source: dict[str, Any], config: Any, old: int, wanted: ContextLength) -> dict[str, Any]:

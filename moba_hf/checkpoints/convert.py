@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from moba_hf.checkpoints.context_length import CHANGED, ContextLength, with_context
 from moba_hf.checkpoints.folders import (
     Tree,
     check_same,
@@ -50,6 +52,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     link: bool = False,
     dtype: str | None = None,
+    context: ContextLength | None = None,
 ) -> Path:
     """Writes `src` as a checkpoint that transformers loads with MoBA, and returns its folder.
 
@@ -69,6 +72,7 @@ def convert_checkpoint(
             system can. Changing such a file in place then changes both.
         dtype: for a GGUF file what to save the weights as: "float32" (default, exact), "bfloat16" or
             "float16" (half the size, rounded).
+        context: a longer context to write into the config as well; None: as it is.
 
     Raises:
         ValueError: a source, a target or settings that cannot be used; the message names the file.
@@ -79,11 +83,12 @@ def convert_checkpoint(
     if source.is_dir():
         if dtype is not None:
             raise ValueError(f"{source}: dtype is for GGUF files; a folder of safetensors is copied as it is")
-        _convert_folder(source.resolve(), target, config, overwrite=overwrite, link=link)
+        _convert_folder(source.resolve(), target, config, context, overwrite=overwrite, link=link)
     elif is_gguf(source):
         if link:
             raise ValueError(f"{source}: a GGUF file is dequantised, so there is nothing to link")
-        _convert_gguf(source.absolute(), target, config, overwrite=overwrite, dtype=dtype or DTYPES[0])
+        chosen = dtype or DTYPES[0]
+        _convert_gguf(source.absolute(), target, config, context, overwrite=overwrite, dtype=chosen)
     elif source.suffix == ".gguf" and source.is_file():
         raise ValueError(f"{source}: damaged GGUF file (it does not begin as one)")
     else:
@@ -91,7 +96,15 @@ def convert_checkpoint(
     return target
 
 
-def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: bool, link: bool) -> None:
+def _convert_folder(
+    source: Path,
+    target: Path,
+    moba: MobaConfig,
+    context: ContextLength | None,
+    *,
+    overwrite: bool,
+    link: bool,
+) -> None:
     tree = scan(source)
     values, config = read_model_config(source)
     adapter = _check_usable(source / CONFIG, config, moba)
@@ -101,20 +114,29 @@ def _convert_folder(source: Path, target: Path, moba: MobaConfig, *, overwrite: 
     if inside := [path for path in tree.files if target in (source / path).resolve().parents]:
         raise ValueError(f"{target}: holds the file that {source / inside[0]} links to")
     check_target(target, overwrite=overwrite)
-    converted = with_moba(values, moba, adapter.nested_key(config))
+    key = adapter.nested_key(config)
+    converted = with_moba(with_context(values, adapter.text_config(config), context, key), moba, key)
     written = (Path(CONFIG), Path(RECORD))
     with new_folder(target, overwrite=overwrite) as folder:
         copy_tree(source, tree, folder, skip=written, link=link)
         write_json(folder / CONFIG, converted)
         (folder / CONFIG).chmod(stat.S_IMODE(tree.files[Path(CONFIG)].st_mode))
-        _write_record(folder, source, tree.left_out)
+        _write_record(folder, source, tree.left_out, context)
         check_unchanged(source, tree)
         _check_copy(folder, tree, skip=written)
         if read_checkpoint(folder, values.get("transformers_weights")).shards != weights.shards:
             raise ValueError(f"{source}: its weights changed while they were copied")
 
 
-def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bool, dtype: str) -> None:
+def _convert_gguf(
+    source: Path,
+    target: Path,
+    moba: MobaConfig,
+    context: ContextLength | None,
+    *,
+    overwrite: bool,
+    dtype: str,
+) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
     _check_apart(source, target)
@@ -134,8 +156,10 @@ def _convert_gguf(source: Path, target: Path, moba: MobaConfig, *, overwrite: bo
         tokenizer.save_pretrained(folder)
         adapter = find_adapter(model.config.model_type)
         values = read_json_object(folder / CONFIG)
-        write_json(folder / CONFIG, with_moba(values, moba, adapter.nested_key(model.config)))
-        _write_record(folder, source, [])
+        key = adapter.nested_key(model.config)
+        values = with_context(values, adapter.text_config(model.config), context, key)
+        write_json(folder / CONFIG, with_moba(values, moba, key))
+        _write_record(folder, source, [], context)
         check_same(source, before, source.stat())
 
 
@@ -164,7 +188,9 @@ def _check_copy(folder: Path, tree: Tree, skip: Collection[Path]) -> None:
             raise ValueError(f"{folder / name}: changed while it was written")
 
 
-def _write_record(folder: Path, source: Path, left_out: Sequence[Path]) -> None:
+def _write_record(
+    folder: Path, source: Path, left_out: Sequence[Path], context: ContextLength | None
+) -> None:
     """Says in the folder what was made of what, and how it is loaded."""
     record = folder / RECORD
     record.unlink(missing_ok=True)  # of an earlier conversion
@@ -174,7 +200,8 @@ def _write_record(folder: Path, source: Path, left_out: Sequence[Path]) -> None:
         {
             "about": LOADING,
             "source": source.name,
-            "changed": {CONFIG: [NAME, "attn_implementation"]},
+            "changed": {CONFIG: [NAME, "attn_implementation", *(CHANGED if context else ())]},
+            **({"context": asdict(context)} if context else {}),
             "left_out": [str(name) for name in left_out],
             "files": {**files, RECORD: None},
         },

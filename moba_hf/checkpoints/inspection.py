@@ -94,6 +94,8 @@ class Inspection:
         num_heads, num_kv_heads, head_dim: of the attention layers.
         dtype: of keys and values in the cache.
         layers, lengths: the rows.
+        max_length: tokens that the config gives the model; None: it does not say.
+        rope: the rotary parameters; None: the model has none.
     """
 
     model_type: str
@@ -106,6 +108,8 @@ class Inspection:
     dtype: str
     layers: tuple[LayerRow, ...]
     lengths: tuple[LengthRow, ...]
+    max_length: int | None = None
+    rope: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -153,6 +157,8 @@ def inspect_config(
         dtype=str(dtype).removeprefix("torch."),
         layers=layers,
         lengths=tuple(_length_row(layers, shape, length) for length in lengths),
+        max_length=getattr(text, "max_position_embeddings", None),
+        rope=getattr(text, "rope_parameters", None) or None,
     )
 
 
@@ -246,6 +252,8 @@ def describe(inspection: Inspection) -> str:
         f"{inspection.model_type}: {len(inspection.layers)} layers ({counts}), {inspection.num_heads} heads, "
         f"{inspection.num_kv_heads} kv heads, head_dim {inspection.head_dim}, {inspection.dtype}",
         f"MoBA settings: {inspection.moba_source}",
+        *([] if inspection.max_length is None else [f"context: {inspection.max_length:,} tokens"]),
+        *([] if inspection.rope is None else [f"rotary embedding: {_rope_text(inspection.rope)}"]),
         "",
         *text_table(
             [("LAYER", "ATTENTION", "WHY"), *((str(r.index), r.kind, r.why) for r in inspection.layers)]
@@ -278,6 +286,14 @@ def describe(inspection: Inspection) -> str:
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
     return "\n".join(lines)
+
+
+def _rope_text(rope: dict[str, Any]) -> str:
+    """Rotary parameters on one line; those of layer types one after the other."""
+    if all(isinstance(value, dict) for value in rope.values()):
+        return "; ".join(f"{kind}: {_rope_text(one)}" for kind, one in rope.items())
+    shown = {name: value for name, value in rope.items() if not isinstance(value, (list, tuple))}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

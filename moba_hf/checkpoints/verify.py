@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moba_hf.checkpoints.context_length import ContextLength, with_context
 from moba_hf.checkpoints.folders import scan
 from moba_hf.checkpoints.gguf_files import (
     is_gguf,
@@ -154,8 +155,20 @@ def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
         raise ValueError(f"{folder / CONFIG}: attn_implementation is {field!r}, not {wanted!r}")
     target = _Target(folder, values, config, moba, adapter)
     if source.is_dir():
-        _compare_values(folder / CONFIG, values, with_moba(read_model_config(source)[0], moba, key))
+        origin, read = read_model_config(source)
+        origin = with_context(origin, adapter.text_config(read), _recorded_context(folder), key)
+        _compare_values(folder / CONFIG, values, with_moba(origin, moba, key))
     return target, f"block_size {moba.block_size}, topk {moba.topk}"
+
+
+def _recorded_context(folder: Path) -> ContextLength | None:
+    """The longer context that the conversion wrote, by its own record."""
+    path = folder / RECORD
+    known = read_json_object(path).get("context") if path.is_file() else None
+    try:
+        return None if known is None else ContextLength(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its context is none ({error})") from error
 
 
 def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> None:
@@ -200,7 +213,9 @@ def _check_files(target: _Target, source: Path) -> str:
         with TemporaryDirectory() as folder:
             place = Path(folder)
             _write_without_weights(source.absolute(), target, place)
-            values = with_moba(read_json_object(place / CONFIG), target.moba, None)
+            origin, read = read_model_config(place)
+            origin = with_context(origin, read, _recorded_context(target.folder), None)
+            values = with_moba(origin, target.moba, None)
             _compare_values(target.folder / CONFIG, _any_version(target.values), _any_version(values))
             wanted = {str(path) for path in scan(place).files} - apart
             _compare_files(target.folder, made - apart, place, wanted)

@@ -74,8 +74,19 @@ def convert(
             help="GGUF only: what to save as. float32 (default) is exact; the others take half the size."
         ),
     ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Write a longer context into the config: so many tokens.")
+    ] = None,
+    rope: Annotated[str, typer.Option(help="How positions reach it: theta, linear or yarn.")] = "theta",
+    rope_theta: Annotated[
+        float | None, typer.Option(help="theta only: the new base (by default as interpolation would).")
+    ] = None,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Extend a source whose rotary embedding is scaled already.")
+    ] = False,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
+    from moba_hf.checkpoints.context_length import ContextLength
     from moba_hf.checkpoints.convert import convert_checkpoint
 
     config = settings(
@@ -95,8 +106,15 @@ def convert(
         raise typer.BadParameter(NEEDED)
     quiet()
     chosen = None if dtype is None else dtype.value
-    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen)
+    if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
+        raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
+    context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
+    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen, context=context)
     print(f"{shown(made)}: converted; {config.in_words()}")
+    if context is not None:
+        print(
+            f"Context {context.length:,} tokens by {context.rope}; untrained, so measure it: 'moba-hf eval'"
+        )
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
 
 

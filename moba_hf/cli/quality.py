@@ -44,10 +44,15 @@ def evaluate(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="perplexity, agreement, recall; may be given again.")
+        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; may be given again.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="needle, multi-needle, key-value, variables (RULER-like).")
+        list[str] | None,
+        typer.Option(help="needle, multi-needle, key-value, variables (RULER-like), code-lookup."),
+    ] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(help="code-lookup: a folder of Python sources, whole repositories; may be given again."),
     ] = None,
     task_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a task's context.")] = None,
     contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
@@ -61,6 +66,7 @@ def evaluate(
 ) -> None:
     """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
     from moba_hf.evaluate import run
+    from moba_hf.evaluate.repositories import read_repository
 
     _check_folder(out, store)
     quiet()
@@ -79,6 +85,7 @@ def evaluate(
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
     wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
+    repositories = [read_repository(folder, tokenizer) for folder in sources or ()]
     result = run.evaluate(
         loaded,
         tokenizer,
@@ -89,6 +96,7 @@ def evaluate(
         task_lengths=task_length or [length],
         contexts=contexts,
         depths=depth or None,
+        sources=repositories,
         seed=seed,
         store=store,
     )

@@ -75,6 +75,38 @@ def summarize(losses: Tensor, buckets: int = 8, trailing: int = 2048) -> Perplex
     return Perplexity(count, float(losses.double().mean()), tail, trailing, tuple(means))
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Mean losses of one text by position, in nats per token, a range for each power of two.
+
+    Attributes:
+        tokens: predicted tokens.
+        ranges: `(first position, position after the last, mean loss)`; positions of predicted tokens.
+    """
+
+    tokens: int
+    ranges: tuple[tuple[int, int, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def by_position(losses: Tensor, first: int = 1024) -> Positions:
+    """Means of `losses (length - 1,)` before position `first` and from each power of two to the next."""
+    count = len(losses)
+    edges = [1]
+    while edges[-1] <= count:
+        edges.append(first if edges[-1] == 1 else 2 * edges[-1])
+    edges[-1] = count + 1
+    means = [
+        (begin, end, float(losses[begin - 1 : end - 1].double().mean()))
+        for begin, end in itertools.pairwise(edges)
+        if end > begin
+    ]
+    return Positions(count, tuple(means))
+
+
 def perplexity(
     model: Any, ids: Tensor, config: MobaConfig | None = None, *, buckets: int = 8, trailing: int = 2048
 ) -> Perplexity:

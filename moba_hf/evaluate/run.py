@@ -15,16 +15,19 @@ from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
+from moba_hf.evaluate.code_lookup import CODE_LOOKUP, run_code_lookup
 from moba_hf.evaluate.passes import family_of, identity_of
-from moba_hf.evaluate.perplexity import perplexity
+from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
+from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.prefill import DENSE_TAIL
 from moba_hf.op.shared_rule import SharedRule
 
-MEASURES = ("perplexity", "agreement", "recall")
+MEASURES = ("perplexity", "positions", "agreement", "recall")
+_DENSE_TOO = ("perplexity", "positions")
 
 
 def load(path: str, device: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -76,6 +79,7 @@ def evaluate(
     task_lengths: Sequence[int] = (),
     contexts: int = 4,
     depths: Sequence[float] | None = None,
+    sources: Sequence[Repository] = (),
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
@@ -86,7 +90,8 @@ def evaluate(
         settings: name -> MoBA settings; None: dense.
         measures: of `MEASURES`; the last two are for MoBA settings.
         tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
-        depths: where the answers of tasks stand, from 0 to 1; None: spread.
+        depths: where the answers of tasks stand, from 0 to 1; None: spread. "code-lookup" spreads them.
+        sources: repositories that "code-lookup" hides definitions in.
         seed: of the tasks, and of the queries that recall looks at.
         store: a JSON file that keeps what is done, for the same model, texts, settings and seed.
 
@@ -94,13 +99,13 @@ def evaluate(
         ValueError: nothing to measure, unknown names, or a store of something else.
 
     Returns:
-        `{"perplexity": {text: {setting: ...}}, "agreement": ..., "recall": ..., "tasks": [...],
-        "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share":
-        ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides how many keys are
-        attended the key budget is None, and the share of pairs is counted in the passes of perplexity or
-        agreement, None without either.
+        `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
+        "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
+        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides
+        how many keys are attended the key budget is None, and the share of pairs is counted in the passes of
+        perplexity or agreement, None without either.
     """
-    _check(texts, measures, tasks, task_lengths, contexts)
+    _check(texts, measures, tasks, task_lengths, contexts, sources)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
@@ -111,7 +116,7 @@ def evaluate(
         for text in texts
         for name, config in settings.items()
         for measure in measures
-        if config is not None or measure == "perplexity"
+        if config is not None or measure in _DENSE_TOO
     ]
     for text, name, measure in progress(runs, "passes"):
         passed = partial(_one, model, measure, texts[text], settings[name], seed)
@@ -127,16 +132,21 @@ def evaluate(
                 if _follows_text(model, config):
                     keys = [None, result["attended"].get(text, {}).get(name, {"share": None})["share"]]
                 result["keys"].setdefault(text, {})[name] = keys
+
+    def task(name: str, n: int, config: MobaConfig | None) -> dict[str, Any]:
+        if name == CODE_LOOKUP:
+            looked = run_code_lookup(
+                model, tokenizer, sources, n, config, contexts=contexts, seed=seed, store=known
+            )
+            return looked.to_dict()
+        given: dict[str, Any] = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
+        return run_task(model, tokenizer, name, n, config, **given).to_dict()
+
     result["tasks"] = [
-        {
-            "setting": name,
-            **run_task(
-                model, tokenizer, task, n, config, contexts=contexts, depths=depths, seed=seed, store=known
-            ).to_dict(),
-        }
-        for task in tasks
+        {"setting": setting, **task(name, n, config)}
+        for name in tasks
         for n in task_lengths
-        for name, config in settings.items()
+        for setting, config in settings.items()
     ]
     return result
 
@@ -147,15 +157,18 @@ def _check(
     tasks: Sequence[str],
     task_lengths: Sequence[int],
     contexts: int,
+    sources: Sequence[Repository],
 ) -> None:
     """Raises ValueError for what would fail after hours."""
-    for what, names, known in (("measure", measures, MEASURES), ("task", tasks, tuple(TASKS))):
+    for what, names, known in (("measure", measures, MEASURES), ("task", tasks, (*TASKS, CODE_LOOKUP))):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
     if contexts < 1:
         raise ValueError(f"contexts must be at least 1, got {contexts}")
     if tasks and not task_lengths:
         raise ValueError("tasks need task_lengths")
+    if CODE_LOOKUP in tasks and not sources:
+        raise ValueError(f"task {CODE_LOOKUP!r} needs sources: give --sources FOLDER")
     if not tasks and not (texts and measures):
         raise ValueError("there is nothing to measure: give texts (--text FILE) or tasks (--task NAME)")
 
@@ -169,6 +182,8 @@ def _follows_text(model: Any, config: MobaConfig) -> bool:
 
 def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed: int) -> dict[str, Any]:
     """The numbers of one measure, with those of `Attended` where a pass runs MoBA."""
+    if measure == "positions":
+        return by_position(token_losses(model, ids, config)).to_dict()
     if config is None:
         return perplexity(model, ids, None).to_dict()
     if measure == "recall":
@@ -185,6 +200,11 @@ def tables(result: Mapping[str, Any]) -> str:
     """The numbers of `evaluate` as markdown tables."""
     texts = {**result.get("perplexity", {}), **result.get("agreement", {})}
     parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
+    for text, by_setting in result.get("positions", {}).items():
+        ranges = next(iter(by_setting.values()))["ranges"]
+        columns = [f"{begin}-{end - 1}" for begin, end, _ in ranges]
+        lines = [[name, *(loss for *_, loss in one["ranges"])] for name, one in by_setting.items()]
+        parts.append(f"{text}, loss by position\n{format_table([['setting', *columns], *lines])}")
     for text, by_setting in result.get("attended", {}).items():
         rows = [list[object](["setting", "of dense pairs", "by layer", "heads from", "to"])]
         for name, one in by_setting.items():
@@ -201,9 +221,7 @@ def tables(result: Mapping[str, Any]) -> str:
             rows.append([name, *(float(torch.tensor(one[k]).mean()) for k in ("block", "mass", "oracle"))])
         parts.append(f"{text}, mean over layers and heads\n{format_table(rows)}")
     if result.get("tasks"):
-        rows = [
-            list[object](["task (RULER-like)", "tokens", "setting", "score", "95 % interval", "questions"])
-        ]
+        rows = [list[object](["task", "tokens", "setting", "score", "95 % interval", "questions"])]
         for one in result["tasks"]:
             interval = f"{one['low']:.2f} - {one['high']:.2f}"
             score = f"{one['score']:.2f}"

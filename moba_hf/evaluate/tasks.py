@@ -249,11 +249,11 @@ def answer_questions(
         for start in range(0, len(asked), rows):
             some = asked[start : start + rows]
             end = tokenizer.eos_token_id
-            answers += _ask(model, cache, context[0], some, new_tokens, end, dense=dense_tail > 0)
+            answers += ask(model, cache, context[0], some, new_tokens, end, dense=dense_tail > 0)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def _ask(
+def ask(
     model: Any,
     cache: Any,
     context: Tensor,
@@ -265,6 +265,7 @@ def _ask(
 ) -> list[list[int]]:
     """Greedy answers to token ids `asked` over copies of `cache`, which holds `context (length,)`.
 
+    They end after `new_tokens`, or with the token `end`.
     `dense`: the questions attend every key; what follows them does what the settings say of decoding.
     A row with a shorter question reads the end of the context again, so that all read as many tokens; what is
     missing in its cache is padding on the left.

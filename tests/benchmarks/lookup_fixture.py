@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moba_hf.evaluate.lookups import weave
+
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_shared_quality import ATTENTION, DENSE, NAME
 from shared_rules import Rule
@@ -47,17 +49,6 @@ def facts(rng: np.random.Generator, count: int, vocabulary: int) -> np.ndarray[A
     return made
 
 
-def woven(
-    text: np.ndarray[Any, Any], pieces: list[np.ndarray[Any, Any]], at: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
-    """`text` with `pieces` put in before the places `at`, which rise."""
-    parts, begin = [], 0
-    for piece, end in zip(pieces, at.tolist(), strict=True):
-        parts += [text[begin:end], piece]
-        begin = end
-    return np.concatenate([*parts, text[begin:]])
-
-
 def training_row(rng: np.random.Generator, ids: np.ndarray[Any, Any], length: int, vocabulary: int) -> Tensor:
     """A row of text with definitions and later lookups of each of them."""
     count = min(PAIRS, length // (8 * SIZE))
@@ -65,7 +56,7 @@ def training_row(rng: np.random.Generator, ids: np.ndarray[Any, Any], length: in
     begin = int(rng.integers(len(ids) - size))
     made, order = facts(rng, count, vocabulary), rng.permutation(2 * count) % count
     at = np.sort(rng.integers(0, size + 1, 2 * count))
-    row = woven(ids[begin : begin + size].astype(np.int64), [made[i] for i in order], at)
+    row, _ = weave(ids[begin : begin + size].astype(np.int64), [made[i] for i in order], at)
     return torch.from_numpy(row)
 
 
@@ -79,7 +70,7 @@ def asking_row(
     made = facts(rng, count, vocabulary)
     at = (np.arange(count) + 0.5) * size / count
     chosen = rng.permutation(np.linspace(0, count - 1, asked).round().astype(int))
-    row = woven(ids[:size].astype(np.int64), list(made), at.astype(int))
+    row, _ = weave(ids[:size].astype(np.int64), list(made), at.astype(int))
     return torch.from_numpy(np.concatenate([row, made[chosen].reshape(-1)])), asked
 
 

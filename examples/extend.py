@@ -1,0 +1,304 @@
+"""Extends the context of a checkpoint stage by stage with MoBA, on repositories of source code.
+
+    python examples/extend.py MODEL --schedule schedule.json --text numpy/ --text sympy/ --out out/extend
+    python examples/extend.py MODEL --schedule schedule.json --tokens train.npz --out out/extend \\
+        --lookups 512 --max-seconds 540
+
+A stage loads the bf16 weights of the one before, in fp32; takes the longer context, block size and topk of
+the schedule; trains with plain AdamW in bf16 autocast, gradients checkpointed and the loss in pieces; and
+saves bf16 weights in `OUT/stage0`, `OUT/stage1`, ... Whatever ended a run, the same command goes on: after
+the last finished stage, and within a stage from its last Trainer checkpoint (written every `--save-steps`,
+and when `--max-seconds` or `--stop-after` end the run). `--write-schedule` writes a schedule to start from.
+
+Prints a table per stage: tokens, seconds, tokens/s, peak memory, and with `--dense-steps` what a step of
+dense attention takes at that length. `OUT/stageN/stage.json` keeps the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from moba_hf import MobaConfig
+from moba_hf.evaluate.repositories import load_repositories, save_repositories
+from moba_hf.hf.patching import suspend_moba
+from moba_hf.training import LongRowTrainer, MobaCallback, Repository, Rows, Schedule, Stage, read_repository
+from moba_hf.training.stages import load_stage, save_stage, stages_done
+
+CUDA = torch.cuda.is_available()
+# SmolLM2-135M, which reads 8,192 tokens, to 131,072: bases as in rising powers of the length
+EXAMPLE = Schedule(
+    (
+        Stage(32768, MobaConfig(128, 8), tokens=13_107_200, learning_rate=6e-4, theta=1e6),
+        Stage(131072, MobaConfig(256, 8), tokens=15_728_640, learning_rate=3e-4, theta=8e6),
+    )
+)
+
+
+class Clock(TrainerCallback):
+    """Seconds of training; ends a run, with a checkpoint to go on from, by the clock or after some steps."""
+
+    def __init__(self, deadline: float | None, stop_after: int | None) -> None:
+        self.deadline, self.stop_after = deadline, stop_after
+        self.ended = False
+        self.begun = 0.0
+        self.first_step = self.steps = 0
+        self.times: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps = state.global_step - self.first_step
+        self.times.append(self.seconds())
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if state.global_step < state.max_steps and (late or self.steps == self.stop_after):
+            self.ended = control.should_save = control.should_training_stop = True
+
+    def per_step(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(b - a for a, b in itertools.pairwise([0.0, *self.times]))
+
+    def seconds(self) -> float:
+        """Seconds since training began."""
+        if CUDA:
+            torch.cuda.synchronize()
+        return time.monotonic() - self.begun
+
+
+def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingArguments:
+    """What Trainer is told for a stage."""
+    # transformers 5.24 renamed gradient checkpointing
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    recompute = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if x in known)
+    return TrainingArguments(
+        **{recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}},
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=stage.rows,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=stage.warmup_steps,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused" if CUDA else "adamw_torch",
+        bf16=CUDA,
+        use_cpu=not CUDA,
+        logging_steps=args.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device at every step
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        seed=args.seed,
+        data_seed=args.seed,
+    )
+
+
+def dense_seconds(trainer: LongRowTrainer, rows: Rows, steps: int) -> float:
+    """Seconds of a training step, without the optimizer's, with dense attention in every layer.
+
+    Rows are taken as one document each: bounds would keep torch from its fast causal kernels.
+    """
+    model = trainer.model
+    suspend_moba(model, True)
+    model.train()
+    times = []
+    for i in range(steps + 1):  # the first one warms up
+        begun = time.monotonic()
+        inputs = {name: x[None].to(model.device) for name, x in rows[i].items() if name != "position_ids"}
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        if CUDA:
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - begun)
+    suspend_moba(model, False)
+    return sum(times[1:]) / steps
+
+
+def run_stage(
+    args: argparse.Namespace,
+    schedule: Schedule,
+    index: int,
+    source: Path,
+    repositories: list[Repository],
+    deadline: float | None,
+) -> dict[str, Any] | None:
+    """Trains stage `index` on from `source`; its numbers, or None where the run ended before the stage."""
+    stage, folder = schedule.stages[index], args.out / f"stage{index}"
+    running = args.out / f"stage{index}-running"
+    torch.manual_seed(args.seed)
+    model = load_stage(schedule, index, source).to("cuda" if CUDA else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model) if args.lookups else None
+    count = min(args.lookups, stage.length // args.lookup_spacing)
+    rows = Rows(
+        repositories,
+        stage.length,
+        max(1, stage.steps * stage.rows),
+        seed=args.seed + 1000 * index,
+        short_share=args.short_share,
+        lookups=count,
+        tokenizer=tokenizer,
+    )
+    clock = Clock(deadline, args.stop_after)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    trainer = LongRowTrainer(
+        model=model,
+        args=arguments(args, stage, running),
+        train_dataset=rows,
+        callbacks=[clock, MobaCallback(config=stage.moba)],
+        offload=stage.length >= args.offload_from,
+    )
+    checkpoint = get_last_checkpoint(str(running)) if running.is_dir() else None
+    if stage.steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if clock.ended:
+        return None
+    seconds, tokens = clock.seconds() if stage.steps else 0.0, clock.steps * stage.rows * stage.length
+    result = {
+        "stage": index,
+        "length": stage.length,
+        "moba": stage.moba.to_dict(),
+        "theta": model.config.get_text_config().rope_parameters.get("rope_theta"),
+        "steps": stage.steps,
+        "steps_of_this_run": clock.steps,
+        "tokens": tokens,
+        "lookups_per_row": count,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds) if seconds else 0,
+        "seconds_per_step": round(clock.per_step(), 3) if clock.steps else 0,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if CUDA else None,
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+    }
+    if args.dense_steps:
+        result["dense_seconds_per_step"] = round(dense_seconds(trainer, rows, args.dense_steps), 3)
+    save_stage(schedule, index, model, folder)
+    (folder / "stage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if running.is_dir():
+        shutil.rmtree(running)
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The numbers of stages as Markdown."""
+    names = (
+        "length",
+        "block / topk",
+        "steps",
+        "tokens",
+        "s",
+        "tokens/s",
+        "s/step",
+        "GiB",
+        "dense s/step",
+        "loss",
+    )
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
+    for one in results:
+        moba, log = one["moba"], one["log"]
+        cells = [
+            f"{one['length']:,}",
+            f"{moba['block_size']}/{moba['topk']}",
+            one["steps"],
+            f"{one['tokens']:,}",
+            one["seconds"],
+            f"{one['tokens_per_second']:,}",
+            one["seconds_per_step"],
+            one["peak_gib"],
+            one.get("dense_seconds_per_step", "-"),
+            f"{log[0]['loss']:.3f} - {log[-1]['loss']:.3f}" if log else "-",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def read(args: argparse.Namespace) -> list[Repository]:
+    """The repositories of `--text` and `--tokens`."""
+    found = [one for path in args.tokens or () for one in load_repositories(path)]
+    if args.text:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+        found += [read_repository(path, tokenizer, args.suffix) for path in args.text]
+    if not found:
+        raise SystemExit("give repositories to train on: --text FOLDER or --tokens FILE.npz")
+    return found
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="the checkpoint to extend")
+    add("--schedule", type=Path, help="JSON of a moba_hf.training.Schedule")
+    add("--write-schedule", type=Path, help="write an example of one (SmolLM2-135M to 131,072) and end")
+    add("--text", type=Path, action="append", help="folder of a repository; may be given again")
+    add("--tokens", type=Path, action="append", help="file of --save-tokens; may be given again")
+    add("--save-tokens", type=Path, help="write the token ids of --text here and end")
+    add("--suffix", default=".py", help="of the files that are read")
+    add("--tokenizer", type=Path, help="folder of the tokenizer (the model's)")
+    add("--out", type=Path, default=Path("out/extend"))
+    add("--stages", type=int, help="carry out only the first so many")
+    add("--max-seconds", type=float, help="end after this long, at a step that the same command goes on from")
+    add("--stop-after", type=int, help="the same after so many optimizer steps of a stage")
+    add("--save-steps", type=int, default=0, help="steps between two checkpoints within a stage (0: none)")
+    add("--lookups", type=int, default=0, help="definitions that a row looks up at most (default 0)")
+    add("--lookup-spacing", type=int, default=512, help="tokens of a row for each of them (default 512)")
+    add("--short-share", type=float, default=0.1, help="rows made of short texts (default 0.1)")
+    add("--dense-steps", type=int, default=0, help="steps of dense attention that are timed after a stage")
+    add("--offload-from", type=int, default=1 << 20, help="row length from which activations go to the host")
+    add("--log-every", type=int, default=10, help="steps between two lines of the log")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if (args.schedule is None) == (args.write_schedule is None) and args.save_tokens is None:
+        parser.error("give --schedule FILE, or --write-schedule FILE for an example of one")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    begun, args = time.monotonic(), parse(argv)
+    if args.write_schedule:
+        EXAMPLE.save(args.write_schedule)
+        return []
+    repositories = read(args)
+    if args.save_tokens:
+        save_repositories(args.save_tokens, repositories)
+        return []
+    schedule = Schedule.load(args.schedule)
+    deadline = None if args.max_seconds is None else begun + args.max_seconds
+    args.out.mkdir(parents=True, exist_ok=True)
+    source, results = args.model, []
+    for index in range(len(schedule.stages) if args.stages is None else args.stages):
+        folder = args.out / f"stage{index}"
+        if stages_done(folder) == index + 1:
+            results.append(json.loads((folder / "stage.json").read_text(encoding="utf-8")))
+        else:
+            result = run_stage(args, schedule, index, source, repositories, deadline)
+            if result is None:
+                print(f"stage {index} stands at a checkpoint: the same command goes on")
+                return results
+            results.append(result)
+        source = folder
+        print(table(results), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The task "code-lookup": definitions in a codebase, asked for at its end, token by token.
+
+Real sources are joined to a context of a given length, and lines with random names and values put in at even
+depths: constants and heads of functions. Each is asked for by beginning its line again, on a copy of one
+cache of the context; the answer counts if all of its tokens are right.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from moba_hf.config import MobaConfig
+from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
+from moba_hf.evaluate.passes import attention
+from moba_hf.evaluate.repositories import Repository
+from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.tasks import TaskScore, ask, wilson
+from moba_hf.hf.cache_names import cache_kwargs
+
+CODE_LOOKUP = "code-lookup"
+_KINDS = ("signature", "string", "signature", "number")  # in turn: half constants, half functions
+_CPU_ROW_TOKENS = 1 << 15
+
+
+@dataclass(frozen=True)
+class LookupScore(TaskScore):
+    """A score with its parts by kind; the interval counts questions about one context as alike as they are.
+
+    Attributes:
+        by_kind: kind of definition -> share answered.
+        by_context: share answered of each context.
+    """
+
+    by_kind: dict[str, float]
+    by_context: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def sliding_window(config: MobaConfig) -> MobaConfig:
+    """A sliding window of as many blocks a query as `config` takes: its own and those before it."""
+    assert config.topk is not None
+    return replace(
+        config, sink_blocks=0, local_blocks=config.topk - 1, gate="mean", full_attention_layers=(), layers=()
+    )
+
+
+def make_context(
+    tokenizer: Any, repositories: Sequence[Repository], length: int, *, questions: int = 16, seed: int = 0
+) -> tuple[Ids, list[tuple[Definition, float]]]:
+    """Token ids of a context that leaves room for a question up to `length`, and its questions with depths.
+
+    Repositories follow one another in an order of `seed`, the first from one of its files on.
+
+    Raises:
+        ValueError: too few sources for `length`.
+    """
+    rng = np.random.default_rng([seed, length])
+    made = Definitions(tokenizer, held_out=True).draw(rng, questions, _KINDS)
+    depths = [(i + 0.5) / questions for i in range(questions)]
+    order = [repositories[i] for i in rng.permutation(len(repositories))]
+    first = int(rng.choice(order[0].files))
+    whole = np.concatenate([order[0].ids[first:], *(one.ids for one in order[1:]), order[0].ids[:first]])
+    size = length - max(len(one.ids) for one in made)
+    ids = context_with_definitions(whole, newline_tokens(tokenizer), size, made, depths)
+    return ids, list(zip(made, depths, strict=True))
+
+
+@torch.no_grad()
+def answers_right(
+    model: Any,
+    context: Ids,
+    definitions: Sequence[Definition],
+    config: MobaConfig | None,
+    dense_question: bool = True,
+) -> list[bool]:
+    """Whether each definition's answer comes out greedily, the context read with MoBA (None: dense).
+
+    The question attends every key, or with `dense_question` False what the rule says; the tokens of the
+    answer do what the settings say of decoding.
+    """
+    from transformers import DynamicCache
+
+    device = model.device
+    ids = torch.from_numpy(context.astype(np.int64)).to(device)
+    right = [False] * len(definitions)
+    with attention(model, config):
+        cache = DynamicCache(config=model.config)
+        model.base_model(input_ids=ids[None], **cache_kwargs(model.base_model, cache))
+        rows = _rows_at_once(cache, len(ids), device)
+        by_length: dict[int, list[int]] = {}
+        for i, one in enumerate(definitions):
+            by_length.setdefault(len(one.question), []).append(i)
+        for group in by_length.values():
+            for begin in range(0, len(group), rows):
+                part = group[begin : begin + rows]
+                asked = [torch.tensor(definitions[i].question, device=device) for i in part]
+                longest = max(len(definitions[i].answer) for i in part)
+                answers = ask(model, cache, ids, asked, longest, None, dense=dense_question)
+                for i, answer in zip(part, answers, strict=True):
+                    wanted = list(definitions[i].answer)
+                    right[i] = answer[: len(wanted)] == wanted
+    return right
+
+
+def _rows_at_once(cache: Any, length: int, device: torch.device) -> int:
+    """Copies of `cache` that are asked together."""
+    if device.type != "cuda":
+        return max(1, _CPU_ROW_TOKENS // length)
+    size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return max(1, int(torch.cuda.mem_get_info(device)[0] * 0.3 // size))
+
+
+def run_code_lookup(
+    model: Any,
+    tokenizer: Any,
+    repositories: Sequence[Repository],
+    length: int,
+    config: MobaConfig | None = None,
+    *,
+    contexts: int = 8,
+    questions: int = 16,
+    seed: int = 0,
+    dense_question: bool = True,
+    store: Store | None = None,
+) -> LookupScore:
+    """Score of `model` on `contexts` contexts of `length` tokens, `questions` each, under `config`.
+
+    Args:
+        dense_question: see `answers_right`.
+    """
+    if contexts < 1 or questions < 1:
+        raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
+    if not repositories:
+        raise ValueError(f"task {CODE_LOOKUP!r} needs sources: give --sources FOLDER")
+    store = Store(None, {}) if store is None else store
+    name = "dense" if config is None else str(sorted(config.to_dict().items()))
+    marks: list[list[Any]] = []
+    for number in progress(range(contexts), f"{CODE_LOOKUP} {length}"):
+
+        def one(number: int = number) -> list[list[Any]]:
+            ids, asked = make_context(
+                tokenizer, repositories, length, questions=questions, seed=seed + number
+            )
+            definitions = [definition for definition, _ in asked]
+            right = answers_right(model, ids, definitions, config, dense_question)
+            return [[d.kind, depth, float(x)] for (d, depth), x in zip(asked, right, strict=True)]
+
+        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}"
+        marks.append(store.get(key, one))
+    return _score(length, marks)
+
+
+def _score(length: int, marks: list[list[Any]]) -> LookupScore:
+    flat = [mark for context in marks for mark in context]
+    means = [statistics.fmean(mark for _, _, mark in context) for context in marks]
+    score, count = statistics.fmean(mark for _, _, mark in flat), len(flat)
+    # questions that share a context are worth fewer, by how much more its means differ than chance makes them
+    chance = score * (1 - score) * len(marks) / count
+    effect = max(1.0, statistics.variance(means) / chance) if chance and len(means) > 1 else 1.0
+    kinds = dict.fromkeys(kind for kind, _, _ in flat)
+    return LookupScore(
+        CODE_LOOKUP,
+        length,
+        count,
+        score,
+        *wilson(score, max(1, round(count / effect))),
+        tuple((depth, mark) for _, depth, mark in flat),
+        {kind: statistics.fmean(mark for k, _, mark in flat if k == kind) for kind in kinds},
+        tuple(means),
+    )

@@ -1,0 +1,123 @@
+"""Repositories of source files as tokens: kept whole, files after those that they import."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Ids = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The files of a folder as one sequence of tokens.
+
+    Attributes:
+        name: for messages.
+        ids: token ids, one-dimensional.
+        files: where files begin, rising; the first at 0.
+    """
+
+    name: str
+    ids: Ids
+    files: Ids
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 1 or not len(self.ids):
+            raise ValueError(f"{self.name}: holds no tokens")
+        if not len(self.files) or self.files[0] != 0 or self.files[-1] >= len(self.ids):
+            raise ValueError(f"{self.name}: files must begin at 0 and inside the tokens")
+
+
+def file_order(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """`files` by path, but Python files after those of `folder` that they import."""
+    modules = {".".join(_module(folder, path)): path for path in files if path.suffix == ".py"}
+    order: dict[Path, None] = {}
+    visiting: set[Path] = set()
+
+    def visit(start: Path) -> None:  # depth first; a cycle of imports is cut where it closes
+        stack = [(start, iter(_imported(folder, start, modules)))]
+        visiting.add(start)
+        while stack:
+            path, rest = stack[-1]
+            if (following := next((p for p in rest if p not in visiting), None)) is None:
+                order[path] = None
+                stack.pop()
+            else:
+                visiting.add(following)
+                stack.append((following, iter(_imported(folder, following, modules))))
+
+    for path in sorted(files):
+        if path not in visiting:
+            visit(path)
+    return list(order)
+
+
+def _module(folder: Path, path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(folder.parent).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def _imported(folder: Path, path: Path, modules: dict[str, Path]) -> list[Path]:
+    """Files that a Python file imports, in the order in which it does; none where it cannot be parsed."""
+    if path.suffix != ".py":
+        return []
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    package = _module(folder, path)
+    package = package if path.name == "__init__.py" else package[:-1]
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            names += [f"{base}.{alias.name}" for alias in node.names] + [base]
+    found = [modules[name] for name in names if name in modules]
+    return [other for other in dict.fromkeys(found) if other != path]
+
+
+def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str = ".py") -> Repository:
+    """The files below `folder` that end in `suffix`, each after a comment with its path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    root = Path(folder).absolute()
+    if not (paths := list(root.rglob(f"*{suffix}"))):
+        raise ValueError(f"{root}: holds no file that ends in {suffix}")
+    paths = file_order(root, paths)
+    texts = [
+        f"# {path.relative_to(root.parent)}\n{path.read_text(encoding='utf-8', errors='replace')}\n"
+        for path in paths
+    ]
+    parts = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    parts = [part for part in parts if len(part)]
+    begins = np.concatenate([[0], np.cumsum([len(part) for part in parts])[:-1]]).astype(np.int64)
+    return Repository(root.name, np.concatenate(parts), begins)
+
+
+def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repository]) -> None:
+    """Writes token ids and bounds of files as a compressed .npz file."""
+    arrays: dict[str, Ids] = {}
+    for one in repositories:
+        small = one.ids.max() < 1 << 16
+        arrays[f"{one.name}:ids"] = one.ids.astype(np.uint16 if small else np.uint32)
+        arrays[f"{one.name}:files"] = one.files
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def load_repositories(path: str | os.PathLike[str]) -> list[Repository]:
+    """Reads what `save_repositories` wrote."""
+    with np.load(path) as stored:
+        names = [name.removesuffix(":ids") for name in stored.files if name.endswith(":ids")]
+        return [Repository(name, stored[f"{name}:ids"], stored[f"{name}:files"]) for name in names]

@@ -1,0 +1,46 @@
+"""A hash of what a result follows from: models and tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import Tensor
+
+# Parts of a config that say where a model comes from and how it runs, not what it is.
+_NOT_OF_THE_MODEL = {
+    *("moba", "attn_implementation", "_attn_implementation", "_name_or_path", "transformers_version"),
+    *("dtype", "torch_dtype", "architectures", "use_cache"),
+}
+_SAMPLE = 256  # values of each weight that `identity_of` looks at, about
+
+
+def identity_of(*things: Any) -> str:
+    """A hash of what results follow from: tensors; of a model its config and some of every weight.
+
+    How a model runs (`config.moba`, its attention implementation) is no part of it.
+    """
+    found = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Tensor):
+            found.update(f"{thing.dtype} {tuple(thing.shape)}".encode() + thing.cpu().numpy().tobytes())
+            continue
+        config = json.dumps(_without(thing.config.to_dict()), sort_keys=True, default=str)
+        found.update(config.encode())
+        for name, weight in thing.named_parameters():
+            step = max(1, weight.numel() // _SAMPLE)
+            some = weight.detach().reshape(-1)[::step]
+            found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            if not weight.is_meta:  # offloaded
+                found.update(some.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _without(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values, nested ones too, without `_NOT_OF_THE_MODEL`."""
+    return {
+        name: _without(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _NOT_OF_THE_MODEL
+    }

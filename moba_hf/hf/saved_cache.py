@@ -1,0 +1,161 @@
+"""The cache of a long text on disk: read once, reused as long as model, settings and text are the same.
+
+    cache, reused = read_with_saved_cache(model, input_ids, "codebase.safetensors")
+
+A file holds keys and values of every layer, and in its header hashes of the model, the settings, and the text
+chunk by chunk. Where the text has changed, everything before the first changed chunk is reused. A file of
+another model or other settings is refused, a damaged one too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.identity import identity_of
+from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.prefill import prefill
+from moba_hf.op.numerics import check_int
+
+_FORMAT = "moba_hf cache 1"
+
+
+def read_with_saved_cache(
+    model: Any,
+    input_ids: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    chunk_size: int = 4096,
+    progress: bool = True,
+) -> tuple[MobaCache, int]:
+    """A cache that holds all of `input_ids`, and how many of its tokens the file at `path` supplied.
+
+    The file is written anew where it did not hold all of them. The last tokens, at most `decode_max_len`, are
+    missing in the cache where they would count as decoding; `generate` reads them.
+
+    Args:
+        model: a causal language model of transformers that runs MoBA, without sliding windows.
+        input_ids: `(1, length)`.
+        path: of the file, which need not exist.
+        chunk_size: tokens of a chunk, by which the text is hashed and read; a multiple of `tile` where
+            queries share a choice of blocks.
+
+    Raises:
+        ValueError: `path` is no such file, is damaged, or was made by another model or with other settings
+            or chunks.
+    """
+    check_int("chunk_size", chunk_size, minimum=1)
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be (1, length) and not empty, got {tuple(input_ids.shape)}")
+    _check_tiles(model, chunk_size)
+    made_of, hashes = _made_of(model, chunk_size), chunk_hashes(input_ids[0], chunk_size)
+    length = input_ids.shape[1]
+    cache = MobaCache(model.config, max_cache_len=length + length // 8)
+    if unfit := [layer for layer in cache.layers if not isinstance(layer, DynamicLayer) or layer.is_sliding]:
+        raise ValueError(
+            f"the cache of {model.config.model_type} has {type(unfit[0]).__name__}s: not to be saved"
+        )
+    file, reused = Path(path), 0
+    if file.exists():
+        reused = _load(file, made_of, hashes, chunk_size, length, cache, model.device)
+    if reused < length:
+        padded = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # `prefill` leaves the last token
+        prefill(model, padded, chunk_size, cache=cache, progress=progress, dense_tail=0)
+        _save(file, made_of, hashes, cache)
+    return cache, reused
+
+
+def chunk_hashes(ids: Tensor, chunk_size: int) -> list[str]:
+    """A hash for each chunk of `ids (length,)`, of it and everything before it."""
+    found, so_far = [], hashlib.sha256()
+    for chunk in ids.cpu().to(torch.int64).split(chunk_size):
+        so_far.update(chunk.numpy().tobytes())
+        found.append(so_far.copy().hexdigest()[:16])
+    return found
+
+
+def _check_tiles(model: Any, chunk_size: int) -> None:
+    """Raises ValueError where a chunk would end inside a tile of queries that share a choice."""
+    adapter = find_adapter(model.config.model_type)
+    text = adapter.text_config(model.config)
+    config, layers = moba_config(text), adapter.num_layers(text)
+    tiles = {getattr(config.for_layer(i, layers), "tile", 1) for i in range(layers)}
+    if cut := [tile for tile in sorted(tiles) if chunk_size % tile]:
+        raise ValueError(f"chunk_size={chunk_size} must be a multiple of tile={cut[0]}")
+
+
+def _made_of(model: Any, chunk_size: int) -> dict[str, str]:
+    text = model.config.get_text_config(decoder=True)
+    settings = {"moba": moba_config(text).to_dict(), "dtype": str(model.dtype), "chunk_size": chunk_size}
+    return {
+        "format": _FORMAT,
+        "model": identity_of(model),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def _load(
+    file: Path,
+    made_of: dict[str, str],
+    hashes: Sequence[str],
+    chunk_size: int,
+    length: int,
+    cache: MobaCache,
+    device: torch.device,
+) -> int:
+    """Fills `cache` with what `file` holds of the text, and returns the tokens of that."""
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            known = stored.metadata() or {}
+            _check(file, known, made_of)
+            held, tokens = json.loads(known["chunks"]), int(known["tokens"])
+            same = next((i for i, (a, b) in enumerate(zip(held, hashes, strict=False)) if a != b), None)
+            chunks = min(len(held), len(hashes)) if same is None else same
+            # the last chunk of the file may be a part of one
+            reused = min(tokens, chunks * chunk_size, length)
+            if chunks == len(held) and len(hashes) > chunks:
+                reused = min(reused, tokens // chunk_size * chunk_size)
+            for index in range(len(cache.layers) if reused else 0):
+                states = (stored.get_slice(f"{name}.{index}")[:, :, :reused] for name in ("keys", "values"))
+                cache.update(*states, index)
+            return reused
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: damaged, or no cache at all ({reason}); remove it") from error
+
+
+def _check(file: Path, known: dict[str, str], made_of: dict[str, str]) -> None:
+    for name, value in made_of.items():
+        if known.get(name) != value:
+            what = {"format": "no cache that this release reads", "model": "made by another model"}
+            reason = what.get(name, f"made with other settings ({known.get(name)}, not {value})")
+            raise ValueError(f"{file}: {reason}; remove it or name another file")
+
+
+def _save(file: Path, made_of: dict[str, str], hashes: Sequence[str], cache: MobaCache) -> None:
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        tensors[f"keys.{index}"] = layer.keys.contiguous()
+        tensors[f"values.{index}"] = layer.values.contiguous()
+    about = {**made_of, "chunks": json.dumps(list(hashes)), "tokens": str(cache.get_seq_length())}
+    beside = file.with_name(file.name + ".part")
+    try:
+        save_file(tensors, beside, about)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""Rows of tokens for training on long contexts: repositories kept whole, files in a sensible order.
+
+A row is a function of the seed and its number alone, so that a resumed run sees what an uninterrupted one
+does. Documents of a row are told apart by `position_ids`, which start again at 0; MoBA and transformers'
+attention functions keep them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
+from moba_hf.evaluate.repositories import Repository
+
+Ids = np.ndarray[Any, Any]
+IGNORED = -100
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Rows of `length` tokens with `position_ids` and `labels`.
+
+    A row takes a repository, longer ones more often, and as much of it as fits, from the start of a file on;
+    where that leaves room, further ones follow. Every so many rows are made of single files instead, so that
+    short texts stay in the training.
+
+    Args:
+        repositories: what is read.
+        length: tokens of a row.
+        count: rows.
+        seed: of all choices.
+        short_share: share of rows that hold short texts, from 0 to 1.
+        short_length: the most tokens of such a text.
+        lookups: definitions put into the longest repository of each long row, and looked up later in it.
+        tokenizer: needed for `lookups`.
+
+    Raises:
+        ValueError: nothing to read, or values out of range.
+    """
+
+    def __init__(
+        self,
+        repositories: Sequence[Repository],
+        length: int,
+        count: int,
+        *,
+        seed: int = 0,
+        short_share: float = 0.1,
+        short_length: int = 2048,
+        lookups: int = 0,
+        tokenizer: Any = None,
+    ) -> None:
+        if not repositories:
+            raise ValueError("there is no repository to read")
+        if not 0 <= short_share <= 1:
+            raise ValueError(f"short_share must be from 0 to 1, got {short_share}")
+        if lookups < 0 or (lookups and tokenizer is None):
+            raise ValueError(f"lookups must be at least 0 and need a tokenizer, got {lookups}")
+        self.repositories, self.length, self.count, self.seed = list(repositories), length, count, seed
+        self.short_share, self.short_length, self.lookups = short_share, short_length, lookups
+        sizes = np.array([len(one.ids) for one in repositories], float)
+        self.chances = sizes / sizes.sum()
+        if lookups:
+            self.definitions, self.newlines = Definitions(tokenizer), newline_tokens(tokenizer)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        if rng.random() < self.short_share:
+            pieces = self._short_pieces(rng)
+            labels = [piece.copy() for piece in pieces]
+        else:
+            pieces, labels = self._long_pieces(rng)
+        for label in labels:
+            label[0] = IGNORED  # nothing before it says what it is
+        positions = [np.arange(len(piece)) for piece in pieces]
+        row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
+
+    def _short_pieces(self, rng: np.random.Generator) -> list[Ids]:
+        pieces, room = [], self.length
+        while room:
+            one = self.repositories[rng.choice(len(self.repositories), p=self.chances)]
+            which = int(rng.integers(len(one.files)))
+            end = one.files[which + 1] if which + 1 < len(one.files) else len(one.ids)
+            begin = int(one.files[which])
+            size = min(room, self.short_length, int(end) - begin)
+            pieces.append(one.ids[begin : begin + size].astype(np.int64))
+            room -= size
+        return pieces
+
+    def _long_pieces(self, rng: np.random.Generator) -> tuple[list[Ids], list[Ids]]:
+        made = self.definitions.draw(rng, self.lookups) if self.lookups else []
+        room = self.length - 2 * sum(len(one.ids) for one in made)
+        if room < self.length // 2:
+            raise ValueError(f"{len(made)} lookups leave less than half of a row of {self.length} tokens")
+        pieces: list[Ids] = []
+        order = rng.permutation(len(self.repositories)).tolist()
+        order.insert(0, int(rng.choice(len(self.repositories), p=self.chances)))
+        while room:
+            one = self.repositories[order.pop(0) if order else int(rng.integers(len(self.repositories)))]
+            size = min(room, len(one.ids))
+            starts = one.files[one.files <= len(one.ids) - size]
+            begin = int(rng.choice(starts))
+            pieces.append(one.ids[begin : begin + size].astype(np.int64))
+            room -= size
+        labels = [piece.copy() for piece in pieces]
+        if made:
+            which = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+            pieces[which], labels[which] = self._with_lookups(rng, pieces[which], made)
+        return pieces, labels
+
+    def _with_lookups(
+        self, rng: np.random.Generator, text: Ids, made: Sequence[Definition]
+    ) -> tuple[Ids, Ids]:
+        """`text` with every definition twice; the answer of the first is no label: it cannot be known."""
+        order = rng.permutation(2 * len(made)) % len(made)
+        places = np.sort(rng.integers(0, len(text), len(order)))
+        at = snap(places, np.flatnonzero(self.newlines[text]))
+        ids, begins = weave(text, [made[i].ids for i in order], at)
+        labels, seen = ids.copy(), set()
+        for i, begin in zip(order.tolist(), begins.tolist(), strict=True):
+            if i not in seen:
+                labels[begin : begin + len(made[i].ids)] = IGNORED
+            seen.add(i)
+        return ids, labels

@@ -1,0 +1,59 @@
+"""examples/extend.py: two tiny stages, ended and taken up again, give the weights of an uninterrupted run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import tiny, tokens
+
+from moba_hf import MobaConfig
+from moba_hf.evaluate.repositories import save_repositories
+from moba_hf.training import Repository, Schedule, Stage
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def extend() -> Any:
+    spec = importlib.util.spec_from_file_location("extend", ROOT / "examples" / "extend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["extend"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
+    tiny(rule=None, attention="sdpa").save_pretrained(tmp_path / "model")
+    ids = tokens(3000).numpy().astype(np.uint16)
+    save_repositories(tmp_path / "text.npz", [Repository("r", ids, np.arange(0, 3000, 150))])
+    schedule = Schedule(
+        (
+            Stage(576, MobaConfig(8, 4), tokens=2304, learning_rate=1e-2, warmup_steps=1, theta=2e4),
+            Stage(640, MobaConfig(16, 4), tokens=1920, learning_rate=1e-2, warmup_steps=1, rope="yarn"),
+        )
+    )
+    schedule.save(tmp_path / "schedule.json")
+    files = ("--schedule", str(tmp_path / "schedule.json"), "--tokens", str(tmp_path / "text.npz"))
+    command = [str(tmp_path / "model"), *files, "--log-every", "1"]
+    whole = extend.main([*command, "--out", str(tmp_path / "whole"), "--dense-steps", "1"])
+    assert [one["steps_of_this_run"] for one in whole] == [4, 3]
+    assert all(one["dense_seconds_per_step"] > 0 for one in whole)
+    parts = [*command, "--out", str(tmp_path / "parts")]
+    assert extend.main([*parts, "--stop-after", "2"]) == []  # within the first stage
+    assert (tmp_path / "parts" / "stage0-running").is_dir()
+    assert len(extend.main([*parts, "--stages", "1"])) == 1
+    assert len(extend.main([*parts, "--stop-after", "1"])) == 1  # within the second
+    resumed = extend.main(parts)
+    assert [one["steps_of_this_run"] for one in resumed] == [2, 2]
+    for i in range(2):
+        one, other = (tmp_path / x / f"stage{i}" / "model.safetensors" for x in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes()
+    assert one.read_bytes() != (tmp_path / "whole" / "stage0" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "parts" / "stage1-running").exists()

@@ -1,0 +1,237 @@
+"""Stages of a context extension: their data, what loading one changes, and the loss in pieces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny, tokens
+from transformers import AutoConfig, TrainingArguments
+
+from moba_hf import MobaConfig
+from moba_hf.evaluate.repositories import load_repositories, save_repositories
+from moba_hf.training import (
+    LongRowTrainer,
+    Repository,
+    Rows,
+    Schedule,
+    Stage,
+    loss_in_pieces,
+    read_repository,
+)
+from moba_hf.training.rows import IGNORED
+from moba_hf.training.stages import POSITION, load_stage, save_stage
+
+TWO = Schedule(
+    (
+        Stage(1024, MobaConfig(8, 4), tokens=3000, theta=4e4),
+        Stage(2048, MobaConfig(16, 4, full_attention_layers=(-1,)), tokens=4096, rope="linear"),
+    )
+)
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    TWO.save(tmp_path / "schedule.json")
+    assert Schedule.load(tmp_path / "schedule.json") == TWO
+    assert TWO.stages[0].steps == 3  # 3,000 tokens begin a third row
+    (tmp_path / "broken.json").write_text('{"stages": [{"length": 8}]}')
+    with pytest.raises(ValueError, match=r"broken.json: no schedule \(a stage needs moba, tokens"):
+        Schedule.load(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 1}, "length must be at least 2"),
+        ({"tokens": -1}, "tokens must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"rope": "none"}, "rope must be one of"),
+        ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 goes with"),
+    ],
+)
+def test_a_bad_stage_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"length": 64, "moba": MobaConfig(8, 2), "tokens": 64, **changes})
+
+
+def test_a_bad_schedule_is_refused() -> None:
+    short, long = TWO.stages
+    with pytest.raises(ValueError, match="lengths must rise: stage 1 has 1024 tokens after 2048"):
+        Schedule((long, short))
+    with pytest.raises(ValueError, match="block sizes must not fall: stage 1 has 4 after 8"):
+        Schedule((short, Stage(4096, MobaConfig(4, 4), tokens=1)))
+    with pytest.raises(ValueError, match="at least one stage"):
+        Schedule(())
+
+
+def test_a_stage_changes_the_config_and_no_weight(tmp_path: Path) -> None:
+    model = tiny().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    first = load_stage(TWO, 0, tmp_path / "source")
+    assert first.config.max_position_embeddings == 1024
+    assert first.config.rope_parameters["rope_theta"] == 4e4
+    assert first.config.moba == TWO.stages[0].moba.to_dict()
+    assert all(x.dtype == torch.float32 for x in first.parameters())
+    save_stage(TWO, 0, first, tmp_path / "stage0")
+    second = load_stage(TWO, 1, tmp_path / "stage0")
+    assert second.config.rope_parameters == {"rope_type": "linear", "rope_theta": 4e4, "factor": 2.0}
+    save_stage(TWO, 1, second, tmp_path / "stage1")
+    stored = json.loads((tmp_path / "stage1" / "config.json").read_text())
+    assert (stored["rope_theta"], stored["rope_scaling"]) == (4e4, {"rope_type": "linear", "factor": 2.0})
+    again = AutoConfig.from_pretrained(tmp_path / "stage1")
+    assert again.rope_parameters == second.config.rope_parameters
+    assert again.max_position_embeddings == 2048
+    assert again.moba["full_attention_layers"] == [-1]
+    assert json.loads((tmp_path / "stage1" / POSITION).read_text())["done"] == 2
+    for name, x in second.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0)
+
+
+def test_a_folder_that_stands_elsewhere_is_refused(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"holds no moba_schedule\.json: stage 1 starts"):
+        load_stage(TWO, 1, tmp_path / "source")
+    save_stage(TWO, 1, model, tmp_path / "done")
+    with pytest.raises(
+        ValueError, match="stands after 2 stages of its schedule, which stage 1 does not follow"
+    ):
+        load_stage(TWO, 1, tmp_path / "done")
+    other = Schedule(TWO.stages[:1])
+    save_stage(other, 0, model, tmp_path / "other")
+    with pytest.raises(ValueError, match="which is another one"):
+        load_stage(TWO, 1, tmp_path / "other")
+    tight = Schedule((Stage(256, MobaConfig(8, 2), tokens=1, theta=2e4),))
+    with pytest.raises(ValueError, match="the model reads 512 tokens already"):
+        load_stage(tight, 0, tmp_path / "source")
+
+
+def test_loss_in_pieces_is_the_loss() -> None:
+    model = tiny()
+    ids = tokens(2, 60)
+    labels = ids.clone()
+    labels[:, 10:20] = IGNORED
+    expected = model(input_ids=ids, labels=labels).loss
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    total, count = loss_in_pieces(hidden, labels, model.get_output_embeddings(), piece=7)
+    assert int(count) == 2 * 49
+    torch.testing.assert_close(total / count, expected)
+    (total / count).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], msg=name)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_trainer_takes_the_same_step(offload: bool, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    rows = [{"input_ids": tokens(48, seed=i), "labels": tokens(48, seed=i)} for i in range(4)]
+
+    def after(kind: Any, **given: Any) -> dict[str, torch.Tensor]:
+        settings = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=3,
+            per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        model = tiny()
+        kind(model=model, args=settings, train_dataset=rows, **given).train()
+        return model.state_dict()
+
+    plain, pieces = after(Trainer), after(LongRowTrainer, piece=10, offload=offload)
+    for name, x in plain.items():
+        torch.testing.assert_close(pieces[name], x, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def repository(size: int, seed: int, files: tuple[int, ...] = (0,)) -> Repository:
+    return Repository(f"r{seed}", tokens(size, seed=seed).numpy().astype(np.uint16), np.array(files))
+
+
+def test_rows_are_whole_bounded_and_repeatable() -> None:
+    repositories = [repository(500, 1, (0, 100, 300)), repository(40, 2)]
+    rows = Rows(repositories, 128, 20, seed=5, short_share=0.5, short_length=30)
+    again = Rows(repositories, 128, 20, seed=5, short_share=0.5, short_length=30)
+    short = 0
+    for i in range(len(rows)):
+        row = rows[i]
+        assert all(torch.equal(row[name], again[i][name]) for name in row)
+        assert {name: len(x) for name, x in row.items()} == dict.fromkeys(row, 128)
+        starts = torch.nonzero(row["position_ids"] == 0).flatten().tolist()
+        assert starts[0] == 0
+        assert (row["labels"][starts] == IGNORED).all()
+        kept = torch.ones(128, dtype=torch.bool)
+        kept[starts] = False
+        assert torch.equal(row["labels"][kept], row["input_ids"][kept])
+        sizes = np.diff([*starts, 128])
+        short += max(sizes) <= 30
+        for begin, size in zip(starts, sizes.tolist(), strict=True):
+            piece = row["input_ids"][begin : begin + size].numpy()
+            assert any(
+                np.array_equal(one.ids[f : f + size], piece) for one in repositories for f in one.files
+            )  # begins where a file does
+    assert 4 <= short <= 16
+
+
+def test_repositories_on_disk(tmp_path: Path) -> None:
+    saved = [repository(50, 1, (0, 20)), repository(30, 2)]
+    save_repositories(tmp_path / "x.npz", saved)
+    for one, other in zip(load_repositories(tmp_path / "x.npz"), saved, strict=True):
+        assert one.name == other.name
+        assert np.array_equal(one.ids, other.ids)
+        assert np.array_equal(one.files, other.files)
+
+
+class Letters:
+    """A tokenizer of bytes, for texts without special tokens."""
+
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
+        class Output:
+            input_ids = [list(x.encode()) for x in text] if isinstance(text, list) else list(text.encode())
+
+        return Output
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(128)}
+
+
+def test_files_come_after_what_they_import(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "a.py").write_text("from package.inner import c\nfrom . import b\n")
+    (package / "b.py").write_text("import package.a\nx = 1\n")  # a cycle
+    (package / "inner" / "c.py").write_text("y = 2\n")
+    (package / "inner" / "broken.py").write_text("def (")
+    read = read_repository(package, Letters())
+    text = bytes(read.ids.tolist()).decode()
+    order = [line[2:] for line in text.splitlines() if line.startswith("# package")]
+    assert order == [f"package/{x}.py" for x in ("inner/c", "b", "a", "inner/broken")]
+    assert [text[i:].splitlines()[0] for i in read.files] == [f"# {x}" for x in order]
+    with pytest.raises(ValueError, match=r"holds no file that ends in \.rs"):
+        read_repository(package, Letters(), ".rs")
+
+
+def test_rows_with_lookups() -> None:
+    text = np.frombuffer(b"value = 1\n" * 400, np.uint8).astype(np.int32)
+    rows = Rows(
+        [Repository("r", text, np.array([0]))], 1024, 4, short_share=0, lookups=6, tokenizer=Letters()
+    )
+    for i in range(4):
+        row = rows[i]
+        assert len(row["input_ids"]) == 1024
+        written = bytes(row["input_ids"].tolist()).decode()
+        labelled = bytes(x if x != IGNORED else 0 for x in row["labels"].tolist()).decode(errors="replace")
+        lines = [x for x in written.splitlines() if x not in ("", "value = 1") and written.count(x) > 1]
+        lines = [x for x in dict.fromkeys(lines) if "_" in x]
+        assert len(lines) == 6
+        for line in lines:
+            first, second = written.index(line), written.rindex(line)
+            assert first < second
+            assert labelled[first : first + len(line)] == "\0" * len(line)  # cannot be known
+            assert labelled[second : second + len(line)] == line
