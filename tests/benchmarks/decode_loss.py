@@ -69,7 +69,9 @@ class Reads:
 def step_losses(model: torch.nn.Module, ids: Tensor, steps: int) -> Tensor:
     """Losses of the last `steps` tokens of `ids (1, N)`, each predicted by a decode step."""
     begin = ids.shape[1] - steps
-    cache = prefill(model, ids[:, :begin], cache=MobaCache(model.config, max_cache_len=ids.shape[1]))
+    cache = prefill(
+        model, ids[:, :begin], cache=MobaCache(model.config, max_cache_len=ids.shape[1]), progress=False
+    )
     losses = []
     for at in range(begin - 1, ids.shape[1] - 1, ROWS):
         rows = ids[:, at : min(at + ROWS, ids.shape[1] - 1)]
