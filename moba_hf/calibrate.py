@@ -6,6 +6,9 @@ or the best within an allowed key budget.
 3. `allocate`: the cheapest sum of costs at a key budget, layer by layer, by a Lagrange multiplier.
 4. Whole passes confirm: one for a key budget, a few by bisection for an allowed loss.
 
+In what it finds every query chooses for itself; the threshold of a shared choice (`tile` > 1)
+is not searched.
+
 On SmolLM2-135M the whole takes minutes on two cores. What it takes elsewhere: per text of N tokens one dense
 prefill and, per layer and rule, `samples` rows of attention and one output projection; one backward pass over
 2,048 tokens, which needs the weights and about 2 GB per billion parameters of activations in bf16; and
@@ -243,7 +246,8 @@ def calibrate(
     adapter, text_config = family_of(model)
     num_layers, length = adapter.num_layers(text_config), texts[0].shape[1]
     rules = [
-        LayerConfig(b, 1 + sink_blocks + local_blocks, sink_blocks, local_blocks, gate) for b in block_sizes
+        LayerConfig(b, 1 + sink_blocks + local_blocks, sink_blocks, local_blocks, gate, adapter.rotary_pairs)
+        for b in block_sizes
     ]
     share = _Share.of(model, length)
     lowest = share.lowest(rules, length, keys)

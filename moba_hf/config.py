@@ -14,7 +14,7 @@ from torch import Tensor
 from moba_hf.op.backend_table import check_backend
 from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import check_int, plain_int
-from moba_hf.op.shared_rule import SharedRule
+from moba_hf.op.shared_rule import SharedRule, check_rotary_pairs
 
 # Names of the original MoBA release, read by `from_dict`.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
@@ -39,6 +39,8 @@ class LayerConfig:
         sink_blocks: first blocks of the sequence that are always attended; they count in `topk`.
         local_blocks: blocks just before a query's own that are always attended; they count in `topk`.
         gate: how blocks are scored, a name in `moba_hf.op.gates.GATES`.
+        rotary_pairs: one of `ROTARY_PAIRS`, as the model's rotary embedding pairs coordinates; read by
+            the mass gate.
     """
 
     block_size: int
@@ -46,8 +48,10 @@ class LayerConfig:
     sink_blocks: int = 0
     local_blocks: int = 0
     gate: str = "mean"
+    rotary_pairs: str = "halves"
 
     def __post_init__(self) -> None:
+        check_rotary_pairs(self.rotary_pairs)
         check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
 
     def forces(self, block: Tensor, own: Tensor) -> Tensor:
@@ -102,8 +106,8 @@ def make_rule(
     Raises:
         ValueError: values out of range, or that belong to the other rule. TypeError: values of a wrong type.
     """
-    block_size, topk, sink_blocks, local_blocks, tile, dense_below = (
-        plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below)
+    block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample = (
+        plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample)
     )
     check_int("tile", tile, minimum=1)
     if tile == 1:

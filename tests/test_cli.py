@@ -99,7 +99,7 @@ def test_dtype_is_passed_on(run, monkeypatch: pytest.MonkeyPatch) -> None:  # ty
 
     monkeypatch.setattr(convert, "convert_checkpoint", record)
     assert run("convert", "a.gguf", "b", "--preset", "fine", "--dtype", "bfloat16")[0] == 0
-    assert seen == {"overwrite": False, "link": False, "dtype": "bfloat16"}
+    assert seen == {"overwrite": False, "link": False, "dtype": "bfloat16", "context": None}
 
 
 def test_presets(run) -> None:  # type: ignore[no-untyped-def]

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.op.gates import MassSummary
+from moba_hf.op.gates import MassSummary, PairedMassSummary
 from moba_hf.op.reference import mass_gate_ref
+from moba_hf.patches.llama import LlamaAdapter
 
 
 def qkv(length: int, heads: int, kv_heads: int, dim: int = 16, dtype: torch.dtype = torch.float32) -> list:
@@ -32,7 +33,9 @@ def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> 
         terms = [math.exp(0.3 * float(x @ min(keys, key=lambda key: float(key @ key))))]
         for part in keys.split(size):
             center = part.mean(0)
-            spread = 0.09 * float((x**2 * ((part - center) ** 2).mean(0)).sum())
+            var = ((part - center) ** 2).mean(0)
+            var = [(float(var[d]) + float(var[(d + 8) % 16])) / 2 for d in range(16)]
+            spread = 0.09 * sum(float(x[d]) ** 2 * var[d] for d in range(16))
             reach = math.log(size)
             gain = spread / 2 if spread <= 2 * reach else math.sqrt(2 * spread * reach) - reach
             terms.append(size * math.exp(0.3 * float(x @ center) + gain))
@@ -135,6 +138,67 @@ def test_low_precision_summaries_are_rounded_alike() -> None:
         assert torch.allclose(scores, mass_gate_ref(q, k, 32, 0.25), atol=1e-5)
         exact = mass_gate_ref(q.float(), k.float(), 32, 0.25)
         assert 0 < (scores - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_scores_do_not_depend_on_where_positions_begin(pairs: str) -> None:
+    """Rotated by any common angle, queries and keys keep their scores, paired as the rotation pairs them."""
+    q, k, _ = qkv(100, 4, 2, dtype=torch.float64)
+    angle = torch.rand(8, dtype=torch.float64) * 6
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, -1) if pairs == "halves" else (x[..., ::2], x[..., 1::2])
+        parts = [low * angle.cos() - high * angle.sin(), low * angle.sin() + high * angle.cos()]
+        return torch.cat(parts, -1) if pairs == "halves" else torch.stack(parts, -1).flatten(-2)
+
+    other = "neighbours" if pairs == "halves" else "halves"
+    for cls in (MassSummary, PairedMassSummary):
+        for how, same in ((pairs, True), (other, False)):
+            before, after = (
+                cls(b.transpose(0, 1), 16, 0.3, how).scores(a.transpose(0, 1), 6)
+                for a, b in ((q, k), (turned(q), turned(k)))
+            )
+            assert torch.allclose(before, after, rtol=1e-9) is same
+            if cls is MassSummary:
+                wanted = mass_gate_ref(q, k, 16, 0.3, how)
+                assert torch.allclose(before.transpose(0, 1), wanted)
+
+
+@pytest.mark.parametrize(
+    ("decode", "pairs"), [("full", "halves"), ("sparse", "halves"), ("sparse", "neighbours")]
+)
+def test_a_model_chooses_alike_wherever_positions_begin(
+    decode: str, pairs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where coordinates are paired as the model pairs them, and only there."""
+    monkeypatch.setattr(LlamaAdapter, "rotary_pairs", pairs)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=90, num_hidden_layers=3, max_position_embeddings=4096, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data *= 6  # a choice that matters
+    ids = torch.randint(1, 90, (1, 150))
+    with use_moba(model, MobaConfig(16, 3, gate="mass", decode=decode)), torch.no_grad():
+        rows = []
+        for first in (0, 1000):
+            at = torch.arange(first, first + 150)[None]
+            cache = MobaCache(model.config)
+            parts = [model(ids[:, :140], position_ids=at[:, :140], **cache_kwargs(model, cache)).logits]
+            for i in range(140, 150):
+                step = {"position_ids": at[:, i : i + 1], **cache_kwargs(model, cache)}
+                parts.append(model(ids[:, i : i + 1], **step).logits)
+            rows.append(torch.cat(parts, 1))
+    assert torch.allclose(*rows, atol=1e-5) is (pairs == "halves")
+
+
+def test_an_odd_head_dim_is_refused() -> None:
+    q, k, v = qkv(40, 2, 1, dim=15)
+    for function, args in ((moba_attention, (q, k, v)), (select_blocks, (q, k))):
+        with pytest.raises(ValueError, match="gate='mass' needs an even head_dim, got 15"):
+            function(*args, block_size=8, topk=2, gate="mass")
+        function(*args, block_size=8, topk=2)
 
 
 def test_an_unknown_gate_is_refused() -> None:

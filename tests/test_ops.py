@@ -387,7 +387,7 @@ class TestTorchLibrary:
     def test_opcheck(self, dtype: torch.dtype) -> None:
         q, k, v = (x.transpose(0, 1)[None].requires_grad_() for x in qkv(24, dtype=dtype))
         table = batched_table(1, 24, 24, q.device)
-        rule = (24, 24, 5, 3, 1, 0, "mean", 0.3, "portable")
+        rule = (24, 24, 5, 3, 1, 0, "mean", "halves", 0.3, "portable")
         torch.library.opcheck(select_op, (q.detach(), k.detach(), table, *rule))
         choice = select_op(q.detach(), k.detach(), table, *rule)
         args = (q, k, v, choice, table, 24, 24, 5, 0.3, "portable")

@@ -94,8 +94,8 @@ def test_only_chosen_blocks_are_read(rule: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pairs", [None, "halves", "neighbours"])
-def test_what_is_kept_are_the_gate_s_vectors(dtype: torch.dtype, pairs: str | None) -> None:
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_what_is_kept_are_the_gate_s_vectors(dtype: torch.dtype, pairs: str) -> None:
     k = states(1, LENGTH, dtype)[0][0]
     kept = KeptMass(pairs)
     numbers = kept.take(k, 32)
@@ -108,7 +108,7 @@ def test_what_is_kept_are_the_gate_s_vectors(dtype: torch.dtype, pairs: str | No
     assert torch.equal(MassSummary.of_kept(numbers, DIM, 32, 0.3, pairs).scores(q, 2), expected)
 
 
-@pytest.mark.parametrize("kept", [KeptMass(None), KeptMass("halves")])
+@pytest.mark.parametrize("kept", [KeptMass("neighbours"), KeptMass("halves")])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_kept_follows_everything_a_layer_does(kept: KeptMass, padded: bool, seed: int) -> None:

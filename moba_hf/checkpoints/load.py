@@ -19,6 +19,7 @@ from moba_hf.checkpoints.model_config import read_model_config
 from moba_hf.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE, read_checkpoint
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.loading import auto_class, dense_on_purpose
+from moba_hf.hf.parallel import check_tensor_parallel, launched_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -56,7 +57,12 @@ def find_source(source: str | Path) -> Path:
 
 
 def load_checkpoint(
-    source: str | Path, dtype: str = "auto", *, device: str | None = None, trust_remote_code: bool = False
+    source: str | Path,
+    dtype: str = "auto",
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    spread: bool = False,
 ) -> tuple[Any, Any]:
     """The model of a checkpoint with stock attention, in evaluation mode, and its tokenizer.
 
@@ -67,19 +73,24 @@ def load_checkpoint(
         dtype: one of `DTYPES`; "auto" is the checkpoint's own, for a GGUF file float32.
         device: where to put the model; None: spread over the GPUs there are, else the CPU.
         trust_remote_code: run Python code that the checkpoint brings for its tokenizer.
+        spread: where `torchrun` started several ranks, spread every layer over them (tensor parallel).
 
     Raises:
-        ValueError: nothing to load, an unsupported architecture, missing weights, or a tokenizer that needs
-            code. The message names the file or the folder.
+        ValueError: nothing to load, an unsupported architecture, missing weights, key-value heads that the
+            ranks do not divide, or a tokenizer that needs code. The message names the file or the folder.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
     path = find_source(source)
+    ranks = launched_ranks() if spread else 1
     if is_gguf(path):
+        if ranks > 1:
+            raise ValueError(f"{path}: a GGUF file cannot be spread over {ranks} ranks; convert it first")
         return _load_gguf(path, dtype, device)
     if not path.is_dir():
         raise ValueError(f"{path}: is neither a folder with a config.json nor a GGUF file")
     values, config = read_model_config(path)
+    check_tensor_parallel(config, ranks)
     check_files(path)
     if values.get("transformers_weights") or any((path / n).exists() for n in (SINGLE_FILE, INDEX_FILE)):
         read_checkpoint(path, values.get("transformers_weights"))
@@ -90,7 +101,11 @@ def load_checkpoint(
     auto = auto_class(config)
     check_complete(path, config, auto)
     place = device or ("auto" if torch.cuda.is_available() else None)
-    options = {"device_map": place} if place else {}
+    options: dict[str, Any] = {"device_map": place} if place else {}
+    if ranks > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(tp_size=ranks)}
     return load_model(path, auto, dtype=dtype, attn_implementation="sdpa", **options), tokenizer
 
 

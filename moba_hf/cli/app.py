@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line `args` (default: the program's own) and exits."""
     warnings.showwarning = _warn
     try:
-        with _signals():
+        with _signals(), _first_rank_alone():
             code = app(args=None if args is None else list(args), prog_name="moba-hf", standalone_mode=False)
     except _UsageError as error:
         _fail(error.format_message())
@@ -64,6 +64,21 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if code == 130:  # what typer makes of KeyboardInterrupt
         _fail("interrupted", code=130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _first_rank_alone() -> Iterator[None]:
+    """Under `torchrun`, ranks but the first print nothing inside the block; errors are told behind it."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            yield
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+    finally:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class _Ended(BaseException):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -243,7 +243,7 @@ def generate(
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
             streamer = generation.text_streamer(tokenizer)
-            more = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
+            more: Any = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
             result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
     if compare:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,7 @@ def evaluate(
 
     _check_folder(out, store)
     quiet()
+    run.check_ranks(measure or (), store)
     given = settings(
         block_size=block_size,
         topk=topk,
@@ -82,7 +84,7 @@ def evaluate(
         gate=gate,
     )
     named = run.presets_of(preset or [], given)
-    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code, spread=True)
     wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
     repositories = [read_repository(folder, tokenizer) for folder in sources or ()]
@@ -119,7 +121,9 @@ def calibrate(
     store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find, for each layer, full attention or how many blocks: the cheapest setting you allow.
+    """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
+
+    The threshold of a choice that a tile of queries shares is not searched; compare some with 'moba-hf eval'.
 
     Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
     model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
@@ -205,7 +209,7 @@ def _check_folder(*paths: str | None) -> None:
 
 def _write_json(path: str | None, values: Any) -> None:
     """Writes `values` to a file; where that fails after all, they are printed, so that no work is lost."""
-    if path is None:
+    if path is None or os.environ.get("RANK", "0") != "0":
         return
     text = json.dumps(values, indent=1)
     try:

@@ -54,7 +54,7 @@ def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scal
     """
     blocks = -(-k.shape[1] // rule.block_size)
     complete = k.shape[1] // rule.block_size
-    scores = GATES[rule.gate].summary(k, rule.block_size, scale).scores(q, complete)
+    scores = GATES[rule.gate].summary(k, rule.block_size, scale, None, rule.rotary_pairs).scores(q, complete)
     scores = F.pad(scores, (0, blocks - complete), value=-torch.inf)
     scores = ranked_by_rule(scores, positions, rule)
     return scores.sort(dim=2, descending=True, stable=True).indices

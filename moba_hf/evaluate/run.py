@@ -23,6 +23,7 @@ from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store, format_table, progress
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.parallel import launched_ranks
 from moba_hf.hf.prefill import DENSE_TAIL
 from moba_hf.op.shared_rule import SharedRule
 
@@ -30,11 +31,24 @@ MEASURES = ("perplexity", "positions", "agreement", "recall")
 _DENSE_TOO = ("perplexity", "positions")
 
 
-def load(path: str, device: str | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    path: str, device: str | None = None, *, trust_remote_code: bool = False, spread: bool = False
+) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "float32" if device == "cpu" else "auto"
-    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code, spread=spread)
+
+
+def check_ranks(measures: Sequence[str], store: str | os.PathLike[str] | None) -> None:
+    """Raises ValueError for what a model spread over the ranks of `torchrun` cannot give."""
+    ranks = launched_ranks()
+    if ranks > 1 and "recall" in measures:
+        raise ValueError(
+            f"recall looks at all heads of a layer, each of {ranks} ranks has some: run it without torchrun"
+        )
+    if ranks > 1 and store is not None:
+        raise ValueError(f"a store is kept by one process, there are {ranks} ranks: leave out --store")
 
 
 def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, MobaConfig]:
@@ -107,7 +121,12 @@ def evaluate(
     """
     _check(texts, measures, tasks, task_lengths, contexts, sources)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
-    made_of = {"model": identity_of(model), "texts": {name: identity_of(ids) for name, ids in texts.items()}}
+    made_of: dict[str, Any] = {}
+    if store is not None:
+        made_of = {
+            "model": identity_of(model),
+            "texts": {name: identity_of(ids) for name, ids in texts.items()},
+        }
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
     result |= {"keys": {}, "attended": {}}

@@ -74,7 +74,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """The model of a checkpoint with MoBA on, over the GPUs there are, and its tokenizer.
+    """The model of a checkpoint with MoBA on, over the GPUs or the ranks there are, and its tokenizer.
 
     Args:
         source: a checkpoint, converted or not; see `load_checkpoint`, also for the other arguments.
@@ -83,7 +83,7 @@ def load(
     Raises:
         ValueError: as `load_checkpoint`, or an architecture without MoBA.
     """
-    model, tokenizer = load_checkpoint(source, dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_checkpoint(source, dtype, trust_remote_code=trust_remote_code, spread=True)
     return patch_model(model, moba), tokenizer
 
 

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.registry import Registry
-from moba_hf.op.shared_rule import SharedRule
 
 # Attribute of an attention module that turns its rule off for a while.
 SUSPENDED = "moba_suspended"
@@ -144,7 +143,7 @@ def _plan(
     def make() -> LayerPlan:
         moba: MobaConfig = getattr(_kept, settings)
         rule = None if suspended else moba.for_layer(layer_idx, num_layers)
-        if isinstance(rule, SharedRule):
+        if rule is not None:
             rule = dataclasses.replace(rule, rotary_pairs=rotary_pairs)
         decode_rule = rule if moba.decode == "sparse" else None
         return LayerPlan(rule, stock, decode_rule, moba.decode_max_len, 0 if rule is None else rule.dense_len)

@@ -11,6 +11,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moba_hf.config import NAME
+
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
     """Raises ValueError where `ranks` do not divide the key-value heads of a config.
@@ -25,6 +31,18 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
             f"{heads} key-value heads cannot be divided among {ranks} ranks: tensor parallelism would cut "
             f"inside a head. Use {', '.join(map(str, fitting))} ranks, or sequence parallelism"
         )
+
+
+def launched_ranks() -> int:
+    """Processes that `torchrun` started this program in; 1: it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def tensor_parallel_ranks(kwargs: Mapping[str, Any]) -> int:
@@ -59,3 +77,34 @@ def refuse_ring_attention() -> None:
             f"MoBA cannot run under ring attention (context parallelism, cp_size={parallel.cp_size}): a rank "
             "would see only its own keys. Use sequence parallelism (Ulysses, sp_size) instead"
         )
+
+
+def refuse_lost_padding(attention_mask: Tensor | None) -> None:
+    """Raises ValueError where DeepSpeed's Ulysses would drop a mask that MoBA needs.
+
+    It puts a wrapper in the place of the attention function and gives it no mask. Padding on the right does
+    no harm: no real token sees it.
+
+    Args:
+        attention_mask: `(batch, length)` of this rank's part of the rows, 0 for padding.
+    """
+    if attention_mask is None or not _under_ulysses():
+        return
+    from deepspeed.runtime.sequence_parallel.parallel_state_sp import get_sequence_parallel_rank
+
+    real = attention_mask.bool()
+    lost = (~real[:, :-1] & real[:, 1:]).any()
+    if get_sequence_parallel_rank() == 0:  # a part of padding alone begins or ends a row
+        lost = lost | ~real[:, 0].all()
+    if lost:
+        raise ValueError(
+            "padding on the left of rows, or holes, under DeepSpeed's Ulysses: it hands no mask to the "
+            'attention, which would attend the padding. Pad on the right (tokenizer.padding_side = "right") '
+            "or pack rows without padding, with position_ids that start again at each document"
+        )
+
+
+def _under_ulysses() -> bool:
+    """Whether DeepSpeed has wrapped the attention function that transformers knows as "moba"."""
+    function = ALL_ATTENTION_FUNCTIONS[NAME]
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "deepspeed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -21,6 +20,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.hf.parallel import is_first_rank
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.numerics import check_int
@@ -93,8 +93,9 @@ def prefill(
     if seen >= length:
         raise ValueError(f"the cache holds {seen} tokens, the prompt has {length}: nothing is left to read")
     _check_slots(cache, length)
-    position_ids = None
+    position_ids, longest = None, length
     if attention_mask is not None:
+        longest = int(attention_mask.sum(1).max())
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -104,8 +105,7 @@ def prefill(
     read = seen + sum(n for n, _ in chunks)
     if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
-    hidden = not (progress and _is_first_process())
-    longest = length if position_ids is None else int(position_ids.max()) + 1
+    hidden = not (progress and is_first_rank())
     prompt = Prompt(length - 1, dense_from=read, begin=seen)
     bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
     with whole_prompt(model, longest, seen), _reading(cache, prompt), bar:
@@ -165,13 +165,6 @@ def _reading(cache: Cache, prompt: Prompt) -> Iterator[None]:
         close_cache(cache, None)
         raise
     close_cache(cache, prompt)
-
-
-def _is_first_process() -> bool:
-    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:

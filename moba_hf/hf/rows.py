@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from moba_hf.hf.parallel import refuse_lost_padding, refuse_ring_attention
 from moba_hf.hf.spans import (
     HOLE,
     SHORT,
@@ -348,8 +349,13 @@ def moba_mask(
     overlays and bidirectional models get that mask itself.
 
     Raises:
-        ValueError: a mask that is shorter than the cache and the call together.
+        ValueError: a mask that is shorter than the cache and the call together, or that Ulysses would drop,
+            or ring attention.
     """
+    if not torch.compiler.is_compiling():
+        refuse_ring_attention()
+        if not isinstance(attention_mask, Rows):
+            refuse_lost_padding(attention_mask)
     if isinstance(attention_mask, Rows):  # made by `generate` before the forward, for a static cache
         return attention_mask
     bidirectional = kwargs.get("allow_is_bidirectional_skip") or not getattr(config, "is_causal", True)

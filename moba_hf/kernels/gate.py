@@ -71,9 +71,9 @@ def summarize_means(k: Tensor, tiling: Tiling) -> Summary:
     return Summary(block_mean(k, tiling)[:, None])
 
 
-def summarize_mass(k: Tensor, tiling: Tiling, softmax_scale: float) -> Summary:
+def summarize_mass(k: Tensor, tiling: Tiling, softmax_scale: float, rotary_pairs: str = "halves") -> Summary:
     """What the mass gate knows of the blocks of `k (batch, HK, kv_len, D)`."""
-    return Summary(*mass_summary(k, tiling), softmax_scale, part_size(tiling.block_size))
+    return Summary(*mass_summary(k, tiling, rotary_pairs), softmax_scale, part_size(tiling.block_size))
 
 
 def select_blocks(
@@ -87,6 +87,7 @@ def select_blocks(
     sink_blocks: int,
     local_blocks: int,
     mass_scale: float | None = None,
+    rotary_pairs: str = "halves",
 ) -> Tensor:
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
 
@@ -94,6 +95,7 @@ def select_blocks(
         q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
         max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
         mass_scale: softmax scale of the mass gate; None: the mean gate.
+        rotary_pairs: of the mass gate, see `moba_hf.op.gates.MassSummary`.
     """
     q, k = rows_contiguous(q), rows_contiguous(k)
     choice = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
@@ -109,7 +111,7 @@ def select_blocks(
     elif mass_scale is None:
         summary = summarize_means(k, tiling)
     else:
-        summary = summarize_mass(k, tiling, mass_scale)
+        summary = summarize_mass(k, tiling, mass_scale, rotary_pairs)
     gate(q, summary, tiling, choice, sink_blocks, local_blocks)
     return choice
 

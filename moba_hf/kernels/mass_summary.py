@@ -3,7 +3,8 @@
 Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `tiling`), P parts of a block.
 
 One program per (flat block, kv head). Per part it adds up rows in fp32, in an order that depends on the block
-size only, for the mean, then their squared distances to it for the variance; and it keeps the row of least
+size only, for the mean, then their squared distances to it for the variance, of which the mean over each pair
+of coordinates that a rotary embedding turns together is kept, for both; and it keeps the row of least
 norm in the block, the first of equals. Stored flat, so that a tile of blocks of one vector is one contiguous
 read for the gate: `centers (HK, P + 1, NB, D)` in the key dtype holds the means and then the smallest key,
 `spreads (HK, P, NB, D)` in `spread_dtype` the variances. Reference: `reference.mass_gate_ref`.
@@ -22,7 +23,7 @@ from moba_hf.kernels.tiling import Tiling, bisect
 from moba_hf.op.numerics import part_size, spread_dtype
 
 
-def mass_summary(k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+def mass_summary(k: Tensor, tiling: Tiling, rotary_pairs: str = "halves") -> tuple[Tensor, Tensor]:
     """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; spare rows stay unwritten."""
     num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(tiling.block_size)
     parts, blocks = tiling.block_size // size, max(1, tiling.num_blocks)
@@ -45,6 +46,7 @@ def mass_summary(k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
             SIZE=size,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
+            HALVES=rotary_pairs == "halves",
             BLOCK_N=min(64, triton.next_power_of_2(size)),
             num_warps=4 if size > 16 else 1,
         )
@@ -65,6 +67,7 @@ def _mass_summary_kernel(
     SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     number = tl.program_id(0)
@@ -78,6 +81,8 @@ def _mass_summary_kernel(
         k_ptr += row_offset(batch, head, first, k_strides)
         dim = tl.arange(0, PADDED_DIM)
         rows = tl.arange(0, BLOCK_N)
+        # of each coordinate the other one of its pair
+        mate = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2) if HALVES else dim ^ 1
         columns = (dim < HEAD_DIM)[None, :]
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * HEAD_DIM + dim
         spread_at = spread_ptr + (head * PARTS * blocks + number) * HEAD_DIM + dim
@@ -85,11 +90,15 @@ def _mass_summary_kernel(
         smallest = tl.zeros([PADDED_DIM], tl.float32)
         for part in range(PARTS):
             total = tl.zeros([PADDED_DIM], tl.float32)
+            total_mate = tl.zeros([PADDED_DIM], tl.float32)
             for start in range(0, SIZE, BLOCK_N):
                 mask = start + rows < SIZE
-                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2] + dim[None, :]
-                keys = tl.load(k_ptr + offset, mask=mask[:, None] & columns, other=0.0).to(tl.float32)
+                row_at = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2]
+                inside = mask[:, None] & columns
+                keys = tl.load(k_ptr + row_at + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+                mates = tl.load(k_ptr + row_at + mate[None, :], mask=inside, other=0.0).to(tl.float32)
                 total += tl.sum(keys, 0)
+                total_mate += tl.sum(mates, 0)
                 norms = tl.where(mask, tl.sum(keys * keys, 1), float("inf"))
                 norm = tl.min(norms, 0)
                 at = tl.min(tl.where(norms == norm, rows, BLOCK_N), 0)
@@ -97,13 +106,19 @@ def _mass_summary_kernel(
                 smallest = tl.where(norm < least, row, smallest)
                 least = tl.minimum(norm, least)
             mean = total / SIZE
+            mean_mate = total_mate / SIZE
             spread = tl.zeros([PADDED_DIM], tl.float32)
+            spread_mate = tl.zeros([PADDED_DIM], tl.float32)
             for start in range(0, SIZE, BLOCK_N):
                 mask = (start + rows < SIZE)[:, None]
-                offset = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2] + dim[None, :]
-                keys = tl.load(k_ptr + offset, mask=mask & columns, other=0.0).to(tl.float32)
+                row_at = (part * SIZE + start + rows).to(tl.int64)[:, None] * k_strides[2]
+                keys = tl.load(k_ptr + row_at + dim[None, :], mask=mask & columns, other=0.0).to(tl.float32)
+                mates = tl.load(k_ptr + row_at + mate[None, :], mask=mask & columns, other=0.0).to(tl.float32)
                 away = tl.where(mask, keys - mean[None, :], 0.0)
                 spread += tl.sum(away * away, 0)
+                away = tl.where(mask, mates - mean_mate[None, :], 0.0)
+                spread_mate += tl.sum(away * away, 0)
+            spread = (spread + spread_mate) * 0.5
             step = tl.cast(part, tl.int64) * blocks * HEAD_DIM
             tl.store(center_at + step, narrow(mean, center_ptr), mask=dim < HEAD_DIM)
             tl.store(spread_at + step, narrow(spread / SIZE, spread_ptr), mask=dim < HEAD_DIM)

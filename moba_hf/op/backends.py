@@ -172,7 +172,11 @@ class ReferenceBackend:
         with full_precision(q.device):
             for at, (queries, keys) in _each_sequence(sequences.table, q, k):
                 result[at] = select_blocks_ref(
-                    queries, keys, **rule.to_dict(), softmax_scale=softmax_scale
+                    queries,
+                    keys,
+                    **rule.to_dict(),
+                    softmax_scale=softmax_scale,
+                    rotary_pairs=rule.rotary_pairs,
                 )  # the truth takes its own means
         return result
 

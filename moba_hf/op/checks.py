@@ -18,7 +18,7 @@ from torch import Tensor
 from moba_hf.config import LayerConfig
 from moba_hf.op import portable
 from moba_hf.op.backends import load_backend
-from moba_hf.op.operators import select_op
+from moba_hf.op.operators import flat_rule, select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
 from moba_hf.op.sequences import Sequences, packed_table
 
@@ -99,7 +99,7 @@ class Case:
 
     def select(self) -> Tensor:
         """The backend's choice."""
-        flat = (self.table, *self.longest, *self.rule, self.gate, self.scale)
+        flat = (self.table, *self.longest, *flat_rule(LayerConfig(*self.rule, self.gate)), self.scale)
         return select_op(self.q, self.k, *flat, self.backend)
 
     def expected_choice(self) -> Tensor:

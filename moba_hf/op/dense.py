@@ -18,6 +18,9 @@ from moba_hf.op.sequences import Sequences, batched_table
 
 # Elements of one mask (bool): bounds the memory of a chunk of queries.
 _MASK_BUDGET = 1 << 25
+# Calls of at most this many decode kernels take them: each reads all keys, as a masked step of torch's would,
+# and splits them over the device.
+_MOST_STEPS = 16
 
 
 def causal_mask(sequences: Sequences, q_begin: int, q_end: int, kv_len: int) -> Tensor:
@@ -63,7 +66,7 @@ def dense_attention(
     kernel = _decode_kernel(q, k, v, backend)
     if kernel is not None:
         table = batched_table(batch, q_len, kv_len, q.device) if sequences is None else sequences.table
-        return dense_decode_op(q, k, v, table, scale, kernel)[0]
+        return _few_at_a_time(q, k, v, table, scale, kernel)
     whole = whole or sequences is None
     if whole and q_len == kv_len:
         out = F.scaled_dot_product_attention(
@@ -92,6 +95,29 @@ def dense_attention(
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
+def _few_at_a_time(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, kernel: str) -> Tensor:
+    """The split-key kernel over as many queries at a time as it takes."""
+    kernels = load_backend(kernel).cache
+    assert kernels is not None
+    step, q_len = kernels.max_dense_queries, q.shape[2]
+    if q_len <= step:
+        return dense_decode_op(q, k, v, table, scale, kernel)[0]
+    parts = []
+    for start in range(0, q_len, step):
+        end = min(q_len, start + step)
+        part = _queries_of(table, start, end)
+        parts.append(dense_decode_op(q[:, :, start:end], k, v, part, scale, kernel)[0])
+    return torch.cat(parts, dim=1)
+
+
+def _queries_of(table: Tensor, start: int, end: int) -> Tensor:
+    """The sequence table of queries `[start, end)` alone, numbered from `start`."""
+    row, q_begin, q_end, k_begin, k_end = table.unbind(1)
+    first, last = ((bound - start).clamp(0, end - start) for bound in (q_begin, q_end))
+    later = (q_end - start - last).clamp(min=0)  # of the sequence's queries, and as many keys
+    return torch.stack([row, first, last, k_begin, k_end - later], dim=1)
+
+
 def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
     """The backend whose split-key kernel takes this call, a decode step; None: torch's own attention does.
 
@@ -105,7 +131,8 @@ def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
         return None
     name = choose_backend(backend, q, k, v, None)
     kernels = load_backend(name).cache
-    return name if kernels is not None and q.shape[2] <= kernels.max_dense_queries else None
+    few = kernels is not None and q.shape[2] <= _MOST_STEPS * kernels.max_dense_queries
+    return name if few else None
 
 
 def dense_packed_attention(

@@ -14,7 +14,9 @@ keys and takes
     score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key of least norm
 
 where `f(v) = v / 2` is the cumulant of a normal spread and `f(v) = sqrt(2 v log n) - log n` for
-`v > 2 log n`, as n samples cannot reach further (the random energy model). A block costs
+`v > 2 log n`, as n samples cannot reach further (the random energy model). `var_d` is the mean of the
+variances of the two coordinates that a rotary embedding turns together: a rotation keeps it, so scores do not
+depend on where positions begin. A block costs
 `2 * parts + 1` dot products with vectors that depend on its keys alone. Like block means these are taken in
 fp32 (fp64) and rounded to the key dtype, the variances and the squared queries of fp16 to bf16; products of
 these dtypes are accumulated in fp32, so that a kernel can do the same.
@@ -53,24 +55,38 @@ class Gate(ABC):
     reads_scale: ClassVar[bool] = False
 
     @abstractmethod
-    def kept(self) -> Kept:
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
         """What a cache keeps of each complete block, so that a decode step need not read its keys."""
 
     @abstractmethod
-    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
+    def summary_of(
+        self,
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        softmax_scale: float,
+        rotary_pairs: str = "halves",
+    ) -> Summary:
         """The summary of complete blocks from what is kept of them, `(HK, blocks, width)`."""
 
     def summary(
-        self, k: Tensor, block_size: int, softmax_scale: float, kept: Tensor | None = None
+        self,
+        k: Tensor,
+        block_size: int,
+        softmax_scale: float,
+        kept: Tensor | None = None,
+        rotary_pairs: str = "halves",
     ) -> Summary:
         """The summary of the complete blocks of `k (HK, N, D)`.
 
         Args:
             kept: `(HK, >= complete blocks, width)`, what a cache keeps of them; None: taken here.
+            rotary_pairs: one of `ROTARY_PAIRS`, for a gate that pairs coordinates.
         """
         if kept is None:
-            kept = self.kept().take(k, block_size)
-        return self.summary_of(kept[:, : k.shape[1] // block_size], k.shape[2], block_size, softmax_scale)
+            kept = self.kept(rotary_pairs).take(k, block_size)
+        kept = kept[:, : k.shape[1] // block_size]
+        return self.summary_of(kept, k.shape[2], block_size, softmax_scale, rotary_pairs)
 
     @abstractmethod
     def vectors(self, block_size: int) -> int:
@@ -80,10 +96,17 @@ class Gate(ABC):
 class MeanGate(Gate):
     """The paper's gate: `q . mean(keys)`, unscaled (arXiv 2502.13189, equations 5 and 6)."""
 
-    def kept(self) -> Kept:
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
         return KeptMeans()
 
-    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
+    def summary_of(
+        self,
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        softmax_scale: float,
+        rotary_pairs: str = "halves",
+    ) -> Summary:
         return MeanSummary(kept.to(accumulate_dtype(kept.dtype)))
 
     def vectors(self, block_size: int) -> int:
@@ -96,11 +119,18 @@ class MassGate(Gate):
     words = "mass gate"
     reads_scale = True
 
-    def kept(self) -> Kept:
-        return KeptMass()
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
+        return KeptMass(rotary_pairs)
 
-    def summary_of(self, kept: Tensor, head_dim: int, block_size: int, softmax_scale: float) -> Summary:
-        return MassSummary.of_kept(kept, head_dim, block_size, softmax_scale)
+    def summary_of(
+        self,
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        softmax_scale: float,
+        rotary_pairs: str = "halves",
+    ) -> Summary:
+        return MassSummary.of_kept(kept, head_dim, block_size, softmax_scale, rotary_pairs)
 
     def vectors(self, block_size: int) -> int:
         return 2 * (block_size // part_size(block_size)) + 1
@@ -138,17 +168,16 @@ class MassSummary:
         k: `(HK, N, D)`.
         block_size: tokens in a block.
         scale: factor of the scores in the softmax.
-        rotary_pairs: average variances over the coordinates that a rotary embedding turns together, so that
-            scores do not depend on where positions begin: "halves" pairs d with d + D/2, "neighbours" 2d
-            with 2d + 1. None: variances as they are.
+        rotary_pairs: which coordinates a rotary embedding turns together: "halves", d and d + D/2, or
+            "neighbours", 2d and 2d + 1.
     """
 
-    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str | None = None):
+    def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str = "halves"):
         self._hold(mass_vectors(k, block_size, rotary_pairs), block_size, scale, rotary_pairs)
 
     @classmethod
     def of_kept(
-        cls, kept: Tensor, head_dim: int, block_size: int, scale: float, rotary_pairs: str | None = None
+        cls, kept: Tensor, head_dim: int, block_size: int, scale: float, rotary_pairs: str = "halves"
     ) -> MassSummary:
         """The same from what a cache keeps, `(HK, blocks, width)`; see `KeptMass`."""
         summary = cls.__new__(cls)
@@ -157,17 +186,13 @@ class MassSummary:
         return summary
 
     def _hold(
-        self,
-        vectors: tuple[Tensor, Tensor, Tensor],
-        block_size: int,
-        scale: float,
-        rotary_pairs: str | None,
+        self, vectors: tuple[Tensor, Tensor, Tensor], block_size: int, scale: float, rotary_pairs: str
     ) -> None:
         mean, var, smallest = vectors
         dtype = accumulate_dtype(mean.dtype)
         self.pairs, self.narrow = rotary_pairs, spread_dtype(mean.dtype)
         self.mean = mean.to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        self.var = var.to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D or D/2)
+        self.var = self._of_pairs(var.to(dtype)).transpose(1, 2) * scale**2  # (HK, parts, blocks, D)
         self.smallest = smallest.to(dtype) * scale  # (HK, blocks, D)
         self.centers = torch.cat([self.mean, self.smallest[:, None]], 1)
         self.log_size = math.log(part_size(block_size))
@@ -186,34 +211,49 @@ class MassSummary:
 
     def squares(self, queries: Tensor) -> Tensor:
         """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
-        return _paired(queries.square(), self.pairs).to(self.narrow).to(queries.dtype)
+        return queries.square().to(self.narrow).to(queries.dtype)
+
+    def _of_pairs(self, var: Tensor) -> Tensor:
+        """For each coordinate the variance of its pair, `(..., D)` from `var (..., D/2)`."""
+        return torch.cat([var, var], -1) if self.pairs == "halves" else var.repeat_interleave(2, -1)
 
 
-def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str | None) -> tuple[Tensor, Tensor, Tensor]:
+class PairedMassSummary(MassSummary):
+    """The same with one variance for each pair of coordinates, `(HK, parts, blocks, D/2)`: half the products.
+
+    Low precision rounds the sum of two squares where `MassSummary` rounds each.
+    """
+
+    def squares(self, queries: Tensor) -> Tensor:
+        return pair_sums(queries.square(), self.pairs).to(self.narrow).to(queries.dtype)
+
+    def _of_pairs(self, var: Tensor) -> Tensor:
+        return var
+
+
+def pair_sums(x: Tensor, rotary_pairs: str) -> Tensor:
+    """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`."""
+    if rotary_pairs == "halves":
+        return x.unflatten(-1, (2, -1)).sum(-2)
+    return x.unflatten(-1, (-1, 2)).sum(-1)
+
+
+def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the mass gate knows of the complete blocks of `k (..., N, D)`, rounded as it is kept.
 
     Returns:
-        Means `(..., blocks, parts, D)` and the key of least norm `(..., blocks, D)` in k's dtype, between
-        them variances `(..., blocks, parts, D)` in `spread_dtype`, `D / 2` of them with rotary pairs.
+        Means `(..., blocks, parts, D)` in k's dtype, variances of pairs `(..., blocks, parts, D / 2)` in
+        `spread_dtype`, and the key of least norm `(..., blocks, D)` in k's dtype.
     """
     count, size = k.shape[-2] // block_size, part_size(block_size)
     keys = k[..., : count * block_size, :].to(accumulate_dtype(k.dtype))
     parts = keys.unflatten(-2, (count, block_size // size, size))
     mean = parts.mean(-2)
     var = parts.var(-2, unbiased=False) if count else mean  # torch warns of variances of nothing
-    var = var if rotary_pairs is None else _paired(var, rotary_pairs) / 2
+    var = pair_sums(var, rotary_pairs) / 2
     blocks = keys.unflatten(-2, (count, block_size))
     least = blocks.square().sum(-1).argmin(-1)[..., None, None].expand(*blocks.shape[:-2], 1, k.shape[-1])
     return mean.to(k.dtype), var.to(spread_dtype(k.dtype)), blocks.gather(-2, least)[..., 0, :].to(k.dtype)
-
-
-def _paired(x: Tensor, rotary_pairs: str | None) -> Tensor:
-    """Sums of `x (..., D)` over rotary pairs, `(..., D/2)`; `x` itself without pairs."""
-    if rotary_pairs is None:
-        return x
-    if x.shape[-1] % 2:
-        raise ValueError(f"rotary pairs need an even head_dim, got {x.shape[-1]}")
-    return x.unflatten(-1, (2, -1)).sum(-2) if rotary_pairs == "halves" else x.unflatten(-1, (-1, 2)).sum(-1)
 
 
 class Kept(Protocol):
@@ -241,13 +281,13 @@ class KeptMeans:
 
 @dataclass(frozen=True)
 class KeptMass:
-    """The vectors of the mass gate: means of the parts, the smallest key, variances of the parts.
+    """The vectors of the mass gate: means of the parts, the smallest key, variances of the parts' pairs.
 
     Attributes:
-        rotary_pairs: as for `MassSummary`; with pairs there are half as many variances.
+        rotary_pairs: as for `MassSummary`.
     """
 
-    rotary_pairs: str | None = None
+    rotary_pairs: str = "halves"
 
     def width(self, head_dim: int, block_size: int) -> int:
         return sum(self._sizes(head_dim, block_size))
@@ -264,10 +304,7 @@ class KeptMass:
         mean, var = (x.unflatten(-1, (parts, -1)) for x in (mean, var.view(spread_dtype(kept.dtype))))
         return mean, var, smallest
 
-    def _sizes(self, head_dim: int, block_size: int) -> list[int]:
+    @staticmethod
+    def _sizes(head_dim: int, block_size: int) -> list[int]:
         parts = block_size // part_size(block_size)
-        return [
-            parts * head_dim,
-            head_dim,
-            parts * (head_dim if self.rotary_pairs is None else head_dim // 2),
-        ]
+        return [parts * head_dim, head_dim, parts * (head_dim // 2)]

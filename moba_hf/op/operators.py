@@ -22,9 +22,9 @@ from moba_hf.op.sequences import Attended, Sequences
 _rule = lru_cache(maxsize=None)(LayerConfig)
 
 
-def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str]:
-    """A rule as the operators take it."""
-    return rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks, rule.gate
+def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str, str]:
+    """A rule as the operators take it: the fields of `LayerConfig` in order."""
+    return rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks, rule.gate, rule.rotary_pairs
 
 
 def flat_sequences(sequences: Sequences) -> tuple[Tensor, int, int]:
@@ -50,13 +50,14 @@ def select_op(
     sink_blocks: int,
     local_blocks: int,
     gate: str,
+    rotary_pairs: str,
     softmax_scale: float,
     backend: str,
     block_means: Tensor | None = None,
 ) -> Tensor:
     """`Backend.select` as one operator."""
     sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
-    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate)
+    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate, rotary_pairs)
     return load_backend(backend).select(q, k, sequences, rule, softmax_scale, block_means)
 
 
@@ -77,12 +78,13 @@ def decode_op(
     sink_blocks: int,
     local_blocks: int,
     gate: str,
+    rotary_pairs: str,
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`Backend.decode` as one operator, without gradients."""
     sequences = Sequences(table, q.shape[2], k.shape[2])
-    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate)
+    rule = _rule(block_size, topk, sink_blocks, local_blocks, gate, rotary_pairs)
     out, lse = load_backend(backend).decode(q, k, v, block_means, sequences, rule, softmax_scale)
     return out.contiguous(), lse.contiguous()
 

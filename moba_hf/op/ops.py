@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import Backend, choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
-from moba_hf.op.gates import GATES, Kept, KeptMass
+from moba_hf.op.gates import GATES, Kept
 from moba_hf.op.numerics import check_int, default_scale, has_tangent, plain_int
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
@@ -152,12 +152,14 @@ def select_blocks(
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
     if isinstance(rule, SharedRule):
         return select_shared(q4, k4, Sequences(table, *lengths), rule, softmax_scale=scale, backend=backend)
+    _check_head_dim(rule, q)
     short = rule if torch.compiler.is_compiling() else _shortened(rule, int(lengths[1]))
     if short.topk < rule.topk:
         _check_size(q, rule.topk, short.topk)
     name = choose_backend(backend, q4, k4, k4, short)
     choice = select_op(q4, k4, table, *lengths, *flat_rule(short), scale, name)[0]
-    return torch.nn.functional.pad(choice, (0, rule.topk - short.topk), value=-1)
+    missing = rule.topk - short.topk
+    return torch.nn.functional.pad(choice, (0, missing), value=-1) if missing else choice
 
 
 def attention(
@@ -203,6 +205,7 @@ def attention(
         if steps:
             return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
         return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+    _check_head_dim(rule, q)
     if block_indices is None and not torch.compiler.is_compiling():
         rule = _shortened(rule, int(sequences.max_seqlen_k))
     name = choose_backend(backend, q, k, v, rule)
@@ -226,7 +229,13 @@ def attention(
 
 def kept_of(rule: Rule) -> Kept:
     """What a cache keeps of a block for the decode steps of a rule."""
-    return KeptMass(rule.rotary_pairs) if isinstance(rule, SharedRule) else GATES[rule.gate].kept()
+    return GATES[rule.gate].kept(rule.rotary_pairs)
+
+
+def _check_head_dim(rule: LayerConfig, q: Tensor) -> None:
+    """Raises ValueError where `q (..., head_dim)` has a coordinate without a partner."""
+    if rule.gate == "mass" and q.shape[-1] % 2:
+        raise ValueError(f"gate='mass' needs an even head_dim, got {q.shape[-1]}")
 
 
 def _shortened(rule: LayerConfig, longest: int) -> LayerConfig:

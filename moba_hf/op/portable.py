@@ -68,7 +68,7 @@ def select(
                 continue
             queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
             means = None if block_means is None else block_means[row]
-            summary = gate.summary(keys, rule.block_size, softmax_scale, means)
+            summary = gate.summary(keys, rule.block_size, softmax_scale, means, rule.rotary_pairs)
             blocks = keys.shape[1] // rule.block_size
             chunk = max(1, _budget(_SCORE_BUDGET, q) // (num_heads * max(1, blocks)))
             first = keys.shape[1] - queries.shape[1]

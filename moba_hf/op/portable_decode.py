@@ -119,7 +119,7 @@ def choose(
     complete, gate = block_means.shape[2], GATES[rule.gate]
     scores = q.new_empty((*q.shape[:3], complete), dtype=accumulate_dtype(q.dtype))
     for row, kept in enumerate(block_means):
-        summary = gate.summary_of(kept, q.shape[3], rule.block_size, softmax_scale)
+        summary = gate.summary_of(kept, q.shape[3], rule.block_size, softmax_scale, rule.rotary_pairs)
         scores[row] = summary.scores(q[row], complete)
     column = torch.arange(complete + 1, device=q.device)
     own = (position // rule.block_size).masked_fill(position < 0, -1)[:, None, :, None]

@@ -38,7 +38,13 @@ def gate_ref(q: Tensor, block_mean: Tensor) -> Tensor:
     return torch.einsum("qhd,bhd->qhb", q.to(dtype), means)
 
 
-def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | None = None) -> Tensor:
+def mass_gate_ref(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    softmax_scale: float | None = None,
+    rotary_pairs: str = "halves",
+) -> Tensor:
     """Mass gate scores `(q_len, num_heads, kv_len // block_size)` in fp32 (fp64); see `moba_hf.op.gates`."""
     dtype, narrow = accumulate_dtype(q.dtype), spread_dtype(q.dtype)
     squares = q.to(dtype).square().to(narrow).to(dtype)
@@ -46,13 +52,16 @@ def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | 
     group_size, size = q.shape[1] // k.shape[1], part_size(block_size)
     keys = k.to(dtype).repeat_interleave(group_size, dim=1)
     reach = 2 * math.log(size)
+    dim, half = torch.arange(q.shape[2], device=q.device), q.shape[2] // 2
+    mate = (dim + half) % q.shape[2] if rotary_pairs == "halves" else dim ^ 1
     columns = []
     for block in keys.split(block_size)[: k.shape[0] // block_size]:
         smallest = block.square().sum(2).argmin(0)
         terms = [torch.einsum("qhd,hd->qh", q.to(dtype), block[smallest, torch.arange(q.shape[1])]) * scale]
         for part in block.split(size):
             mean = part.mean(0).to(k.dtype).to(dtype)
-            var = part.var(0, unbiased=False).to(narrow).to(dtype)
+            var = part.var(0, unbiased=False)
+            var = ((var + var[..., mate]) / 2).to(narrow).to(dtype)
             spread = torch.einsum("qhd,hd->qh", squares, var) * scale**2
             normal, far = spread / 2, (reach * spread).sqrt() - reach / 2
             gain = torch.where(spread <= reach, normal, far)
@@ -63,13 +72,15 @@ def mass_gate_ref(q: Tensor, k: Tensor, block_size: int, softmax_scale: float | 
     return torch.stack(columns, dim=2)
 
 
-def mean_gate_ref(q: Tensor, k: Tensor, block_size: int, _softmax_scale: float | None = None) -> Tensor:
+def mean_gate_ref(
+    q: Tensor, k: Tensor, block_size: int, _softmax_scale: float | None = None, _rotary_pairs: str = ""
+) -> Tensor:
     """The paper's gate scores `(q_len, num_heads, kv_len // block_size)`: `gate_ref` of the block means."""
     return gate_ref(q, block_mean_ref(k, block_size))
 
 
-# The scores of each gate, from `(q, k, block_size, softmax_scale)`, by the gate's name.
-GATES_REF: dict[str, Callable[[Tensor, Tensor, int, float | None], Tensor]] = {
+# The scores of each gate, from `(q, k, block_size, softmax_scale, rotary_pairs)`, by the gate's name.
+GATES_REF: dict[str, Callable[[Tensor, Tensor, int, float | None, str], Tensor]] = {
     "mean": mean_gate_ref,
     "mass": mass_gate_ref,
 }
@@ -85,14 +96,16 @@ def select_blocks_ref(
     local_blocks: int = 0,
     gate: str = "mean",
     softmax_scale: float | None = None,
+    rotary_pairs: str = "halves",
 ) -> Tensor:
     """The blocks each query attends, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
 
     Own block, then forced blocks, then the best-scoring earlier blocks; ties go to the lower index.
-    `gate`: a key of `GATES_REF`; `softmax_scale` (None: `head_dim ** -0.5`) is for gates that read it.
+    `gate`: a key of `GATES_REF`; `softmax_scale` (None: `head_dim ** -0.5`) and `rotary_pairs` are for gates
+    that read them.
     """
     q_len, kv_len = q.shape[0], k.shape[0]
-    scores = GATES_REF[gate](q.detach(), k.detach(), block_size, softmax_scale)
+    scores = GATES_REF[gate](q.detach(), k.detach(), block_size, softmax_scale, rotary_pairs)
     own = (torch.arange(q_len, device=q.device) + kv_len - q_len) // block_size
     result = torch.full((q_len, q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
     for i in range(q_len):

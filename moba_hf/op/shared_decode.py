@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import MassSummary
+from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import full_precision
 from moba_hf.op.portable_decode import attend_blocks, positions
 from moba_hf.op.shared_portable import mass_step, row_masses, take_candidates
@@ -56,7 +56,7 @@ def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_
     chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
     step = mass_step(q, kept, rule)
     for row in range(batch):
-        gate = MassSummary.of_kept(kept[row], dim, rule.block_size, softmax_scale, rule.rotary_pairs)
+        gate = PairedMassSummary.of_kept(kept[row], dim, rule.block_size, softmax_scale, rule.rotary_pairs)
         for m in range(0, length, step):
             part = slice(m, m + step)
             mass = row_masses(q[row, :, part], gate, ~earlier[row, part, :columns], 0)

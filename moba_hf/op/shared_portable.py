@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.op import shared_cpu
-from moba_hf.op.gates import MassSummary
+from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles, unpack_blocks
@@ -60,7 +60,9 @@ def select(
         for numbers, rows in sequence_tiles(sequences, q, rule.tile):
             batch, _, _, _, k_begin, k_end = rows[0]
             blocks = -(-(k_end - k_begin) // rule.block_size)
-            gate = MassSummary(k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs)
+            gate = PairedMassSummary(
+                k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs
+            )
             terms = q.shape[1] * (rule.tile // rule.sample) * blocks * gate.mean.shape[1]
             step = max(1, _budget(_MASS_BUDGET, q) // terms)
             for start in range(0, len(rows), step):
@@ -77,7 +79,7 @@ def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
     return max(1, _budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
 
-def _choose_tiles(q: Tensor, gate: MassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
+def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
     """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
@@ -105,7 +107,7 @@ def _choose_tiles(q: Tensor, gate: MassSummary, rows: list[list[int]], rule: Sha
     return torch.where(dense, earlier, taken) | own
 
 
-def row_masses(q: Tensor, gate: MassSummary, hidden: Tensor, seen: int) -> Tensor:
+def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
     """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
 
     A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import MassSummary
+from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.shared import SharedRule
 
@@ -49,7 +49,9 @@ def tile_masses_ref(
     """Per tile, the masses `(num_heads, candidates)` of its candidates, summing to 1, in fp32 (fp64)."""
     q_len, kv_len = q.shape[0], k.shape[0]
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    gate = MassSummary(k.detach().transpose(0, 1), rule.block_size, scale, rotary_pairs=rule.rotary_pairs)
+    gate = PairedMassSummary(
+        k.detach().transpose(0, 1), rule.block_size, scale, rotary_pairs=rule.rotary_pairs
+    )
     scores = gate.scores(q.detach().transpose(0, 1), kv_len // rule.block_size)  # (H, q_len, blocks)
     masses = []
     for begin, end in tiles_ref(q_len, kv_len, rule.tile, cuts):

@@ -68,10 +68,7 @@ class SharedRule:
                     f"overlaps, {self.sink_blocks} sink_blocks and {self.local_blocks} local_blocks, so it "
                     f"must be at least {self.forced_blocks}"
                 )
-        if self.rotary_pairs not in ROTARY_PAIRS:
-            raise ValueError(
-                f"rotary_pairs must be one of {', '.join(map(repr, ROTARY_PAIRS))}, got {self.rotary_pairs!r}"
-            )
+        check_rotary_pairs(self.rotary_pairs)
 
     def forces(self, block: Tensor, own: Tensor) -> Tensor:
         """Whether tiles whose first own block is `own` always attend `block`, theirs or an earlier one."""
@@ -131,6 +128,12 @@ class SharedRule:
             "dense_below",
         )
         return {name: getattr(self, name) for name in names}
+
+
+def check_rotary_pairs(value: object) -> None:
+    """Raises ValueError unless `value` is one of `ROTARY_PAIRS`."""
+    if value not in ROTARY_PAIRS:
+        raise ValueError(f"rotary_pairs must be one of {', '.join(map(repr, ROTARY_PAIRS))}, got {value!r}")
 
 
 def _check_fraction(name: str, value: object) -> None:

@@ -113,7 +113,9 @@ class TritonBackend:
         numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
         assert rule.gate in ("mean", "mass")
         scale = softmax_scale if rule.gate == "mass" else None
-        return kernels.select_blocks(q, k, sequences.table, *lengths, *numbers, mass_scale=scale)
+        return kernels.select_blocks(
+            q, k, sequences.table, *lengths, *numbers, mass_scale=scale, rotary_pairs=rule.rotary_pairs
+        )
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("MOBA_TEST_DEVICE") == "cuda" else "cpu"
 LENGTH = 61
@@ -78,13 +79,23 @@ def tensor_parallel(folder: str) -> None:
         for ours, whole in zip(caches[0].layers, caches[1].layers, strict=True):
             close(ours.keys, whole.keys[:, rank * heads : (rank + 1) * heads], f"{decode}: cached keys")
         made = [
-            each.generate(ids, cache=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            each.generate(
+                ids,
+                **cache_kwargs(each.generate, cache),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+            )
             for each, cache in zip((model, expected), caches, strict=True)
         ]
         assert torch.equal(*made), f"{decode}: tokens {made}"
         fresh = [
             each.generate(
-                ids, cache=MobaCache(each.config), max_new_tokens=8, min_new_tokens=8, do_sample=False
+                ids,
+                **cache_kwargs(each.generate, MobaCache(each.config)),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
             )
             for each in (model, expected)
         ]
@@ -152,6 +163,65 @@ def ulysses(folder: str) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 close(parameter.grad, grads[key], f"{name}: {key}")
+    mask = torch.ones_like(ids)
+    mask[:, -9:] = 0
+    got = model(ids[:, part], attention_mask=mask[:, part], position_ids=plain[:, part], use_cache=False)
+    real = mask[0, part].bool()
+    close(got.logits[:, real].detach(), before["one document"][0][:, part][:, real], "padding on the right")
+    mask = mask.flip(1)
+    mask[:, : length // ranks + 3] = 0  # rank 0 has nothing but padding, the next one begins with it
+    if rank < 2:
+        with pytest.raises(ValueError, match="padding on the left of rows"):
+            model(ids[:, part], attention_mask=mask[:, part], position_ids=plain[:, part], use_cache=False)
+
+
+def through_accelerate(folder: str) -> None:
+    """Ulysses as users of accelerate get it: its data loader cuts the rows, DeepSpeed keeps the weights."""
+    from accelerate import Accelerator, ParallelismConfig
+    from accelerate.utils import DeepSpeedPlugin, DeepSpeedSequenceParallelConfig
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    with pytest.raises(ValueError, match="sp_attn_implementation"):
+        DeepSpeedSequenceParallelConfig(sp_attn_implementation="moba")  # if not, the docs can be simpler
+    handler = DeepSpeedSequenceParallelConfig()
+    handler.sp_attn_implementation = "moba"
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(
+            hf_ds_config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": 1e9,
+                "zero_optimization": {"stage": 1},
+                "zero_allow_untested_optimizer": True,
+            }
+        ),
+        parallelism_config=ParallelismConfig(sp_size=ranks, sp_handler=handler),
+    )
+    length = LENGTH // (2 * ranks) * 2 * ranks
+    ids = tokens(1, length).to(DEVICE)
+    expected = alone(folder)
+    grads = gradients(expected, ids)
+    with torch.no_grad():
+        logits = expected(ids).logits
+        for name, parameter in expected.named_parameters():
+            parameter -= 0.1 * grads[name]
+    rows = [{"input_ids": ids[0].cpu(), "labels": ids[0].cpu(), "position_ids": torch.arange(length)}]
+    model = alone(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(rows * ranks, batch_size=1)  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    batch = next(iter(loader))
+    labels = batch.pop("shift_labels").flatten()
+    out = model(**batch, use_cache=False).logits
+    part = slice(rank * length // ranks, (rank + 1) * length // ranks)
+    close(out.detach(), logits[:, part], "logits")
+    # gradients are sums over the ranks that share a row
+    loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), labels, reduction="sum")
+    accelerator.backward(loss / (length - 1))
+    optimizer.step()
+    for (name, ours), whole in zip(model.module.named_parameters(), expected.parameters(), strict=True):
+        close(ours.detach(), whole.detach(), f"after a step: {name}")
 
 
 def fails(folder: str) -> None:
@@ -169,7 +239,7 @@ def uneven_heads(folder: str) -> None:
             in_parallel(folder, **sizes)
 
 
-JOBS = (tensor_parallel, tensor_parallel_gradients, fsdp, ulysses, fails, uneven_heads)
+JOBS = (tensor_parallel, tensor_parallel_gradients, fsdp, ulysses, through_accelerate, fails, uneven_heads)
 
 
 def main(*steps: str) -> None:

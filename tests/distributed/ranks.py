@@ -12,6 +12,11 @@ HERE = Path(__file__).parent
 
 def run_ranks(*steps: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The finished run of `jobs.py STEPS...` on `ranks` processes; its exit status is not looked at."""
+    return launch(str(HERE / "jobs.py"), *steps, ranks=ranks, timeout=timeout)
+
+
+def launch(*program: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The finished run of a program with its arguments under `torchrun`."""
     paths = (HERE.parents[1], HERE.parent, os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
@@ -22,7 +27,7 @@ def run_ranks(*steps: str, ranks: int = 2, timeout: float = 300) -> subprocess.C
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*command, str(HERE / "jobs.py"), *steps],
+        [*command, *program],
         capture_output=True,
         text=True,
         timeout=timeout,

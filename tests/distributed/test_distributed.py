@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
 import torch
-from model_checks import tiny_config, tiny_model
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
+from model_checks import tiny_config, tiny_model, tokens
 from ranks import assert_ranks, run_ranks
+from torch.utils.cpp_extension import is_ninja_available
 
 from moba_hf.hf.parallel import check_tensor_parallel
 
 GPUS = torch.cuda.device_count()
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or not (is_ninja_available() and which("c++")),
+    reason="needs DeepSpeed, and ninja and a C++ compiler, with which it builds its communication on a CPU",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +53,13 @@ class TestTwoProcesses:
     def test_fsdp2(self, folder: Any) -> None:
         assert_ranks(f"fsdp={folder('llama')}")
 
+    @needs_deepspeed
     def test_ulysses(self, folder: Any) -> None:
-        pytest.importorskip("deepspeed")
         assert_ranks(f"ulysses={folder('llama')}")
+
+    @needs_deepspeed
+    def test_ulysses_through_accelerate(self, folder: Any) -> None:
+        assert_ranks(f"through_accelerate={folder('llama')}")
 
     def test_a_rank_that_fails_ends_the_others_with_its_message(self) -> None:
         result = run_ranks("fails=-", timeout=120)
@@ -77,3 +91,26 @@ class TestHeads:
         )
         with pytest.raises(ValueError, match=f"{heads[1]} key-value heads .* {ranks} ranks"):
             check_tensor_parallel(config, ranks)
+
+
+class TestRingAttention:
+    @pytest.fixture(autouse=True)
+    def _fresh_state(self) -> Iterator[None]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    def test_it_is_refused_in_the_first_forward(self) -> None:
+        Accelerator(cpu=True)
+        model, ids = tiny_model("llama"), tokens(1, 20)
+        model(ids)
+        AcceleratorState().parallelism_config = ParallelismConfig(cp_size=2)
+        with pytest.raises(ValueError, match=r"ring attention .*cp_size=2"):
+            model(ids)
+        model.set_attn_implementation("sdpa")
+        model(ids)  # the error is MoBA's alone
+
+    def test_sequence_parallelism_is_not(self) -> None:
+        Accelerator(cpu=True)
+        AcceleratorState().parallelism_config = ParallelismConfig(sp_size=2)
+        tiny_model("llama")(tokens(1, 20))

@@ -136,7 +136,9 @@ def check_prefill(draw: Draw) -> int:
     """`prefill`, then what `generate` would read: the last token of the prompt, and more."""
     text = max(draw.texts, key=len)
     prompt = draw.random.randint(2, len(text))
-    cache = prefill(draw.model, text[None, :prompt], chunk_size=draw.random.randint(3, 20), progress=False)
+    cache = prefill(
+        draw.model, text[None, :prompt], chunk_size=draw.random.randint(3, 20), dense_tail=0, progress=False
+    )
     seen = cache.get_seq_length()
     parts = [
         draw.model(text[None, i : i + 1], **cache_kwargs(draw.model, cache)).logits[0]

@@ -22,6 +22,7 @@ from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.backends import load_backend
 from moba_hf.op.block_means import block_means_of
+from moba_hf.op.dense import dense_attention
 from moba_hf.op.sequences import Sequences, batched_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -177,3 +178,18 @@ def test_segments_of_a_block(segments: int) -> None:
     expected = load_backend("reference").forward(q, k, v, choice, Sequences(table, 3, 300), 100, 0.25)
     got = decode_attention(q, k, v, choice, table, 3, 100, 0.25, by_row=True, segments=segments)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("starts", [None, (0, 21)])
+def test_dense_of_more_queries_than_the_kernel_takes(starts: tuple[int, int] | None) -> None:
+    """The end of a prompt, read dense: pieces of the call equal torch's own attention, padding rows too."""
+    q = torch.randn(2, 4, 40, 16)
+    k, v = (torch.randn(2, 2, 70, 16) for _ in range(2))
+    sequences = None
+    if starts is not None:
+        begin, end = torch.tensor(starts), torch.tensor([70, 55])
+        table = batched_table(2, 40, 70, q.device, begin, end, torch.tensor([30]))
+        sequences = Sequences(table, 40, 70, True, begin)
+    actual = dense_attention(q, k, v, 0.25, sequences, "triton")
+    expected = dense_attention(q, k, v, 0.25, sequences, "portable")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

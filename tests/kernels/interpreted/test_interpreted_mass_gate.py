@@ -18,12 +18,14 @@ RAGGED = [(40, 70), (0, 5), (33, 33), (0, 0), (1, 77), (16, 48)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("block_size", "parts"), [(16, 1), (32, 2), (17, 1), (96, 6)])
-def test_summaries(block_size: int, parts: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_summaries(block_size: int, parts: int, dtype: torch.dtype, pairs: str) -> None:
+    mate = (torch.arange(24) + 12) % 24 if pairs == "halves" else torch.arange(24) ^ 1
     lengths = [(40, 70), (0, 5), (33, 33), (1, 230)]
     sizes = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 24}
     case = Case(lengths, **sizes, block_size=block_size, dtype=dtype, spare=3)
     tiling = make_tiling(case.q, case.k, case.table, *case.longest, block_size=block_size, tile=16)
-    centers, spreads = mass_summary(case.k, tiling)
+    centers, spreads = mass_summary(case.k, tiling, pairs)
     flat = 0
     for row, _, _, k_begin, k_end in case.table.tolist():
         for block in range(max(0, k_end - k_begin - 1) // block_size):
@@ -36,6 +38,7 @@ def test_summaries(block_size: int, parts: int, dtype: torch.dtype) -> None:
                 assert torch.allclose(found, torch.stack(wanted), rtol=2**-7, atol=1e-6)
                 assert torch.equal(found[-1], wanted[-1])
                 wanted = torch.stack([x.var(0, unbiased=False) for x in cut])
+                wanted = (wanted + wanted[:, mate]) / 2
                 assert torch.allclose(spreads[head, :, flat].float(), wanted, rtol=2**-7, atol=1e-6)
             flat += 1
     assert flat == int(tiling.block_offset[-1]) > 0

@@ -1,0 +1,344 @@
+"""Many GPUs: prefill, decoding and training of MoBA models spread over the ranks of `torchrun`.
+
+    torchrun --standalone --nproc-per-node=4 tests/benchmarks/bench_parallel.py --seconds 190
+    torchrun --standalone --nproc-per-node=4 tests/benchmarks/bench_parallel.py --parts d
+    torchrun --standalone --nproc-per-node=2 tests/benchmarks/bench_parallel.py --tiny    # on a CPU
+
+Parts, in the order given; each prints a line as soon as it is measured:
+    b        a model of Llama-3.1-8B's shape, bf16, tensor parallel, reads prompts in chunks: MoBA 128/8
+             ("fine"), the shared choice at 2 % of the pairs, dense cuDNN attention in one call; then one GPU
+    e        64 tokens after the longest prompt of b, ms per token, decode full and sparse
+    c-layer  attention of one 32/8-head layer at 10M tokens, 64 blocks and top-3, beside dense attention
+    a        tensor parallel against one GPU: logits and choices, fp32 and bf16
+    c-10m    a model of Llama-3.2-1B's shape reads 10M tokens, as far as memory and time go
+    d        training steps of the 1B shape under DeepSpeed Ulysses, MoBA against dense
+
+Weights are random (`parallel_model`). A piece that does not fit into memory or the seconds left is skipped
+and says so. `of linear` is the time of one GPU, divided by the number of GPUs and by the time on them. Blocks
+of the shared choice are chosen as always, then replaced by random causal ones: random weights have flat mass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.distributed as dist
+from parallel_model import CUDA, RESERVE, Ranks, alone, llama, random_ids, spread
+from parallel_parts import equality, one_layer, training
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
+
+import moba_hf
+from moba_hf import MobaCache, MobaConfig
+from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.op import shared_ops
+from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, tile_table
+
+K = 1024
+PARTS = ("b", "e", "c-layer", "a", "c-10m", "d")
+SHARE = 0.02
+# Dense attention that would take longer is left out.
+DENSE_LIMIT = 60.0
+
+
+class RandomLists:
+    """While entered, a shared choice is made and then replaced by a random one of `SHARE` of the pairs."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.attended = self.pairs = 0.0
+        self.mask = torch.empty(0)
+        self.original = shared_ops.select_shared
+
+    def __enter__(self) -> RandomLists:
+        shared_ops.select_shared = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shared_ops.select_shared = self.original
+
+    def __call__(self, q: Tensor, k: Tensor, sequences: Any, rule: SharedRule, **kwargs: Any) -> Tensor:
+        chosen = self.original(q, k, sequences, rule, **kwargs)
+        key = (q.shape, k.shape[2])
+        if key != self.key:  # the layers of a chunk share one
+            if q.shape[2] == k.shape[2]:
+                self.attended = self.pairs = 0.0
+            self.key = key
+            self.mask, attended, pairs = _random_mask(q, k.shape[2], sequences, rule)
+            self.attended, self.pairs = self.attended + attended, self.pairs + pairs
+        assert self.mask.shape == chosen.shape
+        return self.mask
+
+
+def _random_mask(q: Tensor, kv_len: int, sequences: Any, rule: SharedRule) -> tuple[Tensor, float, float]:
+    """A `block_mask` of one unpadded sequence whose queries attend `SHARE` of their pairs in the mean.
+
+    Returns it, the pairs that a head attends, and all causal pairs.
+    """
+    tile, block = rule.tile, rule.block_size
+    bound = num_tiles(sequences, q, tile)
+    table = tile_table(sequences.table, tile, bound)
+    used, position = table[:, 2] > table[:, 1], table[:, 3].long()
+    grid = (position // tile * tile)[:, None]
+    number = torch.arange((kv_len + block - 1) // block, device=q.device)[None]
+    candidate = ((number + 1) * block <= grid) & used[:, None]
+    own = (number * block < grid + tile) & ~((number + 1) * block <= grid) & used[:, None]
+    rows = q.shape[2]
+    pairs = rows * (kv_len - rows) + rows * (rows + 1) / 2
+    rate = (SHARE * pairs - rows * tile / 2) / (tile * block * max(1, int(candidate.sum())))
+    words = mask_words(sequences.max_seqlen_k, block)
+    heads, taken = [], 0
+    for _ in range(q.shape[1]):
+        chosen = candidate & (torch.rand(candidate.shape, device=q.device) < rate)
+        taken += int(chosen.sum())
+        heads.append(pack_blocks(chosen | own, words))
+    attended = rows * (tile + 1) / 2 + taken / len(heads) * tile * block
+    return torch.stack(heads), attended, pairs
+
+
+def read(model: Any, ids: Tensor, cache: MobaCache, chunk: int, **kwargs: Any) -> None:
+    """Reads a prompt into an emptied cache, in chunks, every token by the rule (`dense_tail=0`)."""
+    cache.reset()
+    kwargs = {"dense_tail": 0, "progress": False, **cache_kwargs(moba_hf.prefill, cache), **kwargs}
+    moba_hf.prefill(model, ids, chunk, **kwargs)
+
+
+def rates(length: int, seconds: float, peak: float) -> dict[str, str]:
+    return {
+        "seconds": f"{seconds:.2f}",
+        "tokens/s": f"{length / seconds:,.0f}",
+        "peak_GiB_per_GPU": f"{peak:.1f}",
+    }
+
+
+def fitting(config: Any, ranks: Ranks, shared_by: int) -> int:
+    """Tokens whose cache fits beside what is allocated now."""
+    heads = config.num_key_value_heads // shared_by
+    return (ranks.free() - RESERVE) // (4 * config.num_hidden_layers * heads * config.head_dim)
+
+
+class Prefills:
+    """Parts b and e."""
+
+    def __init__(self, ranks: Ranks, args: argparse.Namespace):
+        self.ranks, self.tiny, self.decode = ranks, args.tiny, "e" in args.parts
+        self.lengths = [512, 1024] if args.tiny else args.lengths
+        self.chunk = 256 if args.tiny else 64 * K
+        self.config = llama("8B", args.tiny)
+        self.rules = {
+            "fine": MobaConfig(16, 3) if args.tiny else MobaConfig(128, 8),
+            "shared choice, 2 % of pairs": MobaConfig(64, tile=128, threshold=0.01, gate="mass"),
+        }
+        if args.tiny:
+            self.rules["shared choice, 2 % of pairs"] = MobaConfig(8, tile=16, threshold=0.01, gate="mass")
+        self.seconds: dict[tuple[str, int], float] = {}
+
+    def run(self) -> None:
+        begin = time.monotonic()
+        model = spread(self.config, self.ranks)
+        self.ranks.say(f"the model is loaded and drawn after {time.monotonic() - begin:.1f} s")
+        self.chunked(model)
+        self.dense(model, self.lengths[:2])
+        self.one_gpu(self.lengths[:2])
+        self.dense(model, self.lengths[2:])
+
+    def chunked(self, model: Any) -> None:
+        fits = fitting(self.config, self.ranks, self.ranks.count)
+        lengths = [x for x in self.lengths if x + 256 <= fits]
+        for length in self.lengths:
+            if length not in lengths:
+                self.ranks.say(f"| skipped: b, {length:,} tokens: caches of {fits:,} fit into memory |")
+        cache = MobaCache(model.config, max_cache_len=max(lengths) + 256)
+        for name, rule in self.rules.items():
+            moba_hf.patch_model(model, rule)
+            last = 0.0
+            with RandomLists() if rule.tile > 1 else nullcontext() as lists:
+                for length in lengths:
+                    if not self.ranks.room(2.6 * last + 1, f"b, {name}, {length:,}"):
+                        break
+                    ids = random_ids(self.config, length, self.ranks.device)
+                    if last == 0.0:
+                        begin = time.monotonic()
+                        read(model, ids, cache, self.chunk)  # compiles
+                        self.ranks.say(f"{name}: first run {time.monotonic() - begin:.1f} s")
+                    last, peak = self.ranks.timed(partial(read, model, ids, cache, self.chunk))
+                    self.seconds[name, length] = last
+                    cells = rates(length, last, peak)
+                    if lists is not None:
+                        cells["share_of_pairs"] = f"{lists.attended / lists.pairs:.4f}"
+                    self.ranks.row("b", f"8B, {name}", length, **cells)
+            if name == "fine" and self.decode and self.ranks.room(10, "e"):
+                self.steps(model, cache)
+
+    @torch.no_grad()
+    def steps(self, model: Any, cache: MobaCache) -> None:
+        """Part e: tokens one after the other on top of the cache."""
+        fine = self.rules["fine"]
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
+        for decode in ("full", "sparse"):
+            rule = MobaConfig(fine.block_size, fine.topk, decode=decode)
+            moba_hf.patch_model(model, rule)
+            times = []
+            for _ in range(8 + 64):
+                dist.barrier()
+                start = time.perf_counter()
+                logits = model(token, use_cache=True, **cache_kwargs(model, cache)).logits
+                token = logits[:, -1:].argmax(-1)
+                int(token)  # waits
+                times.append(1e3 * (time.perf_counter() - start))
+            times = times[8:]
+            cells = {"ms_per_token": f"{statistics.median(times):.2f}", "slowest": f"{max(times):.2f}"}
+            self.ranks.row("e", f"8B, decode {decode}, 64 tokens", int(cache.get_seq_length()), **cells)
+        moba_hf.patch_model(model, fine)
+
+    @torch.no_grad()
+    def dense(self, model: Any, lengths: list[int]) -> None:
+        """The stock attention by cuDNN, a prompt in one call, its cache kept."""
+        name = "dense cuDNN, one call"
+        model.set_attn_implementation("bench_dense")
+        for length in lengths:
+            known = [(n, s) for (what, n), s in self.seconds.items() if what == name]
+            expected = known[-1][1] * (length / known[-1][0]) ** 2 if known else 10.0
+            if expected > DENSE_LIMIT:
+                self.ranks.say(f"| skipped: b, {name}, {length:,}: about {expected:.0f} s |")
+                continue
+            if not self.ranks.room(expected + 1, f"b, {name}, {length:,}"):
+                continue
+            if fitting(self.config, self.ranks, self.ranks.count) < 2 * length:
+                self.ranks.say(f"| skipped: b, {name}, {length:,} does not fit into memory |")
+                continue
+            ids = random_ids(self.config, length, self.ranks.device)
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if CUDA else nullcontext():
+                if not known:
+                    model(ids, logits_to_keep=1)
+                seconds, peak = self.ranks.timed(partial(model, ids, logits_to_keep=1))
+            self.seconds[name, length] = seconds
+            self.ranks.row("b", f"8B, {name}", length, **rates(length, seconds, peak))
+        model.set_attn_implementation("moba")
+
+    def one_gpu(self, lengths: list[int]) -> None:
+        """The same prefills by rank 0 alone, while the others wait."""
+        known = [s for (name, n), s in self.seconds.items() if n in lengths and name in self.rules]
+        need = 1.5 * self.ranks.count * sum(known) + 8
+        fits = fitting(self.config, self.ranks, 1) - (0 if self.tiny else (16 << 30) // (128 << 10))
+        lengths = [x for x in lengths if x + 256 <= fits]
+        if self.ranks.count == 1 or not lengths or not self.ranks.room(need, "b on one GPU"):
+            return
+        if self.ranks.rank == 0:
+            model = alone(self.config, self.ranks)
+            cache = MobaCache(model.config, max_cache_len=max(lengths) + 256)
+            for name, rule in self.rules.items():
+                moba_hf.patch_model(model, rule)
+                with RandomLists() if rule.tile > 1 else nullcontext():
+                    for length in lengths:
+                        if (name, length) in self.seconds:
+                            self._alone(model, name, length, cache)
+        dist.barrier()
+
+    def _alone(self, model: Any, name: str, length: int, cache: MobaCache) -> None:
+        ids = random_ids(self.config, length, self.ranks.device)
+        if length == self.lengths[0]:
+            read(model, ids, cache, self.chunk)
+        start = time.perf_counter()
+        read(model, ids, cache, self.chunk)
+        if CUDA:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        spread_over = self.seconds[name, length]
+        share = f"{seconds / self.ranks.count / spread_over:.0%} of linear with {self.ranks.count}"
+        self.ranks.say(f"| b | 8B, {name} | 1 GPU | {length:,} | seconds {seconds:.2f} | {share} |")
+
+
+class Stop(Exception):
+    """The seconds are over."""
+
+
+def ten_million(ranks: Ranks, tiny: bool) -> None:
+    """Part c-10m: as many tokens as fit, reported at every doubling."""
+    config = llama("1B", tiny)
+    config.moba = (MobaConfig(16, 3) if tiny else MobaConfig(128, 8)).to_dict()
+    model = spread(config, ranks)
+    chunk = 256 if tiny else 64 * K
+    length = min(4 * K if tiny else 10 << 20, fitting(config, ranks, ranks.count) // chunk * chunk)
+    cache = MobaCache(model.config, max_cache_len=length)
+    ids = random_ids(config, length, ranks.device)
+    read(model, ids[:, : 2 * chunk], cache, chunk)  # compiles
+    state = {"tokens": 0, "next": 2 * chunk, "start": time.perf_counter()}
+
+    def after(count: int) -> None:
+        state["tokens"] += count
+        done = state["tokens"] >= length - 1
+        if state["tokens"] < state["next"] and not done:
+            return
+        if CUDA:
+            torch.cuda.synchronize()
+        seconds = ranks.agreed(time.perf_counter() - state["start"])
+        peak = ranks.agreed(torch.cuda.max_memory_allocated() / (1 << 30) if CUDA else 0.0)
+        ranks.row(
+            "c-10m",
+            "1B, fine, so far" if not done else "1B, fine",
+            int(state["tokens"]),
+            **rates(int(state["tokens"]), seconds, peak),
+        )
+        state["next"] += (1 << 20) if state["tokens"] >= (1 << 20) and not tiny else state["tokens"]
+        if not done and not ranks.room(seconds * 0.5, "c-10m, the rest"):
+            raise Stop
+
+    try:
+        read(model, ids, cache, chunk, on_chunk=after)
+    except Stop:
+        return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128 * K, 256 * K, 512 * K, 1024 * K])
+    parser.add_argument("--seconds", type=float, default=600.0, help="start nothing that would end later")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    ranks = Ranks(args.seconds)
+    AttentionInterface.register("bench_dense", sdpa_attention_forward)
+    AttentionMaskInterface.register("bench_dense", lambda *_args, **_kwargs: None)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    machine = torch.cuda.get_device_name() if CUDA else "CPU"
+    ranks.say(f"{ranks.count} x {machine}, torch {torch.__version__}")
+    lengths = [512, 1024] if args.tiny else [x for x in args.lengths if x <= 512 * K]
+    work = {
+        "b": lambda: Prefills(ranks, args).run(),
+        "e": lambda: None if "b" in args.parts else ranks.say("| e is measured with b |"),
+        "c-layer": lambda: one_layer(ranks, args.tiny),
+        "a": lambda: equality(ranks, args.tiny),
+        "c-10m": lambda: ten_million(ranks, args.tiny),
+        "d": lambda: training(ranks, args.tiny, lengths),
+    }
+    for part in args.parts:
+        if ranks.room(2.0 if args.tiny else 15.0, f"part {part}"):
+            try:
+                work[part]()
+            except torch.OutOfMemoryError as error:  # as many bytes are asked for on every rank
+                print(f"| {part} | rank {ranks.rank}: {str(error).splitlines()[0]}", flush=True)
+            ranks.free()
+    ranks.say(f"ends after {time.monotonic() - ranks.start:.0f} s")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

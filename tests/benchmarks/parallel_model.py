@@ -1,0 +1,209 @@
+"""Llama models with random weights over the ranks of `torchrun`, and what the parts of bench_parallel share.
+
+Transformers spreads a model only while it loads one. So rank 0 writes a checkpoint that is a hole in a file:
+it takes no space and reads as zeros. Then every rank draws the weights, each from a seed of its name, and
+keeps its part: they are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.distributed import DistributedConfig
+
+from moba_hf import MobaConfig
+
+CUDA = torch.cuda.is_available()
+GIB = 1 << 30
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+# Bytes on a GPU beside weights and cache: activations of a chunk, workspaces, the library's own.
+RESERVE = 12 * GIB
+
+
+class Ranks:
+    """This process among those of `torchrun`, and the time that is left to all of them."""
+
+    def __init__(self, seconds: float):
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.start, self.seconds = time.monotonic(), seconds
+        local = int(os.environ["LOCAL_RANK"])
+        self.device = torch.device("cuda", local) if CUDA else torch.device("cpu")
+        if CUDA:
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(minutes=10))
+
+    def say(self, *words: Any) -> None:
+        """Prints on rank 0, at once."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def row(self, part: str, what: str, tokens: int | str, **cells: str) -> None:
+        """One line of the table."""
+        values = " | ".join(f"{name.replace('_', ' ')} {value}" for name, value in cells.items())
+        length = f"{tokens:,}" if isinstance(tokens, int) else tokens
+        self.say(f"| {part} | {what} | {self.count} GPUs | {length} | {values} |")
+
+    def agreed(self, value: float, operation: Any = dist.ReduceOp.MAX) -> float:
+        """The largest `value` of all ranks."""
+        held = torch.tensor([value], device=self.device)
+        dist.all_reduce(held, operation)
+        return float(held)
+
+    def room(self, needed: float, what: str) -> bool:
+        """Whether `needed` seconds are left, the same on all ranks; says so where not."""
+        left = self.seconds - (time.monotonic() - self.start)
+        fits = self.agreed(left, dist.ReduceOp.MIN) >= needed
+        if not fits:
+            self.say(f"| skipped: {what}, would take about {needed:.0f} s, {max(0, left):.0f} s are left |")
+        return fits
+
+    def timed(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds until all ranks have finished `call`, and the largest peak of a rank's memory in GiB."""
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
+        seconds = self.agreed(time.perf_counter() - start)
+        return seconds, self.agreed(torch.cuda.max_memory_allocated() / GIB if CUDA else 0.0)
+
+    def free(self) -> int:
+        """Bytes that every rank can still allocate."""
+        gc.collect()
+        if not CUDA:
+            return 1 << 62
+        torch.cuda.empty_cache()
+        return int(self.agreed(torch.cuda.mem_get_info()[0] / GIB, dist.ReduceOp.MIN) * GIB)
+
+
+def llama(size: str, tiny: bool, **values: Any) -> LlamaConfig:
+    """The config of Llama-3.1-8B ("8B") or Llama-3.2-1B ("1B"), or of a toy with as many kinds of layer."""
+    shape: dict[str, Any] = {
+        "8B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128},
+        "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    }[size]
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256}
+    if tiny:
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
+        shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0 if size == "8B" else 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    given = {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    config = LlamaConfig(rope_parameters=rope, **(shape | given | values))
+    config.moba = MobaConfig(128, 8).to_dict()
+    return config
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every parameter, by name."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def write_hole(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
+    """A checkpoint of zeros that takes no space on the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in _shapes(config).items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    config.save_pretrained(folder)
+
+
+def _roomy_folder(size: int) -> str:
+    """A folder on a disk that could hold `size` bytes: reading a hole takes memory of a disk in memory."""
+    places = [tempfile.gettempdir(), str(Path.cwd()), "/dev/shm"]
+    return next((x for x in places if os.path.isdir(x) and shutil.disk_usage(x).free > size), places[0])
+
+
+@torch.no_grad()
+def draw_weights(model: Any, config: LlamaConfig, ranks: Ranks) -> None:
+    """Fills every parameter with this rank's part of normal values; norms are ones."""
+    whole = _shapes(config)
+    for name, parameter in model.named_parameters():
+        local = parameter.data
+        local = local.to_local() if hasattr(local, "to_local") else local
+        if local.dim() == 1:
+            local.fill_(1.0)
+            continue
+        generator = torch.Generator(ranks.device).manual_seed(zlib.crc32(name.encode()))
+        full = torch.empty(whole[name], dtype=local.dtype, device=ranks.device)
+        full.normal_(0.0, 0.02, generator=generator)
+        for dim, (have, want) in enumerate(zip(local.shape, whole[name], strict=True)):
+            if have != want:
+                assert have * ranks.count == want, f"{name}: {tuple(local.shape)} of {whole[name]}"
+                full = full.narrow(dim, ranks.rank * have, have)
+        local.copy_(full)
+
+
+def spread(config: LlamaConfig, ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model over all ranks, by transformers' tensor parallelism; on one rank, the whole model."""
+    if ranks.count == 1:
+        return alone(config, ranks, dtype)
+    names: list[str | None] = [None]
+    if ranks.rank == 0:
+        folder = Path(tempfile.mkdtemp(dir=_roomy_folder(2 * sum(map(prod, _shapes(config).values())))))
+        write_hole(config, dtype, folder)
+        names = [str(folder)]
+    dist.broadcast_object_list(names, device=ranks.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            names[0],
+            attn_implementation="moba",
+            dtype=dtype,
+            distributed_config=DistributedConfig(tp_size=ranks.count),
+        )
+        dist.barrier()
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(str(names[0]), ignore_errors=True)
+    draw_weights(model, config, ranks)
+    query = model.model.layers[0].self_attn.q_proj.weight
+    query = query.to_local() if hasattr(query, "to_local") else query
+    assert query.shape[0] * ranks.count == config.num_attention_heads * config.head_dim, query.shape
+    return model.eval()
+
+
+def alone(config: LlamaConfig, ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The whole model on this rank, with the same weights."""
+    with torch.device(ranks.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="moba")
+    draw_weights(model, config, ranks)
+    return model.eval()
+
+
+def random_ids(config: LlamaConfig, length: int, device: torch.device) -> Tensor:
+    """The same ids `(1, length)` on every rank."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(config.vocab_size, (1, length), generator=generator).to(device)

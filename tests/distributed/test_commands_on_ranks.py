@@ -1,0 +1,101 @@
+"""`moba-hf generate` and `moba-hf eval` under torchrun: what one process prints, once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import save_tiny, save_tokenizer, write_tiny_gguf
+from ranks import launch
+
+from moba_hf import cli
+
+CLI = ("-m", "moba_hf.cli")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    folder = save_tokenizer(save_tiny(place / "model"))
+    values = json.loads((folder / "config.json").read_text())
+    values["moba"] = {"block_size": 16, "topk": 3}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("%&'()*+,-." * 14)
+    return file
+
+
+def alone(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *CLI, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_generate(model: Path, text: Path) -> None:
+    arguments = ["generate", str(model), "--prompt-file", str(text), "--max-new-tokens", "8", "--chunk", "32"]
+    one, two = alone(*arguments), launch(*CLI, *arguments)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout == one.stdout
+    assert two.stderr.count("tokens read in") == 1
+
+
+def test_eval(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(model), "--text", str(text), "--length", "120"]
+    arguments += ["--measure", "perplexity", "--measure", "agreement"]
+    out = [tmp_path / f"{name}.json" for name in ("one", "two")]
+    one = alone(*arguments, "--out", str(out[0]))
+    two = launch(*CLI, *arguments, "--out", str(out[1]))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout == one.stdout
+    results = [json.loads(file.read_text()) for file in out]
+    assert results[0].keys() == results[1].keys()
+    _assert_close(*results)
+
+
+def _assert_close(one: object, two: object) -> None:
+    if isinstance(one, dict) and isinstance(two, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_close(one[key], two[key])
+    elif isinstance(one, list) and isinstance(two, list):
+        for a, b in zip(one, two, strict=True):
+            _assert_close(a, b)
+    else:
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "MODEL", "--text", "TEXT", "--measure", "recall"], "recall looks at all heads"),
+        (["eval", "MODEL", "--text", "TEXT", "--store", "STORE"], "leave out --store"),
+        (["generate", "GGUF", "--prompt", "%%"], "cannot be spread over 2 ranks"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    gguf = tmp_path / "tiny.gguf"
+    write_tiny_gguf(gguf)
+    names = {"MODEL": model, "TEXT": text, "GGUF": gguf, "STORE": tmp_path / "store.json"}
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(names.get(x, x)) for x in arguments])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err  # a rank that fails says why, whichever it is
+    assert captured.out == ""
