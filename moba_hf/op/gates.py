@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,6 +159,9 @@ class MeanSummary:
         return scores.view(q.shape[0], q.shape[1], columns)
 
 
+_Summary = TypeVar("_Summary", bound="MassSummary")
+
+
 class MassSummary:
     """Scores of the complete blocks of one sequence's keys by the mass gate.
 
@@ -177,8 +180,13 @@ class MassSummary:
 
     @classmethod
     def of_kept(
-        cls, kept: Tensor, head_dim: int, block_size: int, scale: float, rotary_pairs: str = "halves"
-    ) -> MassSummary:
+        cls: type[_Summary],
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        scale: float,
+        rotary_pairs: str = "halves",
+    ) -> _Summary:
         """The same from what a cache keeps, `(HK, blocks, width)`; see `KeptMass`."""
         summary = cls.__new__(cls)
         vectors = KeptMass(rotary_pairs).split(kept, head_dim, block_size)
