@@ -55,7 +55,7 @@ def preset_rows() -> list[tuple[str, ...]]:
         *("PRESET", "BLOCK_SIZE", "TOPK", "TILE", "THRESHOLD", "SINK", "LOCAL", "GATE", "FULL LAYERS"),
         "DESCRIPTION",
     )
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name, values in presets_as_json().items():
         moba = values["moba"]
         numbers = [

@@ -54,8 +54,8 @@ def prefill(
     is what lets a model find short facts (measured: dev/LOG.md, 2026-11-26). Every other row equals that of a
     prefill in one call, and with `dense_tail=0` all do; where queries share a choice of blocks, chunks end
     between tiles for that, and padded batches, whose rows begin anywhere, differ a little. In a stock cache a
-    chunk of `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with the
-    previous chunk; if a filled cache needs no more tokens than that, they are left to `generate`.
+    chunk of `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with
+    the previous chunk; if a filled cache needs no more tokens than that, they are left to `generate`.
 
     A `MobaCache` is closed: what comes after the prompt follows the decode rule, however many tokens a call
     holds, until the next `prefill` on that cache. Assisted and prompt-lookup generation then give the tokens
