@@ -151,10 +151,11 @@ class MobaConfig:
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
             last layer. They are checked against a model when applied to it.
         decode: "full": a decode step attends every cached key (the paper's choice); "sparse": it follows the
-            rule of prefill, best with a `MobaCache`, which keeps the means of blocks; with `gate="mass"` each
-            step reads all cached keys to score their blocks.
-        decode_max_len: a call of at most this many queries is decoding; at most `topk * block_size`, so
-            that on an empty cache the decode rule and the prefill rule agree.
+            rule of prefill, each query for itself, best with a `MobaCache`, which keeps what it needs to know
+            of blocks.
+        decode_max_len: on a cache that `prefill` has not closed, a call of at most this many queries is
+            decoding; at most `topk * block_size`, so that on an empty cache the decode rule and the prefill
+            rule agree.
         backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
             `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `sample`, `dense_below` for that

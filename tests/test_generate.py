@@ -1,6 +1,7 @@
 """Generation with MobaCache against transformers' own caches, prefill in chunks, sparse decode."""
 
 import copy
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -136,8 +137,11 @@ class TestAgainstStock:
         )
         for i in range(2):
             ids = torch.cat([document, tokens(1, 9 + i)], dim=1)
-            expected = generate(model, copy.deepcopy(stock), input_ids=ids)
-            assert torch.equal(generate(model, copy.deepcopy(ours), input_ids=ids), expected)
+            copies = copy.deepcopy(stock), copy.deepcopy(ours)
+            for cache in copies:  # the cache is closed: what reads the question as prompt opens it again
+                moba_hf.prefill(model, ids, cache=cache, progress=False, dense_tail=0)
+            expected = generate(model, copies[0], input_ids=ids)
+            assert torch.equal(generate(model, copies[1], input_ids=ids), expected)
 
     def test_by_default_after_opting_in(self, family: str, rule: str) -> None:
         model, ids = tiny(family, RULES[rule]), tokens(2, 41)
@@ -331,11 +335,16 @@ class TestPrefill:
 
 @pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])
 def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
+    """Filled by somebody else than `prefill`, or by more than one of them."""
     model, ids = tiny(eos_token_id=96), tokens(1, 40)
-    for extra in (ids, torch.cat([ids, tokens(1, 6)], dim=1)):
-        cache = prefill(model, ids, chunk_size=16, progress=False)
-        with pytest.raises(ValueError, match="start from an empty cache, this one holds 39 tokens"):
-            generate(model, cache, input_ids=extra, **kwargs)
+    for twice in (False, True):
+        cache = MobaCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :39] if not twice else ids[:, :20], **cache_kwargs(model, cache))
+        if twice:
+            prefill(model, ids, cache=cache, progress=False)
+        with pytest.raises(ValueError, match="the whole prompt to the 39 tokens that this cache holds"):
+            generate(model, cache, input_ids=ids, **kwargs)
     cache.reset()
     expected = generate(model, DynamicCache(config=model.config), input_ids=ids, **kwargs)
     assert torch.equal(generate(model, cache, input_ids=ids, **kwargs), expected)
@@ -348,13 +357,17 @@ def test_assistance_on_a_static_cache_raises(kwargs: dict) -> None:
         generate(model, MobaCache(model.config, static=True, max_cache_len=96), input_ids=ids, **kwargs)
 
 
-def test_sparse_steps_by_mass_say_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_steps_that_read_every_key_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     type(attention.logger).warning_once.cache_clear()
     monkeypatch.setattr(attention.logger, "warning", said.append)
-    model = tiny(rule=MobaConfig(4, 3, decode="sparse", gate="mass"))
+    by_mass = MobaConfig(4, 3, decode="sparse", gate="mass")
+    model = tiny(rule=by_mass)
+    generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+    assert said == []
+    moba_hf.patch_model(model, dataclasses.replace(by_mass, backend="reference"))
     generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
     assert len(said) == 1
-    assert 'gate="mass" reads all cached keys at every step' in said[0]
+    assert 'reads all cached keys at every step to score their blocks: backend "reference"' in said[0]
     generate(tiny(rule=MobaConfig(4, 3, gate="mass")), None, input_ids=tokens(1, 31))  # dense steps
     assert len(said) == 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def run_lm_eval(args: Sequence[str]) -> None:
-    """Runs the harness with `args`, e.g. `--model hf --model_args pretrained=DIR --tasks NAME`.
+    """Runs the command line of the harness with `args`, such as `--model hf --tasks NAME`.
 
     Raises:
         ImportError: the harness is not installed.

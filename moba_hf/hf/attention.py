@@ -6,6 +6,7 @@ each sequence lies (`rows`); below, `ops` knows nothing of models.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,12 @@ from moba_hf.config import NAME, LayerConfig, Rule
 from moba_hf.hf.cache import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
+from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds
 from moba_hf.hf.rows import Layout, Rows, moba_mask
-from moba_hf.op.backends import choose_backend
+from moba_hf.op.backends import choose_backend, reads_chosen_only
 from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
-from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import default_scale
-from moba_hf.op.ops import attention, check_tensors
-from moba_hf.op.shared_rule import SharedRule
+from moba_hf.op.ops import attention, check_tensors, kept_of
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -37,12 +37,17 @@ _REFUSED = {
 }
 
 _SPARSE_WITHOUT_CACHE = (
-    'decode="sparse" without a MobaCache reads all cached keys at every step to take their means; pass '
+    'decode="sparse" without a MobaCache reads all cached keys at every step to score their blocks; pass '
     "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
 )
-_SPARSE_BY_OTHER_GATE = (
-    'decode="sparse" with gate="{}" reads all cached keys at every step to score their blocks: a cache '
-    'keeps the means of blocks, not what that gate needs; gate="mean" reads the chosen blocks alone'
+_SPARSE_WITHOUT_KERNEL = (
+    'decode="sparse" reads all cached keys at every step to score their blocks: backend "{}" has no kernel '
+    "for decode steps of this rule"
+)
+_ASSISTED = (
+    'assisted and prompt-lookup generation under decode="full": candidates are verified several at a time, '
+    "by the rule of prefill, where plain generation attends every key, so tokens may differ. For the same "
+    'tokens let moba_hf.prefill read the prompt into the cache, or set decode="sparse"'
 )
 
 logger = logging.get_logger(__name__)
@@ -140,32 +145,71 @@ def _attend(
     backend: str,
     layer: Any,
 ) -> Tensor:
-    """Full attention where the plan or the rule says so, else MoBA, by the one backend chosen here.
+    """Each row by the rule of its place: full attention where that says so, else MoBA.
 
     Args:
         layer: the MoBA cache layer that the keys come from, or None.
     """
     query, key, value = qkv
     q_len, kv_len = query.shape[2], key.shape[2]
-    sequences = layout.sequences
-    rule: Rule | None = plan.rule
+    layer = None if layout.packed else layer
+    kinds = row_kinds(layer, q_len, kv_len, plan.decode_max_len)
+    if layer is not None and layer.assisted:
+        _warn_of_assistance(plan, q_len, kv_len)
+    outs = []
+    for begin, end, kind in kinds:
+        rows, keys, where = (query, key, value), key, layout
+        if len(kinds) > 1:
+            seen = kv_len - (q_len - end)
+            rows = (query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen])
+            where = layout.between(begin, end)
+        rule = {PREFILL: plan.rule, DENSE: None, DECODE: plan.decode_rule}[kind]
+        call = _Call(rows, scale, where, rule, steps=kind == DECODE)
+        outs.append(_attend_rows(call, plan, backend, layer, keys))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Rows of a call that follow one rule.
+
+    Attributes:
+        qkv: their queries, and the keys and values up to the last of them.
+        layout: where these lie.
+        rule: None: they attend every key.
+        steps: they are decode steps.
+    """
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    scale: float
+    layout: Layout
+    rule: Rule | None
+    steps: bool
+
+
+def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached: Tensor) -> Tensor:
+    """Attention of rows that follow one rule; `cached` are the keys that the cache layer returned."""
+    query, key, value = call.qkv
+    q_len, kv_len = query.shape[2], key.shape[2]
+    layout, sequences, rule = call.layout, call.layout.sequences, call.rule
     longest = sequences.max_seqlen_k if layout.packed else kv_len
-    if rule is not None and (q_len <= plan.full_len or plan.dense_len >= longest):
+    if rule is not None and plan.dense_len >= longest:
         rule = None
     if rule is None and _needs_table(layout, query, kv_len):
         rule = LayerConfig(q_len, 1)  # one block holds any sequence: full attention, bounds on the device
     backend = choose_backend(backend, query, key, value, rule)
-    means = None
-    if layer is not None and not layout.packed:
+    kept = None
+    if layer is not None:
         layer.backend = backend
-        means = _cached_means(layer, plan, key, layout, sparse=rule is not None)
+        kept = _cached(layer, plan, cached, layout, rule, steps=call.steps)
     if rule is None:
         if layout.spans is not None:
-            return dense_packed_attention(query, key, value, scale, layout.spans, backend)
-        return dense_attention(query, key, value, scale, sequences, backend, whole=layout.whole)
-    if q_len == 1 and not layout.packed and not torch.compiler.is_compiling():
-        _warn_of_reads(rule, means)
-    settings: Any = {"softmax_scale": scale, "backend": backend, "block_means": means}
+            return dense_packed_attention(query, key, value, call.scale, layout.spans, backend)
+        return dense_attention(query, key, value, call.scale, sequences, backend, whole=layout.whole)
+    steps = call.steps and not layout.packed
+    if steps and not torch.compiler.is_compiling():
+        _warn_of_reads(rule, kept, backend)
+    settings: Any = {"softmax_scale": call.scale, "backend": backend, "block_means": kept, "steps": steps}
     return attention(query, key, value, sequences, rule, **settings)[0]
 
 
@@ -180,30 +224,41 @@ def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
     return padded and query.shape[2] == kv_len and query.device.type != "cpu"
 
 
-def _cached_means(layer: Any, plan: LayerPlan, key: Tensor, layout: Layout, *, sparse: bool) -> Tensor | None:
-    """The means that the cache layer of `key` keeps, brought up to date where blocks are chosen by them.
+def _cached(
+    layer: Any, plan: LayerPlan, key: Tensor, layout: Layout, rule: Rule | None, *, steps: bool
+) -> Tensor | None:
+    """What the cache layer of `key` keeps of blocks, brought up to date where `rule` chooses by it.
 
-    A static layer does so at every call: each finds it in the same state, and compiled graphs stay few.
+    Means serve every call, what other gates keep the decode steps that read only what they choose. A static
+    layer is brought up at every call: each finds it in the same state, and compiled graphs stay few.
     """
-    if (
-        plan.rule is None
-        or isinstance(plan.rule, SharedRule)
-        or plan.dense_len >= key.shape[2]
-        or not (sparse or layer.is_compileable)
-    ):
+    if plan.rule is None or plan.dense_len >= key.shape[2]:
+        return None
+    always = plan.rule.gate == "mean"
+    if not (rule is not None and (steps or always)) and not layer.is_compileable:
+        return None
+    if not always and (plan.decode_rule is None or not reads_chosen_only(layer.backend, plan.rule)):
         return None
     # no constant of a compiled graph, which would be compiled again for every prompt
     read = None if torch.compiler.is_compiling() else layout.starts
-    means: Tensor = layer.moba_means(key, layout.sequences.kv_start, plan.rule.block_size, read)
-    return means
+    block_size, what = plan.rule.block_size, kept_of(plan.rule)
+    kept: Tensor = layer.moba_means(key, layout.sequences.kv_start, block_size, read, what)
+    return kept
 
 
-def _warn_of_reads(rule: Rule, block_means: Tensor | None) -> None:
+def _warn_of_reads(rule: Rule, kept: Tensor | None, backend: str) -> None:
     """Warns once where a decode step reads every cached key to score blocks."""
-    if not GATES[rule.gate].scores_means:
-        logger.warning_once(_SPARSE_BY_OTHER_GATE.format(rule.gate))
-    elif block_means is None:
+    if not reads_chosen_only(backend, rule):
+        if rule.gate != "mean" or kept is None:
+            logger.warning_once(_SPARSE_WITHOUT_KERNEL.format(backend))
+    elif kept is None:
         logger.warning_once(_SPARSE_WITHOUT_CACHE)
+
+
+def _warn_of_assistance(plan: LayerPlan, q_len: int, kv_len: int) -> None:
+    """Warns once where assisted generation follows another rule than plain generation does."""
+    if plan.rule is not None and plan.decode_rule is None and q_len > 1 and kv_len > plan.dense_len:
+        logger.warning_once(_ASSISTED)
 
 
 def _check_packing(config: Any, rows: Rows, kwargs: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from moba_hf.config import NAME, MobaConfig
+from moba_hf.hf.places import Prompt
 from moba_hf.op.backends import CacheKernels, load_backend
-from moba_hf.op.block_means import BlockMeans, writable
+from moba_hf.op.block_means import MEANS, BlockMeans, writable
+from moba_hf.op.gates import Kept
 from moba_hf.op.numerics import check_int
-from moba_hf.op.shared_rule import SharedRule
 
 # Attribute by which a key tensor names the cache layer that it came from.
 LAYER_ATTRIBUTE = "moba_layer"
@@ -74,7 +75,14 @@ class MobaLayer(_OrderedMoves, DynamicLayer):
     Attributes:
         backend: the backend that the attention function chose for these keys; torch's own operators until
             then.
+        prompt: where the prompt lies that `prefill` read; None: nobody closed the cache.
+        reading: `prefill` is at work.
+        assisted: assisted generation began on the empty layer.
     """
+
+    prompt: Prompt | None = None
+    reading = False
+    assisted = False
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):
         self._buffers: list[Tensor] | None = None
@@ -196,19 +204,33 @@ class MobaLayer(_OrderedMoves, DynamicLayer):
         kv_start: Tensor | None,
         block_size: int,
         starts_read: tuple[int, ...] | None = None,
+        kept: Kept = MEANS,
     ) -> Tensor:
-        """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
+        """What is kept of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
         assert self._buffers is not None
-        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read, kept)
         return self.block_means.bring_up(keys.detach(), self._length, self._buffers[0].shape[2], *settings)
 
     def get_seq_length(self) -> int:
         return self._length
 
     def reset(self) -> None:
-        """Empties the layer; its buffers stay for the next prompt."""
+        """Empties the layer and opens it; its buffers stay for the next prompt."""
         self._length, self._assist_from = 0, None
+        self.prompt, self.assisted = None, False
         self.block_means.forget(0)
+
+    @property
+    def at_prompt_end(self) -> bool:
+        """Whether the layer holds what one `prefill` read from its first token on, and no more."""
+        prompt = self.prompt
+        return prompt is not None and prompt.begin == 0 and self._length == prompt.end
+
+    def rewind(self) -> None:
+        """Empties the layer, but where the prompt ends stays known: the same rows are read once more."""
+        prompt = self.prompt
+        self.reset()
+        self.prompt = prompt
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens.
@@ -261,17 +283,18 @@ class MobaLayer(_OrderedMoves, DynamicLayer):
             self._buffers = [x.to(self.device, non_blocking=True) for x in self._buffers]
 
     def activate_past_recording(self) -> None:
-        """Called when tokens may be taken back: at the start of assisted generation, or after a prefill."""
+        """Called when tokens may be taken back: when assisted generation begins, or after a first call."""
         self._assist_from = self._length or None
+        self.assisted = self._length == 0 and self.prompt is None
 
     def _check_assisted(self, count: int) -> None:
         """Raises when assisted generation appends a whole prompt to a cache that already holds its start."""
         filled, self._assist_from = self._assist_from, None
         if filled is not None and count > 1:
             raise ValueError(
-                f"assisted and prompt-lookup generation start from an empty cache, this one holds {filled} "
-                "tokens: transformers would append the whole prompt to them; pass a new or reset cache, or "
-                "generate without assistance"
+                f"assisted and prompt-lookup generation would append the whole prompt to the {filled} tokens "
+                "that this cache holds: pass a new or reset cache, or one that moba_hf.prefill has just read "
+                "the prompt into, or generate without assistance"
             )
 
 
@@ -288,8 +311,12 @@ class MobaStaticLayer(_OrderedMoves, StaticLayer):
         block_size: tokens in a block; None: taken from the first call.
 
     Attributes:
-        backend: as in `MobaLayer`.
+        backend, prompt, reading: as in `MobaLayer`.
     """
+
+    prompt: Prompt | None = None
+    reading = False
+    assisted = False
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
         super().__init__(max_cache_len=max_cache_len, **kwargs)
@@ -342,9 +369,10 @@ class MobaStaticLayer(_OrderedMoves, StaticLayer):
         kv_start: Tensor | None,
         block_size: int,
         starts_read: tuple[int, ...] | None = None,
+        kept: Kept = MEANS,
     ) -> Tensor:
-        """Means of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
-        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read)
+        """What is kept of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
+        settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read, kept)
         return self.block_means.bring_up(keys.detach(), self.cumulative_length, self.max_cache_len, *settings)
 
     def activate_past_recording(self) -> None:
@@ -356,6 +384,7 @@ class MobaStaticLayer(_OrderedMoves, StaticLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.prompt = None
         self.block_means.forget(0)
 
     def offload(self) -> None:
@@ -377,8 +406,9 @@ class MobaStaticLayer(_OrderedMoves, StaticLayer):
 class MobaCache(Cache):
     """A cache for models that run MoBA; does what transformers' dynamic (static) cache does.
 
-    Full-attention layers keep their keys and values in preallocated buffers, beside the means of complete
-    blocks; other layer types (sliding, linear) are transformers' own.
+    Full-attention layers keep their keys and values in preallocated buffers, beside the means (or what else
+    the rule needs) of complete blocks, and know where the prompt that `prefill` read ends; other layer types
+    (sliding, linear) are transformers' own.
 
     Args:
         config: the model's config.
@@ -426,6 +456,18 @@ class MobaCache(Cache):
             layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
         )
 
+    def activate_past_recording(self) -> None:
+        """Called when tokens may be taken back: at the start of assisted generation, or after a first call.
+
+        Assisted generation gives the whole prompt to its first call, whatever a cache holds. So a cache that
+        `prefill` has just filled is emptied for it and remembers where the prompt ends.
+        """
+        ours = [layer for layer in self.layers if isinstance(layer, MobaLayer)]
+        if ours and all(layer.at_prompt_end for layer in ours):
+            for layer in self.layers:
+                layer.rewind() if isinstance(layer, MobaLayer) else layer.reset()
+        super().activate_past_recording()
+
 
 def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
     """The block size of a layer whose blocks are chosen, as far as `config.moba` tells."""
@@ -434,7 +476,7 @@ def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
         return None
     moba = raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
     rule = moba.for_layer(layer_idx, int(text_config.num_hidden_layers))
-    if rule is None or isinstance(rule, SharedRule) or rule.dense_len >= capacity:
+    if rule is None or rule.gate != "mean" or rule.dense_len >= capacity:
         return None  # blocks are not chosen, or not by their means
     return rule.block_size
 

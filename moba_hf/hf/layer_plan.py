@@ -33,13 +33,15 @@ class LayerPlan:
     Attributes:
         rule: the MoBA rule; None: full attention, also where `moba_hf.hf.patching.suspend_moba` says so.
         stock: why the layer keeps the stock implementation; None: it does not.
-        full_len: calls of at most this many queries attend every key; 0: none do.
+        decode_rule: the rule of decode steps; None: they attend every key.
+        decode_max_len: queries of a decode step on a cache that nobody closed.
         dense_len: sequences of at most this many tokens are attended in full under the rule.
     """
 
     rule: Rule | None
     stock: str | None
-    full_len: int
+    decode_rule: Rule | None
+    decode_max_len: int
     dense_len: int = 0
 
 
@@ -143,7 +145,7 @@ def _plan(
         rule = None if suspended else moba.for_layer(layer_idx, num_layers)
         if rule is not None:
             rule = dataclasses.replace(rule, rotary_pairs=rotary_pairs)
-        full_len = moba.decode_max_len if moba.decode == "full" else 0
-        return LayerPlan(rule, stock, full_len, 0 if rule is None else rule.dense_len)
+        decode_rule = rule if moba.decode == "sparse" else None
+        return LayerPlan(rule, stock, decode_rule, moba.decode_max_len, 0 if rule is None else rule.dense_len)
 
     return _keep("plan", (settings, layer_idx, num_layers, rotary_pairs, stock, suspended), make)

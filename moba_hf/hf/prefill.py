@@ -21,6 +21,7 @@ from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.hf.parallel import is_first_rank
+from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
@@ -52,10 +53,14 @@ def prefill(
     The end of the prompt, `dense_tail` tokens, attends every key: where a question follows a long text, that
     is what lets a model find short facts (measured: dev/LOG.md, 2026-11-26). Every other row equals that of a
     prefill in one call, and with `dense_tail=0` all do; where queries share a choice of blocks, chunks end
-    between tiles for that, and padded batches, whose rows begin anywhere, differ slightly. A chunk of
-    `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with the previous
-    chunk; if a filled cache needs no more tokens than that, they are left to `generate`. Assisted generation
-    needs an empty cache, so do not prefill for it.
+    between tiles for that, and padded batches, whose rows begin anywhere, differ a little. In a stock cache a
+    chunk of `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with
+    the previous chunk; if a filled cache needs no more tokens than that, they are left to `generate`.
+
+    A `MobaCache` is closed: what comes after the prompt follows the decode rule, however many tokens a call
+    holds, until the next `prefill` on that cache. Assisted and prompt-lookup generation then give the tokens
+    of plain generation; transformers makes them read the whole prompt once more, in one call, and only a
+    cache that was empty before this can serve them.
 
     Args:
         model: a causal language model of transformers.
@@ -95,13 +100,15 @@ def prefill(
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     tail = max(seen, tail_begin(model, length, dense_tail))
-    chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=attention_mask is not None)]
+    few, padded = follows_places(cache), attention_mask is not None
+    chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=padded, few=few)]
     read = seen + sum(n for n, _ in chunks)
     if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and is_first_rank())
+    prompt = Prompt(length - 1, dense_from=read, begin=seen)
     bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
-    with whole_prompt(model, longest, seen), bar:
+    with whole_prompt(model, longest, seen), _reading(cache, prompt), bar:
         for count, dense in chunks:
             end = seen + count
             with attending_everything(model, dense):
@@ -148,6 +155,18 @@ def attending_everything(model: Any, wanted: bool = True) -> Iterator[None]:
             delattr(module, SUSPENDED)
 
 
+@contextmanager
+def _reading(cache: Cache, prompt: Prompt) -> Iterator[None]:
+    """Opens `cache` inside the block and closes it after `prompt`; an error leaves it as nobody closed it."""
+    open_cache(cache)
+    try:
+        yield
+    except BaseException:
+        close_cache(cache, None)
+        raise
+    close_cache(cache, prompt)
+
+
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
@@ -180,14 +199,17 @@ def _check_slots(cache: Cache, length: int) -> None:
         )
 
 
-def _chunks(model: Any, seen: int, end: int, chunk_size: int, *, padded: bool) -> list[int]:
+def _chunks(
+    model: Any, seen: int, end: int, chunk_size: int, *, padded: bool, few: bool = False
+) -> list[int]:
     """Lengths of the chunks of tokens `[seen, end)`, cut between tiles where queries share a choice.
 
     A tile that is cut is chosen for twice, by the rows of each chunk. Where that cannot be helped it is said.
+    Too few tokens to be told from a decode step are a chunk only where the cache can tell, `few`.
     """
     tile, shortest = _tile(model), _decode_max_len(model) + 1
     if tile == 1 or end - seen <= chunk_size:
-        return _chunk_lengths(end - seen, chunk_size, shortest, empty=seen == 0)
+        return _chunk_lengths(end - seen, chunk_size, shortest, empty=few or seen == 0)
     size = chunk_size - chunk_size % tile
     size = size if size >= 2 * shortest - 1 else chunk_size
     cuts = [seen]

@@ -26,6 +26,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.identity import identity_of
 from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.places import close_cache
 from moba_hf.hf.prefill import prefill
 from moba_hf.op.numerics import check_int
 
@@ -42,8 +43,8 @@ def read_with_saved_cache(
 ) -> tuple[MobaCache, int]:
     """A cache that holds all of `input_ids`, and how many of its tokens the file at `path` supplied.
 
-    The file is written anew where it did not hold all of them. The last tokens, at most `decode_max_len`, are
-    missing in the cache where they would count as decoding; `generate` reads them.
+    The file is written anew where it did not hold all of them. The cache stays open, whatever was reused: a
+    question that follows is prompt, and a further `prefill` reads it and closes the cache.
 
     Args:
         model: a causal language model of transformers that runs MoBA, without sliding windows.
@@ -74,6 +75,7 @@ def read_with_saved_cache(
         padded = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # `prefill` leaves the last token
         prefill(model, padded, chunk_size, cache=cache, progress=progress, dense_tail=0)
         _save(file, made_of, hashes, cache)
+    close_cache(cache, None)
     return cache, reused
 
 

@@ -94,7 +94,7 @@ def _query_offsets(
     HEADS: tl.constexpr,
     ONE_BATCH: tl.constexpr,
 ):
-    """Element offsets int64 of the pairs' query rows; divisors are constants, since division is slow."""
+    """Element offsets int64 of the pairs' query rows; divisors are compile-time constants."""
     row_head = pair // SLOTS
     row = first_row + row_head // HEADS
     offset = (row_head % HEADS).to(tl.int64) * q_strides[1]

@@ -68,12 +68,14 @@ class Backend(Protocol):
 
     Attributes:
         max_decode_queries: the most queries per row that `decode` takes; 0: it takes none.
+        decode_gates: the gates by which `decode` scores blocks.
         differentiable: autograd follows `forward`, which needs no `backward` then.
         cache: kernels beside caches; None: torch's own operators do that work.
         shared: runs the shared choice of blocks; None: this backend cannot.
     """
 
     max_decode_queries: int
+    decode_gates: tuple[str, ...]
     differentiable: bool
     cache: CacheKernels | None
     shared: SharedKernels | None
@@ -94,9 +96,9 @@ class Backend(Protocol):
 
         Args:
             softmax_scale: for gates that read it.
-            block_means: what a cache keeps, `(batch, num_kv_heads, blocks, head_dim)`: the means of each
-                row's complete blocks (of slots `[k_begin, k_end)`), then anything; one sequence per row, in
-                order. None: nothing is kept.
+            block_means: what a cache keeps for the rule's gate (`gates.Kept`), `(batch, num_kv_heads,
+                blocks, width)`: means, mostly, of each row's complete blocks (of slots `[k_begin, k_end)`),
+                then anything; one sequence per row, in order. None: nothing is kept.
         """
         ...
 
@@ -137,7 +139,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """`out` and `lse` as `forward`, for the few queries of a decode step, one sequence per row.
 
-        Blocks are scored by `block_means`; nothing waits for the device.
+        Blocks are scored by `block_means`, as in `select`; nothing waits for the device.
         """
         ...
 
@@ -146,6 +148,7 @@ class ReferenceBackend:
     """`moba_hf.op.reference`, sequence by sequence."""
 
     max_decode_queries = 0
+    decode_gates = ()
     differentiable = True
     cache = None
     shared = SharedReference()
@@ -215,6 +218,7 @@ def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tupl
 class PortableBackend:
     """`moba_hf.op.portable` and `portable_decode`: pure torch on any device."""
 
+    decode_gates: tuple[str, ...] = ("mean", "mass")
     differentiable = False
     cache = None
     shared: SharedKernels | None = SharedPortable()
@@ -319,6 +323,17 @@ def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig
     if rule is None:
         return "portable"
     raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
+
+
+def reads_chosen_only(name: str, rule: LayerConfig | SharedRule) -> bool:
+    """Whether a decode step of the backend `name` reads, of the keys, only those of the blocks it chose.
+
+    It needs what a cache keeps for that; other steps read all cached keys to score blocks.
+    """
+    backend = load_backend(name)
+    if isinstance(rule, SharedRule):
+        return backend.shared is not None and backend.shared.decodes
+    return backend.max_decode_queries > 0 and rule.gate in backend.decode_gates
 
 
 def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | SharedRule | None) -> str | None:

@@ -1,9 +1,9 @@
-"""Running means of complete blocks, kept beside a layer's cached keys.
+"""Running means (or other summaries, `gates.Kept`) of complete blocks, kept beside a layer's cached keys.
 
 Legend: N cached slots, B block size, HK kv heads, D head dim, NB = capacity // B blocks.
 
 A row's blocks start at its first real token, which only the attention function knows, so the means are
-brought up to date by it, from the stored keys, with the routine that prefill uses: `gates.block_mean`, or
+brought up to date by it, from the stored keys, with the routine that prefill uses: `Kept.take`, or
 the backend's kernel, whose bits equal those of its prefill kernel. What is computed
 is what the last calls completed: a decode step reads one block at most. Everything but the number of new
 tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.backends import load_backend
-from moba_hf.op.gates import block_mean
+from moba_hf.op.gates import Kept, KeptMeans
 from moba_hf.op.operators import update_means_op
 
 # Elements of keys that one step of an update may gather.
 _GATHER_BUDGET = 1 << 24
+MEANS = KeptMeans()
 
 
 class BlockMeans:
@@ -30,8 +31,10 @@ class BlockMeans:
     Attributes:
         block_size: tokens in a block; None: not known yet.
         static: the buffer of means keeps its address, for CUDA graphs.
-        means: `(batch, HK, NB + 1, D)` in the dtype of the keys; the last block is a dump for writes that do
-            not count. Blocks that are not complete hold anything finite.
+        kept: what is kept of a block, the mean or what another gate needs.
+        means: `(batch, HK, NB + 1, width)` in the dtype of the keys, `width` that of `kept` (D for means);
+            the last block is a dump for writes that do not count. Blocks that are not complete hold anything
+            finite.
         starts: int64 `(batch,)`, slot of each row's first real token; None: all 0.
         starts_read: the same on the host, where the caller has read it.
         behind: tokens that were cached since the means were up to date.
@@ -41,6 +44,7 @@ class BlockMeans:
     def __init__(self, block_size: int | None = None, *, static: bool = False):
         self.block_size = block_size
         self.static = static
+        self.kept: Kept = MEANS
         self.means: Tensor | None = None
         self.starts: Tensor | None = None
         self.starts_read: tuple[int, ...] | None = None
@@ -71,10 +75,11 @@ class BlockMeans:
 
     def allocate(self, keys: Tensor, block_size: int, capacity: int) -> None:
         """Makes room for the blocks of `capacity` tokens, keeping the means that fit."""
-        shape = (*keys.shape[:2], capacity // block_size + 1, keys.shape[3])
+        width = self.kept.width(keys.shape[3], block_size)
+        shape = (*keys.shape[:2], capacity // block_size + 1, width)
         means = keys.new_zeros(shape)
         old = self.means
-        if old is not None and not self.empty and old.shape[:2] == means.shape[:2]:
+        if old is not None and not self.empty and (*old.shape[:2], old.shape[3]) == (*shape[:2], width):
             kept = min(old.shape[2], shape[2]) - 1
             means[:, :, :kept] = old[:, :, :kept]
         if self.static and not torch.compiler.is_compiling():
@@ -90,8 +95,11 @@ class BlockMeans:
         block_size: int,
         backend: str,
         starts_read: tuple[int, ...] | None = None,
+        kept: Kept = MEANS,
     ) -> Tensor:
         """Means `(batch, HK, NB, D)` of the complete blocks of slots `[kv_start, length)`.
+
+        Or what else is `kept` of them, `(batch, HK, NB, width)`.
 
         Args:
             keys: `(batch, HK, >= length, D)`, the cached keys.
@@ -101,15 +109,18 @@ class BlockMeans:
             block_size: tokens in a block. Another one than before, or another start, rebuilds the means.
             backend: the backend that was chosen for tensors like `keys`.
             starts_read: values of `kv_start` on the host, where they are known: saves waiting for the device.
+            kept: what is kept of a block; other than before, all of it is taken anew.
         """
-        if not self.empty and (self.block_size != block_size or not self._starts_at(kv_start, starts_read)):
+        same = self.block_size == block_size and self.kept == kept
+        if not self.empty and not (same and self._starts_at(kv_start, starts_read)):
             self.forget(length if isinstance(length, int) else capacity)
+        self.kept = kept
         means = self._room(keys, capacity, block_size)
         if self.empty:
             self._set_starts(kv_start, starts_read)
         if self.behind:
             kernels = load_backend(backend).cache
-            if kernels is not None and block_size >= kernels.min_block_size:
+            if kernels is not None and kept == MEANS and block_size >= kernels.min_block_size:
                 on_device = length if isinstance(length, Tensor) else None
                 slots = 0 if isinstance(length, Tensor) else length
                 update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size, backend)
@@ -127,6 +138,7 @@ class BlockMeans:
             and self.block_size == block_size
             and means.shape[:2] == keys.shape[:2]
             and means.shape[2] > capacity // block_size
+            and means.shape[3] == self.kept.width(keys.shape[3], block_size)
             and means.dtype == keys.dtype
             and means.device == keys.device
         )
@@ -184,7 +196,7 @@ class BlockMeans:
             for begin in range(max(0, seen - start) // size, last, step):
                 end = min(last, begin + step)
                 slots = slice(start + begin * size, start + end * size)
-                self.means[rows, :, begin:end] = block_mean(keys[rows, :, slots], size)
+                self.means[rows, :, begin:end] = self.kept.take(keys[rows, :, slots], size)
 
     def _update_gathered(self, keys: Tensor, length: int | Tensor, kv_start: Tensor | None) -> None:
         """Takes new means of all rows at once; shapes depend on the number of new tokens only."""
@@ -201,17 +213,22 @@ class BlockMeans:
             block = (first[:, None] + number).expand(batch, -1)
             slot = start[:, None, None] + block[..., None] * size + torch.arange(size, device=keys.device)
             index = slot.reshape(batch, 1, -1, 1).clamp(max=slots - 1)
-            new = block_mean(keys.gather(2, index.expand(-1, heads, -1, dim)), size)
+            new = self.kept.take(keys.gather(2, index.expand(-1, heads, -1, dim)), size)
             complete = (block + 1) * size <= length - start[:, None]
             place = torch.where(complete, block, self.means.shape[2] - 1)
-            self.means.scatter_(2, place[:, None, :, None].expand(-1, heads, -1, dim), new)
+            self.means.scatter_(2, place[:, None, :, None].expand(-1, heads, -1, new.shape[3]), new)
 
 
-def block_means_of(keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str) -> Tensor:
-    """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start."""
+def block_means_of(
+    keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str, kept: Kept = MEANS
+) -> Tensor:
+    """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start.
+
+    Or what else is `kept`, as `BlockMeans.bring_up` returns it.
+    """
     means = BlockMeans()
     means.forget(keys.shape[2])
-    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size, backend)
+    return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size, backend, kept=kept)
 
 
 def writable(x: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class FlashBackend(PortableBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.max_decode_queries = 0  # select, then forward
+        self.max_decode_queries, self.decode_gates = 0, ()  # select, then forward
         self._varlen = load_varlen()
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:

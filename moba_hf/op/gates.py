@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,30 +49,44 @@ class Gate(ABC):
     Attributes:
         words: what `inspect` and warnings call it, "" for the paper's.
         reads_scale: its scores depend on `softmax_scale`.
-        scores_means: its scores are `q . block_mean`, so a cache that keeps block means is all that a decode
-            step needs; other gates read all cached keys at every step.
     """
 
     words: ClassVar[str] = ""
     reads_scale: ClassVar[bool] = False
-    scores_means: ClassVar[bool] = False
 
     @abstractmethod
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
+        """What a cache keeps of each complete block, so that a decode step need not read its keys."""
+
+    @abstractmethod
+    def summary_of(
+        self,
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        softmax_scale: float,
+        rotary_pairs: str = "halves",
+    ) -> Summary:
+        """The summary of complete blocks from what is kept of them, `(HK, blocks, width)`."""
+
     def summary(
         self,
         k: Tensor,
         block_size: int,
         softmax_scale: float,
-        block_means: Tensor | None = None,
+        kept: Tensor | None = None,
         rotary_pairs: str = "halves",
     ) -> Summary:
         """The summary of the complete blocks of `k (HK, N, D)`.
 
         Args:
+            kept: `(HK, >= complete blocks, width)`, what a cache keeps of them; None: taken here.
             rotary_pairs: one of `ROTARY_PAIRS`, for a gate that pairs coordinates.
-            block_means: `(HK, >= complete blocks, D)` of a cache, for a gate that scores means; None: taken
-                here.
         """
+        if kept is None:
+            kept = self.kept(rotary_pairs).take(k, block_size)
+        kept = kept[:, : k.shape[1] // block_size]
+        return self.summary_of(kept, k.shape[2], block_size, softmax_scale, rotary_pairs)
 
     @abstractmethod
     def vectors(self, block_size: int) -> int:
@@ -81,18 +96,18 @@ class Gate(ABC):
 class MeanGate(Gate):
     """The paper's gate: `q . mean(keys)`, unscaled (arXiv 2502.13189, equations 5 and 6)."""
 
-    scores_means = True
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
+        return KeptMeans()
 
-    def summary(
+    def summary_of(
         self,
-        k: Tensor,
+        kept: Tensor,
+        head_dim: int,
         block_size: int,
         softmax_scale: float,
-        block_means: Tensor | None = None,
         rotary_pairs: str = "halves",
     ) -> Summary:
-        means = block_mean(k, block_size) if block_means is None else block_means
-        return MeanSummary(means[:, : k.shape[1] // block_size].to(accumulate_dtype(k.dtype)))
+        return MeanSummary(kept.to(accumulate_dtype(kept.dtype)))
 
     def vectors(self, block_size: int) -> int:
         return 1
@@ -104,15 +119,18 @@ class MassGate(Gate):
     words = "mass gate"
     reads_scale = True
 
-    def summary(
+    def kept(self, rotary_pairs: str = "halves") -> Kept:
+        return KeptMass(rotary_pairs)
+
+    def summary_of(
         self,
-        k: Tensor,
+        kept: Tensor,
+        head_dim: int,
         block_size: int,
         softmax_scale: float,
-        block_means: Tensor | None = None,
         rotary_pairs: str = "halves",
     ) -> Summary:
-        return MassSummary(k, block_size, softmax_scale, rotary_pairs)
+        return MassSummary.of_kept(kept, head_dim, block_size, softmax_scale, rotary_pairs)
 
     def vectors(self, block_size: int) -> int:
         return 2 * (block_size // part_size(block_size)) + 1
@@ -141,6 +159,9 @@ class MeanSummary:
         return scores.view(q.shape[0], q.shape[1], columns)
 
 
+_Summary = TypeVar("_Summary", bound="MassSummary")
+
+
 class MassSummary:
     """Scores of the complete blocks of one sequence's keys by the mass gate.
 
@@ -155,20 +176,34 @@ class MassSummary:
     """
 
     def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str = "halves"):
-        count, size = k.shape[1] // block_size, part_size(block_size)
-        dtype, self.narrow = accumulate_dtype(k.dtype), spread_dtype(k.dtype)
-        keys = k[:, : count * block_size].to(dtype)
-        parts = keys.unflatten(1, (count, block_size // size, size))
-        self.mean = parts.mean(3).to(k.dtype).to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
-        self.pairs = rotary_pairs
-        var = parts.var(3, unbiased=False) if count else parts.mean(3)  # torch warns of variances of nothing
-        var = self._of_pairs(var) / 2
-        self.var = var.to(self.narrow).to(dtype).transpose(1, 2) * scale**2  # (HK, parts, blocks, D)
-        blocks = keys.unflatten(1, (count, block_size))
-        least = blocks.square().sum(3).argmin(2)[..., None, None].expand(-1, -1, 1, k.shape[2])
-        self.smallest = blocks.gather(2, least)[:, :, 0] * scale  # (HK, blocks, D)
+        self._hold(mass_vectors(k, block_size, rotary_pairs), block_size, scale, rotary_pairs)
+
+    @classmethod
+    def of_kept(
+        cls: type[_Summary],
+        kept: Tensor,
+        head_dim: int,
+        block_size: int,
+        scale: float,
+        rotary_pairs: str = "halves",
+    ) -> _Summary:
+        """The same from what a cache keeps, `(HK, blocks, width)`; see `KeptMass`."""
+        summary = cls.__new__(cls)
+        vectors = KeptMass(rotary_pairs).split(kept, head_dim, block_size)
+        summary._hold(vectors, block_size, scale, rotary_pairs)
+        return summary
+
+    def _hold(
+        self, vectors: tuple[Tensor, Tensor, Tensor], block_size: int, scale: float, rotary_pairs: str
+    ) -> None:
+        mean, var, smallest = vectors
+        dtype = accumulate_dtype(mean.dtype)
+        self.pairs, self.narrow = rotary_pairs, spread_dtype(mean.dtype)
+        self.mean = mean.to(dtype).transpose(1, 2) * scale  # (HK, parts, blocks, D)
+        self.var = self._of_pairs(var.to(dtype)).transpose(1, 2) * scale**2  # (HK, parts, blocks, D)
+        self.smallest = smallest.to(dtype) * scale  # (HK, blocks, D)
         self.centers = torch.cat([self.mean, self.smallest[:, None]], 1)
-        self.log_size = math.log(size)
+        self.log_size = math.log(part_size(block_size))
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
@@ -187,9 +222,8 @@ class MassSummary:
         return queries.square().to(self.narrow).to(queries.dtype)
 
     def _of_pairs(self, var: Tensor) -> Tensor:
-        """For each coordinate of `var (..., D)` the sum over its pair."""
-        sums = pair_sums(var, self.pairs)
-        return torch.cat([sums, sums], -1) if self.pairs == "halves" else sums.repeat_interleave(2, -1)
+        """For each coordinate the variance of its pair, `(..., D)` from `var (..., D/2)`."""
+        return torch.cat([var, var], -1) if self.pairs == "halves" else var.repeat_interleave(2, -1)
 
 
 class PairedMassSummary(MassSummary):
@@ -202,7 +236,7 @@ class PairedMassSummary(MassSummary):
         return pair_sums(queries.square(), self.pairs).to(self.narrow).to(queries.dtype)
 
     def _of_pairs(self, var: Tensor) -> Tensor:
-        return pair_sums(var, self.pairs)
+        return var
 
 
 def pair_sums(x: Tensor, rotary_pairs: str) -> Tensor:
@@ -210,3 +244,75 @@ def pair_sums(x: Tensor, rotary_pairs: str) -> Tensor:
     if rotary_pairs == "halves":
         return x.unflatten(-1, (2, -1)).sum(-2)
     return x.unflatten(-1, (-1, 2)).sum(-1)
+
+
+def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the mass gate knows of the complete blocks of `k (..., N, D)`, rounded as it is kept.
+
+    Returns:
+        Means `(..., blocks, parts, D)` in k's dtype, variances of pairs `(..., blocks, parts, D / 2)` in
+        `spread_dtype`, and the key of least norm `(..., blocks, D)` in k's dtype.
+    """
+    count, size = k.shape[-2] // block_size, part_size(block_size)
+    keys = k[..., : count * block_size, :].to(accumulate_dtype(k.dtype))
+    parts = keys.unflatten(-2, (count, block_size // size, size))
+    mean = parts.mean(-2)
+    var = parts.var(-2, unbiased=False) if count else mean  # torch warns of variances of nothing
+    var = pair_sums(var, rotary_pairs) / 2
+    blocks = keys.unflatten(-2, (count, block_size))
+    least = blocks.square().sum(-1).argmin(-1)[..., None, None].expand(*blocks.shape[:-2], 1, k.shape[-1])
+    return mean.to(k.dtype), var.to(spread_dtype(k.dtype)), blocks.gather(-2, least)[..., 0, :].to(k.dtype)
+
+
+class Kept(Protocol):
+    """What a cache keeps of each complete block: `width` numbers in a row, in the dtype of the keys."""
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        """How many numbers."""
+        ...
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        """Those of the complete blocks of `k (..., N, D)`: `(..., N // block_size, width)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeptMeans:
+    """The mean of a block."""
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        return head_dim
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        return block_mean(k, block_size)
+
+
+@dataclass(frozen=True)
+class KeptMass:
+    """The vectors of the mass gate: means of the parts, the smallest key, variances of the parts' pairs.
+
+    Attributes:
+        rotary_pairs: as for `MassSummary`.
+    """
+
+    rotary_pairs: str = "halves"
+
+    def width(self, head_dim: int, block_size: int) -> int:
+        return sum(self._sizes(head_dim, block_size))
+
+    def take(self, k: Tensor, block_size: int) -> Tensor:
+        mean, var, smallest = mass_vectors(k, block_size, self.rotary_pairs)
+        # variances of fp16 keys are bf16, kept as they are in numbers of the same size
+        return torch.cat([mean.flatten(-2), smallest, var.view(k.dtype).flatten(-2)], -1)
+
+    def split(self, kept: Tensor, head_dim: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `mass_vectors` returned, from `kept (..., blocks, width)`."""
+        mean, smallest, var = kept.split(self._sizes(head_dim, block_size), -1)
+        parts = block_size // part_size(block_size)
+        mean, var = (x.unflatten(-1, (parts, -1)) for x in (mean, var.view(spread_dtype(kept.dtype))))
+        return mean, var, smallest
+
+    @staticmethod
+    def _sizes(head_dim: int, block_size: int) -> list[int]:
+        parts = block_size // part_size(block_size)
+        return [parts * head_dim, head_dim, parts * (head_dim // 2)]

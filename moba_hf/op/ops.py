@@ -17,14 +17,14 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from moba_hf.config import LayerConfig, Rule, make_rule
-from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.backends import Backend, choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
-from moba_hf.op.gates import GATES
+from moba_hf.op.gates import GATES, Kept
 from moba_hf.op.numerics import check_int, default_scale, has_tangent, plain_int
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
-from moba_hf.op.shared_ops import select_shared, shared_attention
+from moba_hf.op.shared_ops import select_shared, shared_attention, shared_steps
 from moba_hf.op.shared_rule import SharedRule
 
 # Bytes above which a choice with more slots than blocks is refused.
@@ -173,6 +173,7 @@ def attention(
     backend: str = "auto",
     block_means: Tensor | None = None,
     block_indices: Tensor | None = None,
+    steps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
 
@@ -185,10 +186,12 @@ def attention(
         rule: how blocks are chosen.
         softmax_scale: factor of the scores in the softmax.
         backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
-        block_means: `(batch, num_kv_heads, blocks, head_dim)` from a cache: means of each row's complete
-            blocks, counted from `kv_start`, then anything; None: taken here, which reads all keys.
+        block_means: `(batch, num_kv_heads, blocks, width)` from a cache: what `kept_of(rule)` says of each
+            row's complete blocks, counted from `kv_start`, then anything; None: taken here, which reads all
+            keys.
         block_indices: int32 `(batch, q_len, num_heads, topk)`, a choice made before, or the block mask of a
             shared one; None: made here.
+        steps: queries are decode steps: under a shared choice every one is a tile of its own.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
@@ -198,8 +201,10 @@ def attention(
     if isinstance(rule, SharedRule):
         if block_indices is not None:
             _check_mask(block_indices, q, sequences, rule)
-        settings: Any = {"softmax_scale": softmax_scale, "backend": backend, "block_mask": block_indices}
-        return shared_attention(q, k, v, sequences, rule, **settings)
+        settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
+        if steps:
+            return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
+        return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
     _check_head_dim(rule, q)
     if block_indices is None and not torch.compiler.is_compiling():
         rule = _shortened(rule, int(sequences.max_seqlen_k))
@@ -209,9 +214,9 @@ def attention(
         _check_choice(block_indices, q, rule.topk)
         if check_values(q):
             _check_choice_values(block_indices, sequences.table, rule.block_size)
-    elif _is_decode(q, k, v, sequences, rule, runs.max_decode_queries):
+    elif _is_decode(q, k, v, sequences, rule, runs):
         if block_means is None:
-            block_means = block_means_of(k, sequences.kv_start, rule.block_size, name)
+            block_means = block_means_of(k, sequences.kv_start, rule.block_size, name, kept_of(rule))
         return decode_op(q, k, v, block_means, sequences.table, *flat_rule(rule), softmax_scale, name)
     else:
         flat = (*flat_sequences(sequences), *flat_rule(rule))
@@ -220,6 +225,11 @@ def attention(
         return runs.forward(q, k, v, block_indices, sequences, rule.block_size, softmax_scale)
     flat_where = flat_sequences(sequences)
     return attend_op(q, k, v, block_indices, *flat_where, rule.block_size, softmax_scale, name)
+
+
+def kept_of(rule: Rule) -> Kept:
+    """What a cache keeps of a block for the decode steps of a rule."""
+    return GATES[rule.gate].kept(rule.rotary_pairs)
 
 
 def _check_head_dim(rule: LayerConfig, q: Tensor) -> None:
@@ -258,10 +268,10 @@ def _refuse_tangents(*tensors: Tensor) -> None:
 
 
 def _is_decode(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, rule: LayerConfig, max_queries: int
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, rule: LayerConfig, runs: Backend
 ) -> bool:
-    """Whether `Backend.decode`, which takes at most `max_queries` per row, computes this call."""
-    few = GATES[rule.gate].scores_means and sequences.by_row and q.shape[2] <= max_queries
+    """Whether `Backend.decode` computes this call."""
+    few = sequences.by_row and q.shape[2] <= runs.max_decode_queries and rule.gate in runs.decode_gates
     return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 
 

@@ -1,10 +1,10 @@
-"""MoBA for a few queries per row: chooses blocks from their means and gathers only the chosen keys.
+"""MoBA for a few queries per row: chooses blocks by what a cache keeps of them, gathers their keys alone.
 
 Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, K topk, C block columns.
 
 One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.op.sequences`).
-1. choose: scores of the means `(H, M, C)`; a key per block that orders them as the rule does, ties to the
-   lower index, own and forced blocks first; top-k of these keys.
+1. choose: scores of the blocks `(H, M, C)`, from what a cache keeps of them; a key per block that orders
+   them as the rule does, ties to the lower index, own and forced blocks first; top-k of these keys.
 2. gather: keys and values of the chosen blocks, `(H, M, K * B)` slots.
 3. attend: one softmax over them, in fp32 (fp64).
 All of it is tensor arithmetic whose shapes depend on shapes alone: no device is waited for, so the path works
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.config import LayerConfig
+from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 
 # Queries per row up to which this path is taken.
@@ -40,40 +41,64 @@ def decode(
 
     Args:
         q: `(batch, H, M, D)`. k: `(batch, HK, N, D)`. v: `(batch, HK, N, Dv)`, any strides.
-        block_means: `(batch, HK, C, D)`, means of the complete blocks; what follows them is not read.
+        block_means: `(batch, HK, C, width)`, what the rule's gate keeps of complete blocks (`gates.Kept`),
+            means of `width = D` mostly; what follows them is not read.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
     """
+    position = positions(table, q.shape[2])
+    with full_precision(q.device):
+        kept = block_means[:, :, : k.shape[2] // rule.block_size]
+        choice = choose(q, kept, position, rule, softmax_scale)
+        return attend_blocks(q, k, v, choice, position, table, rule.block_size, softmax_scale)
+
+
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    choice: Tensor,
+    position: Tensor,
+    table: Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention over chosen blocks, as `decode` returns it, a few heads and queries at a time.
+
+    Args:
+        choice: int64 `(batch, H, M, n)`, blocks of each query, -1 for none.
+        position: `(batch, M)`, -1 for padding. table: see `decode`.
+    """
     batch, num_heads, length, dim = q.shape
-    position = _positions(table, length)
     dtype = accumulate_dtype(q.dtype)
     out = q.new_empty(batch, length, num_heads, v.shape[3])
     lse = torch.empty(batch, num_heads, length, dtype=dtype, device=q.device)
     kv_head = torch.arange(num_heads, device=q.device) // (num_heads // k.shape[1])
-    with full_precision(q.device):
-        choice = choose(q, block_means, position, rule)
-        budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
-        size = min(rule.block_size, k.shape[2])  # where blocks are longer than that, there is one
-        pairs = max(1, budget // max(1, batch * choice.shape[3] * size * max(dim, v.shape[3])))
-        step = min(pairs, num_heads)
-        for m in range(0, length, max(1, pairs // num_heads)):
-            part = slice(m, m + max(1, pairs // num_heads))
-            for h in range(0, num_heads, step):
-                some = slice(h, h + step)
-                out[:, part, some], lse[:, some, part] = _attend(
-                    q[:, some, part],
-                    k,
-                    v,
-                    kv_head[some],
-                    choice[:, some, part],
-                    position[:, part],
-                    table[:, 3],
-                    size,
-                    softmax_scale,
-                )
+    budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
+    size = min(block_size, k.shape[2])  # where blocks are longer than that, there is one
+    pairs = max(1, budget // max(1, batch * choice.shape[3] * size * max(dim, v.shape[3])))
+    step = min(pairs, num_heads)
+    for m in range(0, length, max(1, pairs // num_heads)):
+        part = slice(m, m + max(1, pairs // num_heads))
+        for h in range(0, num_heads, step):
+            some = slice(h, h + step)
+            blocks = choice[:, some, part]
+            if q.device.type == "cpu" and blocks.numel():
+                blocks = blocks[..., : max(1, int((blocks >= 0).sum(3).max()))]
+            out[:, part, some], lse[:, some, part] = _attend(
+                q[:, some, part],
+                k,
+                v,
+                kv_head[some],
+                blocks,
+                position[:, part],
+                table[:, 3],
+                size,
+                softmax_scale,
+            )
     return out, lse
 
 
-def _positions(table: Tensor, length: int) -> Tensor:
+def positions(table: Tensor, length: int) -> Tensor:
     """Where each query stands in its sequence, int64 `(batch, M)`; -1 for padding."""
     _, q_begin, q_end, k_begin, k_end = table.long().unbind(1)
     query = torch.arange(length, device=table.device)
@@ -82,18 +107,20 @@ def _positions(table: Tensor, length: int) -> Tensor:
     return position.masked_fill(~real, -1)
 
 
-def choose(q: Tensor, block_means: Tensor, position: Tensor, rule: LayerConfig) -> Tensor:
+def choose(
+    q: Tensor, block_means: Tensor, position: Tensor, rule: LayerConfig, softmax_scale: float = 1.0
+) -> Tensor:
     """Chosen blocks int64 `(batch, H, M, min(topk, C + 1))`: own, forced, best first; -1 for none.
 
     Args:
-        q: `(batch, H, M, D)`. block_means: `(batch, HK, C, D)`. position: `(batch, M)`, -1 for padding.
+        q: `(batch, H, M, D)`. block_means: `(batch, HK, C, width)`. position: `(batch, M)`, -1 for padding.
+        softmax_scale: for gates that read it.
     """
-    batch, num_heads, length, dim = q.shape
-    num_kv_heads, complete = block_means.shape[1:3]
-    dtype = accumulate_dtype(q.dtype)
-    queries = q.to(dtype).reshape(batch, num_kv_heads, -1, dim)
-    scores = torch.matmul(queries, block_means.to(dtype).transpose(2, 3))
-    scores = scores.view(batch, num_heads, length, complete)
+    complete, gate = block_means.shape[2], GATES[rule.gate]
+    scores = q.new_empty((*q.shape[:3], complete), dtype=accumulate_dtype(q.dtype))
+    for row, kept in enumerate(block_means):
+        summary = gate.summary_of(kept, q.shape[3], rule.block_size, softmax_scale, rule.rotary_pairs)
+        scores[row] = summary.scores(q[row], complete)
     column = torch.arange(complete + 1, device=q.device)
     own = (position // rule.block_size).masked_fill(position < 0, -1)[:, None, :, None]
     forced = rule.forces(column, own)
@@ -136,7 +163,7 @@ def _attend(
     inside = choice[..., None] * block_size + torch.arange(block_size, device=device)
     valid = (choice[..., None] >= 0) & (inside <= position[:, None, :, None, None])
     # what is not attended reads a slot that is: one beyond the queries may hold anything, NaN included
-    inside = torch.minimum(inside, position[:, None, :, None, None]).clamp(min=0)
+    inside = torch.where(valid, inside, position[:, None, :, None, None]).clamp(min=0)
     slot = (inside + start[:, None, None, None, None]).clamp(max=k.shape[2] - 1).flatten(3)
     keys = _gather(k, kv_head, slot).to(dtype)
     scores = torch.matmul(q.to(dtype)[..., None, :], keys.transpose(3, 4)).squeeze(3) * softmax_scale

@@ -80,6 +80,18 @@ class Sequences:
     kv_start: Tensor | None = None
 
 
+def each_query(sequences: Sequences, q_len: int) -> Sequences:
+    """The same queries, one sequence each: query `i` over the keys up to its own. One sequence per row."""
+    assert sequences.by_row
+    batch, q_begin, q_end, k_begin, k_end = sequences.table[:, :, None].unbind(1)
+    query = torch.arange(q_len, dtype=torch.int32, device=sequences.table.device)
+    real = (query >= q_begin) & (query < q_end)
+    end = torch.where(real, k_end - (q_end - 1 - query), k_begin)
+    columns = [batch, query, query + real, k_begin, end]
+    table = torch.stack([x.expand_as(real) for x in columns], 2).flatten(0, 1).to(torch.int32)
+    return Sequences(table, 1, sequences.max_seqlen_k, by_row=False)
+
+
 class Attended(NamedTuple):
     """What attention over chosen blocks took and gave, as its backward needs it.
 

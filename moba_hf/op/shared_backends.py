@@ -20,9 +20,11 @@ class SharedKernels(Protocol):
 
     Attributes:
         differentiable: autograd follows `attend`, which needs no `backward` then.
+        decodes: it has `decode`, for steps that read only what they chose.
     """
 
     differentiable: bool
+    decodes: bool
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
         """Why these inputs cannot be taken, or None."""
@@ -60,11 +62,30 @@ class SharedKernels(Protocol):
         """Contiguous gradients of q, k, v with the choice held fixed; `saved.choice` is the block mask."""
         ...
 
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor,
+        sequences: Sequences,
+        rule: SharedRule,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """`out` and `lse` as `attend`, every query a tile of its own, one sequence per batch row.
+
+        Args:
+            kept: `(batch, num_kv_heads, blocks, width)`, `gates.KeptMass(rule.rotary_pairs)` of each row's
+                complete blocks, then anything finite. Nothing waits for the device.
+        """
+        ...
+
 
 class SharedReference:
     """`moba_hf.op.shared_reference`, sequence by sequence."""
 
     differentiable = True
+    decodes = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
         return None
@@ -111,6 +132,9 @@ class SharedReference:
     def backward(self, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("the reference is differentiated by autograd")
 
+    def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the reference takes no decode steps")
+
 
 def _parts(rows: list[list[int]], q: Tensor, *kv: Tensor) -> tuple[int, slice, list[Tensor]]:
     """Batch row, query slice, and a sequence's tensors `(length, heads, dim)`, from its tiles."""
@@ -120,9 +144,10 @@ def _parts(rows: list[list[int]], q: Tensor, *kv: Tensor) -> tuple[int, slice, l
 
 
 class SharedPortable:
-    """`moba_hf.op.shared_portable`: pure torch on any device."""
+    """`moba_hf.op.shared_portable` and `shared_decode`: pure torch on any device."""
 
     differentiable = False
+    decodes = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
         return None
@@ -164,3 +189,17 @@ class SharedPortable:
 
         settings: dict[str, Any] = {"block_size": block_size, "tile": tile, "softmax_scale": softmax_scale}
         return shared_portable.attend_backward(grad_out, grad_lse, saved, sequences, **settings)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor,
+        sequences: Sequences,
+        rule: SharedRule,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        from moba_hf.op import shared_decode
+
+        return shared_decode.decode(q, k, v, kept, sequences.table, rule, softmax_scale)

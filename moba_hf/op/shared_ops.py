@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.backends import choose_backend, load_backend
+from moba_hf.op.block_means import block_means_of
+from moba_hf.op.gates import KeptMass
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.operators import flat_sequences
-from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
 
@@ -142,6 +144,39 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 attend_shared_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+@torch.library.custom_op("moba_hf::decode_shared", mutates_args=())
+def decode_shared_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    table: Tensor,
+    block_size: int,
+    tile: int,
+    threshold: float | None,
+    share: float | None,
+    topk: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+    sample: int,
+    dense_below: int,
+    rotary_pairs: str,
+    softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`SharedKernels.decode` as one operator, without gradients."""
+    shape = (block_size, tile, threshold, share, topk)
+    rule = _rule(*shape, sink_blocks, local_blocks, sample, dense_below, rotary_pairs)
+    sequences = Sequences(table, q.shape[2], k.shape[2])
+    return _kernels(backend).decode(q, k, v, kept, sequences, rule, softmax_scale)
+
+
+@decode_shared_op.register_fake
+def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
 def select_shared(
     q: Tensor,
     k: Tensor,
@@ -197,3 +232,41 @@ def shared_attention(
     if runs.differentiable:  # plain torch: no operator between it and autograd
         return runs.attend(q, k, v, block_mask, sequences, rule.block_size, rule.tile, softmax_scale)
     return attend_shared_op(q, k, v, block_mask, *where, rule.block_size, rule.tile, softmax_scale, name)
+
+
+def shared_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    *,
+    softmax_scale: float,
+    backend: str = "auto",
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same where every query is a tile of its own, as in decode steps, however many a call holds.
+
+    Other arguments and results as for `shared_attention`; one sequence per batch row.
+
+    Args:
+        kept: what a cache keeps, see `SharedKernels.decode`; None: taken here, which reads all keys.
+    """
+    assert sequences.by_row
+    name = choose_backend(backend, q, k, v, rule)
+    settings: Any = {"softmax_scale": softmax_scale, "backend": name}
+    many = q.shape[2] > 1
+    if _kernels(name).differentiable or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        where = each_query(sequences, q.shape[2]) if many else sequences
+        return shared_attention(q, k, v, where, rule, **settings)
+    if not _kernels(name).decodes:
+        if not many:
+            return shared_attention(q, k, v, sequences, rule, **settings)
+        name = "portable"  # a summary of all keys for every query would be dearer
+    elif kept is None and not many:
+        return shared_attention(q, k, v, sequences, rule, **settings)
+    if kept is None:
+        what = KeptMass(rule.rotary_pairs)
+        kept = block_means_of(k, sequences.kv_start, rule.block_size, name, what)
+    flat = (sequences.table, *flat_shared_rule(rule))
+    return decode_shared_op(q, k, v, kept, *flat, softmax_scale, name)

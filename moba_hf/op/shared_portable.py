@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moba_hf.op import shared_cpu
 from moba_hf.op.gates import PairedMassSummary
-from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles, unpack_blocks
 
@@ -73,6 +73,12 @@ def select(
     return result
 
 
+def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
+    """Queries per row whose masses fit the budget, over blocks `kept (batch, HK, C, width)`."""
+    parts = rule.block_size // part_size(rule.block_size)
+    return max(1, _budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
+
+
 def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
     """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
     device = q.device
@@ -92,16 +98,16 @@ def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rul
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
     seen = int(candidates[0])  # all rows see so many
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
-    masses = _row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen).unflatten(1, at.shape)
+    masses = row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen).unflatten(1, at.shape)
     if not speaks.all():
         masses *= speaks[:, :, None]
     mass = masses.sum(2).div_(speaks.sum(1)[:, None])
-    taken = _take(mass, candidates, rule)
+    taken = take_candidates(mass, candidates, rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
     return torch.where(dense, earlier, taken) | own
 
 
-def _row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
+def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
     """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
 
     A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
@@ -141,7 +147,7 @@ def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Te
     return rows, number < groups[:, None]
 
 
-def _take(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
+def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
     """Candidates that tiles attend, bool `(H, tiles, columns)`, from their masses of the same shape."""
     block = torch.arange(mass.shape[2], device=mass.device)
     earlier = block < candidates[:, None]

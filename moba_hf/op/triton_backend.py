@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moba_hf import kernels
@@ -44,6 +46,7 @@ class TritonShared:
     """Triton's kernels of the shared choice."""
 
     differentiable = False
+    decodes = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
         reason = kernels.unsupported(q, k, v, rule.block_size)
@@ -79,11 +82,15 @@ class TritonShared:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return shared.attend_backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
 
+    def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("there is no kernel for decode steps of a shared choice")
+
 
 class TritonBackend:
     """Triton's kernels; block means of prefills are taken again, in the layout that the gate kernels read."""
 
     max_decode_queries = kernels.MAX_DECODE_QUERIES
+    decode_gates = ("mean",)
     differentiable = False
     cache = TritonCacheKernels()
     shared = TritonShared()

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_decode.py                      # one layer on the CPU
     python tests/benchmarks/bench_decode.py --device cuda        # stages and a whole model, CUDA graphs
+    python tests/benchmarks/bench_decode.py --model DIR --text FILE   # loss and bytes of a shared choice, CPU
     TRITON_INTERPRET=1 python tests/benchmarks/bench_decode.py --device cuda --tiny  # the same, anywhere
 
 Nothing is timed before its numbers are right: sparse rows against the reference, dense rows against sdpa.
@@ -125,7 +126,20 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, help="GPU: how many tiles of the split-key kernel; default: all")
     parser.add_argument("--no-flex", action="store_true", help="GPU: leave out flex attention")
     parser.add_argument("--out", help="GPU: folder for CSV and Markdown")
+    parser.add_argument("--model", help="a checkpoint: what sparse steps of a shared choice cost and read")
+    parser.add_argument("--text", nargs="+", help="with --model: files of at least --tokens tokens")
+    parser.add_argument("--preset", default="default", help="with --model: a preset with tile > 1")
+    parser.add_argument("--threshold", type=float, help="with --model: another threshold than the preset's")
+    parser.add_argument("--tokens", type=int, default=8192, help="with --model: tokens of each text")
+    parser.add_argument("--steps", type=int, default=1024, help="with --model: the last so many")
     args = parser.parse_args()
+    if args.model:
+        if not args.text or args.steps % 64 or not 64 < args.steps < args.tokens:
+            parser.error("--model needs --text, and --steps a multiple of 64 from 128 on, below --tokens")
+        from decode_loss import bench as bench_loss
+
+        bench_loss(args)
+        return
     if args.device == "cpu":
         bench_layer(args)
         return

@@ -1,0 +1,82 @@
+"""Decode steps of the shared choice of blocks in pure torch: every query is a tile of its own.
+
+Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, C block columns.
+
+One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.op.sequences`).
+1. choose: the masses of the candidates for each query, from what a cache keeps of complete blocks, then
+   what the rule takes of them (`moba_hf.op.shared`, with tiles of one row).
+2. attend: keys and values of the chosen blocks alone are gathered, as in `portable_decode`.
+How many blocks a query takes depends on the text. On CPUs the longest list is looked at; elsewhere, where
+that would wait for the device, lists are as long as the rule allows: `topk` keeps them short.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.op.gates import PairedMassSummary
+from moba_hf.op.numerics import full_precision
+from moba_hf.op.portable_decode import attend_blocks, positions
+from moba_hf.op.shared_portable import mass_step, row_masses, take_candidates
+from moba_hf.op.shared_rule import SharedRule
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, table: Tensor, rule: SharedRule, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, M, H, Dv)` and `lse (batch, H, M)` in fp32 (fp64) of one sequence per batch row.
+
+    Args:
+        q: `(batch, H, M, D)`. k: `(batch, HK, N, D)`. v: `(batch, HK, N, Dv)`, any strides.
+        kept: `(batch, HK, C, width)`, see `SharedKernels.decode`.
+        table: int32 `(batch, 5)`, one sequence per batch row, in order.
+    """
+    position = positions(table, q.shape[2])
+    with full_precision(q.device):
+        chosen = choose(q, kept[:, :, : k.shape[2] // rule.block_size], position, rule, softmax_scale)
+        lists = _lists(chosen, _longest(rule, chosen.shape[3]))
+        return attend_blocks(q, k, v, lists, position, table, rule.block_size, softmax_scale)
+
+
+def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_scale: float) -> Tensor:
+    """The blocks that each query attends, bool `(batch, H, M, C + 1)`; none for padding.
+
+    Args:
+        q: `(batch, H, M, D)`. kept: `(batch, HK, C, width)`. position: `(batch, M)`, -1 for padding.
+    """
+    batch, num_heads, length, dim = q.shape
+    columns = kept.shape[2]
+    block = torch.arange(columns + 1, device=q.device)
+    start = position // rule.tile * rule.tile
+    candidates = (start // rule.block_size).clamp(min=0)
+    earlier = block < candidates[..., None]  # (batch, M, C + 1)
+    own = ~earlier & (block <= (position // rule.block_size)[..., None])
+    dense = ((start < rule.dense_below) & (position >= 0))[..., None]
+    chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
+    step = mass_step(q, kept, rule)
+    for row in range(batch):
+        gate = PairedMassSummary.of_kept(kept[row], dim, rule.block_size, softmax_scale, rule.rotary_pairs)
+        for m in range(0, length, step):
+            part = slice(m, m + step)
+            mass = row_masses(q[row, :, part], gate, ~earlier[row, part, :columns], 0)
+            taken = torch.nn.functional.pad(take_candidates(mass, candidates[row, part], rule), (0, 1))
+            chosen[row, :, part] = torch.where(dense[row, part], earlier[row, part], taken) | own[row, part]
+    return chosen
+
+
+def _longest(rule: SharedRule, columns: int) -> int:
+    """The most blocks that a query may attend, of so many."""
+    if rule.topk is None:
+        return columns
+    return min(columns, max(rule.topk, -(-rule.dense_below // rule.block_size)))
+
+
+def _lists(chosen: Tensor, longest: int) -> Tensor:
+    """Block numbers `(batch, H, M, n)` of `chosen (..., columns)`, ascending, -1 after the last."""
+    columns = chosen.shape[3]
+    if chosen.device.type == "cpu":
+        longest = min(longest, max(1, int(chosen.sum(3).max())))
+    number = torch.arange(columns, device=chosen.device)
+    order = torch.where(chosen, number, columns).sort(3).values[..., :longest]
+    return order.masked_fill(order == columns, -1)

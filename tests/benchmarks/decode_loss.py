@@ -1,0 +1,108 @@
+"""What sparse decode steps cost a model in loss, and the bytes that they read over those of dense steps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moba_hf import MobaCache, MobaConfig, patch_model, prefill
+from moba_hf.checkpoints.load import load_checkpoint
+from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.op import shared_decode
+from moba_hf.op.shared_rule import SharedRule
+
+# Steps in one call: after the end of a prompt every row is a step of its own, however many a call holds.
+ROWS = 16
+
+
+class Reads:
+    """Numbers of keys, values and summaries that steps read, over those of dense steps.
+
+    Attributes:
+        dense: every key and value once for each kv head.
+        by_head: what each query head chose, read by itself, as the portable path does.
+        by_group: what any head of a group chose, read once, as a kernel can.
+        summaries: of the candidates, once for each kv head.
+    """
+
+    def __init__(self) -> None:
+        self.dense = self.by_head = self.by_group = self.summaries = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        choose = shared_decode.choose
+
+        def counting(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, scale: float) -> Tensor:
+            chosen = choose(q, kept, position, rule, scale)
+            self._add(chosen, q, kept, position, rule)
+            return chosen
+
+        with mock.patch.object(shared_decode, "choose", counting):
+            yield
+
+    def _add(self, chosen: Tensor, q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule) -> None:
+        heads, dim = kept.shape[1], 2 * q.shape[3]  # a key and a value
+        begin = torch.arange(chosen.shape[3]) * rule.block_size
+        size = (position[..., None] + 1 - begin).clamp(0, rule.block_size)[:, None]  # (batch, 1, M, C + 1)
+        group = chosen.unflatten(1, (heads, -1)).any(2)
+        candidates = position // rule.tile * rule.tile // rule.block_size
+        self.dense += dim * heads * int((position + 1).sum())
+        self.by_head += dim * int((chosen * size).sum())
+        self.by_group += dim * int((group * size).sum())
+        self.summaries += heads * kept.shape[3] * int(candidates.sum())
+
+    def line(self) -> str:
+        parts = (("by head", self.by_head), ("by group", self.by_group))
+        shares = ", ".join(f"{name} {(x + self.summaries) / self.dense:.1%}" for name, x in parts)
+        return f"bytes over dense, summaries included: {shares} (summaries {self.summaries / self.dense:.1%})"
+
+
+@torch.no_grad()
+def step_losses(model: torch.nn.Module, ids: Tensor, steps: int) -> Tensor:
+    """Losses of the last `steps` tokens of `ids (1, N)`, each predicted by a decode step."""
+    begin = ids.shape[1] - steps
+    cache = prefill(
+        model, ids[:, :begin], cache=MobaCache(model.config, max_cache_len=ids.shape[1]), progress=False
+    )
+    losses = []
+    for at in range(begin - 1, ids.shape[1] - 1, ROWS):
+        rows = ids[:, at : min(at + ROWS, ids.shape[1] - 1)]
+        logits = model(rows, **cache_kwargs(model, cache), use_cache=True).logits[0].float()
+        targets = ids[0, at + 1 : at + 1 + rows.shape[1]]
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+    return torch.cat(losses)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Dense and sparse steps after one and the same sparse prefill, on each text."""
+    model, tokenizer = load_checkpoint(args.model, "float32", device="cpu")
+    moba = MobaConfig.from_preset(args.preset)
+    if args.threshold is not None:
+        moba = dataclasses.replace(moba, threshold=args.threshold)
+    if not isinstance(moba.for_layer(0, int(model.config.num_hidden_layers)), SharedRule):
+        raise SystemExit(f"preset {args.preset!r} is no shared choice (tile > 1)")
+    print(f"{args.model}, preset {args.preset}, {moba.in_words()}; {args.steps} steps up to {args.tokens}")
+    for text in args.text:
+        ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids
+        ids = ids[:, : args.tokens]
+        if ids.shape[1] < args.tokens:
+            raise SystemExit(f"{text} has {ids.shape[1]} tokens, {args.tokens} are needed")
+        losses, reads = {}, Reads()
+        for decode in ("full", "sparse"):
+            patch_model(model, dataclasses.replace(moba, decode=decode))
+            with reads.counted():
+                losses[decode] = step_losses(model, ids, args.steps)
+        rise = losses["sparse"] - losses["full"]
+        error = 1.96 * rise.unflatten(0, (-1, 64)).mean(1).std() / (len(rise) / 64) ** 0.5
+        print(
+            f"{text}: dense {losses['full'].mean():.4f}, sparse {rise.mean():+.4f} +- {error:.4f}; ", end=""
+        )
+        print(reads.line(), flush=True)
