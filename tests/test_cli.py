@@ -155,6 +155,20 @@ except SystemExit as end:
     assert done.stdout.splitlines()[-1:] == [f"imported [] code {code}"], done.stderr
 
 
+def test_inspect_does_not_import_the_models_of_transformers(src: Path) -> None:
+    program = """
+import sys
+import moba_hf_cli
+try:
+    moba_hf_cli.main(sys.argv[1:])
+except SystemExit as end:
+    print("imported", "transformers.modeling_utils" in sys.modules, "code", end.code)
+"""
+    command = [sys.executable, "-c", program, "inspect", str(src)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["imported False code 0"], done.stderr
+
+
 def test_shell_completion_lists_commands() -> None:
     environment = {
         **os.environ,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moba_hf.config import NAME
 
@@ -106,5 +105,7 @@ def refuse_lost_padding(attention_mask: Tensor | None) -> None:
 
 def _under_ulysses() -> bool:
     """Whether DeepSpeed has wrapped the attention function that transformers knows as "moba"."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow; `inspect` does not need it
+
     function = ALL_ATTENTION_FUNCTIONS[NAME]
     return str(getattr(function, "__module__", "")).partition(".")[0] == "deepspeed"
