@@ -18,7 +18,8 @@ from test_inspection import LLAMA_70B, QWEN25_VL_7B
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from moba_hf import MobaConfig, cli
+import moba_hf_cli as cli
+from moba_hf import MobaConfig
 from moba_hf.hf import generation
 
 SETTINGS = ["--block-size", "16", "--topk", "3"]

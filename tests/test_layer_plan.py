@@ -79,7 +79,14 @@ class TestLoading:
                 logits(model, tokens(1, LENGTH))
             patch_model(tiny_model(moba=None))
         assert len(said) == 1
-        for part in ("'default'", "measured at 8K tokens", "block_size=", "topk=", "patch_model"):
+        for part in (
+            "'default'",
+            "measured at 8K tokens",
+            "block_size=",
+            "tile=",
+            "threshold=",
+            "patch_model",
+        ):
             assert part in said[0]
 
     def test_settings_that_are_given_are_not_announced(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -118,9 +118,9 @@ def _mass_summary_kernel(
                 spread += tl.sum(away * away, 0)
                 away = tl.where(mask, mates - mean_mate[None, :], 0.0)
                 spread_mate += tl.sum(away * away, 0)
-            spread = (spread + spread_mate) * 0.5
+            variance = (spread / SIZE + spread_mate / SIZE) * 0.5
             step = tl.cast(part, tl.int64) * blocks * HEAD_DIM
             tl.store(center_at + step, narrow(mean, center_ptr), mask=dim < HEAD_DIM)
-            tl.store(spread_at + step, narrow(spread / SIZE, spread_ptr), mask=dim < HEAD_DIM)
+            tl.store(spread_at + step, narrow(variance, spread_ptr), mask=dim < HEAD_DIM)
         step = tl.cast(blocks, tl.int64) * (PARTS * HEAD_DIM)
         tl.store(center_at + step, narrow(smallest, center_ptr), mask=dim < HEAD_DIM)

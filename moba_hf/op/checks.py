@@ -18,6 +18,7 @@ from torch import Tensor
 from moba_hf.config import LayerConfig
 from moba_hf.op import portable
 from moba_hf.op.backends import load_backend
+from moba_hf.op.numerics import part_size
 from moba_hf.op.operators import flat_rule, select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
 from moba_hf.op.sequences import Sequences, packed_table
@@ -112,7 +113,8 @@ class Case:
             scores = mass_gate_ref(q, k, self.block_size, self.scale)
             # a part's score is a difference of sums of this size
             size = mass_gate_ref(q.abs(), k.abs(), self.block_size, self.scale).abs()
-            return scores, 2**-15 * scores.abs() + 2**-18 * size + 2**-16
+            room = 2**-15 * scores.abs() + 2**-18 * size + 2**-16
+            return scores, room + _variance_step(q, k, self.block_size, self.scale)
         means = block_mean_ref(k, self.block_size)
         scores = gate_ref(q, means)
         return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
@@ -130,6 +132,18 @@ class Case:
     def where(self) -> tuple[Sequences, int, float]:
         """What backends' `forward` takes after the choice: sequences, block size, scale."""
         return Sequences(self.table, *self.longest, by_row=False), self.block_size, self.scale
+
+
+def _variance_step(q: Tensor, k: Tensor, block_size: int, scale: float) -> Tensor | float:
+    """How far mass scores move where variances of 16-bit keys round to the other neighbour in bf16."""
+    if k.dtype.itemsize > 2:
+        return 0.0
+    size, half = part_size(block_size), k.shape[2] // 2
+    parts = k[: len(k) // block_size * block_size].double().unflatten(0, (-1, block_size // size, size))
+    variance = parts.var(2, unbiased=False).repeat_interleave(q.shape[1] // k.shape[1], dim=2)
+    paired = (variance + variance.roll(half, dims=3)) / 2
+    spread = torch.einsum("qhd,bphd->qhbp", q.double().square(), paired).amax(3) * scale**2
+    return (spread * 2**-9).to(torch.float32)  # the gain is half the spread, a step of bf16 2**-8
 
 
 def assert_choice(case: Case, choice: Tensor) -> None:

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import save_tiny, save_tokenizer, write_tiny_gguf
 from ranks import launch
 
-from moba_hf import cli
+import moba_hf_cli as cli
 
 CLI = ("-m", "moba_hf_cli")
 

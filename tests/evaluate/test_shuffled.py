@@ -23,9 +23,9 @@ def shuffled() -> Iterator[None]:
     """Scores of candidate blocks are random numbers; forced and later blocks stay what they are."""
     real = portable._stable_topk
 
-    def choose(scores: torch.Tensor, count: int, free: torch.Tensor) -> torch.Tensor:
+    def choose(scores: torch.Tensor, excluded: torch.Tensor, count: int, free: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-        return real(noise.masked_fill(scores == -torch.inf, -torch.inf), count, free)
+        return real(noise.masked_fill(excluded, -torch.inf), excluded, count, free)
 
     with mock.patch.object(portable, "_stable_topk", choose):
         yield

@@ -14,7 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from moba_hf import cli
+import moba_hf_cli as cli
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 3, 7, 2**31, 2**40, 10**9, -(10**12), 1e308, 0.5, float("nan")),

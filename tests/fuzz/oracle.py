@@ -36,7 +36,10 @@ def score(q: Array, block: Array, rule: Rule) -> float:
     for start in range(0, len(block), size):
         part = block[start : start + size]
         mean = part.sum(0) / size
-        spread = rule.scale**2 * float((q * q) @ (((part - mean) ** 2).sum(0) / size))
+        variance = ((part - mean) ** 2).sum(0) / size
+        half = len(q) // 2  # a rotary embedding turns d and d + half together: both get the mean of the two
+        variance = np.tile((variance[:half] + variance[half:]) / 2, 2)
+        spread = rule.scale**2 * float((q * q) @ variance)
         reach = 2 * math.log(size)
         gain = spread / 2 if spread <= reach else math.sqrt(spread * reach) - reach / 2
         terms.append(math.log(size) + rule.scale * float(q @ mean) + gain)

@@ -47,6 +47,8 @@ class Draw:
             "local_blocks": local,
             "gate": "mean" if self.kind == "ties" else pick(["mean", "mean", "mass"]),
         }
+        if self.settings["gate"] == "mass" and self.dim % 2:
+            self.dim += 1  # rotary pairs need an even number
         self.scale = pick([None, 0.3, 1.7])
         scale = self.dim**-0.5 if self.scale is None else self.scale
         self.rule = oracle.Rule(**self.settings, scale=scale)
