@@ -68,7 +68,9 @@ def test_inspect_a_plain_checkpoint_with_a_preset(run: Any, tmp_path: Path) -> N
     lines = out.splitlines()
     assert "80 layers (77 moba, 3 full)" in lines[0]
     assert re.fullmatch(r"0-76 +moba +12 blocks of 4096", next(x for x in lines if x.startswith("0-")))
-    assert re.fullmatch(r"77-79 +full +in full_attention_layers", next(x for x in lines if x.startswith("77-")))
+    assert re.fullmatch(
+        r"77-79 +full +in full_attention_layers", next(x for x in lines if x.startswith("77-"))
+    )
     assert [x.split()[0] for x in lines[-4:]] == ["8,192", "32,768", "131,072", "1,048,576"]
     assert "40.00 GiB" in lines[-2]
     assert run("inspect", folder / "config.json", "--preset", "paper-1m")[1] == out
