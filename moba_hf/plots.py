@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
+from moba_hf.config import Rule
 from moba_hf.evaluate.passes import family_of, watch
 from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
 from moba_hf.evaluate.tasks import TaskScore
 from moba_hf.op.ops import select_blocks
+from moba_hf.op.shared import unpack_blocks
+from moba_hf.op.shared_rule import SharedRule
 
 _INK = "#808890"  # text and axes: contrast of about 4 on white and 5 on near-black
 _COLORS = ("#3b8fd4", "#e07b39", "#3fa66a", "#b565c9", "#c9a227", "#d1495b")
@@ -61,7 +63,7 @@ def _colorbar(figure: Any, image: Any, ax: Any, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: str = "") -> Any:
+def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = "") -> Any:
     """Which blocks each query of one head attends; forced blocks, own block and chosen ones in own colours.
 
     Args:
@@ -78,12 +80,17 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
         **rule.to_dict(),
     )
     blocks = -(-k.shape[1] // rule.block_size)
-    chosen = chosen_mask(choice, blocks)[0].cpu()
-    own = (torch.arange(q.shape[1]) // rule.block_size)[:, None]
-    column = torch.arange(blocks)
+    row, column = torch.arange(q.shape[1])[:, None], torch.arange(blocks)
+    if isinstance(rule, SharedRule):
+        chosen = unpack_blocks(choice[0].cpu(), blocks)[row[:, 0] // rule.tile]
+        first = row // rule.tile * rule.tile // rule.block_size  # of the blocks that the tile overlaps
+        chosen &= column <= row // rule.block_size
+    else:
+        chosen = chosen_mask(choice, blocks)[0].cpu()
+        first = row // rule.block_size
     kind = chosen.int()
-    kind[chosen & rule.forces(column, own)] = 2
-    kind[chosen & (column == own)] = 3
+    kind[chosen & ((column < rule.sink_blocks) | (column >= first - rule.local_blocks))] = 2
+    kind[chosen & (column >= first)] = 3
     rows = max(1, q.shape[1] // 512)  # every pixel row is one query
     figure, ax = _figure(6.6, 5.2)
     colors = ("#80889018", _COLORS[0], _COLORS[1], _COLORS[2])
@@ -101,7 +108,9 @@ def plot_routing(q: Tensor, k: Tensor, rule: LayerConfig, head: int, *, title: s
     ax.set_ylabel("query position")
     title = title or f"Blocks attended by head {head}"
     covered = f"\n(all: {rule.topk} blocks of {rule.block_size} cover these {q.shape[1]:,} tokens)"
-    ax.set_title(title + (covered if rule.max_keys >= q.shape[1] else ""))
+    if isinstance(rule, SharedRule):
+        covered = f"\n(all: rows below {rule.dense_len:,} attend everything)"
+    ax.set_title(title + (covered if rule.dense_len >= q.shape[1] else ""))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(-0.5, blocks - 0.5)
     names = {1: "chosen by score", 2: "first and neighbour", 3: "own"}
@@ -278,8 +287,6 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
     rule = moba_config(text_config).for_layer(layer, adapter.num_layers(text_config))
     if rule is None:
         raise ValueError(f"layer {layer} keeps full attention")
-    if not isinstance(rule, LayerConfig):
-        raise ValueError(f"layer {layer} shares a choice between queries (tile={rule.tile}): not drawn yet")
     seen: list[Tensor] = []
 
     def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, _scale: float) -> None:

@@ -13,6 +13,7 @@ from moba_hf import MobaCache, MobaConfig, moba_attention, prefill, select_block
 from moba_hf.checkpoints.inspection import describe, inspect_config
 from moba_hf.config import LayerConfig, make_rule
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.prefill import _chunks, logger
 from moba_hf.op.shared import tile_bound, unpack_blocks
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref
 from moba_hf.op.shared_rule import SharedRule
@@ -255,3 +256,59 @@ def test_inspect_says_what_it_can_without_a_text() -> None:
     assert "Shared choices follow the text: their shares are the most that it may ask for." in text
     plain = describe(inspect_config(tiny_model().config))
     assert "Shared choices" not in plain
+
+
+def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(moba=SHARED)
+    for seen in (0, 16, 21):
+        for end in range(seen + 1, 150):
+            for size in (16, 32, 40):
+                lengths = _chunks(model, seen, end, size, padded=False)
+                assert sum(lengths) == end - seen or (end - seen < 2 and seen)
+                assert all(2 <= length <= size for length in lengths) or end - seen < 2
+                cuts = [seen + sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
+                tight = size == 16  # a rest of one token, which would count as decoding, cuts a tile there
+                assert all(cut % 16 == 0 for cut in cuts) or tight
+    type(logger).warning_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        _chunks(model, 0, 90, 32, padded=False)
+        assert not caplog.records
+        _chunks(model, 0, 90, 32, padded=True)
+        _chunks(model, 0, 90, 32, padded=True)
+    assert [r.message.split(" (")[1].split(")")[0] for r in caplog.records] == [
+        "rows of a padded batch begin anywhere"
+    ]
+
+
+def test_a_prefill_in_chunks_is_one_shot() -> None:
+    model = tiny_model(moba=SHARED)
+    ids = tokens(1, 91)
+    whole = prefill(model, ids, chunk_size=96, progress=False)
+    for size in (32, 40):
+        parts = prefill(model, ids, chunk_size=size, progress=False)
+        for one, other in zip(parts.layers, whole.layers, strict=True):
+            assert close(one.keys[:, :, :90], other.keys[:, :, :90])
+            assert close(one.values[:, :, :90], other.values[:, :, :90])
+
+
+@pytest.mark.parametrize("moba", [SHARED, MobaConfig(8, 2)], ids=["shared", "per query"])
+def test_the_end_of_a_prompt_may_be_read_dense(moba) -> None:
+    model = tiny_model(moba=moba)
+    ids = tokens(1, 91)
+    tail = 60 // 16 * 16 if moba is SHARED else 61  # the tail is 30 tokens, and whole tiles
+    with captured() as calls:
+        prefill(model, ids, chunk_size=40, dense_tail=30, progress=False)
+    for call in calls:
+        end = call.key.shape[2]
+        begin = end - call.query.shape[2]
+        assert (begin < tail) == (end <= tail)
+        if begin >= tail:
+            everything = SharedRule(8, 16, 0.5, dense_below=1024)
+            assert close(call.out[0], _by_hand(call, everything, 0, end)[1])
+        elif moba is SHARED and begin >= 32:
+            assert close(call.out[0], _by_hand(call, SHARED.for_layer(0, 3), 0, end)[1])
+    assert calls[-1].key.shape[2] == 90
+    assert not any(vars(layer.self_attn).get("moba_suspended") for layer in model.model.layers)
+    with pytest.raises(ValueError, match="dense_tail must be at least 0, got -1"):
+        prefill(model, ids, dense_tail=-1, progress=False)

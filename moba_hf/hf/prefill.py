@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from moba_hf.config import NAME
+from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
-from moba_hf.hf.layer_plan import moba_config
+from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.op.numerics import check_int
+from moba_hf.op.shared_rule import SharedRule
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -28,6 +37,7 @@ def prefill(
     progress: bool = True,
     on_chunk: Callable[[int], None] | None = None,
     *,
+    dense_tail: int = 0,
     past_key_values: Cache | None = None,
 ) -> Cache:
     """A cache that holds `input_ids` but for the last token, which `generate` must still see::
@@ -35,9 +45,11 @@ def prefill(
         cache = moba_hf.prefill(model, input_ids)
         model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
-    Every row equals that of a prefill in one call. Chunks of `decode_max_len` tokens or fewer would count as
-    decoding, so none is left: the last two chunks are evened out, and so few tokens altogether on top of a
-    filled cache are left to `generate`. Assisted generation needs an empty cache: no prefill before it.
+    Every row equals that of a prefill in one call; where queries share a choice of blocks, chunks end between
+    tiles for that, and padded batches, whose rows begin anywhere, differ a little. Chunks of `decode_max_len`
+    tokens or fewer would count as decoding, so none is left: the last two chunks are evened out, and so few
+    tokens altogether on top of a filled cache are left to `generate`. Assisted generation needs an empty
+    cache: no prefill before it.
 
     Args:
         model: a causal language model of transformers.
@@ -48,14 +60,18 @@ def prefill(
             `MobaCache`.
         progress: show a progress bar; of several processes only the first does.
         on_chunk: called after every chunk with its tokens, for a progress display of one's own.
+        dense_tail: so many tokens at the end of the prompt attend every key, say the question after a long
+            text; more where a tile of queries that share a choice would be cut.
         past_key_values: another name of `cache`, as in transformers before 5.24.
 
     Raises:
-        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a cache under both names,
-            or one that holds the whole prompt or, being static, has not a slot for every token.
+        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, a
+            cache under both names, or one that holds the whole prompt or, being static, has not a slot for
+            every token.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
+    check_int("dense_tail", dense_tail, minimum=0)
     length = input_ids.shape[1]
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
@@ -71,24 +87,54 @@ def prefill(
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    chunks = _chunk_lengths(length - 1 - seen, chunk_size, shortest, empty=seen == 0)
+    tail = _tail_begin(model, seen, length, dense_tail)
+    chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=attention_mask is not None)]
+    read = seen + sum(n for n, _ in chunks)
+    if dense_tail:
+        chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
     hidden = not (progress and _is_first_process())
     with tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden) as bar:
-        for count in chunks:
+        for count, dense in chunks:
             end = seen + count
-            model(
-                input_ids=input_ids[:, seen:end].to(model.device),
-                attention_mask=None if attention_mask is None else attention_mask[:, :end],
-                position_ids=None if position_ids is None else position_ids[:, seen:end],
-                **cache_kwargs(model, cache),
-                use_cache=True,
-                **last,
-            )
+            with _attending_everything(model, dense):
+                model(
+                    input_ids=input_ids[:, seen:end].to(model.device),
+                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                    position_ids=None if position_ids is None else position_ids[:, seen:end],
+                    **cache_kwargs(model, cache),
+                    use_cache=True,
+                    **last,
+                )
             bar.update(count)
             if on_chunk is not None:
                 on_chunk(count)
             seen = end
     return cache
+
+
+def _tail_begin(model: Any, seen: int, length: int, dense_tail: int) -> int:
+    """Where the dense tail of a prompt begins, between tiles; its last token is left to `generate`."""
+    if dense_tail == 0:
+        return length - 1
+    begin = max(0, length - dense_tail)
+    return min(length - 1, max(seen, begin - begin % _tile(model)))
+
+
+@contextmanager
+def _attending_everything(model: Any, wanted: bool) -> Iterator[None]:
+    """Full attention in every layer inside the block, where `wanted`."""
+    config = model.config.get_text_config(decoder=True)
+    modules: list[Any] = []
+    if wanted and config._attn_implementation == NAME:
+        layers = find_adapter(model.config.model_type).attention_layers(model)
+        modules = [module for _, module in layers if not getattr(module, SUSPENDED, False)]
+    for module in modules:
+        setattr(module, SUSPENDED, True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, SUSPENDED)
 
 
 def _is_first_process() -> bool:
@@ -128,6 +174,44 @@ def _check_slots(cache: Cache, length: int) -> None:
             f"the static cache has {slots} slots, the prompt {length} tokens: make it with "
             "max_cache_len = prompt length + max_new_tokens"
         )
+
+
+def _chunks(model: Any, seen: int, end: int, chunk_size: int, *, padded: bool) -> list[int]:
+    """Lengths of the chunks of tokens `[seen, end)`, cut between tiles where queries share a choice.
+
+    A tile that is cut is chosen for twice, by the rows of each chunk. Where that cannot be helped it is said.
+    """
+    tile, shortest = _tile(model), _decode_max_len(model) + 1
+    if tile == 1 or end - seen <= chunk_size:
+        return _chunk_lengths(end - seen, chunk_size, shortest, empty=seen == 0)
+    size = chunk_size - chunk_size % tile
+    size = size if size >= 2 * shortest - 1 else chunk_size
+    cuts = [seen]
+    while end - cuts[-1] > chunk_size:
+        cut = (cuts[-1] + size) // tile * tile
+        cuts.append(cut if cut - cuts[-1] >= shortest else cuts[-1] + size)
+    if end - cuts[-1] < shortest:  # would count as decoding
+        cut = (end - shortest) // tile * tile
+        fits = cut - cuts[-2] >= shortest and end - cut <= chunk_size
+        cuts[-1] = cut if fits else (cuts[-2] + end) // 2
+    if padded or any(cut % tile for cut in cuts[1:]):
+        why = "rows of a padded batch begin anywhere" if padded else f"chunk_size={chunk_size} does not fit"
+        logger.warning_once(
+            f"chunks of this prefill cut tiles of {tile} queries that share a choice of blocks ({why}): rows "
+            "of a cut tile choose apart, so results differ a little from a prefill in one call"
+        )
+    return [b - a for a, b in pairwise([*cuts, end])]
+
+
+def _tile(model: Any) -> int:
+    """A multiple of the tiles of all layers; 1 where every query chooses for itself."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != NAME:
+        return 1
+    moba = moba_config(config)
+    layers = int(config.num_hidden_layers)
+    rules = [moba.for_layer(i, layers) for i in range(layers)]
+    return math.lcm(*(rule.tile for rule in rules if isinstance(rule, SharedRule)))
 
 
 def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:

@@ -206,7 +206,7 @@ class Rows:
             },
             self.device,
         )
-        q_offset = int(values.pop("q_offset", self.q_offset))  # type: ignore[arg-type]
+        q_offset = int(values.pop("q_offset", self.q_offset))
         real = values.pop("real", None)
         if real is not None:
             _check_length(real.shape[1], q_offset, self.q_len)
@@ -388,8 +388,9 @@ def _hidden_axes(config: Any, batch: int, length: int) -> Tensor | None:
         known = frame.f_locals
         if frame.f_code.co_name == "forward" and "inputs_embeds" in known:
             axes = known.get("position_ids")
-            fits = isinstance(axes, Tensor) and axes.ndim == 3 and axes.shape[::2] == (3, length)
-            return axes.expand(3, batch, length) if fits and known.get("text_position_ids") is None else None
+            if not isinstance(axes, Tensor) or axes.ndim != 3 or axes.shape[::2] != (3, length):
+                return None
+            return axes.expand(3, batch, length) if known.get("text_position_ids") is None else None
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -4,7 +4,8 @@
 `unsupported` says what they cannot take. The stages, usable alone: `tiling` (numbering of tiles and blocks),
 `block_mean`, `mass_summary`, `gate` with `gate_kernels` and `gate_scores`, `routing`, `own`, `routed`,
 `merge`; for a few queries `append`, `choose`, `sparse_decode`, `dense_decode`; of the backward
-`backward_rows`, `backward_routed`, `backward_own`; for Hopper `hopper`. `layout` names the columns of tables,
+`backward_rows`, `backward_routed`, `backward_own`; for Hopper `hopper`; the choice that a tile shares is
+`shared` and what begins with its name. `layout` names the columns of tables,
 `tuning` holds every launch choice, `budgets` the sizes that follow from memory.
 """
 

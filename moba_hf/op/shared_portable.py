@@ -28,7 +28,7 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, se
 # Elements that the terms of masses, and the scores, of one step may hold, and keys in one piece of a list.
 # Elsewhere than on CPUs so many times more elements, since launches are dear there.
 _MASS_BUDGET = 1 << 20
-_SCORE_BUDGET = 1 << 19
+_SCORE_BUDGET = 1 << 18
 _PIECE_KEYS = 4096
 _DEVICE_FACTOR = 64
 
@@ -266,12 +266,17 @@ class _Sequence:
         kv_head = head // (self.num_heads // self.num_kv_heads)
         at = 0
         while at < len(sizes):
-            keys = min(sizes[at] * self.block_size, _PIECE_KEYS)
-            end = min(len(sizes), at + max(1, _budget(_SCORE_BUDGET, self.q) // (self.tile * keys)))
+            end = min(len(sizes), at + self._most(sizes[at]))
+            end = min(end, at + self._most(sizes[end - 1]))  # the longest list counts
             blocks = self._lists(self.chosen[order[at:end]], sizes[at:end])
             padded = sizes[at] < sizes[end - 1]
             yield _Batch(row[at:end], position[at:end], kv_head[at:end], blocks, padded)
             at = end
+
+    def _most(self, blocks: int) -> int:
+        """Problems with lists of so many blocks that fit the budget of scores."""
+        keys = min(blocks * self.block_size, _PIECE_KEYS)
+        return max(1, _budget(_SCORE_BUDGET, self.q) // (self.tile * keys))
 
     @staticmethod
     def _lists(chosen: Tensor, sizes: list[int]) -> Tensor:

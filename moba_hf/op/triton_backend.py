@@ -6,7 +6,9 @@ from torch import Tensor
 
 from moba_hf import kernels
 from moba_hf.config import LayerConfig
+from moba_hf.kernels import shared
 from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared import SharedRule
 
 
 class TritonCacheKernels:
@@ -38,13 +40,53 @@ class TritonCacheKernels:
         return kernels.dense_decode_attention(q, k, v, table, softmax_scale)
 
 
+class TritonShared:
+    """Triton's kernels of the shared choice."""
+
+    differentiable = False
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
+        reason = kernels.unsupported(q, k, v, rule.block_size)
+        return shared.unsupported_rule(rule, q.shape[3]) if reason is None else reason
+
+    def select(
+        self, q: Tensor, k: Tensor, sequences: Sequences, rule: SharedRule, softmax_scale: float
+    ) -> Tensor:
+        return shared.select(q, k, sequences, rule, softmax_scale)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_mask: Tensor,
+        sequences: Sequences,
+        block_size: int,
+        tile: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        return shared.attend(q, k, v, block_mask, sequences, block_size, tile, softmax_scale)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        saved: Attended,
+        sequences: Sequences,
+        block_size: int,
+        tile: int,
+        softmax_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return shared.attend_backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
+
+
 class TritonBackend:
     """Triton's kernels; block means of prefills are taken again, in the layout that the gate kernels read."""
 
     max_decode_queries = kernels.MAX_DECODE_QUERIES
     differentiable = False
     cache = TritonCacheKernels()
-    shared = None
+    shared = TritonShared()
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         if rule is not None and rule.gate not in ("mean", "mass"):

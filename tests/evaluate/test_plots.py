@@ -11,6 +11,8 @@ from moba_hf import MobaConfig, select_blocks
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate import perplexity, recall
 from moba_hf.evaluate.tasks import TaskScore
+from moba_hf.op.shared_reference import select_shared_ref
+from moba_hf.op.shared_rule import SharedRule
 
 plots = pytest.importorskip("moba_hf.plots")
 pytest.importorskip("matplotlib")
@@ -28,6 +30,20 @@ def test_the_routing_picture_is_the_choice() -> None:
         assert set(picture[t].nonzero()[:, 0].tolist()) == {b for b in choice[t, 3].tolist() if b >= 0}
         assert picture[t, t // 8] == 3
     assert picture[40, 0] == picture[40, 4] == 2
+
+
+def test_routing_of_a_shared_choice_is_that_of_its_tiles() -> None:
+    torch.manual_seed(0)
+    q, k = 3 * torch.randn(4, 96, 16), torch.randn(2, 96, 16)
+    rule = SharedRule(8, 16, threshold=0.5)
+    picture = torch.tensor(plots.plot_routing(q, k, rule, head=3).axes[0].images[0].get_array().data)
+    chosen = select_shared_ref(q.transpose(0, 1), k.transpose(0, 1), rule)[3]
+    for t in (0, 9, 40, 95):
+        causal = chosen[t // 16] & (torch.arange(12) <= t // 8)
+        assert torch.equal(picture[t] > 0, causal)
+        assert picture[t, t // 8] == 3
+    assert picture[70, 0] == picture[70, 7] == 2
+    assert picture[95, 10] == picture[95, 11] == 3
 
 
 def test_the_other_pictures_hold_their_numbers(tmp_path: Path) -> None:

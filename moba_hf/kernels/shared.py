@@ -1,0 +1,210 @@
+"""The shared choice of blocks on the GPU: choose, attend, gradients. The rule is in `moba_hf.op.shared`.
+
+Legend: H query heads, HK kv heads, D and DV head dims, T tile, B block size.
+
+1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`), masses of tiles and
+   their choice as a bit mask (`shared_choose`), so many tiles at a time as a memory budget holds.
+2. attend: lists from the mask (`shared_lists`), again in chunks, and a loop over each list: `shared_hopper`
+   where it can run, `shared_attend` elsewhere.
+3. gradients: `shared_backward`.
+No result depends on a budget or on the batch, and nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moba_hf.kernels import shared_hopper, shared_tuning, tuning
+from moba_hf.kernels.backward_routed import Rows
+from moba_hf.kernels.backward_rows import row_stats
+from moba_hf.kernels.launch import padded, rows_contiguous
+from moba_hf.kernels.shared_attend import attend_lists
+from moba_hf.kernels.shared_backward import dkv_of_lists, dq_of_lists
+from moba_hf.kernels.shared_choose import choose
+from moba_hf.kernels.shared_lists import Lists, block_lists, tile_lists
+from moba_hf.kernels.shared_mass import Masses, row_masses
+from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
+from moba_hf.kernels.shared_summary import shared_summary
+from moba_hf.op.numerics import part_size
+from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared import SharedRule
+
+MAX_BLOCK_SIZE = 256  # parts of a block are unrolled
+
+
+def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
+    """Why the kernels cannot take a rule, or None."""
+    for name in ("block_size", "tile"):
+        size = getattr(rule, name)
+        if size < 16 or size & (size - 1):
+            return f"{name}={size} is not a power of two of at least 16"
+    if rule.block_size > MAX_BLOCK_SIZE:
+        return f"block_size={rule.block_size} is more than {MAX_BLOCK_SIZE}"
+    if rule.sample & (rule.sample - 1):
+        return f"sample={rule.sample} is not a power of two"
+    if head_dim % 2:
+        return f"head_dim={head_dim} is odd"
+    return None
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    mass_tile: shared_tuning.MassTile | None = None,
+) -> Tensor:
+    """The choice, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
+
+    Args:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
+        workspace: bytes that masses may take, None: `shared_tuning.MASS_WORKSPACE`.
+        mass_tile: None: by `shared_tuning.mass_tile`.
+    """
+    q, k = rows_contiguous(q), rows_contiguous(k)
+    plan = _plan(q, k, sequences, rule.block_size, rule.tile)
+    num_heads = q.shape[1]
+    block_mask = torch.empty(num_heads, plan.num_tiles, plan.words, dtype=torch.int32, device=q.device)
+    if block_mask.numel() == 0:
+        return block_mask
+    if mass_tile is None:
+        parts = rule.block_size // part_size(rule.block_size)
+        mass_tile = shared_tuning.mass_tile(
+            padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device)
+        )
+    summary = shared_summary(k, plan, rule.rotary_pairs)
+    rows = rule.tile // rule.sample
+    budget = shared_tuning.MASS_WORKSPACE if workspace is None else workspace
+    each = Masses.tile_bytes(num_heads, rows, plan.max_blocks, mass_tile.n) + num_heads * plan.max_blocks * 4
+    chunk = _even_chunk(plan.num_tiles, budget // each, 16)
+    masses = Masses.empty(chunk, num_heads, rows, plan.max_blocks, mass_tile.n, q)
+    scratch = torch.empty(chunk, num_heads, masses.mass.shape[3], dtype=torch.float32, device=q.device)
+    for first in range(0, plan.num_tiles, chunk):
+        row_masses(q, summary, plan, rule, softmax_scale, masses, first, mass_tile)
+        choose(masses, scratch, plan, rule, first, block_mask)
+    return block_mask
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    sequences: Sequences,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    shape: tuning.Tile | None = None,
+    use_hopper: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
+
+    Args:
+        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        block_mask: int32 `(H, num_tiles, words)`, as `select` returns it.
+        workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
+        shape: the tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
+        use_hopper: run the Gluon kernel; None: where it can.
+    """
+    q, k, v, block_mask = (
+        rows_contiguous(q),
+        rows_contiguous(k),
+        rows_contiguous(v),
+        rows_contiguous(block_mask),
+    )
+    out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    plan = _plan(q, k, sequences, block_size, tile)
+    if plan.num_tiles == 0 or q.numel() == 0:
+        return out, lse
+    if shape is None:
+        dims = (padded(q.shape[3]), padded(v.shape[3]))
+        capability = tuning.capability(q.device)
+        shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
+    if use_hopper is None:
+        use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
+    left_by = shared_hopper.SHAPE.n if use_hopper else 0
+    for first, lists in _chunks_of_lists(block_mask, plan, workspace):
+        if use_hopper:
+            shared_hopper.attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale)
+        attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale, shape, left_by)
+    return out, lse
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    saved: Attended,
+    sequences: Sequences,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+    *,
+    workspace: int | None = None,
+    shapes: shared_tuning.SharedBackwardTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v with the choice held, contiguous, in their dtypes; 0 where nothing attends.
+
+    Args:
+        grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
+        saved: what `attend` took and returned; the choice is its block mask.
+        workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
+        shapes: None: by `shared_tuning.backward_tiles`.
+    """
+    q, k, v, out, grad_out, block_mask = (
+        rows_contiguous(x) for x in (*saved[:4], grad_out, saved.block_indices)
+    )
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    plan = _plan(q, k, sequences, block_size, tile)
+    if plan.num_tiles == 0 or q.numel() == 0:
+        return grad_q, grad_k, grad_v
+    if shapes is None:
+        dims = (padded(q.shape[3]), padded(v.shape[3]))
+        capability = tuning.capability(q.device)
+        shapes = shared_tuning.backward_tiles(dims, q.element_size(), tile, block_size, capability)
+    rows = Rows(q, k, v, grad_out, row_stats(out, grad_out, saved.lse, grad_lse), softmax_scale)
+    for first, lists in _chunks_of_lists(block_mask, plan, workspace):
+        dq_of_lists(rows, plan, lists, first, grad_q, shapes.dq)
+    num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    tiles = group * (1 + (min(sequences.max_seqlen_q, q.shape[2]) + tile - 2) // tile)
+    blocks = plan.num_blocks + plan.num_seqs
+    budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
+    chunk = _even_chunk(blocks, budget // Lists.tile_bytes(num_kv_heads, tiles), 1)
+    lists = Lists.empty(chunk, num_kv_heads, tiles, q)
+    for first in range(0, blocks, chunk):
+        tile_lists(block_mask, plan, group, first, lists)
+        dkv_of_lists(rows, plan, lists, first, grad_k, grad_v, shapes.held)
+    return grad_q, grad_k, grad_v
+
+
+def _plan(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, tile: int) -> SharedPlan:
+    limits = sequences.max_seqlen_q, sequences.max_seqlen_k
+    return make_shared_plan(q, k, sequences.table, *limits, block_size=block_size, tile=tile)
+
+
+def _chunks_of_lists(
+    block_mask: Tensor, plan: SharedPlan, workspace: int | None
+) -> Iterator[tuple[int, Lists]]:
+    """Per chunk of tiles: its first tile, and its lists, in memory that every chunk uses anew."""
+    num_heads = block_mask.shape[0]
+    budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
+    chunk = _even_chunk(plan.num_tiles, budget // Lists.tile_bytes(num_heads, plan.max_blocks), 1)
+    lists = Lists.empty(chunk, num_heads, plan.max_blocks, block_mask)
+    for first in range(0, plan.num_tiles, chunk):
+        block_lists(block_mask, plan, first, lists)
+        yield first, lists
+
+
+def _even_chunk(tiles: int, most: int, multiple: int) -> int:
+    """Tiles of a chunk, about `most` at most, all chunks alike but for rounding to `multiple`."""
+    chunks = -(-tiles // max(1, most))
+    multiple = multiple if most >= multiple else 1
+    return min(tiles, -(-tiles // (chunks * multiple)) * multiple)

@@ -1,0 +1,401 @@
+"""Gradients through the attention of tiles over their lists, with the choice held.
+
+Legend: T tile, B block size, D and DV head dims, H query heads, G query heads of a kv head.
+
+`scores = scale * q.k`, `p = exp2(scores - lse)`, `ds = p * (grad_out.v - delta)`; then `dv = p^T grad_out`,
+`dk = scale * ds^T q`, `dq = scale * ds k`. Two kernels, as in dense attention:
+- `_dq_kernel` holds rows of a tile and walks the tile's list of blocks, then the blocks that it overlaps.
+- `_dkv_kernel` holds keys of a block and walks the list of tiles, of all heads of its kv head, that chose the
+  block, after the tiles that overlap it. Block 0 comes first: a sink's list is the longest.
+Every sum has one order, given by the inputs: two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.backward_routed import Rows, load_stats
+from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.layout import load_rows
+from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
+from moba_hf.kernels.shared_lists import Lists, find_block
+from moba_hf.kernels.shared_plan import SharedPlan
+from moba_hf.kernels.tuning import Tile
+
+
+def dq_of_lists(
+    rows: Rows, plan: SharedPlan, lists: Lists, first_tile: int, grad_q: Tensor, tile: Tile
+) -> None:
+    """Writes `grad_q (batch, H, q_len, D)` of the rows of the listed tiles."""
+    q, k, v = rows.q, rows.k, rows.v
+    group = q.shape[1] // k.shape[1]
+    tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
+    with device_of(q):
+        _dq_kernel[(tiles * group * triton.cdiv(plan.tile, tile.m), k.shape[1])](
+            q,
+            k,
+            v,
+            rows.grad_out,
+            rows.stats,
+            grad_q,
+            plan.tiles,
+            lists.blocks,
+            lists.counts,
+            *chain(*rows.strides),
+            *grad_q.stride()[:3],
+            q.shape[2],
+            first_tile,
+            lists.blocks.shape[2],
+            rows.softmax_scale,
+            GROUP=group,
+            TILE=plan.tile,
+            BLOCK_SIZE=plan.block_size,
+            HEAD_DIM=q.shape[3],
+            PADDED_DIM=padded(q.shape[3]),
+            V_DIM=v.shape[3],
+            PADDED_V=padded(v.shape[3]),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+def dkv_of_lists(
+    rows: Rows, plan: SharedPlan, lists: Lists, first_block: int, grad_k: Tensor, grad_v: Tensor, tile: Tile
+) -> None:
+    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v (..., DV)` of the keys of the listed blocks.
+
+    Args:
+        lists: as `shared_lists.tile_lists` writes them, from block number `first_block` on.
+        tile: `n` divides the block size, `m` the tile.
+    """
+    q, k, v = rows.q, rows.k, rows.v
+    blocks = min(lists.counts.shape[0], plan.num_blocks + plan.num_seqs - first_block)
+    parts = triton.cdiv(plan.block_size, tile.n)
+    with device_of(q):
+        _dkv_kernel[(blocks * parts, k.shape[1])](
+            q,
+            k,
+            v,
+            rows.grad_out,
+            rows.stats,
+            grad_k,
+            grad_v,
+            plan.table,
+            plan.block_offset,
+            lists.blocks,
+            lists.counts,
+            *chain(*rows.strides),
+            *grad_k.stride()[:3],
+            *grad_v.stride()[:3],
+            q.shape[2],
+            plan.num_seqs,
+            first_block,
+            lists.blocks.shape[2],
+            rows.softmax_scale,
+            GROUP=q.shape[1] // k.shape[1],
+            TILE=plan.tile,
+            BLOCK_SIZE=plan.block_size,
+            HEAD_DIM=q.shape[3],
+            PADDED_DIM=padded(q.shape[3]),
+            V_DIM=v.shape[3],
+            PADDED_V=padded(v.shape[3]),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit(do_not_specialize=["q_len", "first_tile"])
+def _dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dq_ptr,
+    tile_ptr,
+    list_ptr,
+    count_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    q_len,
+    first_tile,
+    list_length,
+    softmax_scale,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    PARTS: tl.constexpr = (TILE + BLOCK_M - 1) // BLOCK_M
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest lists come first
+    number = program // (GROUP * PARTS)
+    kv_head = tl.program_id(1).to(tl.int64)
+    head = kv_head * GROUP + program // PARTS % GROUP
+    num_heads = tl.num_programs(1) * GROUP
+    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
+    batch = tl.load(info).to(tl.int64)
+    q_begin = tl.load(info + 1)
+    q_end = tl.load(info + 2)
+    position = tl.load(info + 3)
+    k_begin = tl.load(info + 4).to(tl.int64)
+    row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = q_begin + row < q_end
+    if q_begin + program % PARTS * BLOCK_M < q_end:
+        query = tl.minimum(q_begin + row, q_end - 1).to(tl.int64)
+        q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
+        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
+        grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
+        grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+        stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * 2
+        lse = tl.load(stat)
+        delta = tl.load(stat + 1)
+        k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
+        v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
+        item = number.to(tl.int64) * num_heads + head
+        count = tl.load(count_ptr + item)
+        list_ptr += item * list_length
+        scale = softmax_scale * 1.4426950408889634
+        dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+        if BLOCK_SIZE >= BLOCK_N:
+            steps = count * (BLOCK_SIZE // BLOCK_N)
+        else:
+            steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+        EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
+        ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
+            ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
+            key = key.to(tl.int64)
+            keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
+            p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
+            if not EVEN:
+                p = tl.where(known[None, :], p, 0.0)
+            dp = dot(grad, tl.trans(values))
+            dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
+        end = position + q_end - q_begin
+        first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
+        for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
+            key = start + tl.arange(0, BLOCK_N)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key < end, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key < end, V_DIM, PADDED_V, False)
+            p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
+            p = tl.where(key[None, :] <= (position + row)[:, None], p, 0.0)
+            dp = dot(grad, tl.trans(values))
+            dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
+        dim = tl.arange(0, PADDED_DIM)
+        at = dq_ptr + (batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n)[:, None] + dim[None, :]
+        tl.store(at, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["q_len", "num_seqs", "first_block"])
+def _dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    stats_ptr,
+    dk_ptr,
+    dv_ptr,
+    table_ptr,
+    block_offset_ptr,
+    list_ptr,
+    count_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    q_len,
+    num_seqs,
+    first_block,
+    list_length,
+    softmax_scale,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    PER_TILE: tl.constexpr = TILE // BLOCK_M
+    number = tl.program_id(0) // PARTS
+    kv_head = tl.program_id(1).to(tl.int64)
+    if first_block + number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
+        seq, block = find_block(table_ptr, block_offset_ptr, num_seqs, first_block + number)
+        info = table_ptr + seq * 5
+        batch = tl.load(info).to(tl.int64)
+        k_begin = tl.load(info + 3)
+        k_len = tl.load(info + 4) - k_begin
+        first = k_len - tl.load(info + 2) + tl.load(info + 1)  # position of the first query
+        shift = tl.load(info + 1) - first  # from positions to queries
+        key = block * BLOCK_SIZE + tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = key < k_len
+        slot = (k_begin + key).to(tl.int64)
+        k_ptr += batch * k_stride_b + kv_head * k_stride_h
+        v_ptr += batch * v_stride_b + kv_head * v_stride_h
+        keys = load_rows(k_ptr, slot * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
+        q_ptr += batch * q_stride_b + kv_head * GROUP * q_stride_h
+        grad_ptr += batch * grad_stride_b + kv_head * GROUP * grad_stride_h
+        stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * 2
+        stat_stride = tl.num_programs(1) * GROUP * 2
+        scale = softmax_scale * 1.4426950408889634
+        dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+        dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
+        # the tiles that overlap the block, masked by position
+        begin = tl.maximum(block * BLOCK_SIZE, first)
+        end = tl.minimum((block * BLOCK_SIZE + BLOCK_SIZE - 1) // TILE * TILE + TILE, k_len)
+        steps = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0) * GROUP
+        for step in tl.range(0, steps, num_stages=STAGES):
+            start = begin + step // GROUP * BLOCK_M
+            position = start + tl.arange(0, BLOCK_M)
+            q, grad, lse, delta = _load_queries(
+                q_ptr,
+                grad_ptr,
+                stats_ptr,
+                start,
+                shift,
+                begin,
+                end,
+                step % GROUP,
+                q_stride_h,
+                q_stride_n,
+                grad_stride_h,
+                grad_stride_n,
+                stat_stride,
+                BLOCK_M,
+                HEAD_DIM,
+                PADDED_DIM,
+                V_DIM,
+                PADDED_V,
+            )
+            p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+            p = tl.where(key[:, None] <= position[None, :], p, 0.0)
+            dp = dot(values, tl.trans(grad))
+            dv = add_dot(dv, narrow(p, v_ptr), grad)
+            dk = add_dot(dk, narrow(p * (dp - delta[None, :]), k_ptr), q)
+        item = number.to(tl.int64) * tl.num_programs(1) + kv_head
+        list_ptr += item * list_length
+        steps = tl.load(count_ptr + item) * PER_TILE
+        # loaded a step ahead, so that the queries' loads do not wait for it
+        next_entry = tl.load(list_ptr, mask=steps > 0, other=0).to(tl.int32)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            entry = next_entry
+            next_entry = tl.load(list_ptr + tl.minimum(step + 1, steps - 1) // PER_TILE).to(tl.int32)
+            start = (first // TILE + entry // GROUP) * TILE + step % PER_TILE * BLOCK_M
+            q, grad, lse, delta = _load_queries(
+                q_ptr,
+                grad_ptr,
+                stats_ptr,
+                start,
+                shift,
+                first,
+                k_len,
+                entry % GROUP,
+                q_stride_h,
+                q_stride_n,
+                grad_stride_h,
+                grad_stride_n,
+                stat_stride,
+                BLOCK_M,
+                HEAD_DIM,
+                PADDED_DIM,
+                V_DIM,
+                PADDED_V,
+            )
+            p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+            dp = dot(values, tl.trans(grad))
+            dv = add_dot(dv, narrow(p, v_ptr), grad)
+            dk = add_dot(dk, narrow(p * (dp - delta[None, :]), k_ptr), q)
+        dim = tl.arange(0, PADDED_DIM)
+        at = dk_ptr + (batch * dk_stride_b + kv_head * dk_stride_h + slot * dk_stride_n)[:, None]
+        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        tl.store(at + dim[None, :], narrow(dk * softmax_scale, dk_ptr), mask=mask)
+        dim = tl.arange(0, PADDED_V)
+        at = dv_ptr + (batch * dv_stride_b + kv_head * dv_stride_h + slot * dv_stride_n)[:, None]
+        mask = inside[:, None] & (dim < V_DIM)[None, :]
+        tl.store(at + dim[None, :], narrow(dv, dv_ptr), mask=mask)
+
+
+@triton.jit
+def _load_queries(
+    q_ptr,
+    grad_ptr,
+    stats_ptr,
+    start,
+    shift,
+    begin,
+    end,
+    in_group,
+    q_stride_h,
+    q_stride_n,
+    grad_stride_h,
+    grad_stride_n,
+    stat_stride,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+):
+    """Queries, output gradients, lse and delta of rows from position `start` on, inside `[begin, end)`.
+
+    Others are silenced. Offsets from the first row are int32: they save registers.
+    """
+    head = tl.cast(in_group, tl.int64)
+    first = (start + shift).to(tl.int64)
+    position = start + tl.arange(0, BLOCK_M)
+    there = (position >= begin) & (position < end)
+    row = tl.minimum(tl.maximum(position, begin), end - 1) - start
+    q_ptr += head * q_stride_h + first * q_stride_n
+    grad_ptr += head * grad_stride_h + first * grad_stride_n
+    q = load_rows(q_ptr, row * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
+    grad = load_rows(grad_ptr, row * grad_stride_n, there, V_DIM, PADDED_V, True)
+    lse, delta = load_stats(stats_ptr + head * 2 + first * stat_stride + row * stat_stride)
+    return q, grad, tl.where(there, lse, float("inf")), delta

@@ -1,0 +1,256 @@
+"""From masses of sampled rows to the bit mask of the blocks that each tile attends.
+
+Legend: B block size, R sampled rows of a tile, NB blocks; words of 32 blocks.
+
+One program per (tile, head). It turns what `shared_mass` stored into masses of the tile, `mean over rows of
+mass / total`, keeps them in memory of its own (fp32), and walks over them again: every block of at least
+`threshold` times the largest, the forced ones, and those that the tile overlaps. A cap on the mass (`share`)
+or on the number (`topk`) is found by bisection of the masses' bits: fp32 that is not negative sorts as int32.
+Of equal masses the lower block comes first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.shared_mass import Masses
+from moba_hf.kernels.shared_plan import SharedPlan
+from moba_hf.op.shared import SharedRule
+
+# Columns and rows of a step, columns of a warp: each thread adds up the rows of its columns. H200, 131,072
+# tokens, 16 rows: 0.68 ms; 1,024 columns 0.81, eight rows 1.27.
+_COLUMNS, _ROWS, _WARP = 512, 2, 128
+
+
+def choose(
+    masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
+) -> None:
+    """Writes `block_mask (H, num_tiles, words)` of the tiles whose `masses` these are, from `first_tile` on.
+
+    Args:
+        scratch: fp32 `(C, H, NB)`, as `masses.mass` without its rows.
+    """
+    chunk, num_heads, rows, blocks = masses.mass.shape
+    tiles = min(chunk, plan.num_tiles - first_tile)
+    columns = min(_COLUMNS, max(32, masses.step, triton.next_power_of_2(blocks)))
+    with device_of(scratch):
+        _choose_kernel[(tiles, num_heads)](
+            masses.mass,
+            masses.high,
+            masses.total,
+            scratch,
+            block_mask,
+            plan.tiles,
+            *block_mask.stride()[:2],
+            first_tile,
+            num_heads,
+            blocks,
+            plan.words,
+            rule.block_size,
+            rule.dense_below,
+            1.0 if rule.threshold is None else rule.threshold,
+            1.0 if rule.share is None else rule.share,
+            0 if rule.topk is None else rule.topk - rule.own_blocks,
+            rule.sink_blocks,
+            rule.local_blocks,
+            TILE=rule.tile,
+            SAMPLE=rule.sample,
+            ROWS=rows,
+            BLOCK_R=min(rows, _ROWS),
+            BLOCK_N=columns,
+            STEP=masses.step,
+            THRESHOLD=rule.threshold is not None,
+            SHARE=rule.share is not None,
+            TOPK=rule.topk is not None,
+            num_warps=max(1, columns // _WARP),
+        )
+
+
+@triton.jit
+def _tile_masses(
+    mass_ptr,
+    high_ptr,
+    total_ptr,
+    scratch_ptr,
+    item,
+    columns,
+    first_row,
+    last_row,
+    blocks,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Writes the tile's masses to `scratch_ptr`; returns the largest. Rows `[first_row, last_row)` count."""
+    STEPS: tl.constexpr = BLOCK_N // STEP
+    largest = 0.0
+    count = (last_row - first_row).to(tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        # (steps, blocks of a step): all blocks of a step refer to one unit
+        step = start // STEP + tl.arange(0, STEPS)
+        column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
+        mean = tl.zeros([STEPS, STEP], tl.float32)
+        for at in range(0, ROWS, BLOCK_R):
+            each = at + tl.arange(0, BLOCK_R)
+            there = (each >= first_row) & (each < last_row)
+            row = item * ROWS + each
+            high = tl.load(total_ptr + row * 2, mask=there, other=0.0)
+            total = tl.load(total_ptr + row * 2 + 1, mask=there, other=1.0)
+            both = there[:, None] & (step * STEP < columns)[None, :]
+            unit = tl.load(high_ptr + row[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30)
+            weight = tl.exp2(unit - high[:, None]) / (total * count)[:, None]
+            inside = there[:, None, None] & (column < columns)[None, :, :]
+            mass = tl.load(
+                mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=inside, other=0.0
+            )
+            mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
+        tl.store(scratch_ptr + column, mean, mask=column < columns)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.where(column < columns, mean, 0.0), 1), 0))
+    return largest
+
+
+@triton.jit
+def _tally(scratch_ptr, columns, bound, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Over blocks with more mass than int32 bits `bound`: their mass, or (COUNT) how many are not forced."""
+    result = 0.0
+    for start in range(0, columns, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mass = tl.load(scratch_ptr + column, mask=column < columns, other=0.0)
+        more = (mass.to(tl.int32, bitcast=True) > bound) & (column < columns)
+        if COUNT:
+            free = (column >= sink) & (column < columns - local)
+            result += tl.sum((more & free).to(tl.float32), 0)
+        else:
+            result += tl.sum(tl.where(more, mass, 0.0), 0)
+    return result
+
+
+@triton.jit
+def _bound(scratch_ptr, columns, limit, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The least bits with `_tally(bits) < limit`, and that tally."""
+    low = -1
+    high = 0x7F800000
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        fits = _tally(scratch_ptr, columns, middle, sink, local, COUNT, BLOCK_N) < limit
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle)
+    return high, _tally(scratch_ptr, columns, high, sink, local, COUNT, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["first_tile", "words", "dense_below", "topk", "sink_blocks", "local_blocks"])
+def _choose_kernel(
+    mass_ptr,
+    high_ptr,
+    total_ptr,
+    scratch_ptr,
+    mask_ptr,
+    tile_ptr,
+    mask_stride_h,
+    mask_stride_t,
+    first_tile,
+    num_heads,
+    blocks,
+    words,
+    block_size,
+    dense_below,
+    threshold,
+    share,
+    topk,
+    sink_blocks,
+    local_blocks,
+    TILE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SHARE: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    number = tl.program_id(0)
+    head = tl.program_id(1)
+    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
+    q_begin = tl.load(info + 1)
+    q_end = tl.load(info + 2)
+    position = tl.load(info + 3)
+    first = position // TILE * TILE
+    end = position + q_end - q_begin
+    columns = first // block_size
+    last_block = tl.where(end > position, tl.cdiv(end, block_size), 0)
+    dense = (first < dense_below) | (columns == 0) | (end <= position)
+    sink = tl.minimum(sink_blocks, columns)
+    local = tl.minimum(local_blocks, columns)
+    item = number.to(tl.int64) * num_heads + head
+    scratch_ptr += item * blocks
+    bound = 0
+    share_bits = 0
+    share_before = 0.0
+    count_bits = 0
+    count_before = 0.0
+    room = 0.0
+    if not dense:
+        first_row = (position - first) // SAMPLE
+        last_row = (end - 1 - first) // SAMPLE + 1
+        largest = _tile_masses(
+            mass_ptr,
+            high_ptr,
+            total_ptr,
+            scratch_ptr,
+            item,
+            columns,
+            first_row,
+            last_row,
+            blocks,
+            ROWS,
+            BLOCK_R,
+            BLOCK_N,
+            STEP,
+        )
+        tl.debug_barrier()  # what other threads wrote is read from here on
+        if THRESHOLD:
+            bound = (largest * threshold).to(tl.int32, bitcast=True)
+        if SHARE:
+            share_bits, share_before = _bound(scratch_ptr, columns, share, sink, local, False, BLOCK_N)
+        if TOPK:
+            # the cap counts the blocks that pass the rest, and those are the heaviest of all that are free
+            forced = sink + local - tl.maximum(0, sink + local - columns)
+            room = (topk - forced).to(tl.float32)
+            count_bits, count_before = _bound(scratch_ptr, columns, room, sink, local, True, BLOCK_N)
+    mask_ptr += head.to(tl.int64) * mask_stride_h + (first_tile + number).to(tl.int64) * mask_stride_t
+    share_ties = 0
+    count_ties = 0
+    for start in range(0, words * 32, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        candidate = column < columns
+        taken = candidate
+        if not dense:
+            mass = tl.load(scratch_ptr + column, mask=candidate, other=0.0)
+            bits = mass.to(tl.int32, bitcast=True)
+            free = (column >= sink) & (column < columns - local)
+            passes = candidate
+            if THRESHOLD:
+                passes = passes & (bits >= bound)
+            if SHARE:
+                tie = candidate & (bits == share_bits)
+                rank = share_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+                share_ties += tl.sum(tie.to(tl.int32), 0)
+                passes = passes & (
+                    (bits > share_bits) | (tie & (share_before + rank.to(tl.float32) * mass < share))
+                )
+            if TOPK:
+                tie = candidate & free & (bits == count_bits)
+                rank = count_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+                count_ties += tl.sum(tie.to(tl.int32), 0)
+                passes = passes & ((bits > count_bits) | (tie & (count_before + rank.to(tl.float32) < room)))
+            taken = candidate & (passes | (column < sink) | (column >= columns - local))
+        taken = taken | ((column >= columns) & (column < last_block))
+        bit = tl.arange(0, 32)
+        word = tl.arange(0, BLOCK_N // 32)
+        value = tl.sum(tl.reshape(taken.to(tl.int32), (BLOCK_N // 32, 32)) << bit[None, :], 1)
+        tl.store(mask_ptr + start // 32 + word, value, mask=start // 32 + word < words)

@@ -1,0 +1,369 @@
+"""Attention of tiles over their lists of blocks for Hopper, in Gluon: what `shared_attend` computes.
+
+Legend: T tile, B block size, D and DV head dims, G query heads of a kv head, S stages of the ring.
+
+Persistent programs take (tile, head) items from a queue, those of one kv head after another, the longest
+lists first. A producer warp streams the listed blocks, then those that the tile overlaps, through the ring
+of `hopper.common`; two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead, so
+that while one is attended the queries of the next and the place of the one after it are loaded. A row's
+result does not depend on who draws it. Tiles whose last keys do not fill BLOCK_N are left to
+`shared_attend`: keys behind their end must not be read.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier, load_tile
+
+
+@gluon.jit
+def _place(item, tiles, G: gl.constexpr):
+    """Tile, kv head and head of the group of an item: kv heads outermost, the last tiles first."""
+    rest = item % (tiles * G)
+    return tiles - 1 - rest // G, item // (tiles * G), rest % G
+
+
+@gluon.jit
+def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
+    """What an item is: batch row, first and last + 1 query, position of the first, head, listed blocks."""
+    tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
+    tile, kv_head, in_group = _place(gl.minimum(item, work - 1), tiles, G)
+    info = tile_ptr + (first_tile + tile) * 8
+    head = kv_head * G + in_group
+    count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + head)
+    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), head, count
+
+
+@gluon.jit
+def _rows(batch, q_begin, q_end, head, row, q_strides):
+    """Element offsets int64 of the query rows of an item; those beyond it are its last one."""
+    query = gl.minimum(q_begin + row, gl.maximum(q_end - 1, 0))
+    offset = batch.to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
+    return offset + head.to(gl.int64) * q_strides[1]
+
+
+@gluon.jit
+def _steps(position, rows, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Key tiles of the list, all key tiles (0 if this kernel leaves the tile out), first own position."""
+    first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
+    own = position + rows - first
+    listed = count * (BLOCK_SIZE // BLOCK_N)
+    whole = (rows > 0) & (own % BLOCK_N == 0)
+    return listed, gl.where(whole, listed + own // BLOCK_N, 0), first
+
+
+@gluon.jit
+def _fill(k_desc, v_desc, ring, batch, head, key, step, STAGES: gl.constexpr):
+    """Copies the tile of keys that begins at slot `key`, and their values."""
+    keys, values, k_ready, v_ready, k_free, v_free = ring
+    stage = step % STAGES
+    phase = (step // STAGES & 1) ^ 1
+    mbarrier.wait(k_free.index(stage), phase)
+    mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
+    load_tile(k_desc, [batch, head, key, 0], k_ready.index(stage), keys.index(stage))
+    mbarrier.wait(v_free.index(stage), phase)
+    mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
+    load_tile(v_desc, [batch, head, key, 0], v_ready.index(stage), values.index(stage))
+
+
+@gluon.jit
+def _produce(
+    k_desc,
+    v_desc,
+    ring,
+    queue,
+    pointers,
+    first_tile,
+    tiles,
+    work,
+    list_length,
+    num_heads,
+    G: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Draws items, tells the consumers, and fills the ring with the keys that each item attends."""
+    items, drawn, taken = queue
+    tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    PER_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
+    item = gl.program_id(0)
+    following = item + gl.num_programs(0)
+    step = 0
+    turn = 0
+    while item < work:
+        later = gl.atomic_add(counter_ptr, 1) + 2 * gl.num_programs(0)
+        slot = turn % 2
+        mbarrier.wait(taken.index(slot), (turn // 2 & 1) ^ 1)
+        items.index(slot).store(gl.full([1], 0, gl.int32, one) + later)
+        barrier()
+        mbarrier.arrive(drawn.index(slot), count=1)
+        tile, kv_head, in_group = _place(item, tiles, G)
+        info = tile_ptr + (first_tile + tile) * 8
+        at = tile.to(gl.int64) * num_heads + kv_head * G + in_group
+        count = gl.load(count_ptr + at)
+        position = gl.load(info + 3)
+        rows = gl.load(info + 2) - gl.load(info + 1)
+        listed, total, first = _steps(position, rows, count, TILE, BLOCK_SIZE, BLOCK_N)
+        batch = gl.load(info)
+        k_begin = gl.load(info + 4)
+        entries = list_ptr + at * list_length
+        if total > 0:
+            block = gl.load(entries, mask=listed > 0, other=0).to(gl.int32)
+            for i in range(listed):
+                begin = k_begin + block * BLOCK_SIZE + i % PER_BLOCK * BLOCK_N
+                more = gl.minimum(i + 1, listed - 1) // PER_BLOCK
+                block = gl.load(entries + more).to(gl.int32)
+                _fill(k_desc, v_desc, ring, batch, kv_head, begin, step, STAGES)
+                step += 1
+            for i in range(listed, total):
+                begin = k_begin + first + (i - listed) * BLOCK_N
+                _fill(k_desc, v_desc, ring, batch, kv_head, begin, step, STAGES)
+                step += 1
+        item = following
+        following = later
+        turn += 1
+
+
+@gluon.jit
+def _attend(
+    q_smem,
+    ring,
+    step,
+    listed,
+    total,
+    last_seen,
+    scale,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attends 64 rows to `total` > 0 key tiles, the first `listed` of them unmasked.
+
+    Scores of tile j + 1 and the output of tile j are issued together, and the weights of tile j + 1 computed
+    while the output of tile j still is.
+
+    Args:
+        last_seen: `(64,)`, the last key that each row sees, counted from the first of the tiles.
+    """
+    keys, values, k_ready, v_ready, k_free, v_free = ring
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = q_smem.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    high = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    mass = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
+    zeros = gl.full([M, BLOCK_N], 0.0, gl.float32, s_layout)
+    stage = step % STAGES
+    phase = step // STAGES & 1
+    mbarrier.wait(k_ready.index(stage), phase)
+    key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
+    s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    barrier()
+    mbarrier.arrive(k_free.index(stage), count=1)
+    unmasked = listed * BLOCK_N
+    p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, unmasked, 0, dtype, p_layout, True)
+    for i in range(1, total):
+        later = (step + 1) % STAGES
+        later_phase = (step + 1) // STAGES & 1
+        mbarrier.wait(k_ready.index(later), later_phase)
+        key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
+        s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        if i >= listed:
+            column = i * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+            s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
+        next_p, shrink, high, mass = _weights(
+            s, high, mass, scale, last_seen, unmasked, i * BLOCK_N, dtype, p_layout, False
+        )
+        # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+        mbarrier.wait(k_ready.index(later), later_phase)
+        acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
+        barrier()
+        mbarrier.arrive(k_free.index(later), count=1)
+        mbarrier.arrive(v_free.index(stage), count=1)
+        p = next_p
+        step += 1
+        stage = later
+        phase = later_phase
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    mbarrier.wait(v_ready.index(stage), phase)
+    acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    barrier()
+    mbarrier.arrive(v_free.index(stage), count=1)
+    return acc, high, mass, step + 1
+
+
+@gluon.jit
+def _consume(
+    q_smem,
+    ring,
+    queue,
+    pointers,
+    data,
+    PART: gl.constexpr,
+    G: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attends rows `[64 * PART, 64 * PART + 64)` of every item."""
+    items, drawn, taken = queue
+    q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale = data
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
+    v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
+    s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
+    q_column = gl.arange(0, D, gl.SliceLayout(0, q_layout))[None, :]
+    v_column = gl.arange(0, DV, gl.SliceLayout(0, v_layout))[None, :]
+    step = 0
+    turn = 0
+    item = gl.program_id(0)
+    batch, q_begin, q_end, position, head, count = _item(
+        pointers, item, first_tile, tiles, work, num_heads, G
+    )
+    q = gl.load(q_ptr + _rows(batch, q_begin, q_end, head, q_row, q_strides)[:, None] + q_column)
+    following = item + gl.num_programs(0)
+    next_batch, next_begin, next_end, next_position, next_head, next_count = _item(
+        pointers, following, first_tile, tiles, work, num_heads, G
+    )
+    while item < work:
+        barrier()  # all warps have done with the queries before
+        q_smem.store(q)
+        fence_async_shared()
+        barrier()
+        at = _rows(next_batch, next_begin, next_end, next_head, q_row, q_strides)
+        q = gl.load(q_ptr + at[:, None] + q_column)
+        slot = turn % 2
+        mbarrier.wait(drawn.index(slot), turn // 2 & 1)
+        later = gl.max(items.index(slot).load(one), 0)
+        barrier()
+        mbarrier.arrive(taken.index(slot), count=1)
+        turn += 1
+        later_batch, later_begin, later_end, later_position, later_head, later_count = _item(
+            pointers, later, first_tile, tiles, work, num_heads, G
+        )
+        listed, total, first = _steps(position, q_end - q_begin, count, TILE, BLOCK_SIZE, BLOCK_N)
+        if total > 0:
+            last_seen = listed * BLOCK_N + position - first + s_row
+            acc, high, mass, step = _attend(
+                q_smem, ring, step, listed, total, last_seen, scale, BLOCK_N, D, DV, STAGES
+            )
+            out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
+            lse = (high + gl.log2(mass)) * 0.6931471805599453
+            v_query = q_begin + v_row
+            target = (batch.to(gl.int64) * q_len + v_query) * num_heads + head
+            target = out_ptr + target[:, None] * DV + v_column
+            gl.store(target, gl.convert_layout(out.to(dtype), v_layout), mask=(v_query < q_end)[:, None])
+            s_query = q_begin + s_row
+            row = (batch.to(gl.int64) * num_heads + head) * q_len + s_query
+            gl.store(lse_ptr + row, lse, mask=s_query < q_end)
+        item = following
+        following = later
+        batch, q_begin, q_end, position = next_batch, next_begin, next_end, next_position
+        head, count = next_head, next_count
+        next_batch, next_begin, next_end, next_position = later_batch, later_begin, later_end, later_position
+        next_head, next_count = later_head, later_count
+
+
+@gluon.jit(do_not_specialize=["q_len", "first_tile", "tiles"])
+def attend_lists_kernel(
+    q_ptr,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    tile_ptr,
+    list_ptr,
+    count_ptr,
+    counter_ptr,
+    first_tile,
+    tiles,
+    list_length,
+    num_kv_heads,
+    q_len,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    scale,
+    G: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    work = tiles * num_kv_heads * G
+    num_heads = num_kv_heads * G
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
+    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(drawn.index(i), count=1)
+        mbarrier.init(taken.index(i), count=2)
+    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    queue = (items, drawn, taken)
+    pointers = (tile_ptr, list_ptr, count_ptr, counter_ptr)
+    q_strides = (q_stride_b, q_stride_h, q_stride_n)
+    data = (q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale)
+    if gl.program_id(0) < work:
+        gl.warp_specialize(
+            [
+                (_consume, (q0, ring, queue, pointers, data, 0, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES)),
+                (_consume, (q1, ring, queue, pointers, data, 1, G, TILE, BLOCK_SIZE, BLOCK_N, D, DV, STAGES)),
+                (
+                    _produce,
+                    (
+                        k_desc,
+                        v_desc,
+                        ring,
+                        queue,
+                        pointers,
+                        first_tile,
+                        tiles,
+                        work,
+                        list_length,
+                        num_heads,
+                        G,
+                        TILE,
+                        BLOCK_SIZE,
+                        BLOCK_N,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [232, 24],
+        )

@@ -1,0 +1,288 @@
+"""How much attention mass each block has for the sampled rows of a tile: the costly half of the choice.
+
+Legend: T tile, B block size, D head dim, G query heads of a kv head, P parts of a block, R sampled rows of a
+tile, N blocks of a step.
+
+A program holds the sampled rows of a few tiles times the heads of one kv head, so that summaries of blocks
+are read once for all, and runs over the candidates N at a time. The score of a block is, in log2 units, the
+log-sum-exp of P parts and of the smallest key (`moba_hf.op.gates`); with `high` the largest term that a row
+has met so far, `sum of exp2(term - high)` is the block's unnormalised mass: P + 1 exponentials, no logarithm.
+It is stored in fp16 with the `high` it refers to, and `shared_choose` puts rows of a tile together once
+their totals are known. What underflows has 2^-24 of the mass of the row's heaviest block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels.launch import device_of, dot, narrow, padded
+from moba_hf.kernels.shared_plan import SharedPlan
+from moba_hf.kernels.shared_tuning import MassTile
+from moba_hf.op.numerics import part_size
+from moba_hf.op.shared import SharedRule
+
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Masses:
+    """Unnormalised masses of some tiles: memory that every chunk of tiles uses anew.
+
+    Legend: C tiles of a chunk, H query heads, R sampled rows, NB blocks, N blocks of a step.
+
+    Attributes:
+        mass: fp16 `(C, H, R, NB)`, relative to `high` of its step.
+        high: fp32 `(C, H, R, NB / N)`, log2 of the unit of a step.
+        total: fp32 `(C, H, R, 2)`: the last `high`, and the sum of all masses relative to it.
+        step: N.
+    """
+
+    mass: Tensor
+    high: Tensor
+    total: Tensor
+    step: int
+
+    @classmethod
+    def empty(cls, chunk: int, num_heads: int, rows: int, blocks: int, step: int, like: Tensor) -> Masses:
+        """Memory for `chunk` tiles."""
+        blocks = triton.cdiv(max(1, blocks), step) * step
+        shape = (chunk, num_heads, rows)
+        return cls(
+            torch.empty(*shape, blocks, dtype=torch.float16, device=like.device),
+            torch.empty(*shape, blocks // step, dtype=torch.float32, device=like.device),
+            torch.empty(*shape, 2, dtype=torch.float32, device=like.device),
+            step,
+        )
+
+    @staticmethod
+    def tile_bytes(num_heads: int, rows: int, blocks: int, step: int) -> int:
+        """Bytes that one tile takes."""
+        return num_heads * rows * (2 * blocks + 4 * blocks // step + 8)
+
+
+def row_masses(
+    q: Tensor,
+    summary: tuple[Tensor, Tensor],
+    plan: SharedPlan,
+    rule: SharedRule,
+    softmax_scale: float,
+    masses: Masses,
+    first_tile: int,
+    tile: MassTile,
+) -> None:
+    """Writes `masses` of as many tiles as it holds, from `first_tile` on; dense tiles are left out.
+
+    Args:
+        q: `(batch, H, q_len, D)`, last dimension contiguous.
+        summary: what `shared_summary` returns.
+    """
+    centers, spreads = summary
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], centers.shape[0]
+    group = num_heads // num_kv_heads
+    rows = rule.tile // rule.sample
+    heads = min(triton.next_power_of_2(group), max(1, tile.m // min(rows, tile.m)))
+    block_rows = min(rows, tile.m)
+    tiles = tile.m // (heads * block_rows)
+    chunk = masses.mass.shape[0]
+    grid = (
+        triton.cdiv(chunk, tiles) * triton.cdiv(rows, block_rows),
+        num_kv_heads * triton.cdiv(group, heads),
+    )
+    with device_of(q):
+        _row_masses_kernel[grid](
+            q,
+            centers,
+            spreads,
+            masses.mass,
+            masses.high,
+            masses.total,
+            plan.tiles,
+            *q.stride()[:3],
+            centers.shape[2],
+            masses.mass.shape[3],
+            first_tile,
+            min(first_tile + chunk, plan.num_tiles),
+            num_heads,
+            group,
+            rule.block_size,
+            rule.dense_below,
+            softmax_scale * _LOG2_E,
+            softmax_scale**2 * _LOG2_E,
+            TILE=rule.tile,
+            SAMPLE=rule.sample,
+            ROWS=rows,
+            BLOCK_ROWS=block_rows,
+            HEADS=heads,
+            TILES=tiles,
+            PARTS=rule.block_size // part_size(rule.block_size),
+            LOG2_SIZE=math.log2(part_size(rule.block_size)),
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded(head_dim),
+            PADDED_HALF=padded(head_dim // 2),
+            HALVES=rule.rotary_pairs == "halves",
+            BLOCK_N=tile.n,
+            WIDE=tile.wide,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
+    """log2 of the estimated mass of one part `(M, N)`, from its means and variances `(D, N)`."""
+    moved = dot(squares, spread) * square_scale
+    far = tl.sqrt(moved * (2 * LOG2_SIZE))
+    return dot(q, center) * scale + tl.where(moved <= 2 * LOG2_SIZE, moved * 0.5 + LOG2_SIZE, far)
+
+
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "dense_below"])
+def _row_masses_kernel(
+    q_ptr,
+    center_ptr,
+    spread_ptr,
+    mass_ptr,
+    high_ptr,
+    total_ptr,
+    tile_ptr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    blocks,
+    mass_blocks,
+    first_tile,
+    last_tile,
+    num_heads,
+    group_size,
+    block_size,
+    dense_below,
+    scale,
+    square_scale,
+    TILE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    LOG2_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = TILES * BLOCK_ROWS * HEADS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SPLIT: tl.constexpr = ROWS // BLOCK_ROWS  # programs that share the rows of one tile
+    splits = tl.cdiv(group_size, HEADS)
+    number = (tl.num_programs(0) - 1 - tl.program_id(0)) // SPLIT * TILES  # the longest tiles come first
+    kv_head = tl.program_id(1) // splits
+    row = tl.arange(0, BLOCK_M)
+    in_group = tl.program_id(1) % splits * HEADS + row % HEADS
+    head = kv_head * group_size + in_group
+    tile = first_tile + number + row // (HEADS * BLOCK_ROWS)
+    sampled = row // HEADS % BLOCK_ROWS + tl.program_id(0) % SPLIT * BLOCK_ROWS
+    known = (tile < last_tile) & (in_group < group_size)
+    info = tile_ptr + tl.minimum(tile, last_tile - 1).to(tl.int64) * 8
+    q_begin = tl.load(info + 1)
+    q_end = tl.load(info + 2)
+    position = tl.load(info + 3)
+    base = tl.load(info + 6)
+    first = position // TILE * TILE
+    columns = tl.where(known & (first >= dense_below), first // block_size, 0)
+    # of each group of SAMPLE positions the last row in the call
+    end = position + q_end - q_begin
+    begin = first + sampled * SAMPLE
+    at = tl.minimum(begin + SAMPLE, end) - 1
+    there = known & (columns > 0) & (at >= position) & (begin < end)
+    columns = tl.where(there, columns, 0)
+    if tl.max(columns, 0) > 0:
+        dim = tl.arange(0, PADDED_DIM)
+        pair = tl.arange(0, PADDED_HALF)
+        column = tl.arange(0, BLOCK_N)
+        query = tl.where(there, q_begin + at - position, 0).to(tl.int64)
+        q_row = q_ptr + tl.load(info).to(tl.int64) * q_stride_b
+        q_row += tl.where(there, head, 0).to(tl.int64) * q_stride_h + query * q_stride_n
+        q = tl.load(q_row[:, None] + dim[None, :], mask=there[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        low = pair if HALVES else 2 * pair
+        high_dim = pair + HALF if HALVES else 2 * pair + 1
+        inside = there[:, None] & (pair < HALF)[None, :]
+        a = tl.load(q_row[:, None] + low[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(q_row[:, None] + high_dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares = narrow(a * a + b * b, spread_ptr)
+        step = tl.cast(blocks, tl.int64)
+        center_ptr += kv_head.to(tl.int64) * (PARTS + 1) * step * HEAD_DIM
+        spread_ptr += kv_head.to(tl.int64) * PARTS * step * HALF
+        item = ((tile - first_tile).to(tl.int64) * num_heads + head) * ROWS + sampled
+        high = tl.full([BLOCK_M], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        done = -1
+        for i in range(TILES):
+            # tiles of one sequence share its blocks; another one's are taken in a further turn
+            here = tl.load(tile_ptr + tl.minimum(first_tile + number + i, last_tile - 1).to(tl.int64) * 8 + 6)
+            seen = tl.where(base == here, columns, 0)
+            if here > done:
+                done = here
+                center_at = center_ptr + (here + column)[None, :].to(tl.int64) * HEAD_DIM + dim[:, None]
+                spread_at = spread_ptr + (here + column)[None, :].to(tl.int64) * HALF + pair[:, None]
+                if WIDE:
+                    w = tl.arange(0, PARTS * BLOCK_N)
+                    w_column = w % BLOCK_N
+                    w_at = (here + w_column).to(tl.int64) + (w // BLOCK_N).to(tl.int64) * step
+                    wide_c = center_ptr + w_at[None, :] * HEAD_DIM + dim[:, None]
+                    wide_s = spread_ptr + w_at[None, :] * HALF + pair[:, None]
+                last = tl.max(seen, 0)
+                for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+                    valid = (start + column < last)[None, :]
+                    there_column = (start + column)[None, :] < seen[:, None]
+                    c_at = center_at + start * HEAD_DIM
+                    s_at = spread_at + start * HALF
+                    c_mask = valid & (dim < HEAD_DIM)[:, None]
+                    s_mask = valid & (pair < HALF)[:, None]
+                    least = dot(q, tl.load(c_at + PARTS * step * HEAD_DIM, mask=c_mask, other=0.0)) * scale
+                    least = tl.where(there_column, least, -1e30)
+                    if WIDE:
+                        w_valid = (start + w_column < last)[None, :]
+                        at_wide = wide_c + start * HEAD_DIM
+                        center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
+                        at_wide = wide_s + start * HALF
+                        spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
+                        term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                        term = tl.where((start + w_column)[None, :] < seen[:, None], term, -1e30)
+                        new_high = tl.maximum(tl.maximum(high, tl.max(least, 1)), tl.max(term, 1))
+                        weight = tl.exp2(term - new_high[:, None])
+                        mass = tl.exp2(least - new_high[:, None])
+                        mass += tl.sum(tl.reshape(weight, (BLOCK_M, PARTS, BLOCK_N)), 1)
+                    else:
+                        terms = ()
+                        top = least
+                        for part in tl.static_range(PARTS):
+                            center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
+                            spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
+                            term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                            terms = terms + (term,)  # type: ignore[assignment]
+                            top = tl.maximum(top, term)
+                        top = tl.where(there_column, top, -1e30)
+                        new_high = tl.maximum(high, tl.max(top, 1))
+                        mass = tl.exp2(least - new_high[:, None])
+                        for part in tl.static_range(PARTS):
+                            mass += tl.exp2(terms[part] - new_high[:, None])
+                    mass = tl.where(there_column, mass, 0.0)
+                    total = total * tl.exp2(high - new_high) + tl.sum(mass, 1)
+                    high = new_high
+                    in_tile = start < seen
+                    target = mass_ptr + item[:, None] * mass_blocks + (start + column)[None, :]
+                    tl.store(target, mass.to(tl.float16), mask=in_tile[:, None])
+                    tl.store(
+                        high_ptr + item * (mass_blocks // BLOCK_N) + start // BLOCK_N, high, mask=in_tile
+                    )
+        tl.store(total_ptr + item * 2, high, mask=there)
+        tl.store(total_ptr + item * 2 + 1, total, mask=there)

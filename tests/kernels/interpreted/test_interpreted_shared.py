@@ -1,0 +1,84 @@
+"""The shared choice under the interpreter: tiles, choice, attention, gradients, bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice, sequences_of
+
+from moba_hf.kernels import shared
+from moba_hf.op.checks import Case
+from moba_hf.op.shared import SharedRule, unpack_blocks
+from moba_hf.op.shared_ops import shared_attention
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+RAGGED = [(40, 70), (0, 5), (33, 33), (0, 0), (1, 77), (16, 48)]
+CASES = {
+    "tile of two blocks": (
+        Case(RAGGED, num_heads=4, num_kv_heads=2, head_dim=32),
+        SharedRule(16, 32, threshold=0.3),
+    ),
+    "block of two tiles": (
+        Case(RAGGED, num_heads=2, head_dim=32, spare=3, dtype=torch.bfloat16),
+        SharedRule(32, 16, threshold=0.6, sample=4, local_blocks=2),
+    ),
+    "share, odd group, narrow pairs": (
+        Case([(70, 200), (9, 33)], num_heads=3, head_dim=24, v_dim=40),
+        SharedRule(16, 64, share=0.6, sample=8, rotary_pairs="neighbours"),
+    ),
+    "all limits, dense below": (
+        Case([(90, 260)], num_kv_heads=2, head_dim=32, dtype=torch.float16),
+        SharedRule(16, 32, share=0.9, threshold=0.1, topk=7, sample=32, dense_below=192),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_choice_and_attention(name: str) -> None:
+    case, rule = CASES[name]
+    assert_plan(case, rule)
+    mask = checked_choice(case, rule)
+    assert_attention(case, rule, mask)
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken"),
+    [({"topk": 5}, [3] * 4), ({"share": 0.45}, [3, 4, 4, 5]), ({"threshold": 0.5, "topk": 4}, [2] * 4)],
+)
+def test_of_equal_masses_the_lower_block_comes_first(limit: dict[str, float], taken: list[int]) -> None:
+    case = Case([(64, 160)], head_dim=16)
+    case.q.zero_()  # every candidate has the same score; the reference's mean over rows rounds by position
+    rule = SharedRule(16, 16, sample=2, sink_blocks=0, **limit)
+    mask = shared.select(case.q, case.k, sequences_of(case), rule, case.scale)
+    for tile, (candidates, count) in enumerate(zip(range(6, 10), taken, strict=True)):
+        expected = [block < count or block >= candidates - 1 for block in range(candidates + 1)]
+        for head in range(2):
+            assert unpack_blocks(mask[head, tile], candidates + 1).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
+def test_gradients(name: str) -> None:
+    case, rule = CASES[name]
+    assert_gradients(case, rule, checked_choice(case, rule))
+
+
+def test_memory_changes_nothing() -> None:
+    case, rule = CASES["tile of two blocks"]
+    mask = checked_choice(case, rule)
+    assert torch.equal(mask, checked_choice(case, rule, workspace=1))
+    whole, parts = assert_attention(case, rule, mask), assert_attention(case, rule, mask, workspace=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_the_operator_runs_the_kernels() -> None:
+    case, rule = Case([(20, 70), (33, 33)], head_dim=32), SharedRule(16, 32, threshold=0.3)
+    grads = []
+    for backend in ("triton", "reference"):
+        tensors = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        settings = {"softmax_scale": case.scale, "backend": backend}
+        out, lse = shared_attention(*tensors, sequences_of(case), rule, **settings)
+        (out.square().sum() + lse[lse > -torch.inf].sum()).backward()
+        grads.append([out.detach(), *(x.grad for x in tensors)])
+    for got, expected in zip(*grads, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,65 @@
+"""The kernels of the shared choice compile for every generation, fit its memory, and hardly spill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from moba_hf.kernels import shared
+from moba_hf.op.sequences import Attended, Sequences, batched_table
+from moba_hf.op.shared import SharedRule
+
+kernel_aot = pytest.importorskip("kernel_aot", reason="TRITON_INTERPRET is set")
+
+_SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+_VARIANTS = {
+    "128/64": (SharedRule(64, 128, threshold=0.01, sample=8), 128, 128),
+    "64/32 d64": (SharedRule(32, 64, threshold=0.01, sample=1), 64, 64),
+    "128/128 d256": (SharedRule(128, 128, share=0.9, topk=20, sample=8), 256, 256),
+    "64/64 d192 v128": (SharedRule(64, 64, threshold=0.01, sample=8), 192, 128),
+}
+
+
+def _call(rule: SharedRule, head_dim: int, v_dim: int) -> Callable[[], object]:
+    """A call that chooses, attends and takes gradients; values are never computed."""
+    length, heads = 4096, 8
+
+    def call() -> None:
+        q = torch.empty(1, heads, length, head_dim, dtype=torch.bfloat16)
+        k, v = (torch.empty(1, 2, length, x, dtype=torch.bfloat16) for x in (head_dim, v_dim))
+        sequences = Sequences(batched_table(1, length, length, q.device), length, length)
+        limits = (sequences, rule.block_size, rule.tile, head_dim**-0.5)
+        mask = shared.select(q, k, sequences, rule, head_dim**-0.5)
+        out, lse = shared.attend(q, k, v, mask, *limits)
+        shared.attend_backward(out, lse, Attended(q, k, v, out, lse, mask), *limits)
+
+    return call
+
+
+def _check(name: str, capability: int) -> None:
+    seen = set()
+    for launch in kernel_aot.recorded_for(_call(*_VARIANTS[name]), capability):
+        if launch[0].__name__ in seen:
+            continue
+        seen.add(launch[0].__name__)
+        report = kernel_aot.compile_launch(launch, capability)
+        assert report.shared <= _SHARED[capability], report
+        assert report.columns <= 512, report
+        # 208 bytes of dk and dv at head_dim 256
+        assert report.spills <= (256 if capability == 90 else 800), report
+    assert {"_row_masses_kernel", "_choose_kernel", "_attend_lists_kernel", "_dkv_kernel"} <= seen
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_one_variant(capability: int) -> None:
+    _check("64/32 d64", capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("name", list(_VARIANTS))
+def test_variants(name: str, capability: int) -> None:
+    _check(name, capability)

@@ -1,0 +1,93 @@
+"""The shared choice on a GPU: shapes of heads and blocks, Gluon against Triton, two runs, long inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_checks import assert_attention, assert_gradients, checked_choice, sequences_of
+
+pytest.importorskip("triton")
+
+from moba_hf.kernels import shared, shared_hopper
+from moba_hf.op.checks import Case
+from moba_hf.op.sequences import Sequences, batched_table
+from moba_hf.op.shared import SharedRule
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
+RAGGED = [(300, 1000), (700, 700), (1, 513), (129, 129)]
+ALIGNED = [(512, 1024), (640, 640), (100, 513), (1, 129), (192, 320)]
+
+
+def _case(lengths: list[tuple[int, int]] = RAGGED, **kwargs: object) -> Case:
+    return Case(lengths, **{"dtype": torch.bfloat16, "device": "cuda", "num_heads": 4, **kwargs})
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    case = _case(head_dim=head_dim, dtype=dtype)
+    rule = SharedRule(64, 64, threshold=0.3, sample=8, dense_below=128)
+    mask = checked_choice(case, rule)
+    assert_attention(case, rule, mask)
+    assert_gradients(case, rule, mask)
+
+
+@pytest.mark.parametrize(("block_size", "tile"), [(32, 64), (32, 128), (64, 128), (128, 128), (128, 64)])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_blocks_and_tiles(block_size: int, tile: int, num_kv_heads: int) -> None:
+    case = _case(head_dim=128, num_kv_heads=num_kv_heads)
+    rule = SharedRule(block_size, tile, threshold=0.4, sample=4)
+    mask = checked_choice(case, rule)
+    assert_attention(case, rule, mask)
+    assert_gradients(case, rule, mask)
+
+
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(128, 128), (64, 64), (128, 64)])
+@pytest.mark.parametrize("lengths", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_gluon_equals_triton(lengths: list[tuple[int, int]], head_dim: int, v_dim: int) -> None:
+    case, rule = _case(lengths, head_dim=head_dim, v_dim=v_dim), SharedRule(64, 128, threshold=0.3, sample=8)
+    if not shared_hopper.takes(case.q, case.k, case.v, 64, 128):
+        pytest.skip("needs compute capability 9.0 and a known Triton")
+    mask = checked_choice(case, rule)
+    for use_hopper in (True, False):
+        assert_attention(case, rule, mask, use_hopper=use_hopper)
+
+
+def test_runs_and_budgets_agree_bit_for_bit() -> None:
+    case, rule = _case(head_dim=128), SharedRule(64, 128, share=0.8, sample=8)
+    masks = [checked_choice(case, rule, workspace=x) for x in (None, None, 1 << 18)]
+    assert all(torch.equal(masks[0], x) for x in masks[1:])
+    outs = [assert_attention(case, rule, masks[0], workspace=x) for x in (None, None, 1 << 16)]
+    assert all(torch.equal(a, b) for x in outs[1:] for a, b in zip(outs[0], x, strict=True))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    case, rule = _case(head_dim=128), SharedRule(64, 128, threshold=0.3, sample=8)
+    limits = (sequences_of(case), rule.block_size, rule.tile, case.scale)
+    shared.attend(case.q, case.k, case.v, checked_choice(case, rule), *limits)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = shared.select(case.q, case.k, limits[0], rule, case.scale)
+        shared.attend(case.q, case.k, case.v, mask, *limits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_a_million_tokens() -> None:
+    """Offsets beyond 2**31 elements: the last tile alone equals the same tile of the whole call."""
+    length, heads, kv_heads, dim = 1 << 20, 32, 2, 128
+    rule = SharedRule(64, 128, threshold=0.5, sample=8)
+    q = torch.randn(1, heads, length, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, kv_heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    whole = Sequences(batched_table(1, length, length, q.device), length, length)
+    last = Sequences(batched_table(1, 128, length, q.device), 128, length)
+    mask = shared.select(q[:, :, -128:], k, last, rule, dim**-0.5)
+    limits = (rule.block_size, rule.tile, dim**-0.5)
+    out, lse = shared.attend(q[:, :, -128:], k, v, mask, last, *limits)
+    everything = torch.zeros(heads, length // 128, mask.shape[2], dtype=torch.int32, device="cuda")
+    everything[:, -1] = mask[:, 0]
+    full, full_lse = shared.attend(q, k, v, everything, whole, *limits)
+    assert torch.equal(full[:, -128:], out)
+    assert torch.equal(full_lse[:, :, -128:], lse)
