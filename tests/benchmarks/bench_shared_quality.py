@@ -187,6 +187,28 @@ def chosen() -> Iterator[Rule]:
         yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
 
 
+def kernel() -> Iterator[Rule]:
+    """Tiles, blocks and sampled rows that a kernel likes, on the test texts, causal; some as run."""
+    base = Rule(tile=128, block=32, alpha=0.01, means=True, causal=True)
+    for changes in (
+        {},
+        {"stride": 4, "before": 0.5},
+        {"stride": 4, "before": 0.5, "alpha": 0.015},
+        {"stride": 2, "before": 0.5},
+        {"stride": 2, "before": 0.5, "alpha": 0.015},
+        {"stride": 4, "alpha": 0.007},
+        {"stride": 2, "alpha": 0.008},
+        {"block": 64, "alpha": 0.02},
+        {"block": 64, "alpha": 0.02, "stride": 4, "before": 0.5},
+        {"block": 64, "alpha": 0.02, "stride": 8},
+        {"alpha": 0.015, "stride": 4, "before": 0.5, "tile": 64},
+        {"alpha": 0.015, "stride": 2, "before": 0.5, "tile": 64},
+    ):
+        yield replace(base, **changes)
+    for changes in ({"stride": 4}, {"stride": 8}, {"block": 64, "alpha": 0.02, "stride": 8}):
+        yield replace(base, causal=False, **changes)
+
+
 def long() -> Iterator[Rule]:
     """16K and 32K, on the test texts: the rule that ships, choices per query, the published rules."""
     for alpha in (0.01, 0.03, 0.1, 0.003):
@@ -198,6 +220,7 @@ def long() -> Iterator[Rule]:
 
 
 SUITES = {
+    "kernel": (kernel, (PLAIN, COPIES)),
     "long": (long, (PLAIN, COPIES)),
     "questions": (questions, ("dev/", "dev-copies/")),
     "cheaper": (cheaper, ("dev/", "dev-copies/")),
