@@ -56,7 +56,6 @@ __all__ = [
     "unpack_blocks",
 ]
 
-TILE_COLUMNS = ("batch", "q_begin", "q_end", "position", "k_begin", "k_end")
 WORD_BITS = 32
 
 
@@ -94,6 +93,8 @@ def sequence_tiles(sequences: Sequences, q: Tensor, tile: int) -> Iterator[tuple
 
 def tile_table(table: Tensor, tile: int, bound: int) -> Tensor:
     """The tile table int32 `(bound, 6)` of a sequence table; nothing waits for the device.
+
+    Columns: batch, q_begin, q_end, position, k_begin, k_end.
 
     Args:
         table: int32 `(num_seqs, 5)`, see `moba_hf.op.sequences`.
