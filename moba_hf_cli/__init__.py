@@ -6,14 +6,16 @@ Every error is one plain line on stderr and exit code 2. `checkpoints`, `quality
 commands, `options` what several of them take, `signals` how they end, `app` the whole.
 """
 
+import atexit
 from collections.abc import Sequence
 from typing import NoReturn
 
-from moba_hf_cli.signals import exiting
+from moba_hf_cli.signals import exiting, ignore
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line `args` (default: the program's own) and exits."""
+    atexit.register(ignore)  # the status is decided then: a late signal must not replace it
     with exiting():
         from moba_hf_cli.app import main as run
     run(args)

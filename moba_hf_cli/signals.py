@@ -20,13 +20,18 @@ class Ended(BaseException):
         self.number = number
 
 
+def ignore() -> None:
+    """Ignores these signals from now on."""
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def raising() -> Iterator[None]:
     """Inside the block SIGTERM and SIGHUP raise, and whatever signal came first, later ones are ignored."""
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
-        for each in _NUMBERS:
-            signal.signal(each, signal.SIG_IGN)  # what is still done is short
+        ignore()  # what is still done is short
         raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
     with _handled_by(end):

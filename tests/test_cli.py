@@ -339,6 +339,19 @@ def test_an_interrupt_is_quiet_from_the_start(seconds: float, tmp_path: Path) ->
     ]
 
 
+def test_a_signal_while_python_ends_does_not_replace_the_status() -> None:
+    program = """
+import atexit, os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+import moba_hf_cli
+moba_hf_cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, "calibrate", "a"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
 def test_help(run) -> None:  # type: ignore[no-untyped-def]
     code, out, err = run("--help")
     assert (code, err) == (0, "")

@@ -120,7 +120,7 @@ class TestHugeSettings:
     @pytest.mark.parametrize("gate", ["mean", "mass"])
     def test_results(self, huge: dict, same: dict, gate: str) -> None:
         tensors = [x.requires_grad_() for x in qkv(70)]
-        begin, results = time.perf_counter(), []
+        begin, results = time.process_time(), []
         for rule in (huge, same):
             out, lse = moba_attention(*tensors, **rule, gate=gate, return_lse=True)
             results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), tensors)))
@@ -128,7 +128,7 @@ class TestHugeSettings:
             assert error(a, b) < 1e-5
         step = [x.detach()[None].transpose(1, 2) for x in (tensors[0][69:], *tensors[1:])]
         assert error(batched_moba_attention(*step, **huge)[0][0, 0], results[0][0][69].detach()) < 1e-6
-        assert time.perf_counter() - begin < 5
+        assert time.process_time() - begin < 5
 
     def test_a_choice_is_filled_up_or_refused(self) -> None:
         q, k, _ = qkv(70)
@@ -147,9 +147,9 @@ class TestHugeSettings:
         inputs, cu = qkv(sum(lengths)), cumulative([10] * 200 + [1500])
         times = []
         for block_size in (1024, 10):
-            begin = time.perf_counter()
+            begin = time.process_time()
             out = moba_attention(*inputs, block_size=block_size, topk=2, cu_seqlens_q=cu)
-            times.append(time.perf_counter() - begin)
+            times.append(time.process_time() - begin)
             first = moba_attention(*(x[:10] for x in inputs), block_size=block_size, topk=2)
             assert error(out[:10], first) < 1e-6
         assert times[0] < 5 * times[1] + 1
@@ -182,6 +182,9 @@ class TestKindsOfTensors:
         with pytest.raises(ValueError, match=f"head_dim and v_dim must be at least 1, got {dim} and {v_dim}"):
             moba_attention(q[..., :dim], k[..., :dim], v[..., :v_dim], **RULE)
 
+    @pytest.mark.filterwarnings(
+        "ignore:.torch.jit:DeprecationWarning"
+    )  # torch's own, at its first dual number
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_forward_mode(self, which: int) -> None:
         inputs = qkv(dtype=torch.float64)

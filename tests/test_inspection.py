@@ -99,10 +99,10 @@ def test_public_configs(
     values: dict[str, Any], kinds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_weights(monkeypatch)
-    start = time.perf_counter()
+    start = time.process_time()
     result = inspect_config(config_of(values), MobaConfig.from_preset("paper-1m"))
     text = describe(result)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     counted = [row.kind for row in result.layers]
     assert {kind: counted.count(kind) for kind in dict.fromkeys(counted)} == kinds
     assert len(result.layers) == values["num_hidden_layers"] == len({row.index for row in result.layers})

@@ -87,7 +87,7 @@ def test_runs_no_code_of_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPat
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"model: its tokenizer does not load.*custom code"):
         load_tokenizer(folder)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 12  # the question waits for 15
     assert not (tmp_path / "ran").exists()
 
 
@@ -107,7 +107,7 @@ def test_refuses_names_of_nothing_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(name)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20  # retries took 46
 
 
 def test_finds_a_model_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
