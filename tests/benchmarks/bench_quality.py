@@ -100,6 +100,7 @@ class Runner:
         self.length = args.length
         self.task_lengths = tuple(args.task_lengths)
         self.contexts, self.tasks_only = args.contexts, args.tasks_only
+        self.presets = {name: MobaConfig.from_preset(name) for name in args.presets}
         self.store = Store(args.out / "quality.json", {"length": args.length, "rules": RULES})
         self.losses = Store(args.out / "dense.json", {"length": args.length})
         self.dense: dict[str, Tensor] = {}
@@ -190,8 +191,19 @@ def settings(costs: dict[str, dict[str, Any]], layers: int, length: int) -> dict
     return made | {name: calibrated(*how) for name, how in CALIBRATED.items()}
 
 
+def preset_tasks(run: Runner) -> Iterator[Callable[[], None]]:
+    """Tasks dense and under the presets, all settings on a context before the next one."""
+    named: dict[str, MobaConfig | None] = {"dense": None, **run.presets}
+    for length, context, task in product(run.task_lengths, range(run.contexts), TASKS):
+        for name, config in named.items():
+            yield lambda t=task, n=length, s=name, c=config, i=context: run.task(t, n, s, c, i)
+
+
 def steps(run: Runner) -> Iterator[Callable[[], None]]:
     """What is to be done, the most important first."""
+    if run.presets:
+        yield from preset_tasks(run)
+        return
     made = settings(json.loads(json.dumps(run.costs())), run.layers, run.length)
 
     def losses(
@@ -288,6 +300,7 @@ def main() -> None:
     parser.add_argument("--task-lengths", type=int, nargs="*", default=[8192, 4096, 2048])
     parser.add_argument("--contexts", type=int, default=CONTEXTS, help="of each task and length")
     parser.add_argument("--tasks-only", action="store_true", help="with calibrated settings made before")
+    parser.add_argument("--presets", nargs="*", default=[], help="only tasks, dense and under these")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--report", action="store_true", help="only tables and pictures")
     args = parser.parse_args()
