@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,8 @@ def settings(preset: str, neighbours: bool) -> list[Setting]:
     if not neighbours:
         return [Setting(), Setting(rule, causal=True), Setting(rule)]
     others = [replace(rule, sample=n) for n in (1, 4)]
-    return [Setting(), Setting(rule, True, True), *(Setting(r, c) for c in (True, False) for r in others)]
+    causal = [Setting(others[0], causal=True), Setting(rule, causal=True, means=True)]
+    return [Setting(), *causal, Setting(others[1], causal=True), *(Setting(r) for r in others)]
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
@@ -302,10 +304,11 @@ def run(args: argparse.Namespace, path: Path) -> None:
     stored, end = np.load(args.texts), time.monotonic() + args.limit
     path.parent.mkdir(parents=True, exist_ok=True)
     answers: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    names = [n for n in stored.files if n.startswith(tuple(args.names))]
-    for name in names:
+    names = [n for prefix in args.names for n in stored.files if n.startswith(prefix)]
+    asked = settings(args.preset, args.neighbours)
+    for some, name in product((asked[:2], asked[2:]), names):  # all texts before further settings
         ids = torch.from_numpy(stored[name][: args.length].astype(np.int64))
-        for setting in settings(args.preset, args.neighbours):
+        for setting in some:
             found = answers.setdefault(setting.label(), {})
             if name in found or time.monotonic() > end:
                 continue
