@@ -134,10 +134,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Setting, sc
         kv_head, position = some // tiles // (heads // len(k)), (some % tiles * rule.tile)[:, None] + inside
         lists = listed[some].nonzero()[:, 1].view(-1, count)
         kept = rows[some].gather(2, lists[:, None].expand(-1, rows.shape[1], -1))
-        mask = kept[..., None].expand(-1, rule.tile, -1, size).flatten(2)
-        key_at = (lists[..., None] * size + torch.arange(size)).flatten(1)
-        mask = mask & (key_at[:, None] <= position[:, :, None])
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        bias = torch.zeros(kept.shape).masked_fill_(~kept, -math.inf)
+        bias = bias[..., None].expand(-1, rule.tile, -1, size).flatten(2).contiguous()
+        last = -max(1, rule.tile // size)  # the blocks that the tile overlaps
+        key_at = (lists[:, last:, None] * size + torch.arange(size)).flatten(1)
+        bias[:, :, last * size :].masked_fill_(key_at[:, None] > position[:, :, None], -math.inf)
         key, value = (x[kv_head[:, None], lists].flatten(1, 2) for x in (keys, values))
         if setting.means:
             dropped = ~rows[some] & (block < position[:, :1] // size)[:, None]
@@ -209,10 +210,10 @@ def measure(model: Any, ids: Tensor, setting: Setting) -> dict[str, Any]:
 
 def report(answers: dict[str, dict[str, Any]]) -> None:
     """For each setting and kind of text: how many texts, pairs, mean rise over dense, its 95 % interval."""
-    dense = answers["dense"]
+    dense = answers.get("dense", {})
     for label, found in answers.items():
         for kind in KINDS:
-            names = [n for n in found if n.startswith(kind)]
+            names = [n for n in found if n.startswith(kind) and n in dense]
             if label == "dense" or not names:
                 continue
             rises = np.array([np.subtract(found[n]["losses"], dense[n]["losses"]) for n in names])
@@ -291,10 +292,10 @@ def settings(preset: str, neighbours: bool) -> list[Setting]:
     if not isinstance(rule, SharedRule):
         raise SystemExit(f"preset {preset!r} is no shared choice (tile > 1)")
     if not neighbours:
-        return [Setting(), Setting(rule, causal=True), Setting(rule)]
+        return [Setting(rule, causal=True), Setting(), Setting(rule)]
     others = [replace(rule, sample=n) for n in (1, 4)]
     causal = [Setting(others[0], causal=True), Setting(rule, causal=True, means=True)]
-    return [Setting(), *causal, Setting(others[1], causal=True), *(Setting(r) for r in others)]
+    return [*causal, Setting(), Setting(others[1], causal=True), *(Setting(r) for r in others)]
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
@@ -305,17 +306,14 @@ def run(args: argparse.Namespace, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     answers: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     names = [n for prefix in args.names for n in stored.files if n.startswith(prefix)]
-    asked = settings(args.preset, args.neighbours)
-    for some, name in product((asked[:2], asked[2:]), names):  # all texts before further settings
-        ids = torch.from_numpy(stored[name][: args.length].astype(np.int64))
-        for setting in some:
-            found = answers.setdefault(setting.label(), {})
-            if name in found or time.monotonic() > end:
-                continue
-            begin = time.process_time()
-            found[name] = measure(model, ids, setting)
-            path.write_text(json.dumps(answers))
-            print(f"{name}, {setting.label()}: {time.process_time() - begin:.0f} CPU s", flush=True)
+    for setting, name in product(settings(args.preset, args.neighbours), names):
+        found = answers.setdefault(setting.label(), {})
+        if name in found or time.monotonic() > end:
+            continue
+        begin = time.process_time()
+        found[name] = measure(model, torch.from_numpy(stored[name][: args.length].astype(np.int64)), setting)
+        path.write_text(json.dumps(answers))
+        print(f"{name}, {setting.label()}: {time.process_time() - begin:.0f} CPU s", flush=True)
 
 
 def main() -> None:
