@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.config import LayerConfig
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
+from moba_hf.hf.dynamic_layer import MobaLayer
+from moba_hf.hf.static_layer import MobaStaticLayer
 from moba_hf.op.block_means import BlockMeans, block_means_of
 from moba_hf.op.gates import block_mean
 from moba_hf.op.portable_decode import choose

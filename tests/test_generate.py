@@ -14,9 +14,10 @@ from transformers import DynamicCache, StaticCache
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf import attention
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
+from moba_hf.hf.dynamic_layer import MobaLayer
 from moba_hf.hf.prefill import _chunk_lengths
+from moba_hf.hf.static_layer import MobaStaticLayer
 from moba_hf.op.gates import block_mean
 
 # Without a dense tail a prefill is what the model makes of the whole prompt in one call.
