@@ -344,7 +344,11 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
             model(ids[:, :39] if not twice else ids[:, :20], **cache_kwargs(model, cache))
         if twice:
             prefill(model, ids, cache=cache, progress=False)
-        with pytest.raises(ValueError, match="the whole prompt to the 39 tokens that this cache holds"):
+        # older releases of transformers give the call a mask that is too short, which is seen first
+        told = (
+            "the whole prompt to the 39 tokens that this cache holds|the cache holds 39 tokens and the call"
+        )
+        with pytest.raises(ValueError, match=told):
             generate(model, cache, input_ids=ids, **kwargs)
     cache.reset()
     expected = generate(model, DynamicCache(config=model.config), input_ids=ids, **kwargs)
