@@ -8,7 +8,8 @@ is about to run dense (`moba_hf.hf.loading`). It changes nothing else.
 from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.hf.attention import register
-from moba_hf.hf.cache import MobaCache, use_moba_cache
+from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.default_cache import use_moba_cache
 from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.hf.prefill import prefill
 from moba_hf.op.ops import moba_attention, select_blocks

@@ -4,4 +4,4 @@ from moba_hf.hf.adapter import Adapter
 
 
 class Olmo2Adapter(Adapter):
-    """OLMo 2 has only full layers; for OLMo 3, `layer_types` marks three of every four as window layers."""
+    """OLMo 2 has only full layers; in OLMo 3 `layer_types` marks three layers in four as window layers."""
