@@ -48,6 +48,7 @@ LAYERS = [
     },
     {"op.shared"},
     {"op.reference", "op.sequences"},
+    {"progress"},
     {"hf.parallel"},
     {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
     {"checkpoints.gguf_header"},

@@ -19,9 +19,10 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.results import Store
 from moba_hf.evaluate.tasks import TaskScore, ask, wilson
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
 _KINDS = ("signature", "string", "signature", "number")  # in turn: half constants, half functions
@@ -131,11 +132,13 @@ def run_code_lookup(
     seed: int = 0,
     dense_question: bool = True,
     store: Store | None = None,
+    what: str = "",
 ) -> LookupScore:
     """Score of `model` on `contexts` contexts of `length` tokens, `questions` each, under `config`.
 
     Args:
         dense_question: see `answers_right`.
+        what: the text of the progress bar.
     """
     if contexts < 1 or questions < 1:
         raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
@@ -144,7 +147,7 @@ def run_code_lookup(
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
     marks: list[list[Any]] = []
-    for number in progress(range(contexts), f"{CODE_LOOKUP} {length}"):
+    for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
         def one(number: int = number) -> list[list[Any]]:
             ids, asked = make_context(
