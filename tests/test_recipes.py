@@ -1,6 +1,6 @@
 """The recipes of the README run as they are written, on a tiny model.
 
-`make test-wheel` runs this file with the built wheel, from a folder in which the repository cannot be imported.
+`make test-wheel` runs this file with the built wheel, where the repository cannot be imported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with all that the recipes name: two checkpoints, a text and a book."""
     place = tmp_path_factory.mktemp("recipes")
     for name in ("SRC", "MODEL"):
-        save_tokenizer(save_tiny(place / name, layers=5))
+        save_tokenizer(save_tiny(place / name, layers=4))
     text = "".join(chr(33 + i * i % 90) for i in range(9000))
     (place / "my.txt").write_text(text)
     (place / "book.txt").write_text(text[:700])
