@@ -1,4 +1,4 @@
-"""Converts SmolLM2-135M-Instruct, loads it with MoBA and reads a long document with it, beside dense.
+"""Converts SmolLM2-135M-Instruct, loads it with MoBA and compares it with dense attention on a long document.
 
 Run by `make demo`. It prints a row for each preset: the share of the causal query-key pairs that were
 attended, the seconds that reading took, the perplexity of the whole document and of its last quarter, how
@@ -36,14 +36,14 @@ PRESETS = ("default", "default-per-query", "fine", "paper-8k")
 OUT = Path("out")
 CHECKPOINT = OUT / "smollm2-moba"
 NOTES = """\
-SmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were; `default`
-lets a tile of queries share the blocks that their attention mass asks for, which is not the paper's MoBA.
-The choice of a tile sees its later queries, which flatters the perplexity of `default`; its greedy text sees
-nothing of what follows. The time that MoBA saves grows with the prompt: docs/performance.md."""
+SmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were. In
+`default`, a tile of queries shares one choice of blocks, made by attention mass; this is not the paper's
+MoBA. The choice depends on the tile's later queries too, which flatters its perplexity; the greedy text
+depends on nothing that follows it. The longer the prompt, the more time MoBA saves: docs/performance.md."""
 
 
 def document(tokenizer: Any, length: int) -> torch.Tensor:
-    """`(1, length)` token ids of real prose on every machine: the language reference inside Python."""
+    """`(1, length)` token ids of real prose that every machine has: Python's built-in language reference."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
