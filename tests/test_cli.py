@@ -251,7 +251,14 @@ def test_errors_are_one_line(run, args, message: str, src: Path, tmp_path: Path)
 def test_verify_fails_on_a_flipped_byte(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     dst = tmp_path / "dst"
     run("convert", src, dst, *BLOCKS)
+    values = json.loads(run("verify", dst, "--source", src, "--json")[1])
+    assert values["passed"]
+    assert [check["name"] for check in values["checks"]] == ["config", "weights", "files", "load", "logits"]
     flip(dst / "model.safetensors", -1)
+    code, out, err = run("verify", dst, "--source", src, "--json")
+    values = json.loads(out)
+    assert (code, values["passed"], values["checks"][-1]["passed"]) == (2, False, False)
+    assert values["checks"][-1]["detail"] in err
     code, out, err = run("verify", dst, "--source", src)
     assert code == 2
     assert out.startswith("ok      config")
