@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from typing import Annotated, Any
 
@@ -134,6 +135,7 @@ def presets(as_json: AsJson = False) -> None:
 def verify(
     dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
+    as_json: AsJson = False,
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
     load_package()
@@ -141,8 +143,10 @@ def verify(
     from moba_hf.checkpoints.verify import verify_checkpoint
 
     report = verify_checkpoint(dst, source)
+    if as_json:
+        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=1))
     for check in report.checks:
-        if check.passed:
+        if check.passed and not as_json:
             print(f"ok      {check.name:<8} {shown(check.detail)}")
     if not report.passed:
         failed = report.checks[-1]
@@ -211,6 +215,7 @@ def generate(
     dense_tail: Annotated[
         int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
     ] = 128,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
@@ -239,14 +244,17 @@ def generate(
     runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
     results = []
     for name, function in runs.items():
-        if compare:
+        if compare and not as_json:
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
-            streamer = generation.text_streamer(tokenizer)
+            streamer = None if as_json else generation.text_streamer(tokenizer)
             more: Any = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
             result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
-    if compare:
+    if as_json:
+        found = {name.lower(): run.to_dict(tokenizer) for name, run in zip(runs, results, strict=True)}
+        print(json.dumps({"prompt_tokens": ids.shape[1], **found}, indent=1))
+    elif compare:
         print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))
     else:
         print(generation.summary(results[0], ids.shape[1]), file=sys.stderr)
@@ -255,9 +263,9 @@ def generate(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
-    from tqdm import tqdm
+    from moba_hf.progress import progress_bar
 
-    with tqdm(total=total, desc="prefill", unit=" tokens", disable=None, file=sys.stderr, leave=False) as bar:
+    with progress_bar("prefill", total, " tokens") as bar:
 
         def advance(tokens: int) -> None:
             bar.update(tokens)

@@ -31,10 +31,10 @@ FAMILIES = {
 _VOCAB, _HIDDEN, _INNER, _LAYERS, _HEADS, _KV_HEADS = 64, 64, 96, 2, 4, 2
 
 
-def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
+def save_tiny(folder: Path, family: str = "llama", *, layers: int = 3, **kwargs: Any) -> Path:
     """A folder with a tiny random model; `kwargs` go to `save_pretrained`."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**SIZES, **FAMILIES[family])
+    config = CONFIG_MAPPING[family](**{**SIZES, "num_hidden_layers": layers}, **FAMILIES[family])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, **kwargs)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
     return folder

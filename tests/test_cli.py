@@ -251,7 +251,14 @@ def test_errors_are_one_line(run, args, message: str, src: Path, tmp_path: Path)
 def test_verify_fails_on_a_flipped_byte(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     dst = tmp_path / "dst"
     run("convert", src, dst, *BLOCKS)
+    values = json.loads(run("verify", dst, "--source", src, "--json")[1])
+    assert values["passed"]
+    assert [check["name"] for check in values["checks"]] == ["config", "weights", "files", "load", "logits"]
     flip(dst / "model.safetensors", -1)
+    code, out, err = run("verify", dst, "--source", src, "--json")
+    values = json.loads(out)
+    assert (code, values["passed"], values["checks"][-1]["passed"]) == (2, False, False)
+    assert values["checks"][-1]["detail"] in err
     code, out, err = run("verify", dst, "--source", src)
     assert code == 2
     assert out.startswith("ok      config")
@@ -288,12 +295,23 @@ def test_failures_under_way(  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("green", [True, False])
 def test_bench_passes_its_options_on(run, green: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     seen: list[bench.Options] = []
-    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or green)
+    outcome = bench.Outcome(() if green else ("wrong",), "a machine", ({"row": "1M-4096/12", "ms": 2.5},))
+    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or print("rows") or outcome)
     flags = ("--no-stages", "--no-dense", "--flash", "--tiny", "--workspace", "2", "--dense-limit", "9")
     rows = ("--rows", "1M-4096/12", "--rows", "1M-16384/3")
     code, out, err = run("bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags)
-    assert (code, out, err) == (0 if green else 1, "", "")
-    assert seen == [
+    assert (code, out, err) == (0 if green else 1, "rows\n", "")
+    code, out, err = run(
+        "bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags, "--json"
+    )
+    assert (code, err) == (0 if green else 1, "rows\n")
+    assert json.loads(out) == {
+        "green": green,
+        "problems": [] if green else ["wrong"],
+        "machine": "a machine",
+        "results": [{"row": "1M-4096/12", "ms": 2.5}],
+    }
+    assert seen == 2 * [
         bench.Options(
             rows=["1M-4096/12", "1M-16384/3"],
             figure="paper",

@@ -146,6 +146,20 @@ def test_generate_compare(run: Any, converted: Path, prompt: Path) -> None:
     assert re.search(r"prompt of 140 tokens; the continuations (are the same|part after \d)", out)
 
 
+def test_generate_as_json(run: Any, converted: Path, prompt: Path) -> None:
+    arguments = ["--prompt-file", prompt, "--max-new-tokens", "6"]
+    streamed = run("generate", converted, *arguments)[1]
+    code, out, err = run("generate", converted, *arguments, "--compare", "--json")
+    assert (code, err) == (0, "")
+    values = json.loads(out)
+    assert list(values) == ["prompt_tokens", "moba", "dense"]
+    assert values["prompt_tokens"] == 140
+    assert values["moba"]["text"].strip() == streamed.strip()
+    assert len(values["dense"]["tokens"]) == 6
+    assert min(values["moba"][name] for name in ("prefill_seconds", "tokens_per_second")) > 0
+    assert "dense" not in json.loads(run("generate", converted, *arguments, "--json")[1])
+
+
 def test_generate_shows_a_bar_on_a_terminal(
     run: Any, converted: Path, prompt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

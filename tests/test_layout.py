@@ -53,6 +53,7 @@ LAYERS = [
     {"op.shared_problems"},
     {"op.shared"},
     {"op.reference", "op.sequences"},
+    {"progress"},
     {"hf.parallel"},
     {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
     {"checkpoints.gguf_header"},

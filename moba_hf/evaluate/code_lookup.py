@@ -20,9 +20,10 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.results import Store
 from moba_hf.evaluate.tasks import TaskScore, ask, wilson
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
 _KINDS = ("signature", "string", "signature", "number")  # cycled through: half constants, half signatures
@@ -135,6 +136,7 @@ def run_code_lookup(
     seed: int = 0,
     dense_question: bool = True,
     store: Store | None = None,
+    what: str = "",
 ) -> LookupScore:
     """Score of `model` on `contexts` contexts of `length` tokens with `questions` questions each.
 
@@ -142,6 +144,7 @@ def run_code_lookup(
         config: MoBA settings; None: dense.
         dense_question: see `answers_right`.
         store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
 
     Raises:
         ValueError: no contexts, questions or sources.
@@ -153,7 +156,7 @@ def run_code_lookup(
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
     marks: list[list[Any]] = []
-    for number in progress(range(contexts), f"{CODE_LOOKUP} {length}"):
+    for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
         def one(number: int = number) -> list[list[Any]]:
             ids, asked = make_context(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.code_lookup import CODE_LOOKUP, run_code_lookup
-from moba_hf.evaluate.passes import family_of, identity_of
+from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, format_table, progress
+from moba_hf.evaluate.results import Store, format_table
 from moba_hf.evaluate.tasks import TASKS, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.parallel import launched_ranks
@@ -29,6 +30,7 @@ from moba_hf.op.shared_rule import SharedRule
 
 MEASURES = ("perplexity", "positions", "agreement", "recall")
 _DENSE_TOO = ("perplexity", "positions")
+_PASSES = {"agreement": 2}  # of a measure over its text; of others one
 
 
 def load(
@@ -141,12 +143,17 @@ def evaluate(
         for measure in measures
         if config is not None or measure in _DENSE_TOO
     ]
-    for text, name, measure in progress(runs, "passes"):
-        passed = partial(_one, model, measure, texts[text], settings[name], seed)
-        one = dict(known.get(f"{measure}/{text}/{name}", passed))
-        if "attended" in one:
-            result["attended"].setdefault(text, {})[name] = one.pop("attended")
-        result[measure][text][name] = one
+    new = sum(
+        _PASSES.get(measure, 1) for text, name, measure in runs if _key(text, name, measure) not in known
+    )
+    with passes_bar(model, "passes", new) as bar:
+        for text, name, measure in runs:
+            bar.set_description(f"{measure} of {Path(text).name}, {name}")
+            passed = partial(_one, model, measure, texts[text], settings[name], seed)
+            one = dict(known.get(_key(text, name, measure), passed))
+            if "attended" in one:
+                result["attended"].setdefault(text, {})[name] = one.pop("attended")
+            result[measure][text][name] = one
     for text, ids in texts.items():
         for name, config in settings.items():
             if config is not None:
@@ -156,22 +163,22 @@ def evaluate(
                     keys = [None, result["attended"].get(text, {}).get(name, {"share": None})["share"]]
                 result["keys"].setdefault(text, {})[name] = keys
 
-    def task(name: str, n: int, config: MobaConfig | None) -> dict[str, Any]:
-        if name == CODE_LOOKUP:
-            looked = run_code_lookup(
-                model, tokenizer, sources, n, config, contexts=contexts, seed=seed, store=known
-            )
-            return looked.to_dict()
-        given: dict[str, Any] = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
-        return run_task(model, tokenizer, name, n, config, **given).to_dict()
+    jobs = [(name, n, setting) for name in tasks for n in task_lengths for setting in settings]
 
-    result["tasks"] = [
-        {"setting": setting, **task(name, n, config)}
-        for name in tasks
-        for n in task_lengths
-        for setting, config in settings.items()
-    ]
+    def task(number: int, name: str, n: int, setting: str) -> dict[str, Any]:
+        what = f"{name}, {n:,} tokens, {setting} ({number} of {len(jobs)})"
+        given: dict[str, Any] = {"contexts": contexts, "seed": seed, "store": known, "what": what}
+        if name == CODE_LOOKUP:
+            return run_code_lookup(model, tokenizer, sources, n, settings[setting], **given).to_dict()
+        return run_task(model, tokenizer, name, n, settings[setting], depths=depths, **given).to_dict()
+
+    result["tasks"] = [{"setting": job[2], **task(i, *job)} for i, job in enumerate(jobs, 1)]
     return result
+
+
+def _key(text: str, setting: str, measure: str) -> str:
+    """What a store knows the numbers of one measure by."""
+    return f"{measure}/{text}/{setting}"
 
 
 def _check(

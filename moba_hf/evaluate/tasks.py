@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import attention
-from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.results import Store
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
+from moba_hf.progress import progress
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -337,12 +338,14 @@ def run_task(
     seed: int = 0,
     depths: Sequence[float] | None = None,
     store: Store | None = None,
+    what: str = "",
 ) -> TaskScore:
     """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense).
 
     Args:
         depths: depths of the answers, see `make_sample`; "needle" makes `contexts` contexts for each depth.
         store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
     """
     if contexts < 1:
         raise ValueError(f"contexts must be at least 1, got {contexts}")
@@ -352,7 +355,8 @@ def run_task(
     if depths is not None and task == "needle":
         places = [(depth,) for depth in depths]
     marks: list[list[float]] = []
-    for i, place in progress([(i, place) for i in range(contexts) for place in places], f"{task} {length}"):
+    samples = [(i, place) for i in range(contexts) for place in places]
+    for i, place in progress(samples, what or f"{task}, {length:,} tokens", " contexts"):
 
         def one(number: int = i, place: tuple[float, ...] | None = place) -> list[list[float]]:
             sample = make_sample(
