@@ -114,7 +114,7 @@ def evaluate(
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
-        "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
+        "tasks": [...], "settings": {setting: values of its MobaConfig, None: dense}, "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
         {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides
         how many keys are attended the key budget is None, and the share of pairs is counted in the passes of
         perplexity or agreement, None without either.
@@ -129,7 +129,7 @@ def evaluate(
         }
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
-    result |= {"keys": {}, "attended": {}}
+    result |= {"settings": configs, "keys": {}, "attended": {}}
     runs = [
         (text, name, measure)
         for text in texts
