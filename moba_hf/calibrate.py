@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from moba_hf.checkpoints.inspection import inspect_config
-from moba_hf.checkpoints.model_card import with_settings
+from moba_hf.checkpoints.model_card import config_call, with_settings
 from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
@@ -376,9 +376,7 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
     adapter = check_config(model_config, config)
     new = with_moba(values, config, adapter.nested_key(model_config))
     texts = {place / "config.json": json.dumps(new, indent=2, ensure_ascii=False) + "\n"}
-    texts |= with_settings(
-        place, config, f"write_settings(folder, MobaConfig.from_dict({config.to_dict()!r}))"
-    )
+    texts |= with_settings(place, config, f"write_settings(folder, {config_call(config)})")
     for path, text in texts.items():
         replace_text(path, text)
 

@@ -123,13 +123,14 @@ def _classes(config: PreTrainedConfig) -> tuple[str, str]:
     auto, given, named = _class_names(config)
     if given is None or named != given:
         raise ValueError(
-            f"{_OPTION} is for models that {auto} loads ({given}), and this checkpoint is a {named}; {_INSTEAD}"
+            f"{_OPTION} is for models that {auto} loads ({given}), and this checkpoint is a {named}; "
+            f"{_INSTEAD}"
         )
     return auto, given
 
 
 def _class_names(config: PreTrainedConfig) -> tuple[str, str | None, str | None]:
-    """The auto class for a config, the class that it gives if it does, and the class that config.json names."""
+    """The auto class for a config, the class that it gives, if any, and the class that config.json names."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     auto = auto_class(config).__name__

@@ -114,10 +114,11 @@ def evaluate(
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
-        "tasks": [...], "settings": {setting: values of its MobaConfig, None: dense}, "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
-        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides
-        how many keys are attended the key budget is None, and the share of pairs is counted in the passes of
-        perplexity or agreement, None without either.
+        "tasks": [...], "settings": {setting: values of its MobaConfig; None: dense}, "keys": {text: {setting:
+        [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share": ..., "heads": {layer:
+        [share of dense pairs by head]}}}}}`. Where the text decides how many keys are attended the key budget
+        is None, and the share of pairs is counted in the passes of perplexity or agreement, None without
+        either.
     """
     _check(texts, measures, tasks, task_lengths, contexts, sources)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}

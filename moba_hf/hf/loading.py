@@ -4,8 +4,8 @@ A checkpoint says with `config.moba` that its model was made for MoBA, but which
 each load: by the argument `attn_implementation`, else by the field of that name in config.json, else it is
 dense. transformers drops that field when it saves. `from_pretrained` and `save_pretrained` of its models are
 therefore wrapped: they do and return what they did; the first warns where the two disagree, the second stores
-the switch of a model that runs MoBA, a note that names this package, and the module of `moba_hf.hf.remote_code`
-where the config names it. Without `import moba_hf` nobody can notice.
+the switch of a model that runs MoBA, a note that names this package, and the module that the config may name
+(`moba_hf.hf.remote_code`). Without `import moba_hf` nobody can notice.
 """
 
 from __future__ import annotations

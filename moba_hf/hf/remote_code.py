@@ -1,7 +1,7 @@
 """The module in a checkpoint by which `trust_remote_code=True` loads it with MoBA, without `import moba_hf`.
 
-config.json names a class of this module in `auto_map`. The module imports moba_hf, and its class hands over to the
-auto class, so that the loaded model is the one that a load after `import moba_hf` gives.
+config.json names a class of this module in `auto_map`. The module imports moba_hf, and its class hands over
+to the auto class, so that the loaded model is the one that a load after `import moba_hf` gives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ AUTO_MAP = "auto_map"
 MODULE = "modeling_moba.py"
 
 _STEM = MODULE.removesuffix(".py")
-_TEXT = '''"""Loads this checkpoint with MoBA (Mixture of Block Attention), which the package moba_hf computes.
+_TEXT = '''\
+"""Loads this checkpoint with MoBA (Mixture of Block Attention), which the package moba_hf provides.
 
     AutoClass.from_pretrained(folder, trust_remote_code=True)
 
