@@ -159,8 +159,6 @@ def _command_line(called: typer.Context, *more: str) -> str:
 
     Files and folders go by their names alone: where they lie is nobody else's business.
     """
-    from moba_hf.checkpoints.measured import plain
-
     words = ["moba-hf", "convert"]
     for option in called.command.params:
         place, value = called.get_parameter_source(str(option.name)), called.params.get(str(option.name))
@@ -169,7 +167,7 @@ def _command_line(called: typer.Context, *more: str) -> str:
         if option.name == "dst" or (option.name in ("src", "eval_results") and Path(value).exists()):
             value = Path(value).resolve().name
         words += option.opts[:1] if option.param_type_name == "option" else []
-        words += [] if value is True else [plain(getattr(value, "value", value))]
+        words += [] if value is True else [str(getattr(value, "value", value))]
     return shlex.join([*words, *more])
 
 

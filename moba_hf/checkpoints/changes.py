@@ -110,8 +110,10 @@ def check_no_code(source: Path, files: Iterable[Path], config: PreTrainedConfig)
 
 def loading_class(config: PreTrainedConfig) -> str:
     """Name of the class of transformers that loads a model of `config`: an auto class where one does."""
+    import transformers
+
     auto, given, named = _class_names(config)
-    return auto if named == given else str(named)
+    return auto if named == given or not hasattr(transformers, str(named)) else str(named)
 
 
 def _classes(config: PreTrainedConfig) -> tuple[str, str]:

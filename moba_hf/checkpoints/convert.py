@@ -30,7 +30,7 @@ from moba_hf.checkpoints.gguf_files import (
     read_gguf_config,
 )
 from moba_hf.checkpoints.load import check_complete, find_source
-from moba_hf.checkpoints.measured import measured_cost, plain
+from moba_hf.checkpoints.measured import measured_cost
 from moba_hf.checkpoints.model_card import CARD, Card, config_call, read_card
 from moba_hf.checkpoints.model_config import CONFIG, check_config, read_model_config
 from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object, write_json
@@ -235,7 +235,7 @@ def _write_about(
 def _call(source: str, target: str, changes: Changes, dtype: str | None) -> str:
     """The call of `convert_checkpoint` that makes these changes, by the names of the folders alone."""
     options = {"dtype": dtype, "context": changes.context, "remote_code": changes.remote_code}
-    arguments = [repr(plain(source)), repr(plain(target)), config_call(changes.moba)]
+    arguments = [repr(source), repr(target), config_call(changes.moba)]
     arguments += [f"{name}={value!r}" for name, value in options.items() if value]
     return f"convert_checkpoint({', '.join(arguments)})"
 

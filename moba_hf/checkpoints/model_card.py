@@ -64,7 +64,11 @@ class Card:
         ]
         if self.cost:
             parts += ["### What it costs", self.cost, "Measured by `moba-hf eval` with these settings."]
-        parts += ["### How it was made", *(_fenced(_language(call), call) for call in self.made_by), _END]
+        parts += [
+            "### How it was made",
+            *(_fenced(_language(call), plain(call)) for call in self.made_by),
+            _END,
+        ]
         return "\n\n".join(parts)
 
     def metadata(self) -> dict[str, Any]:
