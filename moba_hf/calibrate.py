@@ -35,7 +35,7 @@ from moba_hf.checkpoints.model_card import config_call, with_settings
 from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
-from moba_hf.evaluate.passes import family_of, identity_of
+from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
 
@@ -304,11 +304,14 @@ class _Passes:
         found = self.point(keys)
         config = MobaConfig.from_dict(found.config)
         name = json.dumps(found.config, sort_keys=True)
+        keys_of = [(f"dense {i}", f"{i} {name}") for i in range(len(self.texts))]
+        new = sum(key not in self.known for pair in keys_of for key in pair)
         rises = []
-        for i, ids in enumerate(self.texts):
-            dense = self.known.get(f"dense {i}", partial(_tail, self.model, ids, None, self.trailing))
-            tail = self.known.get(f"{i} {name}", partial(_tail, self.model, ids, config, self.trailing))
-            rises.append(tail - dense)
+        with passes_bar(self.model, f"confirming {found.keys:.0%} of the keys", new):
+            for ids, (dense_key, key) in zip(self.texts, keys_of, strict=True):
+                dense = self.known.get(dense_key, partial(_tail, self.model, ids, None, self.trailing))
+                tail = self.known.get(key, partial(_tail, self.model, ids, config, self.trailing))
+                rises.append(tail - dense)
         return Point(found.keys, found.cost, found.config, tuple(rises))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.config import Rule
-from moba_hf.evaluate.passes import family_of, watch
+from moba_hf.evaluate.passes import family_of, passes_bar, watch
 from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
@@ -293,7 +293,8 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
         if index == layer:
             seen.extend((q, k))
 
-    watch(model, read_ids(tokenizer, text, length), probe)
+    with passes_bar(model, "reading the text", 1):
+        watch(model, read_ids(tokenizer, text, length), probe)
     if not seen or not 0 <= head < seen[0].shape[0]:
         raise ValueError(f"layer {layer} with head {head} does not run MoBA in this model")
     return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -165,7 +166,7 @@ def _command_line(called: typer.Context, *more: str) -> str:
         if place is None or place.name != "COMMANDLINE" or value is None:
             continue
         if option.name == "dst" or (option.name in ("src", "eval_results") and Path(value).exists()):
-            value = Path(value).resolve().name
+            value = Path(value).resolve().name if Path(value).is_dir() else Path(value).absolute().name
         words += option.opts[:1] if option.param_type_name == "option" else []
         words += [] if value is True else [str(getattr(value, "value", value))]
     return shlex.join([*words, *more])
@@ -182,6 +183,7 @@ def presets(as_json: AsJson = False) -> None:
 def verify(
     dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
+    as_json: AsJson = False,
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
     load_package()
@@ -189,8 +191,10 @@ def verify(
     from moba_hf.checkpoints.verify import verify_checkpoint
 
     report = verify_checkpoint(dst, source)
+    if as_json:
+        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=1))
     for check in report.checks:
-        if check.passed:
+        if check.passed and not as_json:
             print(f"ok      {check.name:<8} {shown(check.detail)}")
     if not report.passed:
         failed = report.checks[-1]
@@ -259,6 +263,7 @@ def generate(
     dense_tail: Annotated[
         int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
     ] = 128,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
@@ -287,14 +292,17 @@ def generate(
     runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
     results = []
     for name, function in runs.items():
-        if compare:
+        if compare and not as_json:
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
-            streamer = generation.text_streamer(tokenizer)
+            streamer = None if as_json else generation.text_streamer(tokenizer)
             more: Any = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
             result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
-    if compare:
+    if as_json:
+        found = {name.lower(): run.to_dict(tokenizer) for name, run in zip(runs, results, strict=True)}
+        print(json.dumps({"prompt_tokens": ids.shape[1], **found}, indent=1))
+    elif compare:
         print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))
     else:
         print(generation.summary(results[0], ids.shape[1]), file=sys.stderr)
@@ -303,9 +311,9 @@ def generate(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
-    from tqdm import tqdm
+    from moba_hf.progress import progress_bar
 
-    with tqdm(total=total, desc="prefill", unit=" tokens", disable=None, file=sys.stderr, leave=False) as bar:
+    with progress_bar("prefill", total, " tokens") as bar:
 
         def advance(tokens: int) -> None:
             bar.update(tokens)

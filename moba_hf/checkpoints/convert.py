@@ -104,7 +104,9 @@ def convert_checkpoint(
     source, path = find_source(src), Path(dst).resolve()
     recover_folders(path.parent)
     changes = Changes(config, context, remote_code)
-    name, on_hub = (source.resolve().name, "") if Path(src).exists() else (str(src), str(src))
+    source = source.resolve() if source.is_dir() else source.absolute()
+    on_hub = "" if Path(src).exists() else str(src)
+    name = on_hub or source.name
     card = Card(
         name,
         (command or _call(name, path.name, changes, dtype),),
@@ -115,11 +117,11 @@ def convert_checkpoint(
     if source.is_dir():
         if dtype is not None:
             raise ValueError(f"{source}: dtype is for GGUF files; a folder of safetensors is copied as it is")
-        _convert_folder(source.resolve(), target, link=link)
+        _convert_folder(source, target, link=link)
     elif is_gguf(source):
         if link:
             raise ValueError(f"{source}: a GGUF file is dequantised, so there is nothing to link")
-        _convert_gguf(source.absolute(), target, dtype or DTYPES[0])
+        _convert_gguf(source, target, dtype or DTYPES[0])
     elif source.suffix == ".gguf" and source.is_file():
         raise ValueError(f"{source}: damaged GGUF file (it does not begin as one)")
     else:

@@ -39,6 +39,7 @@ from moba_hf.config import NAME
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.loading import RECORD
 from moba_hf.hf.remote_code import MODULE
+from moba_hf.progress import advanced_by, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -254,20 +255,31 @@ def _any_version(values: dict[str, Any]) -> dict[str, Any]:
 def _compare_folders(stored: Checkpoint, original: Checkpoint) -> None:
     """Raises ValueError, naming file and tensor, at the first difference."""
     _compare_names(set(stored.tensors), set(original.tensors))
-    for name, place in sorted(stored.tensors.items()):
-        wanted = original.tensors[name]
-        if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
-            raise ValueError(
-                f"{place.path}: {name} is {place.dtype} {place.shape}, "
-                f"in the source {wanted.dtype} {wanted.shape}"
-            )
-        chunks = zip(_read_chunks(place), _read_chunks(wanted), strict=True)
-        if not all(np.array_equal(a, b) for a, b in chunks):
-            raise ValueError(f"{place.path}: {name} differs from the source")
+    with progress_bar("comparing weights", _size(stored), "B") as bar:
+        for name, place in sorted(stored.tensors.items()):
+            _compare_tensor(name, place, original.tensors[name], bar)
     if stored.shards.keys() == original.shards.keys():
         for shard, header in stored.shards.items():
             if header != original.shards[shard]:
                 raise ValueError(f"{shard}: its header differs from the source")
+
+
+def _compare_tensor(name: str, place: StoredTensor, wanted: StoredTensor, bar: Any) -> None:
+    """Raises ValueError unless both are the same; advances `bar` by the bytes compared."""
+    if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
+        raise ValueError(
+            f"{place.path}: {name} is {place.dtype} {place.shape}, "
+            f"in the source {wanted.dtype} {wanted.shape}"
+        )
+    for a, b in zip(_read_chunks(place), _read_chunks(wanted), strict=True):
+        if not np.array_equal(a, b):
+            raise ValueError(f"{place.path}: {name} differs from the source")
+        bar.update(len(a))
+
+
+def _size(stored: Checkpoint) -> int:
+    """Bytes of all tensors."""
+    return sum(place.end - place.start for place in stored.tensors.values())
 
 
 def _compare_gguf(stored: Checkpoint, source: Path) -> str:
@@ -284,13 +296,14 @@ def _compare_gguf(stored: Checkpoint, source: Path) -> str:
     model = load_gguf_model(source.absolute(), getattr(torch, dtype))
     tensors = model.state_dict()
     _compare_names(set(stored.tensors), set(tensors) - (tied_names(model) - set(stored.tensors)))
-    for name, place in sorted(stored.tensors.items()):
-        wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        got = np.memmap(
-            place.path, dtype=np.uint8, mode="r", offset=place.start, shape=(place.end - place.start,)
-        )
-        if place.shape != tuple(tensors[name].shape) or not np.array_equal(got, wanted):
-            raise ValueError(f"{place.path}: {name} differs from the dequantised tensor")
+    with progress_bar("comparing weights", _size(stored), "B") as bar:
+        for name, place in sorted(stored.tensors.items()):
+            wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+            size = place.end - place.start
+            got = np.memmap(place.path, dtype=np.uint8, mode="r", offset=place.start, shape=(size,))
+            if place.shape != tuple(tensors[name].shape) or not np.array_equal(got, wanted):
+                raise ValueError(f"{place.path}: {name} differs from the dequantised tensor")
+            bar.update(size)
     return dtype
 
 
@@ -326,7 +339,9 @@ def _check_logits(model: Any, target: _Target) -> str:
     length = _prompt_length(target, text)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (1, length), generator=generator)
-    moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
+    modules = [module for _, module in target.adapter.attention_layers(model)]
+    with progress_bar("comparing logits", 3 * len(modules), " layers") as bar, advanced_by(bar, modules):
+        moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
     error, plain = ((x - eager).abs().max().item() for x in (moba, sdpa))
     # As far from one dense path as another dense path is, twice, and the rounding of the largest logit.
     bound = 2 * plain + torch.finfo(eager.dtype).eps * eager.abs().max().item()
