@@ -95,7 +95,8 @@ def test_in_a_process_without_the_import(tmp_path: Path) -> None:
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "fresh")},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # deepspeed prints its own
+    assert said == [
         "this checkpoint runs MoBA, which needs moba_hf: pip install moba-hf",
         "True sdpa moba",
         "moba",
