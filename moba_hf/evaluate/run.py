@@ -132,10 +132,11 @@ def evaluate(
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
-        "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
-        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. If the number of
-        attended keys depends on the text, the key budget is None, and the share of pairs is counted in the
-        perplexity or agreement passes (None without either).
+        "tasks": [...], "settings": {setting: values of its MobaConfig; None: dense}, "keys": {text: {setting:
+        [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share": ..., "heads": {layer:
+        [share of dense pairs by head]}}}}}`. If the number of attended keys depends on the text, the key
+        budget is None, and the share of pairs is counted in the perplexity or agreement passes (None without
+        either).
     """
     tasks = tasks or Tasks()
     _check(texts, measures, tasks)
@@ -148,7 +149,7 @@ def evaluate(
         }
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
-    result |= {"keys": {}, "attended": {}}
+    result |= {"settings": configs, "keys": {}, "attended": {}}
     runs = [
         (text, name, measure)
         for text in texts
