@@ -55,7 +55,6 @@ LAYERS = [
         "op.shared_portable_backward",
         "op.shared_reference",
     },
-    {"op.shared_cpu"},
     {"op.shared_problems"},
     {"op.shared"},
     {"op.reference", "op.sequences"},
