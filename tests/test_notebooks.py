@@ -59,7 +59,7 @@ def test_ask_codebase_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     (all_tokens, none), (_, every), (_, some) = tokens
     assert (none, every) == ("0", all_tokens)
-    assert some != all_tokens
+    assert some not in ("0", all_tokens)
 
 
 @pytest.mark.slow
@@ -68,7 +68,8 @@ def test_ask_codebase_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     if not checkpoint.exists():
         pytest.skip("make demo makes the checkpoint")
     text = "\n".join(map(printed, ask_codebase(checkpoint, monkeypatch)))
-    assert text.count("settings.py:3]") == 3
+    assert text.count("settings.py:3]") == 2
+    assert text.count("store.py:4]") == 3
 
 
 @pytest.mark.slow
