@@ -1,4 +1,4 @@
-"""The backend that a model names is the one that runs, wherever one could run: also beside caches."""
+"""The backend named by a model is the one that runs everywhere, for caches too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = {"select", "forward", "backward", "decode", "append", "update_means
 
 
 class SpyKernels:
-    """Kernels beside caches, in torch, that say that they ran."""
+    """Cache kernels in torch that record that they ran."""
 
     min_block_size, max_append_rows, max_dense_queries = 1, 1 << 20, 16
 
@@ -61,7 +61,7 @@ class SpyKernels:
 
 
 class SpyBackend(PortableBackend):
-    """The portable backend, saying which of its methods ran."""
+    """The portable backend, recording which of its methods ran."""
 
     cache = SpyKernels()
 
@@ -92,7 +92,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything(backend: str) -> list[Tensor]:
-    """Training, packing, chunks, sparse and full decode steps, padded and not, over both kinds of cache."""
+    """Training, packing, chunks, sparse and full decode steps, padded and not, with both kinds of cache."""
     results = []
     for decode in ("sparse", "full"):
         config = MobaConfig(4, 2, full_attention_layers=(0,), decode=decode, backend=backend)

@@ -1,4 +1,4 @@
-"""The command line: what it passes on, what it prints, and how it fails."""
+"""The command line: the arguments it passes on, its output, and how it fails."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs a command line in this process; gives exit code, stdout and stderr."""
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
 
     def run(*args: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -111,7 +111,7 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
     assert re.search(r"^paper-1m +4096 +12 +1 +- +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
     values = json.loads(run("presets", "--json")[1])
     assert list(values) == preset_names()
-    for name, preset in values.items():  # what a file leaves out has the value that MobaConfig gives it
+    for name, preset in values.items():  # settings left out of a file have MobaConfig's defaults
         config = MobaConfig.from_preset(name)
         assert {key: getattr(config, key) for key in preset["moba"] if key != "full_attention_layers"} == {
             key: value for key, value in preset["moba"].items() if key != "full_attention_layers"
@@ -337,7 +337,7 @@ def test_as_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
 def test_an_interrupt_is_quiet_from_the_start(seconds: float, tmp_path: Path) -> None:
-    """Importing takes seconds, and must not end in a traceback."""
+    """Importing takes seconds; an interrupt during it must not print a traceback."""
     program = "import sys; print(flush=True); import moba_hf_cli; moba_hf_cli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS],

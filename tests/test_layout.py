@@ -1,4 +1,4 @@
-"""The shape of the repository: layers, packages, public names, what an import does."""
+"""The structure of the repository: layers, packages, public names, side effects of the import."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ LAYERS = [
     {"op.backend_table", "op.gates", "op.shared_rule"},
     {"op.numerics", "op.registry"},
 ]
-# Packages whose modules have layers of their own; other packages are one part.
+# Packages whose modules have their own layers; any other package counts as one part.
 SPLIT = {"hf", "op", "checkpoints"}
 WITHOUT_TRANSFORMERS = {"op", "kernels", "config"}
 MAX_FILE_BYTES = 1_000_000
 
 
 def modules() -> list[Path]:
-    """Python files of the package, without those behind the two links."""
+    """Python files of the package, except those behind the two links."""
     linked = (PACKAGE / "patches", PACKAGE / "configs")
     return [p for p in sorted(PACKAGE.rglob("*.py")) if not any(p.is_relative_to(link) for link in linked)]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of what a file imports anywhere, those for type checkers only left out."""
+    """Full names of everything a file imports, except imports for type checkers only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         inner
@@ -99,14 +99,14 @@ def part(path: Path) -> str:
 
 
 def layer(name: str) -> int:
-    """Line of `LAYERS` that names a module; lower in the list is lower in the package."""
+    """The line of `LAYERS` that names a module; lower layers come later in the list."""
     lines = [i for i, line in enumerate(LAYERS) if name in line]
     assert lines, f"moba_hf.{name} is in no layer: add it to LAYERS of tests/test_layout.py"
     return lines[0]
 
 
 def ours(names: Iterator[str]) -> set[str]:
-    """Modules of moba_hf among imported names; a public name comes from "__init__"."""
+    """The modules of moba_hf among imported names; a public name belongs to "__init__"."""
     found = [name.split(".")[1:] for name in names if name.startswith("moba_hf.")]
     files = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     parts = {".".join(each[:2]) if each[0] in SPLIT else each[0] for each in found}
@@ -117,7 +117,7 @@ def ours(names: Iterator[str]) -> set[str]:
 class TestImports:
     def test_point_down_only(self, path: Path) -> None:
         here = part(path)
-        if here.endswith("__init__") and here != "__init__":  # of a split package: says what it holds
+        if here.endswith("__init__") and here != "__init__":  # of a split package: it only re-exports
             assert not ours(imports(path))
             return
         for name in ours(imports(path)) - {here, "configs", "patches"}:
@@ -169,7 +169,7 @@ def test_public_names() -> None:
 
 
 def test_importing_registers_moba_wraps_from_pretrained_and_changes_nothing_else() -> None:
-    """In a fresh process: the tables of transformers, its methods, and torch's settings before and after."""
+    """Compares transformers' tables and methods and torch's settings before and after, in a new process."""
     program = """
 import json, warnings
 import torch

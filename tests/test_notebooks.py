@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and the examples of patches/README.md are true."""
+"""The notebooks run from top to bottom, and the examples of patches/README.md work."""
 
 from __future__ import annotations
 

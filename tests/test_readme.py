@@ -24,14 +24,14 @@ MAX_LINES = 170
 
 
 def fenced(page: Path, language: str) -> list[str]:
-    """The code blocks of a page in one language."""
+    """The code blocks of a page in a given language."""
     return re.findall(
         rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Its lines of shell, continued lines joined, comments left out."""
+    """The shell lines of a page, with continued lines joined and comments removed."""
     text = "".join(fenced(page, "bash")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
@@ -57,7 +57,7 @@ def test_python_of_the_architecture_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    """Options and values of `moba-hf` parse, scripts are there, and `make` has the targets."""
+    """Options and values of `moba-hf` parse, scripts exist, and `make` has the targets."""
     group: Any = typer.main.get_command(app)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in commands(page):

@@ -1,4 +1,4 @@
-"""Verification of converted checkpoints, and the conversion of GGUF files that it checks."""
+"""Verification of converted checkpoints, including conversions of GGUF files."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ def test_other_tensors_fail(pair: tuple[Path, Path], dst: Path) -> None:
         shard.unlink()
     (dst / "model.safetensors.index.json").unlink()
     save_file(tensors, dst / "model.safetensors", metadata={"format": "pt"})
-    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in another file
+    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in a different file
     name, tensor = max(tensors.items())
     save_file({**tensors, name: tensor.float()}, dst / "model.safetensors", metadata={"format": "pt"})
     assert f"{name} is F32" in failure(dst, pair[0])

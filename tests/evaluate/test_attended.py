@@ -1,4 +1,4 @@
-"""Pairs that are attended, counted against the reference's choices."""
+"""Counts of attended pairs, compared with the reference's choices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED = {"block_size": 8, "tile": 16, "threshold": 0.3, "sample": 2, "sink_bloc
 
 
 def brute_force(call, rule: SharedRule) -> list[float]:
-    """Share of the causal pairs by head, from masks of every pair."""
+    """Share of the causal pairs by head, counted in full masks."""
     q, k = call.query[0].transpose(0, 1), call.key[0].transpose(0, 1)
     chosen = select_shared_ref(q, k, rule, call.scaling)
     n = len(q)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on a tiny checkpoint always and on SmolLM2 with --slow."""
+"""The notebooks run from top to bottom, on a tiny checkpoint and, with --slow, on SmolLM2."""
 
 from pathlib import Path
 from typing import Any
