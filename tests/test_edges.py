@@ -395,7 +395,7 @@ class TestPrefillOfRotaryEmbeddings:
         cache = prefill(model, ids[:, :21], dense_tail=0, progress=False)
         prefill(model, ids[:, :30], cache=cache, dense_tail=0, progress=False)
         with pytest.raises(
-            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the cache holds 29 tokens'
+            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the 29 tokens in the cache'
         ):
             prefill(model, ids, cache=cache, dense_tail=0, progress=False)
 

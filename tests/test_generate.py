@@ -346,7 +346,7 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
             prefill(model, ids, cache=cache, progress=False)
         # older releases of transformers give the call a mask that is too short, which is seen first
         told = (
-            "the whole prompt to the 39 tokens that this cache holds|the cache holds 39 tokens and the call"
+            "the whole prompt to the 39 tokens already in this cache|the cache holds 39 tokens and the call"
         )
         with pytest.raises(ValueError, match=told):
             generate(model, cache, input_ids=ids, **kwargs)
@@ -358,7 +358,7 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
 @pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny(seed=1)}])
 def test_assistance_on_a_static_cache_raises(kwargs: dict) -> None:
     model, ids = tiny(eos_token_id=96), tokens(1, 40)
-    with pytest.raises(ValueError, match="need a dynamic cache, this one is static"):
+    with pytest.raises(ValueError, match="need a dynamic cache, but this one is static"):
         generate(model, MobaCache(model.config, static=True, max_cache_len=96), input_ids=ids, **kwargs)
 
 

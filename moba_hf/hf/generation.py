@@ -181,7 +181,7 @@ def generate_dense(model: Any, ids: Tensor, max_new_tokens: int, **kwargs: Any) 
     """The same with the stock attention; the model runs MoBA before and after."""
     text_config = find_adapter(model.config.model_type).text_config(model.config)
     if text_config._attn_implementation != NAME:
-        raise ValueError("the model does not run MoBA")
+        raise ValueError("the model does not use MoBA")
     moba = MobaConfig.from_dict(text_config.moba)
     unpatch_model(model)
     try:
