@@ -104,7 +104,7 @@ def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
     ends = offsets.tolist()
     if ends[:1] != [0] or ends != sorted(ends) or ends[-1] > seen.q_len:
         raise ValueError(
-            f"cu_seq_lens_q must increase from 0 to at most {seen.q_len}, the tokens of the call, got {ends}"
+            f"cu_seq_lens_q must rise from 0 to at most the {seen.q_len} tokens of the call, got {ends}"
         )
     if seen.offsets_k is not None and not np.array_equal(seen.offsets_k, offsets):
         raise ValueError(
@@ -119,8 +119,8 @@ def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
     named = np.arange(seen.q_len) < ends[-1]
     if seen.real is not None and not seen.real.all() and not np.array_equal(seen.real, named[None]):
         raise ValueError(
-            f"cu_seq_lens_q says that the first {ends[-1]} tokens are real, but the attention mask disagrees: "
-            "pass only one of the two, or a mask that is 1 for exactly these tokens"
+            f"cu_seq_lens_q says that the first {ends[-1]} tokens are real, but the attention mask "
+            "disagrees: pass only one of the two, or a mask that is 1 for exactly these tokens"
         )
     return np.stack([np.zeros_like(offsets[1:]), offsets[:-1], offsets[1:]], axis=1)
 
