@@ -258,7 +258,7 @@ class TestPrefill:
             if kind == "moba":
                 cache = MobaCache(model.config, static=True, max_cache_len=slots)
             if slots == 49:
-                with pytest.raises(ValueError, match="has 49 slots, the prompt 50 tokens"):
+                with pytest.raises(ValueError, match="has 49 slots, but the prompt has 50 tokens"):
                     prefill(model, ids, 16, cache=cache, progress=False)
             else:
                 prefill(model, ids, 16, cache=cache, progress=False)
@@ -330,7 +330,7 @@ class TestPrefill:
         cache = MobaCache(model.config)
         with torch.no_grad():
             model(ids, **cache_kwargs(model, cache))
-        with pytest.raises(ValueError, match="holds 30 tokens, the prompt has 30"):
+        with pytest.raises(ValueError, match="already contains 30 tokens and the prompt has 30"):
             prefill(model, ids, cache=cache, progress=False)
 
 

@@ -289,7 +289,7 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
         _chunks(model, 0, 90, 32, padded=True)
         _chunks(model, 0, 90, 32, padded=True)
     assert [r.message.split(" (")[1].split(")")[0] for r in caplog.records] == [
-        "rows of a padded batch may begin anywhere"
+        "padded rows may begin inside a tile"
     ]
 
 
