@@ -366,7 +366,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no index": (
         lambda s: (s / INDEX).unlink(),
-        r"src: contains model-00001.*no model\.safetensors\.index\.json",
+        r"src: contains model-00001.*no model.safetensors or model\.safetensors\.index\.json",
     ),
     "pytorch weights": (
         lambda s: only(s, "pytorch_model.bin"),
@@ -376,7 +376,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda s: only(s, "README.md"), r"src: contains no weights"),
     "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
     "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
-    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: neither a file nor a folder"),
+    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
 }
 
 
