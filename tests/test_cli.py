@@ -191,7 +191,7 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         ((), "Missing command"),
         (("fly",), "No such command 'fly'"),
         (("convert",), "Missing argument"),
-        (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
+        (("convert", "SRC", "DST", "--topk", "2"), "pass --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--tile", "8"), "--preset excludes --tile"),
         (("convert", "SRC", "DST", *BLOCKS, "--tile", "8"), "or --tile, --block-size and --threshold"),

@@ -482,11 +482,11 @@ def add_checkpoint(made: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_git, r"holds a \.git"),
-        (add_checkpoint, "holds another checkpoint .other/deep."),
-        (lambda made: (made / "config.json").write_text("{}"), "no model's"),
+        (add_git, r"contains a \.git"),
+        (add_checkpoint, "contains another checkpoint .other/deep."),
+        (lambda made: (made / "config.json").write_text("{}"), "not of a model"),
         (lambda made: (made / "config.json").write_text("{"), "no readable config.json"),
-        (lambda made: (made / "config.json").unlink(), "holds no config.json"),
+        (lambda made: (made / "config.json").unlink(), "contains no config.json"),
     ],
 )
 def test_overwrites_checkpoints_only(
@@ -509,7 +509,7 @@ def test_overwrites_a_conversion_of_a_nested_source(src: Path, out: Path) -> Non
     made = convert_checkpoint(src, out / "dst", MOBA)
     convert_checkpoint(src, made, OTHER, overwrite=True)
     (made / "pooling" / "mine").touch()
-    with pytest.raises(ValueError, match="holds another checkpoint"):
+    with pytest.raises(ValueError, match="contains another checkpoint"):
         convert_checkpoint(src, made, MOBA, overwrite=True)
 
 
