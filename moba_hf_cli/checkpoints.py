@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,6 +55,7 @@ class Dtype(str, Enum):
 
 
 def convert(
+    called: typer.Context,
     src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
     dst: Annotated[str, typer.Argument(help="Folder to make.")],
     preset: Preset = None,
@@ -88,8 +91,22 @@ def convert(
     rescale: Annotated[
         bool, typer.Option("--rescale", help="Extend a source whose rotary embedding is scaled already.")
     ] = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Write the module by which trust_remote_code=True loads DST without 'import moba_hf'.",
+        ),
+    ] = False,
+    eval_results: Annotated[
+        str | None,
+        typer.Option(help="JSON of 'eval' about these settings: the model card then says what they cost."),
+    ] = None,
 ) -> None:
-    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
+    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are.
+
+    README.md of DST, the model card, says how it was made and how it is loaded.
+    """
     if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
         raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
     config = settings(
@@ -110,18 +127,49 @@ def convert(
     from moba_hf.checkpoints.convert import convert_checkpoint
     from moba_hf.config import DEFAULT_PRESET, MobaConfig
 
+    given: list[str] = []
     if config is None:
         print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
-        config = MobaConfig.from_preset(DEFAULT_PRESET)
+        config, given = MobaConfig.from_preset(DEFAULT_PRESET), ["--preset", DEFAULT_PRESET]
     chosen = None if dtype is None else dtype.value
     context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
-    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen, context=context)
+    made = convert_checkpoint(
+        src,
+        dst,
+        config,
+        overwrite=overwrite,
+        link=link,
+        dtype=chosen,
+        context=context,
+        remote_code=remote_code,
+        eval_results=eval_results,
+        command=_command_line(called, *given),
+    )
     print(f"{shown(made)}: converted; {config.in_words()}")
     if context is not None:
         print(
             f"Context {context.length:,} tokens by {context.rope}; untrained, so measure it: 'moba-hf eval'"
         )
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
+    if remote_code:
+        print("or, where moba-hf is installed, with trust_remote_code=True and without that import")
+
+
+def _command_line(called: typer.Context, *more: str) -> str:
+    """The command line of `convert`, as the model card names it, with `more` options.
+
+    Files and folders go by their names alone: where they lie is nobody else's business.
+    """
+    words = ["moba-hf", "convert"]
+    for option in called.command.params:
+        place, value = called.get_parameter_source(str(option.name)), called.params.get(str(option.name))
+        if place is None or place.name != "COMMANDLINE" or value is None:
+            continue
+        if option.name == "dst" or (option.name in ("src", "eval_results") and Path(value).exists()):
+            value = Path(value).resolve().name if Path(value).is_dir() else Path(value).absolute().name
+        words += option.opts[:1] if option.param_type_name == "option" else []
+        words += [] if value is True else [str(getattr(value, "value", value))]
+    return shlex.join([*words, *more])
 
 
 def presets(as_json: AsJson = False) -> None:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_hf.config import LayerConfig
+from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import accumulate_dtype, default_scale
-from moba_hf.op.ops import attention, check_tensors
+from moba_hf.op.ops import attention
 from moba_hf.op.reference import attend_ref, block_mean_ref, gate_ref, select_blocks_ref
 from moba_hf.op.sequences import Sequences, batched_table
 

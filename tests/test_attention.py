@@ -26,7 +26,7 @@ from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]

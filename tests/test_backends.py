@@ -10,6 +10,7 @@ from model_checks import tiny_model, tokens
 from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig, patch_model
+from moba_hf.hf import rows as rows_module
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
 from moba_hf.op.backend_table import BACKENDS
@@ -17,10 +18,19 @@ from moba_hf.op.backends import PortableBackend
 from moba_hf.op.dense import dense_attention
 from moba_hf.op.gates import block_mean
 from moba_hf.op.registry import Registry
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, batched_table
 
 ENTERED: list[str] = []
-EVERYTHING = {"select", "forward", "backward", "decode", "append", "update_means", "dense_decode"}
+EVERYTHING = {
+    "select",
+    "forward",
+    "backward",
+    "decode",
+    "append",
+    "update_means",
+    "dense_decode",
+    "row_bounds",
+}
 
 
 class SpyKernels:
@@ -50,6 +60,15 @@ class SpyKernels:
             begin = 0 if kv_start is None else int(kv_start[row])
             taken = block_mean(keys[row, :, begin : int(length)], block_size)
             means[row, :, : taken.shape[1]] = taken
+
+    def takes(self, device: torch.device) -> bool:
+        return True
+
+    def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        ENTERED.append("row_bounds")
+        start, count = given.int().argmax(1), given.sum(1)
+        table = batched_table(len(given), q_len, q_offset + q_len, given.device, start, start + count)
+        return table, start, torch.ones_like(start, dtype=torch.bool)
 
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
@@ -84,7 +103,8 @@ class SpyBackend(PortableBackend):
 
 @pytest.fixture(autouse=True)
 def spy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU."""
+    """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU, where no step reads a mask."""
+    monkeypatch.setattr(rows_module, "check_values", lambda x: False)
     monkeypatch.setattr(backends, "_loaded", Registry())
     monkeypatch.setitem(BACKENDS, "spy", f"{__name__}:SpyBackend")
     monkeypatch.setitem(backends._AUTO, "cpu", ("spy",))

@@ -100,7 +100,16 @@ def test_dtype_is_passed_on(run, monkeypatch: pytest.MonkeyPatch) -> None:  # ty
 
     monkeypatch.setattr(convert, "convert_checkpoint", record)
     assert run("convert", "a.gguf", "b", "--preset", "fine", "--dtype", "bfloat16")[0] == 0
-    assert seen == {"overwrite": False, "link": False, "dtype": "bfloat16", "context": None}
+    command = seen.pop("command")
+    assert command == "moba-hf convert a.gguf b --preset fine --dtype bfloat16"
+    assert seen.pop("eval_results") is None
+    assert seen == {
+        "overwrite": False,
+        "link": False,
+        "dtype": "bfloat16",
+        "context": None,
+        "remote_code": False,
+    }
 
 
 def test_presets(run) -> None:  # type: ignore[no-untyped-def]
@@ -123,6 +132,20 @@ def test_convert_without_settings_takes_the_default_and_says_so(run, src: Path, 
     code, _, err = run("convert", src, tmp_path / "dst")
     assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is taken\n")
     assert settings(tmp_path / "dst") == MobaConfig.from_preset("default")
+    assert "\nmoba-hf convert src dst --preset default\n" in (tmp_path / "dst" / "README.md").read_text()
+
+
+def test_convert_with_remote_code(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "a dst"
+    code, out, err = run("convert", src, dst, *BLOCKS, "--full-attention-layers", "0,-1", "--remote-code")
+    assert (code, err) == (0, "")
+    assert "trust_remote_code=True" in out
+    card = (dst / "README.md").read_text()
+    command = "moba-hf convert src 'a dst' --block-size 8 --topk 2 --full-attention-layers 0,-1 --remote-code"
+    assert f"```bash\n{command}\n```" in card
+    assert str(tmp_path) not in card
+    assert run("verify", dst, "--source", src)[::2] == (0, "")
+    assert run("inspect", dst)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +246,7 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         (("convert", "SRC", "DST", *BLOCKS, "--dtype", "float16"), "dtype is for GGUF"),
         (("convert", "SRC", "DST", *BLOCKS, "--fast"), "No such option"),
         (("convert", "SRC/none", "DST", *BLOCKS), "no such file or folder"),
+        (("convert", "SRC", "DST", *BLOCKS, "--eval-results", "SRC/none.json"), "none.json: no such file"),
         (("convert", "SRC", "SRC", *BLOCKS), "is the source itself"),
         (("verify", "SRC"), "Missing option '--source'"),
         (("verify", "DST", "--source", "SRC"), "no such folder"),

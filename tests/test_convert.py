@@ -71,6 +71,7 @@ def test_copies_bytes_and_changes_only_the_config(src: Path, out: Path) -> None:
     record = json.loads(after.pop("moba_hf.json"))
     assert "import moba_hf" in record["about"]
     assert set(record["files"]) == {*after, "config.json", "moba_hf.json"}
+    assert after.pop("README.md")
     assert record["left_out"] == [".cache", ".git"]
     assert after == {name: data for name, data in before.items() if not name.startswith((".git", ".cache"))}
     assert len(list(made.glob("*.safetensors"))) > 1
@@ -185,7 +186,7 @@ def test_keeps_permissions_and_empty_folders(src: Path, out: Path) -> None:
         return {str(p.relative_to(folder)): p.stat().st_mode for p in [folder, *folder.rglob("*")]}
 
     after = modes(made)
-    del after["moba_hf.json"]
+    del after["moba_hf.json"], after["README.md"]
     assert after == modes(src)
 
 
@@ -208,7 +209,7 @@ def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path)
         made = convert_checkpoint(cache, out / f"dst{link}", MOBA, link=link)
         assert not any(path.is_symlink() for path in made.iterdir())
         before, after = snapshot(cache), snapshot(made)
-        assert after.keys() == {*before, "moba_hf.json"}
+        assert after.keys() == {*before, "moba_hf.json", "README.md"}
         assert all(after[name] == before[name] for name in before if name != "config.json")
 
 

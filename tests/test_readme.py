@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
 
-import moba_hf
 from moba_hf_cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -38,21 +36,6 @@ def commands(page: Path) -> list[list[str]]:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
-
-
-def test_python_of_the_architecture_page() -> None:
-    from moba_hf.op.gates import GATES
-
-    names: dict[str, Any] = {}
-    try:
-        for block in fenced(ROOT / "docs" / "architecture.md", "python"):
-            exec(compile(block, "architecture.md", "exec"), names)
-        q, k = torch.randn(100, 4, 16), torch.randn(100, 2, 16)
-        chosen = moba_hf.select_blocks(q, k, block_size=8, topk=3, gate="first")
-        scores = k[:88:8, 1] @ q[90, 3]  # query 90 is in block 11; head 3 reads kv head 1
-        assert set(chosen[90, 3].tolist()) == {11, *scores.topk(2).indices.tolist()}
-    finally:
-        GATES.pop("first", None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -15,7 +15,9 @@ from transformers import StaticCache
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf import rows as rows_module
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
-from moba_hf.hf.rows import Rows, moba_mask
+from moba_hf.hf.device_rows import on_device
+from moba_hf.hf.mask import moba_mask
+from moba_hf.hf.rows import Masks, Rows
 from moba_hf.op import block_means
 
 HOLED = "the attention mask of batch row 1 has holes"
@@ -253,8 +255,8 @@ def test_bounds_on_the_device_equal_those_on_the_host(side: str, monkeypatch: py
         (20, torch.tensor(10), 64),
         (5, 0, 64),
     ):
-        rows = Rows(3, q_len, slots, offset, "cpu", given=mask[:, : int(offset) + q_len].bool())
-        read, unread = rows.layout({}, rows.device), rows._on_device()
+        rows = Rows(3, q_len, slots, offset, "cpu", Masks(given=mask[:, : int(offset) + q_len].bool()))
+        read, unread = rows.layout({}, rows.device), on_device(rows)
         assert torch.equal(read.sequences.table, unread.sequences.table)
         assert torch.equal(read.sequences.kv_start, unread.sequences.kv_start)
 

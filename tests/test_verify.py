@@ -231,7 +231,8 @@ def test_gguf_is_saved_exactly(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]
 
 
 def test_gguf_in_half_the_size(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]], tmp_path: Path) -> None:
-    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16")
+    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16", remote_code=True)
+    assert "`tiny.gguf`, dequantised to bfloat16, set to run" in (dst / "README.md").read_text()
     assert {t.dtype for t in load_file(dst / "model.safetensors").values()} == {torch.bfloat16}
     report = verify_checkpoint(dst, gguf[0])
     assert report.passed, report

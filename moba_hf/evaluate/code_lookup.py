@@ -21,11 +21,12 @@ from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store
-from moba_hf.evaluate.tasks import TaskScore, ask, wilson
+from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, wilson
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
+QUESTIONS = 16  # about one context, unless one says otherwise
 _KINDS = ("signature", "string", "signature", "number")  # cycled through: half constants, half signatures
 _CPU_ROW_TOKENS = 1 << 15
 
@@ -130,18 +131,17 @@ def run_code_lookup(
     repositories: Sequence[Repository],
     length: int,
     config: MobaConfig | None = None,
+    size: SampleSize | None = None,
     *,
-    contexts: int = 8,
-    questions: int = 16,
-    seed: int = 0,
     dense_question: bool = True,
     store: Store | None = None,
     what: str = "",
 ) -> LookupScore:
-    """Score of `model` on `contexts` contexts of `length` tokens with `questions` questions each.
+    """Score of `model` on contexts of `length` tokens with hidden definitions.
 
     Args:
         config: MoBA settings; None: dense.
+        size: how much is asked, the depths left out; None: 8 contexts with 16 questions each.
         dense_question: see `answers_right`.
         store: keeps finished contexts, so that an interrupted run can be resumed.
         what: the text of the progress bar.
@@ -149,6 +149,8 @@ def run_code_lookup(
     Raises:
         ValueError: no contexts, questions or sources.
     """
+    size = size or SampleSize(contexts=8, questions=QUESTIONS)
+    contexts, questions, seed = size.contexts, size.questions, size.seed
     if contexts < 1 or questions < 1:
         raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
     if not repositories:

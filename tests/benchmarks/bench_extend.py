@@ -25,6 +25,7 @@ from moba_hf import MobaConfig
 from moba_hf.evaluate.code_lookup import run_code_lookup, sliding_window
 from moba_hf.evaluate.perplexity import by_position, token_losses
 from moba_hf.evaluate.repositories import load_repositories
+from moba_hf.evaluate.tasks import SampleSize
 from moba_hf.hf.loading import dense_on_purpose
 
 
@@ -73,8 +74,7 @@ def measure(
                     args.held_out,
                     args.length,
                     rule,
-                    contexts=args.contexts,
-                    questions=args.questions,
+                    SampleSize(args.contexts, args.questions),
                     dense_question=dense,
                 )
                 row |= {

@@ -38,7 +38,7 @@ from moba_hf.evaluate.passes import family_of
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
 from moba_hf.evaluate.run import read_ids
-from moba_hf.evaluate.tasks import run_task
+from moba_hf.evaluate.tasks import SampleSize, run_task
 
 LENGTH, TAIL, STRETCH, COPIED = 8192, 2048, 64, 256
 BUDGETS = (0.25, 0.125, 0.0625, 0.5, 0.05, 0.18, 0.09, 0.35, 0.7, 1.0)
@@ -164,8 +164,8 @@ class Runner:
         """Asks the questions about one context."""
 
         def one() -> list[list[float]]:
-            size = {"contexts": 1, "questions": QUESTIONS, "seed": context}
-            score = run_task(self.model, self.tokenizer, task, length - ROOM, config, **size)
+            size = SampleSize(1, QUESTIONS, seed=context)
+            score = run_task(self.model, self.tokenizer, task, length - ROOM, config, size)
             return [list(mark) for mark in score.by_depth]
 
         self.get(f"task/{task}/{length}/{setting}/{context}", one)

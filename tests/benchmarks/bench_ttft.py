@@ -34,7 +34,7 @@ from moba_hf.bench.measure import prove
 from moba_hf.bench.rows import ROWS
 from moba_hf.bench.timing import GIB
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
 CUDA = torch.cuda.is_available()
 WARM_UP = 4096

@@ -18,7 +18,7 @@ import moba_hf
 from moba_hf import MobaConfig, moba_attention, select_blocks
 from moba_hf.bench import peers
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
 # What the attention functions below record or receive, by layer.
 _kept: list[tuple[Tensor, Tensor]] = []

@@ -76,6 +76,7 @@ def test_eval_reports_the_share_and_recall_of_shared_choices() -> None:
     assert result["keys"]["text"]["shared"] == [None, found.share()]
     assert result["attended"]["text"]["own"]["share"] == pytest.approx(result["keys"]["text"]["own"][1])
     assert "attended" not in result["perplexity"]["text"]["shared"]
+    assert {name: one and MobaConfig.from_dict(one) for name, one in result["settings"].items()} == settings
     shown = run.tables(result)
     assert f"| shared | - | {100 * found.share():.1f} % |" in " ".join(shown.split())
     assert "pairs attended by layers and heads" in shown

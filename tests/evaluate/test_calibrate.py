@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moba_hf import MobaConfig, use_moba
 from moba_hf import calibrate as calibration
 from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
+from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
 from moba_hf.op.reference import attend_ref, select_blocks_ref
@@ -150,6 +152,22 @@ def test_bad_arguments_are_refused() -> None:
             calibrate(model, [ids], **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one length"):
         calibrate(model, [ids, tiny_ids(32)], keys=0.5)
+
+
+def test_the_model_card_names_the_settings_that_are_written(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "src")
+    made = convert_checkpoint(tmp_path / "src", tmp_path / "dst", MobaConfig(8, 2))
+    write_settings(made, MobaConfig(16, 3))
+    card = (made / "README.md").read_text()
+    assert "at most 3 blocks of 16 tokens" in card
+    assert "at most 2 blocks of 8 tokens" not in card
+    first, second = (
+        card.index("convert_checkpoint('src', 'dst', MobaConfig(block_size=8"),
+        card.index("write_settings(folder, MobaConfig(block_size=16, topk=3))"),
+    )
+    assert first < second
+    report = verify_checkpoint(made, tmp_path / "src")
+    assert report.passed, report
 
 
 def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:

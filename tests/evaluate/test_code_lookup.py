@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model
 
 from moba_hf import MobaConfig
-from moba_hf.evaluate import code_lookup
+from moba_hf.evaluate import SampleSize, code_lookup
 from moba_hf.evaluate.code_lookup import answers_right, make_context, run_code_lookup, sliding_window
 from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
 from moba_hf.evaluate.passes import attention
@@ -134,13 +134,13 @@ def test_the_task_is_scored_by_kind_and_context(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(code_lookup, "answers_right", right)
     store = Store(tmp_path / "store.json", {})
-    found = run_code_lookup(None, Letters(), [source()], 1500, None, contexts=3, questions=8, store=store)
+    found = run_code_lookup(None, Letters(), [source()], 1500, None, SampleSize(3, 8), store=store)
     assert (found.samples, found.score) == (24, 0.75)
     assert found.by_kind == {"signature": 1.0, "string": 1.0, "number": 0.0}
     assert found.by_context == (0.75, 0.75, 0.75)
     assert found.low < 0.75 < found.high
     monkeypatch.setattr(code_lookup, "answers_right", None)  # the store has the answers
-    assert run_code_lookup(None, Letters(), [source()], 1500, contexts=3, questions=8, store=store) == found
+    assert run_code_lookup(None, Letters(), [source()], 1500, size=SampleSize(3, 8), store=store) == found
     # differences between contexts widen the interval more than differences between questions
     alike = code_lookup._score(64, [[["string", 0.5, 1.0], ["string", 0.5, 0.0]]] * 8)
     apart = code_lookup._score(64, [[["string", 0.5, float(i % 2)]] * 2 for i in range(8)])

@@ -15,7 +15,7 @@ from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.evaluate import passes, run
 from moba_hf.evaluate.passes import attention, watch
 from moba_hf.evaluate.results import Store
-from moba_hf.evaluate.run import evaluate, tables
+from moba_hf.evaluate.run import Tasks, evaluate, tables
 
 SETTINGS = {"dense": None, "moba": MobaConfig(8, 3)}
 ALL = ("perplexity", "agreement", "recall")
@@ -29,7 +29,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids, store = tiny_model(), tiny_ids(96), tmp_path / "store.json"
-    given = {"measures": ALL, "tasks": ["multi-needle"], "task_lengths": [700], "contexts": 2}
+    given = {"measures": ALL, "tasks": Tasks(["multi-needle"], [700], contexts=2)}
 
     def whole(kept: Path | None) -> dict[str, Any]:
         return evaluate(model, Bytes(), {"text": ids}, SETTINGS, store=kept, **given)
@@ -81,9 +81,9 @@ def test_what_cannot_be_measured_is_refused_before_a_pass(monkeypatch: pytest.Mo
     model, ids = tiny_model(), tiny_ids(64)
     for given, message in (
         ({"measures": ["perplexity", "perplexty"]}, "unknown measure 'perplexty'"),
-        ({"tasks": ["poem"], "task_lengths": [100]}, "unknown task 'poem'"),
-        ({"tasks": ["needle"], "task_lengths": [100], "contexts": 0}, "contexts must be at least 1"),
-        ({"tasks": ["needle"]}, "task_lengths"),
+        ({"tasks": Tasks(["poem"], [100])}, "unknown task 'poem'"),
+        ({"tasks": Tasks(["needle"], [100], contexts=0)}, "contexts must be at least 1"),
+        ({"tasks": Tasks(["needle"])}, "tasks need lengths"),
     ):
         with pytest.raises(ValueError, match=message):
             measured(model, ids, **given)

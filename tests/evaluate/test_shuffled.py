@@ -11,7 +11,7 @@ from tiny import tiny_ids, tiny_model
 
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
-from moba_hf.evaluate import agreement, local, make_sample, perplexity, recall, run_task, tasks
+from moba_hf.evaluate import SampleSize, agreement, local, make_sample, perplexity, recall, run_task, tasks
 from moba_hf.evaluate.local import output_errors
 from moba_hf.op import portable
 
@@ -104,9 +104,9 @@ def test_tasks(model, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tasks, "make_sample", made)
     monkeypatch.setitem(tasks.TASKS, "multi-needle", (tasks.TASKS["multi-needle"][0], 2))
-    size = {"contexts": 6, "questions": 4}
-    assert run_task(model, tokenizer, "multi-needle", 500, None, **size).score == 1.0
-    good = run_task(model, tokenizer, "multi-needle", 500, config, **size).score
+    size = SampleSize(contexts=6, questions=4)
+    assert run_task(model, tokenizer, "multi-needle", 500, None, size).score == 1.0
+    good = run_task(model, tokenizer, "multi-needle", 500, config, size).score
     with shuffled():
-        bad = run_task(model, tokenizer, "multi-needle", 500, config, **size).score
+        bad = run_task(model, tokenizer, "multi-needle", 500, config, size).score
     assert bad < good < 1.0

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 from moba_hf import MobaConfig, prefill, use_moba
-from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer, tasks
+from moba_hf.evaluate import TASKS, SampleSize, Store, make_sample, run_task, score_answer, tasks
 from moba_hf.evaluate.tasks import answer_questions, wilson
 from moba_hf.hf.cache_names import cache_kwargs
 
@@ -107,9 +107,9 @@ def test_tasks_run_moba_and_resume_from_the_store(tmp_path: Path) -> None:
         ids = tokenizer(sample.context, return_tensors="pt").input_ids
         assert model(ids).logits.shape[1] == ids.shape[1]
     store = Store(tmp_path / "tasks.json", {"model": "tiny"})
-    first = run_task(model, tokenizer, "needle", 600, config, contexts=2, store=store)
+    first = run_task(model, tokenizer, "needle", 600, config, SampleSize(2), store=store)
     kept = Store(tmp_path / "tasks.json", {"model": "tiny"})
-    assert run_task(None, tokenizer, "needle", 600, config, contexts=2, store=kept) == first
+    assert run_task(None, tokenizer, "needle", 600, config, SampleSize(2), store=kept) == first
     assert first.samples == 2
 
 
@@ -135,9 +135,9 @@ def test_long_contexts_are_as_long_as_asked(task: str) -> None:
 def test_answers_lie_at_the_requested_depths() -> None:
     """In a whole run: every context has a question at each depth, and the score lists the depths."""
     model, tokenizer = tiny_model(), Bytes()
-    found = run_task(model, tokenizer, "needle", 600, None, contexts=2, depths=(0.0, 0.5, 1.0))
+    found = run_task(model, tokenizer, "needle", 600, None, SampleSize(2, depths=(0.0, 0.5, 1.0)))
     assert [depth for depth, _ in found.by_depth] == [0.0, 0.5, 1.0] * 2
-    many = run_task(model, tokenizer, "multi-needle", 900, None, contexts=1, depths=(0.2, 0.8))
+    many = run_task(model, tokenizer, "multi-needle", 900, None, SampleSize(1, depths=(0.2, 0.8)))
     assert [depth for depth, _ in many.by_depth] == [0.2, 0.8]
     sample = make_sample("multi-needle", tokenizer, 3000, depths=(0.2, 0.8))
     for _, expected, depth in sample.questions:
@@ -147,6 +147,6 @@ def test_answers_lie_at_the_requested_depths() -> None:
         with pytest.raises(ValueError, match="depths must be"):
             make_sample("multi-needle", tokenizer, 900, depths=depths)
     with pytest.raises(ValueError, match="contexts must be"):
-        run_task(model, tokenizer, "needle", 600, contexts=0)
+        run_task(model, tokenizer, "needle", 600, size=SampleSize(0))
     with pytest.raises(ValueError, match="questions must be"):
         make_sample("multi-needle", tokenizer, 900, questions=0)

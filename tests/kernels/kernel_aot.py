@@ -34,6 +34,7 @@ from moba_hf.kernels import (
     attend_backward,
     choose_blocks,
     dense_decode_attention,
+    row_bounds,
     select_blocks,
     tuning,
     update_block_means,
@@ -47,6 +48,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -230,6 +232,7 @@ def decode_call(
         new = [tensor(num_kv_heads, queries, x.shape[3]) for x in (k, v)]
         means, at = tensor(num_kv_heads, length // block_size, head_dim), torch.tensor(length)
         table, start = batched_table(1, queries, length, q.device), torch.zeros(1, dtype=torch.int64)
+        row_bounds(torch.ones(1, length, dtype=torch.bool), length - queries, queries)
         append(k, v, at, *new)
         update_block_means(means, k, start, at, queries, block_size)
         choice = choose_blocks(q, means, table, length, block_size, topk, 0, 0)
