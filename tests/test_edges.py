@@ -137,7 +137,7 @@ class TestHugeSettings:
         expected = select_blocks_ref(q, k, block_size=4, topk=1000)
         assert torch.equal(choice.sort(2).values, expected.sort(2).values)
         with pytest.raises(
-            ValueError, match=r"topk=1000000000 makes a choice of 522 GiB for 70 queries and 2 "
+            ValueError, match=r"with topk=1000000000 the choice takes 522 GiB for 70 queries and 2 "
         ):
             select_blocks(q, k, block_size=4, topk=10**9)
 

@@ -345,9 +345,7 @@ def test_assistance_on_a_filled_cache_raises(kwargs: dict) -> None:
         if twice:
             prefill(model, ids, cache=cache, progress=False)
         # older releases of transformers give the call a mask that is too short, which is seen first
-        told = (
-            "the whole prompt to the 39 tokens already in this cache|the cache holds 39 tokens and the call"
-        )
+        told = "the whole prompt to the 39 tokens already in this cache|the cache has 39 tokens and the call"
         with pytest.raises(ValueError, match=told):
             generate(model, cache, input_ids=ids, **kwargs)
     cache.reset()

@@ -58,18 +58,20 @@ class CacheKernels(Protocol):
         """
 
     def takes(self, device: torch.device) -> bool:
-        """Whether they run on `device`."""
+        """Whether these kernels can run on `device`."""
         ...
 
     def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequence table of a padded batch, int32 `(batch, 5)`, first real slots, and where no hole is.
+        """Finds the sequences of a padded batch.
 
         Args:
             given: bool `(batch, >= q_offset + q_len)`, False for padding.
             q_offset: slot of the first query.
+            q_len: queries per row.
 
         Returns:
-            The table, int64 `(batch,)`, and bool `(batch,)`.
+            The sequence table, int32 `(batch, 5)`; the first real slots, int64 `(batch,)`; and whether a row
+            has no hole, bool `(batch,)`.
         """
         ...
 
@@ -346,7 +348,7 @@ def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig
 
 
 def cache_kernels(name: str, device: torch.device) -> CacheKernels | None:
-    """The kernels beside caches that the backend `name` runs on `device`; None: torch's own operators."""
+    """The cache kernels of the backend `name` on `device`; None: use torch operators."""
     for each in _AUTO.get(device.type, ()) if name == "auto" else (name,):
         try:
             kernels = load_backend(each).cache

@@ -17,7 +17,7 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.testing import COVERING, LENGTH, SMALL, build_model, check_adapter
 
 HYBRID = "linear-attention layers"
-HIDDEN = "start again inside a row"
+HIDDEN = "restart inside a row"
 PACKING = {
     "qwen2_vl": HIDDEN,
     "qwen2_5_vl": HIDDEN,
