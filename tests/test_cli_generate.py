@@ -207,7 +207,7 @@ def test_generate_chat(run: Any, converted: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     code, _, err = run("generate", folder, *plain)
     assert code == 0
-    assert err.startswith("moba-hf: the model has a chat template, which --chat puts the text into\n")
+    assert err.startswith("moba-hf: the model has a chat template; pass --chat to apply it\n")
     code, _, err = run("generate", folder, *plain, "--chat")
     assert code == 0
     assert err.startswith("prompt of 6 tokens")  # <s> ( ! ! ) :

@@ -426,9 +426,9 @@ def test_refuses_a_bad_target(src: Path, out: Path) -> None:
         (out / "file" / "new" / "dst", False, "out/file: is not a folder"),
         (src, True, "is the source itself"),
         (src / ".." / "src", True, "is the source itself"),
-        (src / "dst", False, "lies inside the source"),
-        (src.parent, True, "holds the source"),
-        (Path("/"), True, "holds the source"),
+        (src / "dst", False, "is inside the source"),
+        (src.parent, True, "contains the source"),
+        (Path("/"), True, "contains the source"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(src, target, MOBA, overwrite=overwrite)

@@ -161,5 +161,5 @@ class TestPositionIds:
         with torch.no_grad():
             cache = cache_of(model(ids[:, :10], use_cache=True))
         positions = torch.cat([torch.arange(10, 20), torch.arange(30)])[None]
-        with pytest.raises(ValueError, match="got 40 queries over 50 keys"):
+        with pytest.raises(ValueError, match="got 40 queries and 50 keys"):
             logits(model, ids[:, 10:], position_ids=positions, **cache_kwargs(model, cache))
