@@ -3,10 +3,10 @@
 Legend: H query heads, HK kv heads, D head dim, B block size, T tile, M queries and N keys of a sequence.
 
 For each sequence:
-1. select: masses of the candidates for the sampled rows of a run of tiles, then what each tile takes.
-2. attend: the problems of `shared_problems`, a piece of their lists at a time; partial results are merged.
-Sums are taken in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is
-for CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
+1. select: masses of the candidates for the sampled rows of a run of tiles, then the blocks of each tile.
+2. attend: the problems of `shared_problems`, one piece of their lists at a time; partial results are merged.
+Sums are in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is for
+CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def select(
     """The choice of every tile, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
     """
     words = mask_words(sequences.max_seqlen_k, rule.block_size)
     shape = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
@@ -58,7 +59,7 @@ def select(
 
 
 def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
-    """Queries per row whose masses fit the budget, over blocks `kept (batch, HK, C, width)`."""
+    """Number of queries per row whose masses over `kept (batch, HK, C, width)` fit the budget."""
     parts = rule.block_size // part_size(rule.block_size)
     return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
@@ -130,7 +131,7 @@ def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int,
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-    """Positions `(tiles, groups)` of the rows that speak for tiles, and which of these there are."""
+    """Positions `(tiles, groups)` of the sampled rows of tiles, and which of them exist."""
     end = begin + count
     first = begin // sample
     groups = (end - 1) // sample + 1 - first
@@ -140,7 +141,7 @@ def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Te
 
 
 def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
-    """Candidates that tiles attend, bool `(H, tiles, columns)`, from their masses of the same shape."""
+    """Candidates that tiles attend to, bool `(H, tiles, columns)`, from masses of the same shape."""
     block = torch.arange(mass.shape[2], device=mass.device)
     earlier = block < candidates[:, None]
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
@@ -173,7 +174,9 @@ def attend(
     """Attention over chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, Dv)`.
         block_mask: see `moba_hf.op.shared`.
     """
     batch, num_heads, q_len, _ = q.shape
