@@ -30,6 +30,8 @@ from moba_hf.evaluate.passes import (
 from moba_hf.evaluate.results import progress
 from moba_hf.op.gates import GATES
 
+SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
+
 
 @dataclass(frozen=True)
 class LocalCosts:
@@ -98,7 +100,7 @@ def output_errors(
 def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]:
     """Half the mean squared gradient at every attention layer's output, of labels the model itself draws.
 
-    One forward and one backward pass over `ids (1, length)`, dense; keep it short (2,048 tokens).
+    One forward and one backward pass over `ids (1, length)`, dense; keep it short (`SENSITIVITY_TOKENS`).
     """
     adapter, _ = family_of(model)
     outputs: dict[int, Tensor] = {}

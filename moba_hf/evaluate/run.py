@@ -66,8 +66,11 @@ def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaCo
     return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
-def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
+def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most: int | None = None) -> Tensor:
     """`(1, length)` token ids of the start of a text file.
+
+    Args:
+        most: as many as there are, up to this; None: `length`.
 
     Raises:
         ValueError: the file holds fewer tokens.
@@ -75,8 +78,8 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tenso
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(16 * length)  # bounded: a device file never ends
-    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+        text = file.read(16 * (most or length))  # bounded: a device file never ends
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, : most or length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
     return ids
