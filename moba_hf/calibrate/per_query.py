@@ -133,8 +133,8 @@ class TopkLadder:
         return Point(reached, cost, config.to_dict(), dense=not config.layers)
 
 
-def topk_ladders(passes: Passes, setting: MobaConfig, options: Options) -> tuple[TopkLadder]:
-    """The one family of settings for a choice per query; it makes the dense passes that it needs.
+def topk_ladder(passes: Passes, setting: MobaConfig, options: Options) -> TopkLadder:
+    """The settings for a choice per query; it makes the dense passes that it needs.
 
     Raises:
         ValueError: a key budget below what the smallest block size attends.
@@ -149,7 +149,7 @@ def topk_ladders(passes: Passes, setting: MobaConfig, options: Options) -> tuple
     share = _Share.of(model, length)
     least = share.lowest(rules, length, options.keys)
     tables = _tables(passes, rules, options)
-    return (TopkLadder(model.config, setting, adapter.num_layers(text_config), tables, share, least),)
+    return TopkLadder(model.config, setting, adapter.num_layers(text_config), tables, share, least)
 
 
 def _tables(passes: Passes, rules: Sequence[LayerConfig], options: Options) -> list[LocalCosts]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moba_hf.calibrate.ladder import Ladder
 from moba_hf.calibrate.passes import Passes
-from moba_hf.calibrate.results import CAUSAL_PAIRS, KEY_BUDGET, Comparison, Point
+from moba_hf.calibrate.results import KEY_BUDGET, Point
 
 _LEAST = 0.03  # share that the search for an allowed loss goes down to
 _CLOSE = 0.98  # part of an allowed share that is near enough to it
@@ -67,14 +67,3 @@ def within_keys(
         share = min(ladder.most, share * keys / reached * (1.0 if reached <= keys else 0.995))
     kept = [point for point in tried if point.keys <= keys]
     return max(kept, key=lambda p: p.keys, default=None), tried
-
-
-def compare(
-    ladder: Ladder, passes: Passes, one: Point, confirmations: int
-) -> tuple[Point, Comparison] | None:
-    """A setting of `ladder` at no more pairs than `one`, and whether it has less loss; None: it has none."""
-    assert ladder.counts == CAUSAL_PAIRS
-    rival, _ = within_keys(ladder, passes, one.keys, confirmations)
-    if rival is None:
-        return None
-    return rival, Comparison(one.keys, rival.keys, *passes.difference(rival, one))

@@ -1,4 +1,4 @@
-"""Calibration of a shared choice: goals are kept as counted, and layers get their own number where it pays."""
+"""Calibration of a shared choice: goals are kept as counted; layers get their own number where it pays."""
 
 import json
 from dataclasses import replace
