@@ -1,8 +1,8 @@
-"""Converts SmolLM2-135M-Instruct, loads it with MoBA and reads a long document with it, beside dense.
+"""Converts SmolLM2-135M-Instruct, loads it with MoBA and compares it with dense attention on a long document.
 
-Run by `make demo`. It prints one row per setting: perplexity of the whole document and of its last quarter,
-share of the dense causal pairs that were attended, prefill time and how far the greedy continuation agrees
-with the dense one.
+Run by `make demo`. Prints one row per setting: perplexity on the whole document and on its last quarter,
+share of the dense causal pairs that were attended, prefill time, and how many tokens of the greedy
+continuation agree with the dense one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUT = Path("out/smollm2-moba")
 
 
 def document(tokenizer: Any, length: int) -> torch.Tensor:
-    """`(1, length)` token ids of real prose on every machine: the language reference inside Python."""
+    """`(1, length)` token ids of real prose that every machine has: Python's built-in language reference."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -39,7 +39,7 @@ def document(tokenizer: Any, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """Losses `(length - 1,)` in nats of one pass over `ids`, its seconds, and a greedy continuation."""
+    """One pass over `ids`: its losses `(length - 1,)` in nats, its seconds, and a greedy continuation."""
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
     hidden = model.model(ids, **cache_kwargs(model.model, cache)).last_hidden_state[0]
@@ -92,9 +92,9 @@ def main() -> None:
             f"{share:>15.1%} {result['seconds']:>10.1f} {same:>12} of {args.new_tokens}"
         )
     print(
-        "\nSmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were;\n"
-        "`default` lets a tile of queries share the blocks that their attention mass asks for, which is "
-        "not\nthe paper's MoBA. Both defaults keep the first block and the one before a query's own."
+        "\nSmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were.\n"
+        "In `default`, a tile of queries shares one choice of blocks, made by attention mass; this is not\n"
+        "the paper's MoBA. Both defaults always attend the first block and the one before the own block."
     )
 
 

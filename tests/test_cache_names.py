@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from model_checks import tiny_model
-from transformers import GenerationMixin
+from transformers import GenerationMixin, cache_utils
 
 import moba_hf
 from moba_hf import MobaCache
-from moba_hf.hf import cache as cache_module
 from moba_hf.hf.cache_names import CACHE_NAMES, cache_kwargs, cache_of
 
 _PREPARE = "_prepare_cache_for_generation"
@@ -112,10 +111,10 @@ class TestUseMobaCache:
 
     @staticmethod
     def _refused(message: str) -> None:
-        before = dict(cache_module.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
+        before = dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
         with pytest.raises(RuntimeError, match=rf"{message}; .* transformers 5\.17 to 5\.24"):
             moba_hf.use_moba_cache()
-        assert before == cache_module.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+        assert before == cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
 
     def test_with_a_cache_made_elsewhere(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def prepare(

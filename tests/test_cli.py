@@ -85,7 +85,7 @@ def test_convert_with_a_shared_choice(run, src: Path, tmp_path: Path) -> None:  
     assert "topk" not in out
     assert settings(dst) == expected
     shown = run("inspect", dst)[1]
-    assert "blocks of 8 shared by 16 queries, threshold 0.25, one in 4 chooses, all below 32" in shown
+    assert "blocks of 8 shared by 16 queries, threshold 0.25, one query in 4 scored, dense below 32" in shown
     assert "up to 100.0%" in shown
     capped = run("inspect", dst, "--block-size", "8", "--tile", "8", "--threshold", "0.5", "--topk", "9")[1]
     assert "blocks of 8 shared by 8 queries, threshold 0.5, at most 9" in capped
@@ -198,7 +198,7 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         (("convert", "SRC", "DST", *BLOCKS, "--threshold", "0.1"), "threshold=0.1 needs tile > 1"),
         (("convert", "SRC", "DST", *BLOCKS, "--sample", "2"), "sample=2 needs tile > 1"),
         (("convert", "SRC", "DST", *SHARED, "--sample", "3"), "sample=3 must divide tile=16"),
-        (("convert", "SRC", "DST", *SHARED, "--gate", "mean"), "shares a choice by mass"),
+        (("convert", "SRC", "DST", *SHARED, "--gate", "mean"), "needs gate='mass'"),
         (("inspect", "SRC", *SHARED, "--dense-below", "8"), "dense_below=8 must be a multiple of tile=16"),
         (("eval", "SRC", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),
         (("generate", "SRC", "--prompt", "a", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),

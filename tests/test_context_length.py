@@ -130,11 +130,11 @@ class TestRefused:
         ("rope", "wanted", "message"),
         [
             (None, ContextLength(OLD), "context_length=256 is not above the 256 tokens"),
-            (LLAMA3, ContextLength(1024), "scaled already .*llama3.* pass rescale"),
+            (LLAMA3, ContextLength(1024), "already scaled .*llama3.* pass rescale"),
             (
                 LLAMA3,
                 ContextLength(1024, "yarn", rescale=True),
-                "'yarn' cannot be laid over rope_type 'llama3'",
+                "'yarn' cannot be combined with rope_type 'llama3'",
             ),
         ],
     )
@@ -152,7 +152,7 @@ class TestRefused:
         ("values", "message"),
         [
             ({"rope": "ntk"}, "rope must be one of"),
-            ({"rope": "yarn", "theta": 1e6}, "goes with"),
+            ({"rope": "yarn", "theta": 1e6}, "needs rope="),
             ({"theta": 0.0}, "must be positive"),
         ],
     )

@@ -319,7 +319,7 @@ def redirect(src: Path, shard: str) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda s: (s / "config.json").unlink(), r"src: holds no config\.json"),
+    "no config": (lambda s: (s / "config.json").unlink(), r"src: contains no config\.json"),
     "config not json": (lambda s: (s / "config.json").write_text("{"), r"config\.json: not valid JSON"),
     "config not utf-8": (
         lambda s: (s / "config.json").write_bytes(b"{\xff}"),
@@ -328,7 +328,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config a list": (lambda s: (s / "config.json").write_text("[]"), r"config\.json: not a JSON object"),
     "no model_type": (
         lambda s: edit_json(s / "config.json", model_type=None),
-        r"config\.json: names no model_type",
+        r"config\.json: has no model_type",
     ),
     "unknown model_type": (lambda s: edit_json(s / "config.json", model_type="hal9000"), r"'hal9000'.*llama"),
     "wrong value": (
@@ -358,7 +358,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index drive": (lambda s: redirect(s, "C:x"), r"index\.json: names 'C:x', .*outside"),
     "index wrong": (
         lambda s: redirect(s, first_shard(s).name),
-        r"model-00001-of-\d+\.safetensors: holds no tensor 'lm_head\.weight'",
+        r"model-00001-of-\d+\.safetensors: contains no tensor 'lm_head\.weight'",
     ),
     "weights file outside": (
         lambda s: edit_json(s / "config.json", transformers_weights="../x.safetensors"),
@@ -366,14 +366,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no index": (
         lambda s: (s / INDEX).unlink(),
-        r"src: holds model-00001.*no model\.safetensors\.index\.json",
+        r"src: contains model-00001.*no model\.safetensors\.index\.json",
     ),
-    "pytorch weights": (lambda s: only(s, "pytorch_model.bin"), r"holds pytorch_model\.bin.*save_pretrained"),
-    "gguf inside": (lambda s: only(s, "m.gguf"), r"pass it itself: .*m\.gguf"),
-    "no weights": (lambda s: only(s, "README.md"), r"src: holds no weights"),
+    "pytorch weights": (
+        lambda s: only(s, "pytorch_model.bin"),
+        r"contains pytorch_model\.bin.*save_pretrained",
+    ),
+    "gguf inside": (lambda s: only(s, "m.gguf"), r"pass its path: .*m\.gguf"),
+    "no weights": (lambda s: only(s, "README.md"), r"src: contains no weights"),
     "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
     "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
-    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
+    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: neither a file nor a folder"),
 }
 
 

@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, GenerationMixin, cache_utils
 
 from moba_hf import MobaConfig, moba_attention, prefill, select_blocks, use_moba_cache
-from moba_hf.hf.cache import MobaLayer
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.dynamic_layer import MobaLayer
 from moba_hf.op.numerics import full_precision
 from moba_hf.op.reference import attend_ref, select_blocks_ref
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_of
+from moba_hf.hf.dynamic_layer import MobaLayer
+from moba_hf.hf.static_layer import MobaStaticLayer
 
 pytestmark = pytest.mark.slow
 

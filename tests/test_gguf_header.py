@@ -52,7 +52,7 @@ DAMAGES: dict[str, tuple[Callable[[Data], None], str]] = {
     "no dimensions": (lambda d: put(d, after(d, NORM), 0, "I"), "0 dimensions"),
     "a moved norm": (swap_norms, "lies at"),
     "another shape": (lambda d: put(d, after(d, NORM) + 4, 32), "lies at"),
-    "a cut": (lambda d: d.__delitem__(slice(len(d) - 100, None)), "ends behind the end"),
+    "a cut": (lambda d: d.__delitem__(slice(len(d) - 100, None)), "extends beyond the end"),
     "a cut header": (lambda d: d.__delitem__(slice(300, None)), "in its header"),
 }
 

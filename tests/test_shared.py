@@ -241,12 +241,12 @@ def test_equal_masses_keep_the_lower_block() -> None:
 
 
 def test_long_lists_in_pieces_and_batches_equal_the_reference(monkeypatch) -> None:
-    from moba_hf.op import shared_portable
+    from moba_hf.op import shared_portable, shared_problems
 
-    monkeypatch.setattr(shared_portable, "_PIECE_KEYS", 24)
+    monkeypatch.setattr(shared_problems, "_PIECE_KEYS", 24)
     monkeypatch.setattr(shared_portable, "_MASS_BUDGET", 500)
     for budget in (1, 1 << 30):
-        monkeypatch.setattr(shared_portable, "_SCORE_BUDGET", budget)
+        monkeypatch.setattr(shared_problems, "_SCORE_BUDGET", budget)
         for rule in RULES:
             q, k, v = _tensors(131, 131)
             out, lse, _, _ = _run(q, k, v, batched_table(1, 131, 131, q.device), rule)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.dynamic_layer import MobaLayer
+from moba_hf.hf.static_layer import MobaStaticLayer
 from moba_hf.op.gates import KeptMass, MassSummary, mass_vectors
 from moba_hf.op.ops import attention
 from moba_hf.op.sequences import Sequences, batched_table

@@ -215,7 +215,7 @@ def test_compiled_attention_is_the_eager_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": "mean"}, "tile=16 shares a choice by mass: set gate='mass', not 'mean'"),
+        ({"gate": "mean"}, "tile=16 needs gate='mass', got gate='mean'"),
         ({"threshold": None}, "threshold is missing: with tile=16"),
         ({"threshold": 1.5}, "threshold must lie between 0 and 1, both excluded, got 1.5"),
         ({"tile": 12}, "tile=12 must be a multiple or a divisor of block_size=8"),
@@ -260,8 +260,8 @@ def test_shares_are_the_most_that_a_text_may_ask_for() -> None:
 def test_inspect_says_what_it_can_without_a_text() -> None:
     text = describe(inspect_config(tiny_model(moba=SHARED).config))
     assert (
-        "blocks of 8 shared by 16 queries, threshold 0.5, one in 4 chooses, 1 sink, 1 local, all below 32"
-        in text
+        "blocks of 8 shared by 16 queries, threshold 0.5, one query in 4 scored, 1 sink, 1 local, "
+        "dense below 32" in text
     )
     assert "How many blocks a shared choice takes depends on the text" in text
     assert text.count("up to") == 12

@@ -266,8 +266,8 @@ def test_refuses_bad_gguf(gguf: tuple[Path, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leave_out": "blk.1.ffn_up"}, r"holds no model\.layers\.1\.mlp\.up_proj\.weight"),
-        ({"extra": {"blk.0.attn_q.more": (64,)}}, "holds 21 tensors, LlamaForCausalLM has 20"),
+        ({"leave_out": "blk.1.ffn_up"}, r"contains no model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"extra": {"blk.0.attn_q.more": (64,)}}, "contains 21 tensors, but LlamaForCausalLM has 20"),
         ({"extra": {"rope_freqs": (8,)}}, "has RoPE scaling"),
         ({"scaling": "yarn"}, "has RoPE scaling"),
         ({"parts": 2}, "is one of 2 parts"),

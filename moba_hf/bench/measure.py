@@ -1,7 +1,8 @@
-"""The benchmark: correctness gate, ceilings of this machine in this run, then every row.
+"""The benchmark: the correctness gate, then this machine's ceilings, then every row.
 
-Medians of CUDA-event times; dense calls above a second are timed once. TFLOP/s count 4 * head_dim per
-attended (query, key) pair and head, masked work not included. Without a green gate no speedup is printed.
+Times are medians of CUDA-event times; dense calls longer than a second are timed once. TFLOP/s count
+4 * head_dim operations per attended (query, key) pair and head; masked work does not count. Speedups are
+printed only if the gate is green.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moba_hf.bench.timing import GIB, ceilings, median_ms
 from moba_hf.op.checks import Case, assert_attention, assert_choice
 from moba_hf.op.ops import moba_attention
 
-# Dense attention too long to be measured whole is measured on this part of the queries.
+# Where dense attention is too long to be timed whole, only the last 1 / PARTS of the queries are timed.
 PARTS = 32
 _ATTENTION = {"triton": "ms", "flash_attn": "flash_backend_ms"}
 
@@ -31,15 +32,16 @@ class Options:
     """What to run.
 
     Attributes:
-        rows: names out of `ROWS`, or of the figure's rows; empty: all.
-        figure: a name of `FIGURES`, drawn instead of the rows; None: the rows.
-        repeats: most runs of a median.
-        stages, dense: also time the stages, the dense baselines.
-        dense_limit: longest dense baseline, tokens.
-        flash: also prove and time the backend "flash_attn".
-        workspace: GiB of the forward's workspace; None: `budgets.WORKSPACE`.
-        tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
-        out: folder of the results.
+        rows: names from `ROWS`, or from the figure's rows; empty: all of them.
+        figure: a name from `FIGURES`, to draw instead of measuring `ROWS`; None: no figure.
+        repeats: maximum number of runs that a median is taken over.
+        stages: also time each stage.
+        dense: also time the dense baselines.
+        dense_limit: the longest dense baseline, in tokens.
+        flash: also check and time the backend "flash_attn".
+        workspace: size of the forward's workspace in GiB; None: `budgets.WORKSPACE`.
+        tiny: run only the correctness gate, on a tiny case; works on a CPU under Triton's interpreter.
+        out: folder for the results.
     """
 
     rows: Sequence[str] = ()
@@ -66,10 +68,10 @@ class Options:
 
 
 def run(options: Options) -> bool:
-    """Runs the benchmark, prints and writes its results; whether the correctness gate was green.
+    """Runs the benchmark, prints and writes its results. Returns whether the correctness gate was green.
 
     Raises:
-        ValueError: no GPU, and not the tiny case.
+        ValueError: no GPU, unless `options.tiny` is set.
     """
     from moba_hf.kernels import budgets
     from moba_hf.kernels.launch import INTERPRETED
@@ -90,7 +92,7 @@ def run(options: Options) -> bool:
 
 
 def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
-    """None if gate and attention under the row's rule pass `checks` at a small length, else what failed."""
+    """None if choice and attention under the row's rule are right at a small length, else what failed."""
     length = min(row.length, max(4096, 3 * row.topk * row.block_size // 2))
     case = Case(
         [(min(length, 1024), length), (100, 333)],
@@ -109,7 +111,7 @@ def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: 
         out, _ = assert_attention(case, choice)
         if not torch.equal(case.attend(case.select())[0], out):
             raise AssertionError("two runs differ")
-    except Exception as error:  # whatever stops it: it is not proved
+    except Exception as error:  # any exception counts as a failed check
         return f"{row.name}, {backend}: {' '.join(str(error).split())[:300]}"
     return None
 
@@ -123,7 +125,7 @@ def inputs(row: Row, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attended_pairs(row: Row) -> tuple[int, int]:
-    """(query, key) pairs attended in the own blocks and in the chosen ones, all heads together."""
+    """(query, key) pairs attended in the own blocks and in the chosen blocks, summed over all heads."""
     full, rest = divmod(row.length, row.block_size)
     own = full * row.block_size * (row.block_size + 1) // 2 + rest * (rest + 1) // 2
     chosen = sum(min(i, row.topk - 1) * row.block_size for i in range(full))
@@ -151,7 +153,7 @@ def _run_rows(options: Options) -> bool:
 
 
 def _gate(rows: Sequence[Row], backends: Sequence[str]) -> list[str]:
-    """What the correctness gate found, each printed."""
+    """Runs the correctness gate, prints each failure and returns them."""
     found = [problem for row in rows for name in backends if (problem := prove(row, name)) is not None]
     for problem in found:
         print(f"gate: RED: {problem}")
@@ -174,7 +176,7 @@ def _measure(
     backends: Sequence[str],
     known: dict[tuple[int, int, int], dict[str, float | None]],
 ) -> dict[str, Any]:
-    """One line of the results; `known`: dense times of shapes measured before."""
+    """One line of the results; `known` caches dense times by shape."""
     q, k, v = inputs(row)
     result: dict[str, Any] = {"row": row.name, "tokens": row.length}
     result |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
@@ -194,13 +196,13 @@ def _measure(
 
 
 def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> dict[str, Any]:
-    """Milliseconds of the whole operator, and for the Triton one its memory beyond q, k, v and out."""
+    """Milliseconds of the whole operator, and for Triton its peak memory in addition to q, k, v and out."""
     rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": backend}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
         ms = median_ms(lambda: moba_attention(q, k, v, **rule), repeats)
-    except Exception as error:  # other packages raise what they like
+    except Exception as error:  # other packages may raise anything
         if backend == "triton":
             raise
         print(f"  backend {backend} does not run: {(str(error) or type(error).__name__).splitlines()[0]}")
@@ -212,7 +214,7 @@ def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: 
 def _stage_columns(
     row: Row, q: Tensor, k: Tensor, v: Tensor, ms: float, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Milliseconds of the stages, and what the larger ones reach of this machine's ceilings."""
+    """Milliseconds of each stage, and the share of this machine's ceilings that the larger ones reach."""
     rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": "triton"}
     times = stage_times(lambda: moba_attention(q, k, v, **rule), 1 if ms > 100 else 4)
     result = {f"{name}_ms": value for name, value in times.items()}
@@ -241,7 +243,7 @@ def _stage_columns(
 
 
 def _speedup(result: dict[str, Any]) -> dict[str, Any]:
-    """The best dense time over the operator's, where there is one."""
+    """The best dense time divided by the operator's; empty without a dense time."""
     names = [name for name in ("fa2", "cudnn", "flash_attn", "fa4") if result.get(f"{name}_ms")]
     if not names:
         return {}
@@ -276,7 +278,7 @@ def _run_figure(options: Options) -> bool:
 
 
 def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
-    """One point of a figure: the operator, and dense attention whole or on its last queries."""
+    """One point of a figure: the operator, and dense attention over all queries or over the last ones."""
     q, k, v = inputs(row)
     line: dict[str, Any] = {"figure": figure.name, "row": row.name, "tokens": row.length}
     line |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
@@ -296,6 +298,6 @@ def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
         if row.length >= figure.slice_from:
             line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
             line |= {f"{name}_ms": ms for name, ms in sliced.items()}
-        else:  # how well scaling does where the whole is known
+        else:  # shows how well scaling does where the full time is known
             line |= {f"{name}_scaled_ms": ms for name, ms in sliced.items()}
     return line

@@ -1,4 +1,4 @@
-"""What MoBA costs a model: perplexity by position, agreement with dense, recall of the choice, tasks."""
+"""What MoBA costs in quality: perplexity by position, agreement with dense, recall of the choice, tasks."""
 
 from moba_hf.evaluate.agreement import Agreement, agreement
 from moba_hf.evaluate.perplexity import Perplexity, perplexity, summarize, token_losses

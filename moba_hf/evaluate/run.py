@@ -1,4 +1,4 @@
-"""Everything that `moba-hf eval` measures, as one JSON-ready result that a stopped run completes."""
+"""Everything that `moba-hf eval` measures, as one JSON-ready result; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ _DENSE_TOO = ("perplexity", "positions")
 def load(
     path: str, device: str | None = None, *, trust_remote_code: bool = False, spread: bool = False
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
+    """Model and tokenizer of a checkpoint, by `load_checkpoint`: fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "float32" if device == "cpu" else "auto"
     return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code, spread=spread)
 
 
 def check_ranks(measures: Sequence[str], store: str | os.PathLike[str] | None) -> None:
-    """Raises ValueError for what a model spread over the ranks of `torchrun` cannot give."""
+    """Raises ValueError for options that do not work with a model sharded over the ranks of `torchrun`."""
     ranks = launched_ranks()
     if ranks > 1 and "recall" in measures:
         raise ValueError(
-            f"recall looks at all heads of a layer, each of {ranks} ranks has some: run it without torchrun"
+            f"recall needs all heads of a layer, but each of the {ranks} ranks holds only some of them: "
+            f"run it without torchrun"
         )
     if ranks > 1 and store is not None:
-        raise ValueError(f"a store is kept by one process, there are {ranks} ranks: leave out --store")
+        raise ValueError(f"a store works with one process only, but there are {ranks} ranks: omit --store")
 
 
 def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, MobaConfig]:
-    """Settings by name: the presets, and those that are `given`.
+    """Settings by name: the presets, and `given` under the name "given".
 
     Raises:
         ValueError: an unknown preset.
@@ -62,26 +63,27 @@ def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, Mo
 
 
 def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaConfig | None]:
-    """What is measured: dense, and the `named` settings; without any, those that `model` holds."""
+    """The settings to measure: dense and `named`, or dense and the model's own if `named` is empty."""
     return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most: int | None = None) -> Tensor:
-    """`(1, length)` token ids of the start of a text file.
+    """The first token ids of a text file, `(1, length)`, or up to `(1, most)` if the file has more.
 
     Args:
-        most: as many as there are, up to this; None: `length`.
+        length: tokens that the file must have.
+        most: tokens that are read at most; None: `length`.
 
     Raises:
-        ValueError: the file holds fewer tokens.
+        ValueError: the file has fewer tokens.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(16 * (most or length))  # bounded: a device file never ends
+        text = file.read(16 * (most or length))  # bounded, since a device file never ends
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, : most or length]
     if ids.shape[1] < length:
-        raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
+        raise ValueError(f"{path}: has {ids.shape[1]} tokens, but {length} are needed; lower --length")
     return ids
 
 
@@ -105,22 +107,25 @@ def evaluate(
     Args:
         texts: name -> `(1, length)` token ids.
         settings: name -> MoBA settings; None: dense.
-        measures: of `MEASURES`; the last two are for MoBA settings.
-        tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
-        depths: where the answers of tasks stand, from 0 to 1; None: spread. "code-lookup" spreads them.
-        sources: repositories that "code-lookup" hides definitions in.
-        seed: of the tasks, and of the queries that recall looks at.
-        store: a JSON file that keeps what is done, for the same model, texts, settings and seed.
+        measures: names from `MEASURES`; "agreement" and "recall" apply to MoBA settings only.
+        tasks: names from `TASKS`, or "code-lookup".
+        task_lengths: lengths of the tasks' contexts, in tokens.
+        contexts: number of contexts per task and length.
+        depths: where in the context the answers lie, from 0 to 1; None: spread out. "code-lookup" ignores
+            them and always spreads its answers.
+        sources: repositories in which "code-lookup" hides definitions.
+        seed: seed of the tasks and of the queries that recall samples.
+        store: a JSON file that keeps finished results, for the same model, texts, settings and seed.
 
     Raises:
-        ValueError: nothing to measure, unknown names, or a store of something else.
+        ValueError: nothing to measure, unknown names, or a store made for something else.
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
         "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
-        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides
-        how many keys are attended the key budget is None, and the share of pairs is counted in the passes of
-        perplexity or agreement, None without either.
+        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. If the number of
+        attended keys depends on the text, the key budget is None, and the share of pairs is counted in the
+        perplexity or agreement passes (None without either).
     """
     _check(texts, measures, tasks, task_lengths, contexts, sources)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
@@ -181,7 +186,7 @@ def _check(
     contexts: int,
     sources: Sequence[Repository],
 ) -> None:
-    """Raises ValueError now for requests that would fail only after hours of work."""
+    """Raises ValueError at once for requests that would otherwise fail after hours of work."""
     for what, names, known in (("measure", measures, MEASURES), ("task", tasks, (*TASKS, CODE_LOOKUP))):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
@@ -190,9 +195,9 @@ def _check(
     if tasks and not task_lengths:
         raise ValueError("tasks need task_lengths")
     if CODE_LOOKUP in tasks and not sources:
-        raise ValueError(f"task {CODE_LOOKUP!r} needs sources: give --sources FOLDER")
+        raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
     if not tasks and not (texts and measures):
-        raise ValueError("there is nothing to measure: give texts (--text FILE) or tasks (--task NAME)")
+        raise ValueError("there is nothing to measure: pass texts (--text FILE) or tasks (--task NAME)")
 
 
 def _follows_text(model: Any, config: MobaConfig) -> bool:
@@ -203,7 +208,7 @@ def _follows_text(model: Any, config: MobaConfig) -> bool:
 
 
 def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed: int) -> dict[str, Any]:
-    """The numbers of one measure, with those of `Attended` where a pass runs MoBA."""
+    """The numbers of one measure; perplexity and agreement under MoBA add those of `Attended`."""
     if measure == "positions":
         return by_position(token_losses(model, ids, config)).to_dict()
     if config is None:
@@ -219,7 +224,7 @@ def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """The numbers of `evaluate` as markdown tables."""
+    """The result of `evaluate` as Markdown tables."""
     texts = {**result.get("perplexity", {}), **result.get("agreement", {})}
     parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
     for text, by_setting in result.get("positions", {}).items():
@@ -257,7 +262,7 @@ def _percent(share: float) -> str:
 
 
 def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
-    """A row per setting: what it attends, its losses on `text` and how it agrees with dense."""
+    """A row per setting: the keys and pairs it attends, its losses on `text`, its agreement with dense."""
     losses = result.get("perplexity", {}).get(text, {})
     near = result.get("agreement", {}).get(text, {})
     head = ["setting", "keys", "of dense pairs", "loss", "trailing loss", "rise", "KL", "top-1"]

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from moba_hf.config import NAME, LayerConfig, Rule
-from moba_hf.hf.cache import LAYER_ATTRIBUTE
+from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds

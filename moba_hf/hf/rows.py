@@ -45,6 +45,8 @@ _CUSTOM = (
     "MoBA takes 2-D padding masks, got a custom mask under which tokens see later ones; use a stock "
     "attn_implementation for it"
 )
+# Rotary parameters of the models whose layers need position ids and may not give them to attention.
+_KEPT = {"mrope_section", "llama_4_scaling_beta"}
 # How far above the mask function the forward of a model is looked for.
 _FRAMES = 8
 
@@ -101,7 +103,7 @@ class Rows:
         device: of the queries.
         given: bool `(batch, length)`, the 2-D attention mask, False for padding.
         neighbours: see `spans.Seen`.
-        axes: M-RoPE ids `(3, batch, q_len)` that layers do not get.
+        hidden: position ids that layers do not get, `(3, batch, q_len)` (M-RoPE) or `(batch, q_len)`.
         dense: the mask that transformers made for a layer with a window.
         windowed: whether these are the rows of such layers; `dense` may be None for them too.
     """
@@ -118,7 +120,7 @@ class Rows:
         *,
         given: Tensor | None = None,
         neighbours: Tensor | None = None,
-        axes: Tensor | None = None,
+        hidden: Tensor | None = None,
         dense: Tensor | None = None,
         windowed: bool = False,
     ):
@@ -129,7 +131,7 @@ class Rows:
         # the counter of a static cache, which has moved on when the first layer asks
         self.q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
         self.device = torch.device(device)
-        self.given, self.neighbours, self.axes = given, neighbours, axes
+        self.given, self.neighbours, self.hidden = given, neighbours, hidden
         self.dense, self.windowed = dense, windowed
         self._seen: Seen | None = None
         self._layouts: dict[torch.device, Layout] = {}
@@ -185,7 +187,7 @@ class Rows:
 
     def _may_look(self, kwargs: dict[str, Any]) -> bool:
         """Whether values can be read: not in a graph that is traced or captured, nor where there are none."""
-        held = (self.given, self.q_offset, self.neighbours, self.axes)
+        held = (self.given, self.q_offset, self.neighbours, self.hidden)
         given = (kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"))
         return _may_look(self.device) and not any(isinstance(x, FakeTensor) for x in (*held, *given))
 
@@ -219,13 +221,17 @@ class Rows:
         positions = kwargs.get("position_ids")
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != self.q_len):
             positions = None
+        axes, hidden = self.hidden, None
+        if axes is not None and axes.ndim == 2:
+            axes, hidden = None, axes
+        positions = hidden if positions is None else positions
         offsets_q, offsets_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
         values = _read(
             {
                 "q_offset": self.q_offset if isinstance(self.q_offset, Tensor) else None,
                 "real": self.given,
                 "positions": None if self.q_len == 1 else positions,
-                "axes": self.axes if offsets_q is None else None,
+                "axes": axes if offsets_q is None else None,
                 "neighbours": self.neighbours,
                 "offsets_q": offsets_q,
                 "offsets_k": None if offsets_k is offsets_q else offsets_k,
@@ -401,7 +407,7 @@ def moba_mask(
         device,
         given=attention_mask,
         neighbours=neighbours,
-        axes=_hidden_axes(config, batch_size, q_length) if hidden else None,
+        hidden=_hidden_positions(config, batch_size, q_length) if hidden else None,
         dense=dense,
         windowed=local_size is not None,
     )
@@ -415,22 +421,25 @@ def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
     return start, start + count
 
 
-def _hidden_axes(config: Any, batch: int, length: int) -> Tensor | None:
-    """M-RoPE ids `(3, batch, length)` of the forward that asks for a mask, where its layers get none.
+def _hidden_positions(config: Any, batch: int, length: int) -> Tensor | None:
+    """Position ids of the forward that asks for a mask, where its layers give attention none.
 
-    Vision-language models keep such ids to themselves, so only the frame of their `forward` tells whether a
-    caller packs documents, which would be mixed.
+    Vision-language models keep M-RoPE ids, `(3, batch, length)`, to themselves, and Ministral 3 its ids,
+    `(batch, length)`, before transformers 5.18. So only the frame of their `forward` tells whether a caller
+    packs documents, which would be mixed.
     """
-    if "mrope_section" not in (getattr(config, "rope_parameters", None) or {}):
+    if not _KEPT & set(getattr(config, "rope_parameters", None) or {}):
         return None
     frame = sys._getframe(2)
     for _ in range(_FRAMES):
         known = frame.f_locals
         if frame.f_code.co_name == "forward" and "inputs_embeds" in known:
-            axes = known.get("position_ids")
-            if not isinstance(axes, Tensor) or axes.ndim != 3 or axes.shape[::2] != (3, length):
+            ids = known.get("position_ids")
+            if not isinstance(ids, Tensor) or known.get("text_position_ids") is not None:
                 return None
-            return axes.expand(3, batch, length) if known.get("text_position_ids") is None else None
+            if ids.ndim == 2 and ids.shape[1] == length:
+                return ids.expand(batch, length)
+            return ids.expand(3, batch, length) if ids.ndim == 3 and ids.shape[::2] == (3, length) else None
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -1,12 +1,17 @@
-"""MoBA in Triton, forward and backward, one stage per file; imports need triton, and a GPU only to run.
+"""MoBA in Triton, forward and backward, one stage per file. Importing needs triton; only running needs a GPU.
 
-`select_blocks`, by either gate, `attend` and `attend_backward` are the backend;
-`unsupported` says what they cannot take. The stages, usable alone: `tiling` (numbering of tiles and blocks),
-`block_mean`, `mass_summary`, `gate` with `gate_kernels` and `gate_scores`, `routing`, `own`, `routed`,
-`merge`; for a few queries `append`, `choose`, `sparse_decode`, `dense_decode`; of the backward
-`backward_rows`, `backward_routed`, `backward_own`; for Hopper `hopper`; the choice that a tile shares is
-`shared` and what begins with its name. `layout` names the columns of tables,
-`tuning` holds every launch choice, `budgets` the sizes that follow from memory.
+The backend consists of `select_blocks` (for either gate), `attend` and `attend_backward`; `unsupported` says
+which inputs they cannot handle. Each stage can be used alone:
+
+    prefill     tiling (numbers tiles and blocks), block_mean, mass_summary, gate (with gate_kernels and
+                gate_scores), routing, own, routed, merge
+    decode      append, choose, sparse_decode, dense_decode
+    backward    backward_rows, backward_routed, backward_own
+    Hopper      hopper
+    shared      the choice shared by a tile: `shared` and all files that begin with its name
+
+`layout` names the columns of tables, `tuning` holds all launch parameters, and `budgets` the sizes that
+depend on memory.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ MAX_HEAD_DIM = 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
-    """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
+    """Why the kernels cannot handle these `(batch, heads, length, dim)` tensors, or None if they can."""
     reason = unsupported_device(q)
     if reason is not None:
         return reason

@@ -185,10 +185,10 @@ class SharedPortable:
         tile: int,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from moba_hf.op import shared_portable
+        from moba_hf.op import shared_portable_backward
 
         settings: dict[str, Any] = {"block_size": block_size, "tile": tile, "softmax_scale": softmax_scale}
-        return shared_portable.attend_backward(grad_out, grad_lse, saved, sequences, **settings)
+        return shared_portable_backward.attend_backward(grad_out, grad_lse, saved, sequences, **settings)
 
     def decode(
         self,

@@ -7,13 +7,10 @@ called itself, since only that returns `lse`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moba_hf.op.shared_portable import _Batch, _Sequence
+from moba_hf.op.shared_problems import Problems, SequenceBlocks
 
 
 def fused(q: Tensor, v: Tensor) -> bool:
@@ -21,7 +18,7 @@ def fused(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
 
 
-def attend_batch(seq: _Sequence, problems: _Batch) -> tuple[Tensor, Tensor]:
+def attend_batch(seq: SequenceBlocks, problems: Problems) -> tuple[Tensor, Tensor]:
     """Outputs `(P, T, Dv)` and log denominators `(P, T)` of problems with equally many blocks."""
     assert not problems.padded
     index = problems.kv_head[:, None] * seq.count + problems.blocks
@@ -33,7 +30,7 @@ def attend_batch(seq: _Sequence, problems: _Batch) -> tuple[Tensor, Tensor]:
     return out[0], lse[0]
 
 
-def _mask(seq: _Sequence, problems: _Batch) -> Tensor:
+def _mask(seq: SequenceBlocks, problems: Problems) -> Tensor:
     """0 where a row attends a key of its tile's list and -inf after the row, `(1, P or 1, T, n B)`."""
     own = max(1, seq.tile // seq.block_size)
     blocks, position = problems.blocks[:, -own:], problems.position

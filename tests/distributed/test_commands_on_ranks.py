@@ -76,7 +76,7 @@ def _assert_close(one: object, two: object) -> None:
     [
         (["eval", "MODEL", "--text", "TEXT", "--measure", "recall"], "recall looks at all heads"),
         (["eval", "MODEL", "--text", "TEXT", "--store", "STORE"], "leave out --store"),
-        (["generate", "GGUF", "--prompt", "%%"], "cannot be spread over 2 ranks"),
+        (["generate", "GGUF", "--prompt", "%%"], "cannot be sharded over 2 ranks"),
     ],
 )
 def test_what_ranks_cannot_do_is_refused(

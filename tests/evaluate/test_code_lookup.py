@@ -144,7 +144,7 @@ def test_the_task_is_scored_by_kind_and_context(monkeypatch: pytest.MonkeyPatch,
     apart = code_lookup._score(64, [[["string", 0.5, float(i % 2)]] * 2 for i in range(8)])
     assert alike.score == apart.score == 0.5
     assert apart.high - apart.low > 1.2 * (alike.high - alike.low)
-    with pytest.raises(ValueError, match="needs sources: give --sources FOLDER"):
+    with pytest.raises(ValueError, match="needs source files: pass --sources FOLDER"):
         run_code_lookup(None, Letters(), [], 1500)
 
 

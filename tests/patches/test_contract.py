@@ -145,7 +145,9 @@ def test_wrong_facts_are_caught(wrong: type[Adapter], family: str, message: str)
 
 
 def test_an_adapter_that_is_not_installed_says_how() -> None:
-    with pytest.raises(AssertionError, match=r"lookup: 'llama' gives LlamaAdapter; name _NoLayer as 'llama'"):
+    with pytest.raises(
+        AssertionError, match=r"lookup: 'llama' gives LlamaAdapter; register _NoLayer as 'llama'"
+    ):
         check_adapter(_NoLayer, tiny_config("llama"), installed=True)
     with pytest.raises(AssertionError, match="lookup: raised ValueError: no MoBA adapter"):
         check_adapter(Adapter, tiny_foreign("olmo2"), installed=True)

@@ -1,0 +1,60 @@
+"""Gradients of attention under a shared choice of blocks, in pure torch; see `shared_problems`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.shared_problems import each_sequence
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    saved: Attended,
+    sequences: Sequences,
+    *,
+    block_size: int,
+    tile: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    q, k, v, out, lse, block_mask = saved
+    dtype = accumulate_dtype(q.dtype)
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    with full_precision(q.device):
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(3).transpose(1, 2) - grad_lse.to(dtype)
+        for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
+            d_out = seq.flat(grad_out[seq.batch, seq.queries].transpose(0, 1))
+            d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
+            lse_row = seq.with_none(lse[seq.batch, :, seq.queries].reshape(-1, 1), fill=torch.inf)
+            d_q, d_keys, d_values = (torch.zeros_like(x) for x in (seq.q, seq.keys, seq.values))
+            for problems in seq.batches():
+                d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
+                queries = seq.gather(seq.q, problems.row)
+                part = torch.zeros_like(queries)
+                for piece in seq.pieces(problems):
+                    weights = piece.weights(log)
+                    d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
+                    part.baddbmm_(d_scores, piece.keys)
+                    _add_blocks(d_keys, piece.index, torch.bmm(d_scores.transpose(1, 2), queries))
+                    _add_blocks(d_values, piece.index, torch.bmm(weights.transpose(1, 2), d_tile))
+                d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
+            d_q = (d_q[:-1] * softmax_scale).unflatten(0, (q.shape[1], -1))
+            grad_q[seq.batch, :, seq.queries] = d_q.to(q.dtype)
+            for total, grad in ((grad_k, d_keys), (grad_v, d_values)):
+                blocks = grad.view(seq.num_kv_heads, seq.count * block_size, -1)
+                total[seq.batch, :, seq.slots] += blocks[:, : seq.length]
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _add_blocks(total: Tensor, index: Tensor, grad: Tensor) -> None:
+    """Adds `grad (P, n B, D)` to rows `index (P, n)` of `total (HK * NB, B * D)`, in a fixed order."""
+    rows = grad.reshape(index.numel(), -1)
+    if total.device.type == "cpu":
+        total.index_add_(0, index.flatten(), rows)
+    else:  # index_add_ is not deterministic on GPUs
+        total.index_put_((index.flatten(),), rows, accumulate=True)
