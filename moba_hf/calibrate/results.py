@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A threshold for each layer beside one for the model, at no more counted pairs.
+    """A threshold for each layer, beside one for the model with at least as many pairs.
 
     Attributes:
         one, by_layer: counted share of the dense causal pairs of each.
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def pays(self) -> bool:
-        """Whether the loss is surely less at no more pairs."""
+        """Whether the loss is lower at no more pairs, with an interval that excludes zero."""
         less = self.error is not None and self.difference + self.error < 0
         return less and self.by_layer <= self.one
 
@@ -149,10 +149,13 @@ def _percent(share: float) -> str:
 
 
 def _topk_rows(curve: Sequence[Point]) -> list[list[object]]:
-    rows: list[list[object]] = [["keys", "block_size", "local cost", "measured rise", "full layers"]]
+    rows: list[list[object]] = [
+        ["keys", "of dense pairs", "block_size", "local cost", "measured rise", "full layers"]
+    ]
     for point in curve:
-        full = len(point.config["full_attention_layers"])
-        rows.append([f"{point.keys:.1%}", point.config["block_size"], point.cost, point.rises(), full])
+        full, pairs = len(point.config["full_attention_layers"]), point.pairs
+        shares = [f"{point.keys:.1%}", "-" if pairs is None else f"{pairs:.1%}"]
+        rows.append([*shares, point.config["block_size"], point.cost, point.rises(), full])
     return rows
 
 

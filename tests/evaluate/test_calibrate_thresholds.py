@@ -118,7 +118,6 @@ def test_the_thresholds_of_layers_are_the_best_of_the_table(monkeypatch: pytest.
     by_layer = thresholds.threshold_ladders(
         passes.Passes(model, [tiny_ids(64)], 32, passes.Store(None, {})), SETTING, Options(keys=0.5)
     )[1]
-    monkeypatch.setattr(thresholds, "_PARTS", 1)
     for share in (0.6, 0.75, 0.9):
         point = by_layer.at(share)
         assert point.keys <= share + 1e-9
@@ -302,7 +301,7 @@ def test_where_a_calibration_starts() -> None:
         assert starting_setting(model) == SETTING
         assert starting_setting(model, "fine") == MobaConfig.from_preset("fine")
     assert starting_setting(model, "default-per-query", "mass").gate == "mass"
-    with pytest.raises(ValueError, match="set gate='mass'"):
+    with pytest.raises(ValueError, match="needs gate='mass'"):
         starting_setting(model, gate="mean")
 
 
@@ -351,7 +350,7 @@ def test_the_command_refuses_what_does_not_fit(shared: Path, capsys: pytest.Capt
     text = ("--text", shared / "text.txt", "--length", 128, "--keys", 0.5)
     for args, message in (
         (("--block-size", 8), "block sizes are tried for a choice per query only"),
-        (("--gate", "mean"), "set gate='mass'"),
+        (("--gate", "mean"), "needs gate='mass'"),
         (("--preset", "poem"), "poem"),
         (("--max-loss", 0.1), "one of max_loss and keys"),
     ):
