@@ -8,7 +8,7 @@ SPREAD = -n $(JOBS) --dist worksteal
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-matrix test-gpu check format dist constraints clean
+.PHONY: demo test test-matrix test-gpu test-wheel check format dist constraints clean
 
 # All versions are pinned in constraints.txt. torch is installed first: a version range would fetch the newest
 # CUDA build.
@@ -90,6 +90,19 @@ dist:
 	.matrix/dist/bin/python -m twine check --strict dist/*
 	.matrix/dist/bin/python -m zipfile -l dist/*.whl
 	tar -tzf dist/*.tar.gz
+
+# The wheel in an empty environment, where the recipes of the README run without the repository.
+test-wheel: dist
+	rm -rf .matrix/wheel
+	$(PYTHON) -m venv .matrix/wheel
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt pip
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt torch
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt dist/*.whl pytest
+	set -e; unset PYTHONPATH; python=$(CURDIR)/.matrix/wheel/bin/python; \
+	  place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; mkdir "$$place/tests"; cp README.md "$$place"; \
+	  cp tests/test_recipes.py tests/checkpoints.py tests/conftest.py "$$place/tests"; cd "$$place"; \
+	  $$python -c "import moba_hf; print(moba_hf.__file__)"; \
+	  OMP_NUM_THREADS=1 $$python -m pytest -q tests
 
 # Rewrites constraints.txt with the newest releases that pyproject.toml allows for this torch and its Triton.
 TORCH ?= torch==2.13.0

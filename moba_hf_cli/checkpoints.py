@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +55,7 @@ class Dtype(str, Enum):
 
 
 def convert(
+    called: typer.Context,
     src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
     dst: Annotated[str, typer.Argument(help="Folder to make.")],
     preset: Preset = None,
@@ -87,8 +91,22 @@ def convert(
     rescale: Annotated[
         bool, typer.Option("--rescale", help="Extend a source whose rotary embedding is scaled already.")
     ] = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Write the module by which trust_remote_code=True loads DST without 'import moba_hf'.",
+        ),
+    ] = False,
+    eval_results: Annotated[
+        str | None,
+        typer.Option(help="JSON of 'eval' about these settings: the model card then says what they cost."),
+    ] = None,
 ) -> None:
-    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are."""
+    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are.
+
+    README.md of DST, the model card, says how it was made and how it is loaded.
+    """
     if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
         raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
     config = settings(
@@ -109,18 +127,49 @@ def convert(
     from moba_hf.checkpoints.convert import convert_checkpoint
     from moba_hf.config import DEFAULT_PRESET, MobaConfig
 
+    given: list[str] = []
     if config is None:
         print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
-        config = MobaConfig.from_preset(DEFAULT_PRESET)
+        config, given = MobaConfig.from_preset(DEFAULT_PRESET), ["--preset", DEFAULT_PRESET]
     chosen = None if dtype is None else dtype.value
     context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
-    made = convert_checkpoint(src, dst, config, overwrite=overwrite, link=link, dtype=chosen, context=context)
+    made = convert_checkpoint(
+        src,
+        dst,
+        config,
+        overwrite=overwrite,
+        link=link,
+        dtype=chosen,
+        context=context,
+        remote_code=remote_code,
+        eval_results=eval_results,
+        command=_command_line(called, *given),
+    )
     print(f"{shown(made)}: converted; {config.in_words()}")
     if context is not None:
         print(
             f"Context {context.length:,} tokens by {context.rope}; untrained, so measure it: 'moba-hf eval'"
         )
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
+    if remote_code:
+        print("or, where moba-hf is installed, with trust_remote_code=True and without that import")
+
+
+def _command_line(called: typer.Context, *more: str) -> str:
+    """The command line of `convert`, as the model card names it, with `more` options.
+
+    Files and folders go by their names alone: where they lie is nobody else's business.
+    """
+    words = ["moba-hf", "convert"]
+    for option in called.command.params:
+        place, value = called.get_parameter_source(str(option.name)), called.params.get(str(option.name))
+        if place is None or place.name != "COMMANDLINE" or value is None:
+            continue
+        if option.name == "dst" or (option.name in ("src", "eval_results") and Path(value).exists()):
+            value = Path(value).resolve().name if Path(value).is_dir() else Path(value).absolute().name
+        words += option.opts[:1] if option.param_type_name == "option" else []
+        words += [] if value is True else [str(getattr(value, "value", value))]
+    return shlex.join([*words, *more])
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -134,6 +183,7 @@ def presets(as_json: AsJson = False) -> None:
 def verify(
     dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
     source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
+    as_json: AsJson = False,
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
     load_package()
@@ -141,8 +191,10 @@ def verify(
     from moba_hf.checkpoints.verify import verify_checkpoint
 
     report = verify_checkpoint(dst, source)
+    if as_json:
+        print(json.dumps({"passed": report.passed, **asdict(report)}, indent=1))
     for check in report.checks:
-        if check.passed:
+        if check.passed and not as_json:
             print(f"ok      {check.name:<8} {shown(check.detail)}")
     if not report.passed:
         failed = report.checks[-1]
@@ -211,6 +263,7 @@ def generate(
     dense_tail: Annotated[
         int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
     ] = 128,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
@@ -239,14 +292,17 @@ def generate(
     runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
     results = []
     for name, function in runs.items():
-        if compare:
+        if compare and not as_json:
             print(f"--- {name} ---", flush=True)
         with _progress(ids.shape[1] - 1) as advance:
-            streamer = generation.text_streamer(tokenizer)
+            streamer = None if as_json else generation.text_streamer(tokenizer)
             more: Any = {"dense_tail": dense_tail, "streamer": streamer, "on_prefill": advance}
             result = function(model, ids, max_new_tokens, chunk=chunk, **more)
         results.append(result)
-    if compare:
+    if as_json:
+        found = {name.lower(): run.to_dict(tokenizer) for name, run in zip(runs, results, strict=True)}
+        print(json.dumps({"prompt_tokens": ids.shape[1], **found}, indent=1))
+    elif compare:
         print("\n" + generation.compare_table(results[0], results[1], ids.shape[1]))
     else:
         print(generation.summary(results[0], ids.shape[1]), file=sys.stderr)
@@ -255,9 +311,9 @@ def generate(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
-    from tqdm import tqdm
+    from moba_hf.progress import progress_bar
 
-    with tqdm(total=total, desc="prefill", unit=" tokens", disable=None, file=sys.stderr, leave=False) as bar:
+    with progress_bar("prefill", total, " tokens") as bar:
 
         def advance(tokens: int) -> None:
             bar.update(tokens)

@@ -102,11 +102,7 @@ def evaluate(
         texts,
         wanted,
         measures=measure or ["perplexity"],
-        tasks=task or [],
-        task_lengths=task_length or [length],
-        contexts=contexts,
-        depths=depth or None,
-        sources=repositories,
+        tasks=run.Tasks(task or [], task_length or [length], contexts, depth or None, repositories),
         seed=seed,
         store=store,
     )

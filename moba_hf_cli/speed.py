@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moba_hf_cli.options import load_package
+from moba_hf_cli.options import AsJson, load_package
 
 
 def bench(
@@ -29,6 +32,7 @@ def bench(
         bool, typer.Option("--tiny", help="Only the correctness gate on a tiny case, on a CPU.")
     ] = False,
     out: Annotated[str, typer.Option(help="Folder for CSV, Markdown and PNG.")] = "bench_results",
+    as_json: AsJson = False,
 ) -> None:
     """Time the operator beside dense attention on this GPU, after proving it right."""
     load_package()
@@ -46,5 +50,9 @@ def bench(
         tiny=tiny,
         out=Path(out),
     )
-    if not run(options):
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # tables and lines under way
+        outcome = run(options)
+    if as_json:
+        print(json.dumps(outcome.to_dict(), indent=1))
+    if not outcome.green:
         raise typer.Exit(1)

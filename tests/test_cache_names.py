@@ -1,4 +1,4 @@
-"""The cache argument under its two names, with every supported release of transformers."""
+"""The cache argument under both its names, with every supported release of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> Any:
 
 class TestNames:
     def test_by_the_signature_of_what_is_called(self) -> None:
-        """Remote code may keep to the old name under a new transformers; a wrapper keeps its signature."""
+        """Remote code may use the old name with a new transformers; a wrapper keeps its signature."""
 
         def old(ids: Any, past_key_values: Any = None) -> None: ...
 
@@ -41,7 +41,7 @@ class TestNames:
         assert cache_kwargs(wrapped, marker) == {"past_key_values": marker}
 
     def test_a_signature_that_takes_anything(self, model: Any) -> None:
-        """The name is then the one that a stock model's forward has."""
+        """Then the name is that of a stock model's forward."""
         [name] = cache_kwargs(model, None)
         assert cache_kwargs(lambda **kwargs: None, None) == {name: None}
         assert cache_kwargs(model.generate, None) == {name: None}
@@ -99,7 +99,7 @@ class TestPrefill:
 
 
 class TestUseMobaCache:
-    """The private method that it wraps may change: it then says so, and changes nothing."""
+    """If the private method that it wraps has changed, it raises and leaves everything as it was."""
 
     def test_without_the_method(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(GenerationMixin, _PREPARE)
@@ -125,5 +125,5 @@ class TestUseMobaCache:
         ids = torch.randint(1, 90, (1, 20))
         with moba_hf.use_moba_cache(), pytest.raises(RuntimeError, match="prepared no cache"):
             model.generate(ids, max_new_tokens=2)
-        with moba_hf.use_moba_cache():  # without a cache there is nothing to find
+        with moba_hf.use_moba_cache():  # without a cache nothing is checked
             model.generate(ids, max_new_tokens=2, use_cache=False)

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: what is written, what is refused, and that nothing is ever left behind."""
+"""Conversion of checkpoints: what is written, what is refused, and that no temporary files remain."""
 
 import errno
 import json
@@ -38,13 +38,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def src(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the tiny checkpoint to damage."""
     return Path(shutil.copytree(tiny, tmp_path / "src"))
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """The folder that targets are made in: what is left behind would be here."""
+    """The parent folder of all targets, where leftover files would be."""
     path = tmp_path / "out"
     path.mkdir()
     return path
@@ -71,6 +71,7 @@ def test_copies_bytes_and_changes_only_the_config(src: Path, out: Path) -> None:
     record = json.loads(after.pop("moba_hf.json"))
     assert "import moba_hf" in record["about"]
     assert set(record["files"]) == {*after, "config.json", "moba_hf.json"}
+    assert after.pop("README.md")
     assert record["left_out"] == [".cache", ".git"]
     assert after == {name: data for name, data in before.items() if not name.startswith((".git", ".cache"))}
     assert len(list(made.glob("*.safetensors"))) > 1
@@ -185,7 +186,7 @@ def test_keeps_permissions_and_empty_folders(src: Path, out: Path) -> None:
         return {str(p.relative_to(folder)): p.stat().st_mode for p in [folder, *folder.rglob("*")]}
 
     after = modes(made)
-    del after["moba_hf.json"]
+    del after["moba_hf.json"], after["README.md"]
     assert after == modes(src)
 
 
@@ -208,7 +209,7 @@ def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path)
         made = convert_checkpoint(cache, out / f"dst{link}", MOBA, link=link)
         assert not any(path.is_symlink() for path in made.iterdir())
         before, after = snapshot(cache), snapshot(made)
-        assert after.keys() == {*before, "moba_hf.json"}
+        assert after.keys() == {*before, "moba_hf.json", "README.md"}
         assert all(after[name] == before[name] for name in before if name != "config.json")
 
 
@@ -275,7 +276,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_refuses_a_source_that_changes_meanwhile(
     name: str, when: str, link: bool, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last shard and the index change before or after they are copied."""
+    """The last shard or the index changes before or after it is copied."""
     copy = folders.copy_file
     for victim in (max(src.glob("*.safetensors")), src / INDEX):
         kept = victim.read_bytes()
@@ -306,7 +307,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def only(src: Path, name: str) -> None:
-    """Leaves the config and an empty file of this name."""
+    """Leaves only the config and an empty file with this name."""
     for path in [*src.glob("*.safetensors"), src / INDEX]:
         path.unlink()
     (src / name).touch()
@@ -390,7 +391,7 @@ def test_refuses_a_bad_source(name: str, src: Path, out: Path) -> None:
     assert os.listdir(out) == []
 
 
-def test_refuses_sources_that_are_no_folder(src: Path, out: Path) -> None:
+def test_refuses_sources_that_are_not_folders(src: Path, out: Path) -> None:
     for path, message in (
         (src / "nowhere", "no such file or folder"),
         (first_shard(src), "pass their folder"),

@@ -1,4 +1,4 @@
-"""The loader that all commands share: incomplete checkpoints, code in them, and names of nothing."""
+"""The loader of all commands: incomplete checkpoints, checkpoints with code, and names that do not exist."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_runs_no_code_of_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPat
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"model: its tokenizer does not load.*custom code"):
         load_tokenizer(folder)
-    assert time.perf_counter() - start < 12  # the question waits for 15
+    assert time.perf_counter() - start < 12  # transformers' question would wait 15 s
     assert not (tmp_path / "ran").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_tokenizer_that_panics_is_an_error(folder: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_refuses_names_of_nothing_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_names_that_do_not_exist_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     start = time.perf_counter()
     for name, message in (
@@ -110,7 +110,7 @@ def test_refuses_names_of_nothing_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(name)
-    assert time.perf_counter() - start < 20  # retries took 46
+    assert time.perf_counter() - start < 20  # with retries it took 46 s
 
 
 def test_finds_a_model_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The cache on disk: reuse gives the same logits; changes are noticed; other files are refused."""
+"""The cache on disk: reuse gives the same logits, changes are noticed, and other files are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_reuse_gives_the_same_logits(rule: MobaConfig, length: int, tmp_path: Pa
     cache, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert (reused, cache.get_seq_length()) == (0, length)
     first = asked(one, cache, question)
-    if rule == RULE or length == 64:  # a tile that text and question share hears both in one call alone
+    if rule == RULE or length == 64:  # otherwise text and question share a tile, which differs from one call
         assert close(first, one(torch.cat([ids, question], dim=1)).logits[:, -5:])
     again, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert reused == again.get_seq_length() == length

@@ -1,4 +1,4 @@
-"""Verification of converted checkpoints, and the conversion of GGUF files that it checks."""
+"""Verification of converted checkpoints, including conversions of GGUF files."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ def test_other_tensors_fail(pair: tuple[Path, Path], dst: Path) -> None:
         shard.unlink()
     (dst / "model.safetensors.index.json").unlink()
     save_file(tensors, dst / "model.safetensors", metadata={"format": "pt"})
-    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in another file
+    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in a different file
     name, tensor = max(tensors.items())
     save_file({**tensors, name: tensor.float()}, dst / "model.safetensors", metadata={"format": "pt"})
     assert f"{name} is F32" in failure(dst, pair[0])
@@ -231,7 +231,8 @@ def test_gguf_is_saved_exactly(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]
 
 
 def test_gguf_in_half_the_size(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]], tmp_path: Path) -> None:
-    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16")
+    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16", remote_code=True)
+    assert "`tiny.gguf`, dequantised to bfloat16, set to run" in (dst / "README.md").read_text()
     assert {t.dtype for t in load_file(dst / "model.safetensors").values()} == {torch.bfloat16}
     report = verify_checkpoint(dst, gguf[0])
     assert report.passed, report

@@ -4,6 +4,6 @@
 `rows` says what is measured; `stages`, `peers` and `timing` measure it; `report` writes the results.
 """
 
-from moba_hf.bench.measure import Options, run
+from moba_hf.bench.measure import Options, Outcome, run
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "Outcome", "run"]

@@ -8,7 +8,7 @@ printed only if the gate is green.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
 from moba_hf.op.checks import Case, assert_attention, assert_choice
 from moba_hf.op.ops import moba_attention
+from moba_hf.progress import print_beside, progress, progress_bar
 
 # Where dense attention is too long to be timed whole, only the last 1 / PARTS of the queries are timed.
 PARTS = 32
@@ -67,8 +68,32 @@ class Options:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
 
-def run(options: Options) -> bool:
-    """Runs the benchmark, prints and writes its results. Returns whether the correctness gate was green.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        problems: what the correctness gate found wrong; none: it was green.
+        machine: device, versions and ceilings in one line; "" for the tiny case.
+        results: a line per row, the columns of the CSV file.
+    """
+
+    problems: tuple[str, ...]
+    machine: str = ""
+    results: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def green(self) -> bool:
+        """Whether the correctness gate was."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {"green": self.green, **asdict(self)}
+
+
+def run(options: Options) -> Outcome:
+    """Runs the benchmark, and prints and writes its results.
 
     Raises:
         ValueError: no GPU, unless `options.tiny` is set.
@@ -79,7 +104,7 @@ def run(options: Options) -> bool:
     if options.tiny:
         problem = prove(TINY, device="cpu" if INTERPRETED else "cuda", head_dim=16)
         print("gate: green" if problem is None else f"gate: RED: {problem}")
-        return problem is None
+        return Outcome(() if problem is None else (problem,))
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
     before = budgets.WORKSPACE
@@ -133,28 +158,34 @@ def attended_pairs(row: Row) -> tuple[int, int]:
     return own * row.num_heads, chosen * row.block_size * row.num_heads
 
 
-def _run_rows(options: Options) -> bool:
+def _run_rows(options: Options) -> Outcome:
     rows = [row for row in ROWS if not options.rows or row.name in options.rows]
     backends = ("triton", "flash_attn") if options.flash else ("triton",)
     problems = _gate(rows, backends)
     limits = ceilings(options.repeats)
     known: dict[tuple[int, int, int], dict[str, float | None]] = {}
-    results = []
-    for row in rows:
-        result = _measure(row, options, limits, backends, known)
-        if not problems:
-            result |= _speedup(result)
-        results.append(result)
-        report.write_csv(results, options.out / "bench_kernels.csv")
-        print(report.brief(result), flush=True)
-        torch.cuda.empty_cache()
-    report.write_rows(results, _header(limits, problems), options.out, green=not problems)
-    return not problems
+    results: list[dict[str, Any]] = []
+    with progress_bar("rows", len(rows), " rows") as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            result = _measure(row, options, limits, backends, known)
+            if not problems:
+                result |= _speedup(result)
+            results.append(result)
+            report.write_csv(results, options.out / "bench_kernels.csv")
+            print_beside(bar, report.brief(result))
+            bar.update(1)
+            torch.cuda.empty_cache()
+    machine = _header(limits, problems)
+    report.write_rows(results, machine, options.out, green=not problems)
+    return Outcome(tuple(problems), machine, tuple(results))
 
 
 def _gate(rows: Sequence[Row], backends: Sequence[str]) -> list[str]:
     """Runs the correctness gate, prints each failure and returns them."""
-    found = [problem for row in rows for name in backends if (problem := prove(row, name)) is not None]
+    cases = [(row, name) for row in rows for name in backends]
+    proved = [prove(row, name) for row, name in progress(cases, "correctness", " rows")]
+    found = [problem for problem in proved if problem is not None]
     for problem in found:
         print(f"gate: RED: {problem}")
     torch.cuda.empty_cache()
@@ -251,7 +282,7 @@ def _speedup(result: dict[str, Any]) -> dict[str, Any]:
     return {"best_dense": best, "speedup": result[f"{best}_ms"] / result["ms"]}
 
 
-def _run_figure(options: Options) -> bool:
+def _run_figure(options: Options) -> Outcome:
     assert options.figure is not None
     figures = FIGURES[options.figure]
     if options.rows:
@@ -259,9 +290,11 @@ def _run_figure(options: Options) -> bool:
         figures = tuple(x for x in figures if x.rows)
     problems = _gate([row for figure in figures for row in (figure.rows[0], figure.rows[-1])], ("triton",))
     limits = ceilings(options.repeats)
-    lines = []
-    for figure in figures:
-        for row in figure.rows:
+    lines: list[dict[str, Any]] = []
+    points = [(figure, row) for figure in figures for row in figure.rows]
+    with progress_bar("points", len(points), " points") as bar:
+        for figure, row in points:
+            bar.set_description(f"{figure.name}, {row.name}")
             line = _figure_line(figure, row, options)
             if not problems:
                 line |= {
@@ -271,10 +304,12 @@ def _run_figure(options: Options) -> bool:
                 }
             lines.append(line)
             report.write_csv(lines, options.out / f"bench_{options.figure}.csv")
-            print(report.brief(line), flush=True)
+            print_beside(bar, report.brief(line))
+            bar.update(1)
             torch.cuda.empty_cache()
-    report.write_figure(options.figure, figures, lines, _header(limits, problems), options.out, not problems)
-    return not problems
+    machine = _header(limits, problems)
+    report.write_figure(options.figure, figures, lines, machine, options.out, not problems)
+    return Outcome(tuple(problems), machine, tuple(lines))
 
 
 def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:

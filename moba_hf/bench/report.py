@@ -149,10 +149,10 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def _save(name: str, path: Path, *args: Any) -> None:
-    """Draws with `moba_hf.plots` if matplotlib is installed."""
-    from moba_hf import plots
+    """Draws with `moba_hf.plot_bench` if matplotlib is installed."""
+    from moba_hf import plot_bench
 
     try:
-        getattr(plots, name)(*args).savefig(path, dpi=160)
+        getattr(plot_bench, name)(*args).savefig(path, dpi=160)
     except ImportError as error:
         print(f"no picture: {error}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from moba_hf.calibrate.results import CAUSAL_PAIRS, Point
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.attended import count_pairs
+from moba_hf.evaluate.passes import passes_bar
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store
 
@@ -58,7 +59,7 @@ class Passes:
         Args:
             counts: what `Point.keys` is; counted pairs replace estimated ones.
         """
-        dense, found = self._all(None), self._all(point.config)
+        dense, found = self._all(None), self._all(point)
         rises = tuple(one["loss"] - before["loss"] for one, before in zip(found, dense, strict=True))
         errors = tuple(
             half_interval(_apart([one], [before])) for one, before in zip(found, dense, strict=True)
@@ -69,17 +70,22 @@ class Passes:
 
     def difference(self, one: Point, other: Point) -> tuple[float, float | None]:
         """Mean loss over all texts of one setting less that of another, and half of its 95 % interval."""
-        found, before = self._all(one.config), self._all(other.config)
+        found, before = self._all(one), self._all(other)
         mean = sum(a["loss"] - b["loss"] for a, b in zip(found, before, strict=True)) / len(found)
         return mean, half_interval(_apart(found, before))
 
-    def _all(self, config: dict[str, Any] | None) -> list[dict[str, Any]]:
-        name = "dense" if config is None else json.dumps(config, sort_keys=True)
-        moba = None if config is None else MobaConfig.from_dict(config)
-        return [
-            self.known.get(f"{self.name} {i} {name}", partial(one_pass, self.model, ids, moba, self.trailing))
-            for i, ids in enumerate(self.texts)
-        ]
+    def _all(self, point: Point | None) -> list[dict[str, Any]]:
+        """One pass over every text under a setting; None: dense."""
+        name = "dense" if point is None else json.dumps(point.config, sort_keys=True)
+        moba = None if point is None else MobaConfig.from_dict(point.config)
+        keys = [f"{self.name} {i} {name}" for i in range(len(self.texts))]
+        new = sum(key not in self.known for key in keys)
+        what = "dense" if point is None else f"{point.keys:.0%} of the keys"
+        with passes_bar(self.model, f"{self.name}, {what}", new):
+            return [
+                self.known.get(key, partial(one_pass, self.model, ids, moba, self.trailing))
+                for key, ids in zip(keys, self.texts, strict=True)
+            ]
 
 
 def one_pass(model: Any, ids: Tensor, config: MobaConfig | None, trailing: int) -> dict[str, Any]:

@@ -8,12 +8,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from moba_hf.checkpoints.model_card import config_call, with_settings
 from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import MobaConfig
 
 
 def write_settings(folder: str | Path, config: MobaConfig) -> None:
     """Stores `config` in the config.json of a checkpoint folder, and turns MoBA on in it.
+
+    The model card of a converted checkpoint then names these settings.
 
     Raises:
         ValueError: the folder holds no checkpoint, or the settings do not fit its model.
@@ -22,7 +25,10 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
     values, model_config = read_model_config(place)
     adapter = check_config(model_config, config)
     new = with_moba(values, config, adapter.nested_key(model_config))
-    replace_text(place / "config.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+    texts = {place / "config.json": json.dumps(new, indent=2, ensure_ascii=False) + "\n"}
+    texts |= with_settings(place, config, f"write_settings(folder, {config_call(config)})")
+    for path, text in texts.items():
+        replace_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -14,15 +14,18 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from tqdm.utils import CallbackIOWrapper
 
 from moba_hf.checkpoints.safetensors_files import read_json_object
 from moba_hf.hf.loading import RECORD
+from moba_hf.progress import progress_bar
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -113,16 +116,27 @@ def copy_tree(source: Path, tree: Tree, target: Path, *, skip: Collection[Path],
     for name, mode in tree.folders.items():
         (target / name).mkdir(exist_ok=True)
         (target / name).chmod(mode | stat.S_IRWXU)
-    for name, found in tree.files.items():
-        if name not in skip:
-            copy_file(source / name, target / name, found, link=link)
+    files = {name: found for name, found in tree.files.items() if name not in skip}
+    with progress_bar("copying", sum(found.st_size for found in files.values()), "B") as bar:
+        for name, found in files.items():
+            copy_file(source / name, target / name, found, link=link, advance=bar.update)
 
 
-def copy_file(source: Path, target: Path, found: os.stat_result, *, link: bool = False) -> None:
+def copy_file(
+    source: Path,
+    target: Path,
+    found: os.stat_result,
+    *,
+    link: bool = False,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> None:
     """Makes `target` hold the bytes and permissions of `source`, following links, at the least cost.
 
     The blocks are shared where the file system can (a reflink). With `link=True` a hard link for weight
     files; where that cannot be, as across file systems, a copy.
+
+    Args:
+        advance: called with the number of bytes, as they are copied.
 
     Raises:
         ValueError: `source` is not the file that was `found`.
@@ -131,12 +145,13 @@ def copy_file(source: Path, target: Path, found: os.stat_result, *, link: bool =
         with suppress(OSError):  # another file system, too many links, not permitted: copy
             target.hardlink_to(source.resolve())
             check_same(source, found, target.stat())
+            advance(found.st_size)
             return
     # A pipe that has taken the file's place must not be waited for.
     reading = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(reading, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
         check_same(source, found, os.fstat(reading))
-        _copy_bytes(reader, writer)
+        _copy_bytes(reader, writer, advance)
         target.chmod(stat.S_IMODE(found.st_mode))
 
 
@@ -350,13 +365,13 @@ def check_same(path: Path, found: os.stat_result, now: os.stat_result) -> None:
         raise ValueError(f"{path}: changed while it was copied")
 
 
-def _copy_bytes(reader: IO[bytes], writer: IO[bytes]) -> None:
+def _copy_bytes(reader: IO[bytes], writer: IO[bytes], advance: Callable[[int], Any]) -> None:
     """Copies a file from where both stand; on Linux inside the system, which shares blocks where it can."""
     if hasattr(os, "copy_file_range"):
         try:
-            while os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
-                pass
+            while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
+                advance(count)
         except OSError as error:
             if error.errno not in _UNABLE:
                 raise
-    shutil.copyfileobj(reader, writer, _CHUNK)
+    shutil.copyfileobj(CallbackIOWrapper(advance, reader, "read"), writer, _CHUNK)

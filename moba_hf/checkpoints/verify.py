@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moba_hf.checkpoints.context_length import ContextLength, with_context
+from moba_hf.checkpoints.changes import Changes
 from moba_hf.checkpoints.folders import scan
 from moba_hf.checkpoints.gguf_files import (
     is_gguf,
@@ -21,12 +21,12 @@ from moba_hf.checkpoints.gguf_files import (
     tied_names,
 )
 from moba_hf.checkpoints.load import find_source, load_model, model_class_of
+from moba_hf.checkpoints.model_card import CARD, check_card
 from moba_hf.checkpoints.model_config import (
     CONFIG,
     check_config,
     read_model_config,
     read_settings,
-    with_moba,
 )
 from moba_hf.checkpoints.safetensors_files import (
     INDEX_FILE,
@@ -35,9 +35,11 @@ from moba_hf.checkpoints.safetensors_files import (
     read_checkpoint,
     read_json_object,
 )
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.loading import RECORD
+from moba_hf.hf.remote_code import MODULE
+from moba_hf.progress import advanced_by, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +86,7 @@ class _Target:
     folder: Path
     values: dict[str, Any]
     config: PreTrainedConfig
-    moba: MobaConfig
+    changes: Changes
     adapter: Adapter
 
 
@@ -94,9 +96,10 @@ def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
     Looks at config.json, which must be that of the source with MoBA turned on; at the weights, equal byte
     for byte to those of the source, or for a GGUF source to its dequantised tensors in the dtype of `dst`; at
     every other file, which must be in the list that the conversion wrote and equal byte for byte to that of
-    the source, or to what the GGUF file gives; whether transformers loads `dst` with MoBA; and whether its
-    logits (without a head, its hidden states) on random ids that `topk` blocks cover equal those of dense
-    attention, in fp32. Stops at the first check that fails. Holds one model in memory at a time.
+    the source, or to what the GGUF file gives; at README.md, which must be that of the source around the part
+    that the conversion wrote; whether transformers loads `dst` with MoBA; and whether its logits (without a
+    head, its hidden states) on random ids that `topk` blocks cover equal those of dense attention, in fp32.
+    Stops at the first check that fails. Holds one model in memory at a time.
 
     Raises:
         ValueError: `dst` is not a folder, or `source` is neither a folder nor a GGUF file.
@@ -153,22 +156,10 @@ def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
     field = values.get("attn_implementation")
     if field != wanted and not (key is not None and isinstance(field, dict) and field.get(key) == NAME):
         raise ValueError(f"{folder / CONFIG}: attn_implementation is {field!r}, not {wanted!r}")
-    target = _Target(folder, values, config, moba, adapter)
+    target = _Target(folder, values, config, Changes.recorded(folder, moba), adapter)
     if source.is_dir():
-        origin, read = read_model_config(source)
-        origin = with_context(origin, adapter.text_config(read), _recorded_context(folder), key)
-        _compare_values(folder / CONFIG, values, with_moba(origin, moba, key))
+        _compare_values(folder / CONFIG, values, target.changes.apply(*read_model_config(source)))
     return target, f"block_size {moba.block_size}, topk {moba.topk}"
-
-
-def _recorded_context(folder: Path) -> ContextLength | None:
-    """The longer context that the conversion wrote, by its own record."""
-    path = folder / RECORD
-    known = read_json_object(path).get("context") if path.is_file() else None
-    try:
-        return None if known is None else ContextLength(**known)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its context is none ({error})") from error
 
 
 def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> None:
@@ -203,23 +194,33 @@ def _check_files(target: _Target, source: Path) -> str:
     for name in sorted({*record} ^ made):
         what = "is missing" if name in record else f"is not in the list of {RECORD}"
         raise ValueError(f"{target.folder / name}: {what}")
-    weights = {*read_checkpoint(target.folder, target.values.get("transformers_weights")).shards}
+    weights = read_checkpoint(target.folder, target.values.get("transformers_weights")).shards
+    own = _check_own_files(target, source)
+    apart = {*weights, CONFIG, RECORD, *own}
     if source.is_dir():
-        apart = {*weights, CONFIG, RECORD}
         wanted = {str(path) for path in scan(source).files} - apart
         _compare_files(target.folder, made - apart, source, wanted)
     else:
-        apart = {*weights, CONFIG, RECORD, INDEX_FILE}
+        apart |= {INDEX_FILE}
         with TemporaryDirectory() as folder:
             place = Path(folder)
             _write_without_weights(source.absolute(), target, place)
-            origin, read = read_model_config(place)
-            origin = with_context(origin, read, _recorded_context(target.folder), None)
-            values = with_moba(origin, target.moba, None)
+            values = target.changes.apply(*read_model_config(place))
             _compare_values(target.folder / CONFIG, _any_version(target.values), _any_version(values))
             wanted = {str(path) for path in scan(place).files} - apart
             _compare_files(target.folder, made - apart, place, wanted)
-    return f"{len(made - apart)} other files as they must be"
+    return f"{len(made - apart | own)} other files as they must be"
+
+
+def _check_own_files(target: _Target, source: Path) -> set[str]:
+    """Names of the model card and the module that the conversion wrote, each as it must be."""
+    names = {CARD} if check_card(target.folder, source if source.is_dir() else None) else set()
+    module = target.changes.module(target.config)
+    if module is None:
+        return names
+    if (target.folder / MODULE).read_bytes() != module.encode():
+        raise ValueError(f"{target.folder / MODULE}: is not what 'convert --remote-code' writes")
+    return {*names, MODULE}
 
 
 def _write_without_weights(source: Path, target: _Target, place: Path) -> None:
@@ -254,20 +255,31 @@ def _any_version(values: dict[str, Any]) -> dict[str, Any]:
 def _compare_folders(stored: Checkpoint, original: Checkpoint) -> None:
     """Raises ValueError, naming file and tensor, at the first difference."""
     _compare_names(set(stored.tensors), set(original.tensors))
-    for name, place in sorted(stored.tensors.items()):
-        wanted = original.tensors[name]
-        if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
-            raise ValueError(
-                f"{place.path}: {name} is {place.dtype} {place.shape}, "
-                f"in the source {wanted.dtype} {wanted.shape}"
-            )
-        chunks = zip(_read_chunks(place), _read_chunks(wanted), strict=True)
-        if not all(np.array_equal(a, b) for a, b in chunks):
-            raise ValueError(f"{place.path}: {name} differs from the source")
+    with progress_bar("comparing weights", _size(stored), "B") as bar:
+        for name, place in sorted(stored.tensors.items()):
+            _compare_tensor(name, place, original.tensors[name], bar)
     if stored.shards.keys() == original.shards.keys():
         for shard, header in stored.shards.items():
             if header != original.shards[shard]:
                 raise ValueError(f"{shard}: its header differs from the source")
+
+
+def _compare_tensor(name: str, place: StoredTensor, wanted: StoredTensor, bar: Any) -> None:
+    """Raises ValueError unless both are the same; advances `bar` by the bytes compared."""
+    if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
+        raise ValueError(
+            f"{place.path}: {name} is {place.dtype} {place.shape}, "
+            f"in the source {wanted.dtype} {wanted.shape}"
+        )
+    for a, b in zip(_read_chunks(place), _read_chunks(wanted), strict=True):
+        if not np.array_equal(a, b):
+            raise ValueError(f"{place.path}: {name} differs from the source")
+        bar.update(len(a))
+
+
+def _size(stored: Checkpoint) -> int:
+    """Bytes of all tensors."""
+    return sum(place.end - place.start for place in stored.tensors.values())
 
 
 def _compare_gguf(stored: Checkpoint, source: Path) -> str:
@@ -284,13 +296,14 @@ def _compare_gguf(stored: Checkpoint, source: Path) -> str:
     model = load_gguf_model(source.absolute(), getattr(torch, dtype))
     tensors = model.state_dict()
     _compare_names(set(stored.tensors), set(tensors) - (tied_names(model) - set(stored.tensors)))
-    for name, place in sorted(stored.tensors.items()):
-        wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        got = np.memmap(
-            place.path, dtype=np.uint8, mode="r", offset=place.start, shape=(place.end - place.start,)
-        )
-        if place.shape != tuple(tensors[name].shape) or not np.array_equal(got, wanted):
-            raise ValueError(f"{place.path}: {name} differs from the dequantised tensor")
+    with progress_bar("comparing weights", _size(stored), "B") as bar:
+        for name, place in sorted(stored.tensors.items()):
+            wanted = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+            size = place.end - place.start
+            got = np.memmap(place.path, dtype=np.uint8, mode="r", offset=place.start, shape=(size,))
+            if place.shape != tuple(tensors[name].shape) or not np.array_equal(got, wanted):
+                raise ValueError(f"{place.path}: {name} differs from the dequantised tensor")
+            bar.update(size)
     return dtype
 
 
@@ -326,7 +339,9 @@ def _check_logits(model: Any, target: _Target) -> str:
     length = _prompt_length(target, text)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (1, length), generator=generator)
-    moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
+    modules = [module for _, module in target.adapter.attention_layers(model)]
+    with progress_bar("comparing logits", 3 * len(modules), " layers") as bar, advanced_by(bar, modules):
+        moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
     error, plain = ((x - eager).abs().max().item() for x in (moba, sdpa))
     # As far from one dense path as another dense path is, twice, and the rounding of the largest logit.
     bound = 2 * plain + torch.finfo(eager.dtype).eps * eager.abs().max().item()
@@ -339,7 +354,7 @@ def _check_logits(model: Any, target: _Target) -> str:
 def _prompt_length(target: _Target, text: Any) -> int:
     """Tokens that every MoBA layer attends in full."""
     layers = target.adapter.num_layers(text)
-    rules = [target.moba.for_layer(i, layers) for i in range(layers)]
+    rules = [target.changes.moba.for_layer(i, layers) for i in range(layers)]
     limits = [rule.dense_len for rule in rules if rule is not None]
     return min([_PROMPT, *limits, getattr(text, "max_position_embeddings", None) or _PROMPT])
 

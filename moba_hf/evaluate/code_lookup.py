@@ -20,11 +20,13 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, progress
-from moba_hf.evaluate.tasks import TaskScore, ask, wilson
+from moba_hf.evaluate.results import Store
+from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, wilson
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
+QUESTIONS = 16  # about one context, unless one says otherwise
 _KINDS = ("signature", "string", "signature", "number")  # cycled through: half constants, half signatures
 _CPU_ROW_TOKENS = 1 << 15
 
@@ -129,23 +131,26 @@ def run_code_lookup(
     repositories: Sequence[Repository],
     length: int,
     config: MobaConfig | None = None,
+    size: SampleSize | None = None,
     *,
-    contexts: int = 8,
-    questions: int = 16,
-    seed: int = 0,
     dense_question: bool = True,
     store: Store | None = None,
+    what: str = "",
 ) -> LookupScore:
-    """Score of `model` on `contexts` contexts of `length` tokens with `questions` questions each.
+    """Score of `model` on contexts of `length` tokens with hidden definitions.
 
     Args:
         config: MoBA settings; None: dense.
+        size: how much is asked, the depths left out; None: 8 contexts with 16 questions each.
         dense_question: see `answers_right`.
         store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
 
     Raises:
         ValueError: no contexts, questions or sources.
     """
+    size = size or SampleSize(contexts=8, questions=QUESTIONS)
+    contexts, questions, seed = size.contexts, size.questions, size.seed
     if contexts < 1 or questions < 1:
         raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
     if not repositories:
@@ -153,7 +158,7 @@ def run_code_lookup(
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
     marks: list[list[Any]] = []
-    for number in progress(range(contexts), f"{CODE_LOOKUP} {length}"):
+    for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
         def one(number: int = number) -> list[list[Any]]:
             ids, asked = make_context(

@@ -23,11 +23,11 @@ from moba_hf.evaluate.passes import (
     attention,
     attention_rows,
     family_of,
+    passes_bar,
     ranked_by_rule,
     sample_positions,
     watch,
 )
-from moba_hf.evaluate.results import progress
 from moba_hf.op.gates import GATES
 
 SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
@@ -125,7 +125,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
             parameter.requires_grad_(False)
         for layer, module in adapter.attention_layers(model):
             hooks.append(adapter.output_projection(module).register_forward_hook(keep(layer)))
-        with attention(model, None), torch.enable_grad():
+        with passes_bar(model, "sensitivity", 1), attention(model, None), torch.enable_grad():
             hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
             scores = model.get_output_embeddings()(hidden[-1024:]).float()
         generator = torch.Generator().manual_seed(seed)
@@ -183,6 +183,7 @@ def local_costs(
             for topk, error in zip(topks, errors, strict=True):
                 known[topk] += weights[layer] * error / len(texts)
 
-    for ids in progress(texts, "dense passes"):
-        watch(model, ids, probe)
+    with passes_bar(model, "local costs", len(texts)):
+        for ids in texts:
+            watch(model, ids, probe)
     return found

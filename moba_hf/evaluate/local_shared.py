@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moba_hf.evaluate.attended import pairs_of
-from moba_hf.evaluate.passes import attention_rows, family_of, sample_positions, watch
-from moba_hf.evaluate.results import progress
+from moba_hf.evaluate.passes import attention_rows, family_of, passes_bar, sample_positions, watch
 from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_ops import select_shared
@@ -97,6 +96,7 @@ def threshold_costs(
             at = so_far + share / len(texts), cost + weights[layer] * error / len(texts)
             found[layer][threshold] = at
 
-    for ids in progress(texts, "dense passes"):
-        watch(model, ids, probe)
+    with passes_bar(model, "local costs", len(texts)):
+        for ids in texts:
+            watch(model, ids, probe)
     return found

@@ -18,6 +18,7 @@ from moba_hf.hf.identity import identity_of
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.shared_rule import SharedRule
+from moba_hf.progress import advanced_by, progress_bar
 
 __all__ = ["attention", "family_of", "identity_of"]
 
@@ -53,6 +54,14 @@ def _implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         set_implementation(model, adapter, previous)
+
+
+@contextmanager
+def passes_bar(model: Any, what: str, passes: int) -> Iterator[Any]:
+    """A progress bar over `passes` forward passes of `model` inside the block, advanced by every layer."""
+    modules = [module for _, module in family_of(model)[0].attention_layers(model)]
+    with progress_bar(what, passes * len(modules), " layers") as bar, advanced_by(bar, modules):
+        yield bar
 
 
 @torch.no_grad()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
@@ -49,6 +47,10 @@ class Store:
         answer: T = self.answers[key]
         return answer
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the answer for `key` is known."""
+        return key in self.answers
+
     def _check(self, settings: Any) -> str:
         """A hash that detects changes to the file."""
         return hashlib.sha256(json.dumps([settings, self.answers], sort_keys=True).encode()).hexdigest()[:16]
@@ -63,12 +65,6 @@ class Store:
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(self.path)
-
-
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """`items`, with a progress bar if stderr is a terminal."""
-    bar: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
-    return bar
 
 
 def format_table(rows: Sequence[Sequence[object]]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
-from moba_hf.evaluate.code_lookup import CODE_LOOKUP, run_code_lookup
-from moba_hf.evaluate.passes import family_of, identity_of
+from moba_hf.evaluate.code_lookup import CODE_LOOKUP, QUESTIONS, run_code_lookup
+from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, format_table, progress
-from moba_hf.evaluate.tasks import TASKS, run_task
+from moba_hf.evaluate.results import Store, format_table
+from moba_hf.evaluate.tasks import TASKS, SampleSize, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.parallel import launched_ranks
 from moba_hf.hf.prefill import DENSE_TAIL
@@ -29,6 +31,7 @@ from moba_hf.op.shared_rule import SharedRule
 
 MEASURES = ("perplexity", "positions", "agreement", "recall")
 _DENSE_TOO = ("perplexity", "positions")
+_PASSES = {"agreement": 2}  # of a measure over its text; of others one
 
 
 def load(
@@ -87,6 +90,26 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most:
     return ids
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of an evaluation.
+
+    Attributes:
+        names: from `TASKS`, or "code-lookup".
+        lengths: lengths of their contexts, in tokens.
+        contexts: number of contexts per task and length.
+        depths: where in the context the answers lie, from 0 to 1; None: spread out. "code-lookup" ignores
+            them and always spreads its answers.
+        sources: repositories in which "code-lookup" hides definitions.
+    """
+
+    names: Sequence[str] = ()
+    lengths: Sequence[int] = ()
+    contexts: int = 4
+    depths: Sequence[float] | None = None
+    sources: Sequence[Repository] = ()
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -94,11 +117,7 @@ def evaluate(
     settings: Mapping[str, MobaConfig | None],
     *,
     measures: Sequence[str] = ("perplexity",),
-    tasks: Sequence[str] = (),
-    task_lengths: Sequence[int] = (),
-    contexts: int = 4,
-    depths: Sequence[float] | None = None,
-    sources: Sequence[Repository] = (),
+    tasks: Tasks | None = None,
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
@@ -108,12 +127,7 @@ def evaluate(
         texts: name -> `(1, length)` token ids.
         settings: name -> MoBA settings; None: dense.
         measures: names from `MEASURES`; "agreement" and "recall" apply to MoBA settings only.
-        tasks: names from `TASKS`, or "code-lookup".
-        task_lengths: lengths of the tasks' contexts, in tokens.
-        contexts: number of contexts per task and length.
-        depths: where in the context the answers lie, from 0 to 1; None: spread out. "code-lookup" ignores
-            them and always spreads its answers.
-        sources: repositories in which "code-lookup" hides definitions.
+        tasks: what to ask; None: nothing.
         seed: seed of the tasks and of the queries that recall samples.
         store: a JSON file that keeps finished results, for the same model, texts, settings and seed.
 
@@ -122,12 +136,14 @@ def evaluate(
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
-        "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
-        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. If the number of
-        attended keys depends on the text, the key budget is None, and the share of pairs is counted in the
-        perplexity or agreement passes (None without either).
+        "tasks": [...], "settings": {setting: values of its MobaConfig; None: dense}, "keys": {text: {setting:
+        [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share": ..., "heads": {layer:
+        [share of dense pairs by head]}}}}}`. If the number of attended keys depends on the text, the key
+        budget is None, and the share of pairs is counted in the perplexity or agreement passes (None without
+        either).
     """
-    _check(texts, measures, tasks, task_lengths, contexts, sources)
+    tasks = tasks or Tasks()
+    _check(texts, measures, tasks)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of: dict[str, Any] = {}
     if store is not None:
@@ -137,7 +153,7 @@ def evaluate(
         }
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
-    result |= {"keys": {}, "attended": {}}
+    result |= {"settings": configs, "keys": {}, "attended": {}}
     runs = [
         (text, name, measure)
         for text in texts
@@ -145,12 +161,17 @@ def evaluate(
         for measure in measures
         if config is not None or measure in _DENSE_TOO
     ]
-    for text, name, measure in progress(runs, "passes"):
-        passed = partial(_one, model, measure, texts[text], settings[name], seed)
-        one = dict(known.get(f"{measure}/{text}/{name}", passed))
-        if "attended" in one:
-            result["attended"].setdefault(text, {})[name] = one.pop("attended")
-        result[measure][text][name] = one
+    new = sum(
+        _PASSES.get(measure, 1) for text, name, measure in runs if _key(text, name, measure) not in known
+    )
+    with passes_bar(model, "passes", new) as bar:
+        for text, name, measure in runs:
+            bar.set_description(f"{measure} of {Path(text).name}, {name}")
+            passed = partial(_one, model, measure, texts[text], settings[name], seed)
+            one = dict(known.get(_key(text, name, measure), passed))
+            if "attended" in one:
+                result["attended"].setdefault(text, {})[name] = one.pop("attended")
+            result[measure][text][name] = one
     for text, ids in texts.items():
         for name, config in settings.items():
             if config is not None:
@@ -160,43 +181,43 @@ def evaluate(
                     keys = [None, result["attended"].get(text, {}).get(name, {"share": None})["share"]]
                 result["keys"].setdefault(text, {})[name] = keys
 
-    def task(name: str, n: int, config: MobaConfig | None) -> dict[str, Any]:
-        if name == CODE_LOOKUP:
-            looked = run_code_lookup(
-                model, tokenizer, sources, n, config, contexts=contexts, seed=seed, store=known
-            )
-            return looked.to_dict()
-        given: dict[str, Any] = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
-        return run_task(model, tokenizer, name, n, config, **given).to_dict()
+    jobs = [(name, n, setting) for name in tasks.names for n in tasks.lengths for setting in settings]
 
-    result["tasks"] = [
-        {"setting": setting, **task(name, n, config)}
-        for name in tasks
-        for n in task_lengths
-        for setting, config in settings.items()
-    ]
+    def task(number: int, name: str, n: int, setting: str) -> dict[str, Any]:
+        what = f"{name}, {n:,} tokens, {setting} ({number} of {len(jobs)})"
+        config = settings[setting]
+        given: dict[str, Any] = {"store": known, "what": what}
+        size = SampleSize(tasks.contexts, seed=seed, depths=tasks.depths)
+        if name == CODE_LOOKUP:
+            size = replace(size, questions=QUESTIONS)
+            return run_code_lookup(model, tokenizer, tasks.sources, n, config, size, **given).to_dict()
+        return run_task(model, tokenizer, name, n, config, size, **given).to_dict()
+
+    result["tasks"] = [{"setting": job[2], **task(i, *job)} for i, job in enumerate(jobs, 1)]
     return result
+
+
+def _key(text: str, setting: str, measure: str) -> str:
+    """What a store knows the numbers of one measure by."""
+    return f"{measure}/{text}/{setting}"
 
 
 def _check(
     texts: Mapping[str, Tensor],
     measures: Sequence[str],
-    tasks: Sequence[str],
-    task_lengths: Sequence[int],
-    contexts: int,
-    sources: Sequence[Repository],
+    tasks: Tasks,
 ) -> None:
     """Raises ValueError at once for requests that would otherwise fail after hours of work."""
-    for what, names, known in (("measure", measures, MEASURES), ("task", tasks, (*TASKS, CODE_LOOKUP))):
+    for what, names, known in (("measure", measures, MEASURES), ("task", tasks.names, (*TASKS, CODE_LOOKUP))):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
-    if contexts < 1:
-        raise ValueError(f"contexts must be at least 1, got {contexts}")
-    if tasks and not task_lengths:
-        raise ValueError("tasks need task_lengths")
-    if CODE_LOOKUP in tasks and not sources:
+    if tasks.contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {tasks.contexts}")
+    if tasks.names and not tasks.lengths:
+        raise ValueError("tasks need lengths")
+    if CODE_LOOKUP in tasks.names and not tasks.sources:
         raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
-    if not tasks and not (texts and measures):
+    if not tasks.names and not (texts and measures):
         raise ValueError("there is nothing to measure: pass texts (--text FILE) or tasks (--task NAME)")
 
 

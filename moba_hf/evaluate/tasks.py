@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import attention
-from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.results import Store
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
+from moba_hf.progress import progress
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -49,6 +50,23 @@ class Sample:
 
     context: str
     questions: tuple[tuple[str, tuple[str, ...], float], ...]
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """How much of a task is asked.
+
+    Attributes:
+        contexts: number of contexts.
+        questions: number of questions about each context.
+        seed: seed of the first context; those of the others follow.
+        depths: where in a context the answers lie, see `make_sample`; None: spread out.
+    """
+
+    contexts: int = 4
+    questions: int = 8
+    seed: int = 0
+    depths: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -331,38 +349,39 @@ def run_task(
     task: str,
     length: int,
     config: MobaConfig | None = None,
+    size: SampleSize | None = None,
     *,
-    contexts: int = 4,
-    questions: int = 8,
-    seed: int = 0,
-    depths: Sequence[float] | None = None,
     store: Store | None = None,
+    what: str = "",
 ) -> TaskScore:
-    """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense).
+    """Score of `model` on samples of `task` at `length` tokens under `config` (None: dense).
 
     Args:
-        depths: depths of the answers, see `make_sample`; "needle" makes `contexts` contexts for each depth.
+        size: how much is asked; None: the defaults of `SampleSize`. "needle" makes `contexts` contexts for
+            each depth.
         store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
     """
-    if contexts < 1:
-        raise ValueError(f"contexts must be at least 1, got {contexts}")
+    size = size or SampleSize()
+    if size.contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {size.contexts}")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
-    places = [None if depths is None else tuple(depths)]
-    if depths is not None and task == "needle":
-        places = [(depth,) for depth in depths]
+    places = [None if size.depths is None else tuple(size.depths)]
+    if size.depths is not None and task == "needle":
+        places = [(depth,) for depth in size.depths]
     marks: list[list[float]] = []
-    for i, place in progress([(i, place) for i in range(contexts) for place in places], f"{task} {length}"):
+    samples = [(i, place) for i in range(size.contexts) for place in places]
+    for i, place in progress(samples, what or f"{task}, {length:,} tokens", " contexts"):
 
         def one(number: int = i, place: tuple[float, ...] | None = place) -> list[list[float]]:
-            sample = make_sample(
-                task, tokenizer, length, questions=questions, seed=seed + number, depths=place
-            )
+            given: dict[str, Any] = {"questions": size.questions, "seed": size.seed + number, "depths": place}
+            sample = make_sample(task, tokenizer, length, **given)
             answers = answer_questions(model, tokenizer, sample, TASKS[task][1], config)
             asked = zip(sample.questions, answers, strict=True)
             return [[depth, score_answer(answer, expected)] for (_, expected, depth), answer in asked]
 
-        key = f"{task}/{length}/{questions}/{seed + i}/{name}"
+        key = f"{task}/{length}/{size.questions}/{size.seed + i}/{name}"
         marks += store.get(key if place is None else f"{key}/{place}", one)
     score = sum(mark for _, mark in marks) / len(marks)
     return TaskScore(

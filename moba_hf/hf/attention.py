@@ -18,13 +18,16 @@ from transformers.utils import logging
 from moba_hf.config import NAME, LayerConfig, Rule
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
+from moba_hf.hf.layout import Layout
 from moba_hf.hf.loading import watch_loads
+from moba_hf.hf.mask import moba_mask
 from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds
-from moba_hf.hf.rows import Layout, Rows, moba_mask
+from moba_hf.hf.rows import Rows
 from moba_hf.op.backends import choose_backend, reads_chosen_only
 from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
+from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import default_scale
-from moba_hf.op.ops import attention, check_tensors, kept_of
+from moba_hf.op.ops import attention, kept_of
 
 # Keyword arguments of other attention variants, which would change the result if they were ignored.
 _REFUSED = {
@@ -103,7 +106,8 @@ def moba_attention_forward(
             "use a stock attn_implementation for it"
         )
     assert isinstance(rows, Rows)
-    layout = rows.layout(kwargs, query.device)
+    backend = getattr(module, "moba_backend", "auto")
+    layout = rows.layout(kwargs, query.device, backend)
     if layout.packed:
         _check_packing(module.config, rows, kwargs)
     layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
@@ -111,7 +115,6 @@ def moba_attention_forward(
     check_tensors(query, key, value)
     layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
     scale = default_scale(query) if scaling is None else scaling
-    backend = getattr(module, "moba_backend", "auto")
     return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
 

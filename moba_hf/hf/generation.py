@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Generated:
     def tokens_per_second(self) -> float:
         """New tokens per second after the prefill."""
         return len(self.tokens) / max(self.decode_seconds, 1e-9)
+
+    def to_dict(self, tokenizer: Any) -> dict[str, Any]:
+        """JSON-ready values, the text of `tokenizer` among them."""
+        text = tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return {"text": text, **asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 def read_prompt(file: str | Path | None, text: str | None) -> str:

@@ -4,8 +4,8 @@ A checkpoint says with `config.moba` that its model was made for MoBA, but which
 each load: by the argument `attn_implementation`, else by the field of that name in config.json, else it is
 dense. transformers drops that field when it saves. `from_pretrained` and `save_pretrained` of its models are
 therefore wrapped: they do and return what they did; the first warns where the two disagree, the second stores
-the switch of a model that runs MoBA, and a note that names this package. Without `import moba_hf` nobody can
-notice.
+the switch of a model that runs MoBA, a note that names this package, and the module that the config may name
+(`moba_hf.hf.remote_code`). Without `import moba_hf` nobody can notice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from moba_hf.config import NAME
 from moba_hf.hf.adapter import find_adapter, has_adapter
 from moba_hf.hf.parallel import check_tensor_parallel, tensor_parallel_ranks
+from moba_hf.hf.remote_code import write_missing_module
 
 # Says in a saved folder what transformers' own error does not: which package to import.
 RECORD = "moba_hf.json"
@@ -160,8 +161,12 @@ def watch_loads() -> None:
         with switch_kept(self) as runs_moba:
             result = saves(self, save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        if runs_moba and (folder / "config.json").is_file() and not (folder / RECORD).exists():
-            (folder / RECORD).write_text(json.dumps({"about": LOADING}, indent=2) + "\n", encoding="utf-8")
+        if (folder / "config.json").is_file():
+            if runs_moba and not (folder / RECORD).exists():
+                (folder / RECORD).write_text(
+                    json.dumps({"about": LOADING}, indent=2) + "\n", encoding="utf-8"
+                )
+            write_missing_module(folder, self.config)
         return result
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -20,11 +19,11 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
-from moba_hf.hf.parallel import is_first_rank
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
+from moba_hf.progress import progress_bar
 
 # Tokens at the end of a prompt that attend every key unless one says otherwise: the question, mostly.
 DENSE_TAIL = 128
@@ -105,9 +104,8 @@ def prefill(
     read = seen + sum(n for n, _ in chunks)
     if tail < length - 1:
         chunks += [(n, True) for n in _chunk_lengths(length - 1 - read, chunk_size, 1, empty=False)]
-    hidden = not (progress and is_first_rank())
     prompt = Prompt(length - 1, dense_from=read, begin=seen)
-    bar = tqdm(total=length - 1, initial=seen, desc="prefill", unit="tok", disable=hidden)
+    bar = progress_bar("prefill", length - 1, " tokens", begin=seen, shown=progress)
     with whole_prompt(model, longest, seen), _reading(cache, prompt), bar:
         for count, dense in chunks:
             end = seen + count

@@ -121,6 +121,7 @@ class Choices:
         route_rows: rows of the pair-key kernel: (tokens in a tile) x (query heads).
         route_tiles: number of tiles that one program of `routing` describes.
         append_rows: number of rows that `append` copies at once.
+        bounds_slots: number of slots of a padding mask that `row_bounds` reads at once.
         merge, row_stats, sum_partials: tiles of the kernels with these names.
         fold: number of values that one program of the backward's fold kernel adds.
     """
@@ -154,6 +155,7 @@ class Choices:
     route_rows: int
     route_tiles: int
     append_rows: int
+    bounds_slots: int
     merge: RowTile
     row_stats: RowTile
     sum_partials: RowTile
@@ -197,6 +199,7 @@ _DEFAULT = Choices(
     route_rows=64,
     route_tiles=128,
     append_rows=16,
+    bounds_slots=4096,
     merge=RowTile(16, 8),
     row_stats=RowTile(32, 16),
     sum_partials=RowTile(16, 8),
@@ -395,18 +398,18 @@ def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
     return levels, levels == exact
 
 
-def unsupported_device(x: Tensor) -> str | None:
-    """Why the kernels cannot run on the device of `x`, or None if they can."""
+def unsupported_device(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`, or None if they can."""
     from moba_hf.kernels.launch import INTERPRETED
 
-    if x.device.type == "cuda":
+    if device.type == "cuda":
         if INTERPRETED:
             return None
         if torch.version.hip is not None:
             return "it is tuned for NVIDIA GPUs; AMD is not supported"
-        if capability(x.device) < (8, 0):
-            return f"it needs compute capability 8.0 or later, this GPU has {capability(x.device)}"
+        if capability(device) < (8, 0):
+            return f"it needs compute capability 8.0 or later, this GPU has {capability(device)}"
         return None
-    if x.device.type == "cpu" and INTERPRETED:
+    if device.type == "cpu" and INTERPRETED:
         return None
-    return f"it needs a CUDA device, or TRITON_INTERPRET=1 on CPU tensors; q is on {x.device}"
+    return f"it needs a CUDA device, or TRITON_INTERPRET=1 on CPU tensors; q is on {device}"

@@ -56,6 +56,22 @@ class CacheKernels(Protocol):
             means: `(batch, HK, blocks + 1, D)`. keys: `(batch, HK, >= length, D)`.
         """
 
+    def takes(self, device: torch.device) -> bool:
+        """Whether they run on `device`."""
+        ...
+
+    def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The sequence table of a padded batch, int32 `(batch, 5)`, first real slots, and where no hole is.
+
+        Args:
+            given: bool `(batch, >= q_offset + q_len)`, False for padding.
+            q_offset: slot of the first query.
+
+        Returns:
+            The table, int64 `(batch,)`, and bool `(batch,)`.
+        """
+        ...
+
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -323,6 +339,18 @@ def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig
     if rule is None:
         return "portable"
     raise ValueError(f'backend "{name}" cannot run this: {reason}; backend="auto" picks one that can')
+
+
+def cache_kernels(name: str, device: torch.device) -> CacheKernels | None:
+    """The kernels beside caches that the backend `name` runs on `device`; None: torch's own operators."""
+    for each in _AUTO.get(device.type, ()) if name == "auto" else (name,):
+        try:
+            kernels = load_backend(each).cache
+        except ImportError:
+            continue
+        if kernels is not None and kernels.takes(device):
+            return kernels
+    return None
 
 
 def reads_chosen_only(name: str, rule: LayerConfig | SharedRule) -> bool:

@@ -118,6 +118,8 @@ class BlockMeans:
         means = self._room(keys, capacity, block_size)
         if self.empty:
             self._set_starts(kv_start, starts_read)
+        if starts_read is not None and not any(starts_read):
+            kv_start = None  # nothing is padded in front: the blocks of all rows lie in the same slots
         if self.behind:
             kernels = load_backend(backend).cache
             if kernels is not None and kept == MEANS and block_size >= kernels.min_block_size:

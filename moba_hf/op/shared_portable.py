@@ -16,12 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from moba_hf.op import shared_cpu
 from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
-from moba_hf.op.shared_problems import Problems, SequenceBlocks, budget, each_sequence, shifted_exp
+from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
 
 _MASS_BUDGET = 1 << 20  # elements that the terms of the masses of one step may hold, on a CPU
 
@@ -49,10 +48,10 @@ def select(
                 k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs
             )
             terms = q.shape[1] * (rule.tile // rule.sample) * blocks * gate.mean.shape[1]
-            step = max(1, budget(_MASS_BUDGET, q) // terms)
+            step, scratch = max(1, budget(_MASS_BUDGET, q) // terms), Scratch(gate.mean)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
-                chosen = _choose_tiles(q[batch], gate, part, rule)
+                chosen = _choose_tiles(q[batch], gate, part, rule, scratch)
                 place = slice(numbers.start + start, numbers.start + start + len(part))
                 result[:, place] = pack_blocks(chosen, words)
     return result
@@ -64,7 +63,9 @@ def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
     return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
 
-def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
+def _choose_tiles(
+    q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule, scratch: Scratch
+) -> Tensor:
     """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
@@ -83,10 +84,11 @@ def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rul
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
     seen = int(candidates[0])  # all rows see so many
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
-    masses = row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen).unflatten(1, at.shape)
+    weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
+    weights = weights.unflatten(1, at.shape)
     if not speaks.all():
-        masses *= speaks[:, :, None]
-    mass = masses.sum(2).div_(speaks.sum(1)[:, None])
+        weights *= speaks[:, :, None, None]
+    mass = weights.sum((2, 3)).div_(speaks.sum(1)[:, None])
     taken = take_candidates(mass, candidates, rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
     return torch.where(dense, earlier, taken) | own
@@ -100,20 +102,31 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
     Args:
         hidden: bool `(M, further blocks)`.
     """
-    kv_heads, columns = gate.mean.shape[0], seen + hidden.shape[1]
-    queries = q.to(gate.mean.dtype).reshape(kv_heads, 1, -1, q.shape[2])
-    spread = gate.squares(queries) @ gate.var[:, :, :columns].transpose(2, 3)
+    return _term_weights(q, gate, hidden, seen, Scratch(gate.mean)).sum(2)
+
+
+def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
+    """What each part of a block, then its smallest key, adds to `row_masses`: `(H, M, parts + 1, blocks)`."""
+    kv_heads, parts = gate.mean.shape[:2]
+    columns = seen + hidden.shape[1]
+    queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])
+    rows = queries.shape[1]
     # f(v) of `moba_hf.op.gates` is m (2 r - m), with r = sqrt(v / 2) and m = min(r, sqrt(log n))
-    root = spread.mul_(0.5).sqrt_()
-    least = root.clamp(max=math.sqrt(gate.log_size))
-    terms = queries @ gate.centers[:, :, :columns].transpose(2, 3)  # of parts, then of the smallest key
-    terms[:, :-1] += root.mul_(2).sub_(least).mul_(least).add_(gate.log_size)
-    terms = terms.view(kv_heads, terms.shape[1], -1, hidden.shape[0], columns)
-    terms[..., seen:].masked_fill_(hidden, -torch.inf)
-    high = terms.amax((1, 4), keepdim=True).clamp_(min=torch.finfo(terms.dtype).min)
-    mass = shifted_exp(terms, high).sum(1)
-    mass[..., seen:].masked_fill_(hidden, 0.0)
-    return mass.div_(mass.sum(3, keepdim=True).clamp_(min=torch.finfo(mass.dtype).tiny)).flatten(0, 1)
+    var = gate.var[:, :, :columns].flatten(1, 2).mul(2).transpose(1, 2)
+    twice_r = scratch.room("roots", kv_heads, rows, parts * columns)
+    torch.bmm(gate.squares(queries), var, out=twice_r).sqrt_()
+    twice_m = scratch.room("least", kv_heads, rows, parts * columns)
+    torch.clamp(twice_r, max=2 * math.sqrt(gate.log_size), out=twice_m)
+    terms = scratch.room("terms", kv_heads, rows, (parts + 1) * columns)
+    torch.bmm(queries, gate.centers[:, :, :columns].flatten(1, 2).transpose(1, 2), out=terms)
+    terms[..., : parts * columns].addcmul_(twice_r.sub_(twice_m, alpha=0.5), twice_m, value=0.5)
+    terms[..., parts * columns :].sub_(gate.log_size)  # instead of adding it to the parts
+    split = terms.view(q.shape[0], q.shape[1], parts + 1, columns)
+    split[..., seen:].masked_fill_(hidden[:, None], -torch.inf)
+    torch.softmax(terms, 2, out=terms)
+    if seen == 0:
+        split.masked_fill_(hidden.all(1)[:, None, None], 0.0)
+    return split
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
@@ -165,36 +178,37 @@ def attend(
     """
     batch, num_heads, q_len, _ = q.shape
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
-    dtype, fast = accumulate_dtype(q.dtype), shared_cpu.fused(q, v)
+    dtype = accumulate_dtype(q.dtype)
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
-            outs = seq.q.new_empty(len(seq.q), v.shape[3])
-            lses = seq.q.new_empty(len(seq.q))
-            for problems in seq.batches(alike=fast):
-                part, part_lse = (shared_cpu.attend_batch if fast else _attend_batch)(seq, problems)
-                outs.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
-                lses.index_copy_(0, problems.row.flatten(), part_lse.flatten())
-            at = seq.batch, seq.queries
-            out[at] = outs[:-1].unflatten(0, (num_heads, -1)).transpose(0, 1).to(out.dtype)
-            lse[seq.batch, :, seq.queries] = lses[:-1].unflatten(0, (num_heads, -1))
+            outs = seq.q.new_empty(len(seq.order), tile, v.shape[3])
+            lses = seq.q.new_empty(len(seq.order), tile)
+            for problems in seq.batches():
+                _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+            place = seq.places()
+            rows = outs.flatten(0, 1).index_select(0, place.t().flatten())
+            out[seq.batch, seq.queries] = rows.view(-1, num_heads, v.shape[3]).to(out.dtype)
+            lse[seq.batch, :, seq.queries] = lses.flatten()[place]
     return out, lse
 
 
-def _attend_batch(seq: SequenceBlocks, problems: Problems) -> tuple[Tensor, Tensor]:
-    """Outputs `(P, T, Dv)` and log denominators `(P, T)`."""
-    so_far: tuple[Tensor, Tensor, Tensor] | None = None
+def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
+    """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
+    high = total = None
     for piece in seq.pieces(problems):
         top = piece.scores.amax(2, keepdim=True)
-        if so_far is not None:
-            top = torch.maximum(top, so_far[0])
-        weights = piece.weights(top)
-        mass, part = weights.sum(2, keepdim=True), torch.bmm(weights, piece.values)
-        if so_far is not None:
-            high, total, out = so_far
-            shrink = torch.exp(high - top)
-            mass, part = mass + total * shrink, part + out * shrink
-        so_far = (top, mass, part)
-    assert so_far is not None
-    high, total, out = so_far
-    return out.div_(total), (high + total.log())[:, :, 0]
+        if high is None or total is None:
+            weights = piece.weights(top)
+            total = weights.sum(2, keepdim=True)
+            torch.bmm(weights, piece.values, out=out)
+        else:
+            top = torch.maximum(top, high)
+            weights, shrink = piece.weights(top), torch.exp(high - top)
+            total = weights.sum(2, keepdim=True).addcmul_(total, shrink)
+            out.mul_(shrink).baddbmm_(weights, piece.values)
+        high = top
+    assert high is not None
+    assert total is not None
+    out.div_(total)
+    lse.copy_((high + total.log())[:, :, 0])

@@ -30,8 +30,9 @@ def attend_backward(
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
             d_out = seq.flat(grad_out[seq.batch, seq.queries].transpose(0, 1))
             d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
-            lse_row = seq.with_none(lse[seq.batch, :, seq.queries].reshape(-1, 1), fill=torch.inf)
-            d_q, d_keys, d_values = (torch.zeros_like(x) for x in (seq.q, seq.keys, seq.values))
+            lse_row = seq.flat(lse[seq.batch, :, seq.queries, None], fill=torch.inf)
+            d_q, d_values = torch.zeros_like(seq.q), torch.zeros_like(seq.values)
+            d_keys = d_values.new_zeros(len(d_values), block_size * k.shape[3])
             for problems in seq.batches():
                 d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
                 queries = seq.gather(seq.q, problems.row)
@@ -39,7 +40,7 @@ def attend_backward(
                 for piece in seq.pieces(problems):
                     weights = piece.weights(log)
                     d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
-                    part.baddbmm_(d_scores, piece.keys)
+                    part.baddbmm_(d_scores, piece.keys.transpose(1, 2))
                     _add_blocks(d_keys, piece.index, torch.bmm(d_scores.transpose(1, 2), queries))
                     _add_blocks(d_values, piece.index, torch.bmm(weights.transpose(1, 2), d_tile))
                 d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moba_hf import kernels
@@ -35,6 +36,12 @@ class TritonCacheKernels:
         block_size: int,
     ) -> None:
         kernels.update_block_means(means, keys, kv_start, length, behind, block_size)
+
+    def takes(self, device: torch.device) -> bool:
+        return kernels.unsupported_device(device) is None
+
+    def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.row_bounds(given, q_offset, q_len)
 
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float

@@ -85,7 +85,7 @@ def test_the_notebook_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.M
     path = ROOT / "examples" / "notebooks" / "adapt.ipynb"
     notebook = nbformat.read(path, as_version=4)
     shown = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
-    for run in json.loads((path.parent / "adapt_smollm2.json").read_text())["runs"]:  # the run beside it
+    for run in json.loads((path.parent / "adapt_smollm2.json").read_text())["runs"]:  # the published run
         assert f"{run['before']:.3f} -> {run['after']:.3f}, run dense {run['after_dense']:.3f}" in shown
     monkeypatch.setenv("MOBA_NOTEBOOK_RESULTS", str(tmp_path / "results.json"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""Stages of a context extension: their data, what loading one changes, and the loss in pieces."""
+"""Stages of a context extension: their data, what loading a stage changes, and the loss in pieces."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TWO = Schedule(
 def test_json_round_trip(tmp_path: Path) -> None:
     TWO.save(tmp_path / "schedule.json")
     assert Schedule.load(tmp_path / "schedule.json") == TWO
-    assert TWO.stages[0].steps == 3  # 3,000 tokens begin a third row
+    assert TWO.stages[0].steps == 3  # 3,000 tokens reach into a third row
     (tmp_path / "broken.json").write_text('{"stages": [{"length": 8}]}')
     with pytest.raises(ValueError, match=r"broken.json: not a schedule \(a stage needs moba, tokens"):
         Schedule.load(tmp_path / "broken.json")
@@ -93,7 +93,7 @@ def test_a_stage_changes_the_config_and_no_weight(tmp_path: Path) -> None:
         torch.testing.assert_close(x, before[name], rtol=0, atol=0)
 
 
-def test_a_folder_that_stands_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_stage_or_schedule_is_refused(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=r"no moba_schedule\.json found; stage 1 must start"):
@@ -173,7 +173,7 @@ def test_rows_are_whole_bounded_and_repeatable() -> None:
             piece = row["input_ids"][begin : begin + size].numpy()
             assert any(
                 np.array_equal(one.ids[f : f + size], piece) for one in repositories for f in one.files
-            )  # begins where a file does
+            )  # begins at the start of a file
     assert 4 <= short <= 16
 
 
@@ -231,5 +231,5 @@ def test_rows_with_lookups() -> None:
         for line in lines:
             first, second = written.index(line), written.rindex(line)
             assert first < second
-            assert labelled[first : first + len(line)] == "\0" * len(line)  # cannot be known
+            assert labelled[first : first + len(line)] == "\0" * len(line)  # unpredictable
             assert labelled[second : second + len(line)] == line
