@@ -123,16 +123,7 @@ def next_commands() -> list[list[str]]:
     checkpoint, program = str(CHECKPOINT), Path(sys.executable).with_name("moba-hf")
     moba_hf_words = [os.path.relpath(program)] if program.exists() else [sys.executable, "-m", "moba_hf_cli"]
     question = ["--prompt-file", "README.md", "--prompt", "What does this package do?"]
-    reading = [
-        "--text",
-        "docs/architecture.md",
-        "--length",
-        "2048",
-        "--preset",
-        "default",
-        "--preset",
-        "fine",
-    ]
+    reading = ["--text", "docs/architecture.md", "--length", "2048", "--preset", "default"]
     place = ["--text", "README.md", "--length", "1024", "--layer", "3", "--head", "2"]
     commands = [
         ["generate", checkpoint, *question, "--chat", "--max-new-tokens", "48", "--compare"],

@@ -19,7 +19,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 def printed(cell: dict[str, Any]) -> str:
     """What a cell printed."""
-    return "".join(output.get("text", "") for output in cell.get("outputs", []))
+    outputs = cell.get("outputs", [])
+    return "".join(output.get("text", "") for output in outputs if output.get("name") != "stderr")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -44,22 +45,18 @@ def ask_codebase(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(FOLDER / "ask_codebase.ipynb", as_version=4)
     where = {"metadata": {"path": str(FOLDER)}}
-    return (
-        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute().cells
-    )
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
+    return client.execute().cells
 
 
 def test_ask_codebase_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About ten seconds."""
+    """25 seconds on a busy core."""
     checkpoint = save_tokenizer(save_tiny(tmp_path / "model"))
-    cells = ask_codebase(checkpoint, monkeypatch)
-    said = [text for cell in cells if (text := printed(cell)).startswith("project: ")]
-    tokens = [
-        re.findall(r"3 files, ([\d,]+) tokens, ([\d,]+) of them from the cache", text)[0] for text in said
-    ]
+    text = "\n".join(map(printed, ask_codebase(checkpoint, monkeypatch)))
+    tokens = re.findall(r"^project: 3 files, ([\d,]+) tokens, ([\d,]+) of them", text, re.MULTILINE)
     (all_tokens, none), (_, every), (_, some) = tokens
     assert (none, every) == ("0", all_tokens)
-    assert some != all_tokens
+    assert some not in ("0", all_tokens)
 
 
 @pytest.mark.slow
@@ -68,7 +65,8 @@ def test_ask_codebase_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     if not checkpoint.exists():
         pytest.skip("make demo makes the checkpoint")
     text = "\n".join(map(printed, ask_codebase(checkpoint, monkeypatch)))
-    assert text.count("settings.py:3]") == 3
+    assert text.count("settings.py:3]") == 2
+    assert text.count("store.py:4]") == 3
 
 
 @pytest.mark.slow
