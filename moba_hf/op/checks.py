@@ -120,7 +120,7 @@ class Case:
         return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The backend's `(out, lse)` for `choice`; keywords are those of `kernels.attend`."""
+        """The backend's `(out, lse)` for `choice`; keywords are those of `kernels.forward.Forced`."""
         if kwargs:
             from moba_hf.kernels.forward import Forced, attend
 
