@@ -18,7 +18,9 @@ first token:
    times the largest mass of a candidate (forced ones included), or, where `share` is given, the heaviest
    that are needed for the heaviest candidates together to reach that share of the mass (forced ones
    included). Where both are given, a block must pass both. With `topk`, at most so many blocks in all; the
-   heaviest are kept. Equal masses: the lower index first.
+   heaviest are kept. Equal masses: the lower index first. Where a score is not finite (a NaN or inf in a
+   sampled query, or in a candidate's keys), no mass of the tile is a number: every candidate is attended,
+   the lowest first up to `topk`, so that none is lost without a trace.
 6. Tiles that begin before `dense_below` attend every key up to the row.
 7. Output and `lse` are those of the softmax over the attended keys. The choice is not differentiated.
 

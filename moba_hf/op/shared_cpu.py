@@ -32,8 +32,7 @@ def attend_batch(seq: SequenceBlocks, problems: Problems) -> tuple[Tensor, Tenso
 
 def _mask(seq: SequenceBlocks, problems: Problems) -> Tensor:
     """0 where a row attends a key of its tile's list and -inf after the row, `(1, P or 1, T, n B)`."""
-    own = max(1, seq.tile // seq.block_size)
-    blocks, position = problems.blocks[:, -own:], problems.position
+    blocks, position = problems.blocks[:, -seq.own :], problems.position
     whole = (position[:, 0] % seq.tile == 0) & (position[:, -1] - position[:, 0] == seq.tile - 1)
     if seq.tile >= seq.block_size and bool(whole.all()):  # alike
         blocks, position = blocks[:1], position[:1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_hf.op import shared_cpu
 from moba_hf.op.gates import PairedMassSummary
-from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
 from moba_hf.op.shared_problems import Problems, SequenceBlocks, budget, each_sequence, shifted_exp
@@ -133,11 +133,11 @@ def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tenso
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
     wanted = earlier & ~forced
     if rule.threshold is not None:
-        wanted = wanted & (mass >= rule.threshold * mass.amax(2, keepdim=True))
+        wanted = wanted & ~(mass < rule.threshold * mass.amax(2, keepdim=True))  # NaN drops no block
     if rule.share is not None:
         value, index = mass.sort(dim=2, descending=True, stable=True)
         before = value.cumsum(2) - value
-        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, before < rule.share)
+        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, ~(before >= rule.share))
     if rule.topk is not None:
         left = rule.topk - rule.own_blocks - forced.sum(1)
         order = mass.masked_fill(~wanted, -1.0).sort(dim=2, descending=True, stable=True).indices
@@ -173,6 +173,8 @@ def attend(
             lses = seq.q.new_empty(len(seq.q))
             for problems in seq.batches(alike=fast):
                 part, part_lse = (shared_cpu.attend_batch if fast else _attend_batch)(seq, problems)
+                if not all_finite(part):  # a weight of 0 may have met a NaN
+                    part, part_lse = _attend_batch(seq, problems, finite=False)
                 outs.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
                 lses.index_copy_(0, problems.row.flatten(), part_lse.flatten())
             at = seq.batch, seq.queries
@@ -181,15 +183,21 @@ def attend(
     return out, lse
 
 
-def _attend_batch(seq: SequenceBlocks, problems: Problems) -> tuple[Tensor, Tensor]:
-    """Outputs `(P, T, Dv)` and log denominators `(P, T)`."""
+def _attend_batch(seq: SequenceBlocks, problems: Problems, *, finite: bool = True) -> tuple[Tensor, Tensor]:
+    """Outputs `(P, T, Dv)` and log denominators `(P, T)`.
+
+    Args:
+        finite: there is nothing but finite numbers, so that a weight of 0 hides a value.
+    """
+    lowest = torch.finfo(seq.dtype).min
     so_far: tuple[Tensor, Tensor, Tensor] | None = None
     for piece in seq.pieces(problems):
-        top = piece.scores.amax(2, keepdim=True)
+        top = piece.scores.amax(2, keepdim=True).clamp_(min=lowest)  # all may be -inf
         if so_far is not None:
             top = torch.maximum(top, so_far[0])
         weights = piece.weights(top)
-        mass, part = weights.sum(2, keepdim=True), torch.bmm(weights, piece.values)
+        part = masked_product(weights, piece.values, None if finite else piece.hidden())
+        mass = weights.sum(2, keepdim=True)
         if so_far is not None:
             high, total, out = so_far
             shrink = torch.exp(high - top)
@@ -197,4 +205,6 @@ def _attend_batch(seq: SequenceBlocks, problems: Problems) -> tuple[Tensor, Tens
         so_far = (top, mass, part)
     assert so_far is not None
     high, total, out = so_far
-    return out.div_(total), (high + total.log())[:, :, 0]
+    nothing = high == lowest
+    lse = (high + total.log()).masked_fill_(nothing, -torch.inf)
+    return out.div_(total.masked_fill_(nothing, torch.nan)), lse[:, :, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared_problems import each_sequence
 
@@ -22,7 +22,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_mask = saved
-    dtype = accumulate_dtype(q.dtype)
+    dtype, finite = accumulate_dtype(q.dtype), all_finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     with full_precision(q.device):
@@ -39,14 +39,20 @@ def attend_backward(
                 for piece in seq.pieces(problems):
                     weights = piece.weights(log)
                     d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
-                    part.baddbmm_(d_scores, piece.keys)
-                    _add_blocks(d_keys, piece.index, torch.bmm(d_scores.transpose(1, 2), queries))
-                    _add_blocks(d_values, piece.index, torch.bmm(weights.transpose(1, 2), d_tile))
+                    hidden = None if finite else piece.hidden()
+                    turned = None if hidden is None else hidden.transpose(1, 2)
+                    part += masked_product(d_scores, piece.keys, hidden)
+                    grads = (
+                        masked_product(d_scores.transpose(1, 2), queries, turned),
+                        masked_product(weights.transpose(1, 2), d_tile, turned),
+                    )
+                    for total, grad in zip((d_keys, d_values), grads, strict=True):
+                        _add_blocks(total, piece.index, grad)
                 d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
             d_q = (d_q[:-1] * softmax_scale).unflatten(0, (q.shape[1], -1))
             grad_q[seq.batch, :, seq.queries] = d_q.to(q.dtype)
             for total, grad in ((grad_k, d_keys), (grad_v, d_values)):
-                blocks = grad.view(seq.num_kv_heads, seq.count * block_size, -1)
+                blocks = grad.view(seq.num_kv_heads, seq.count * seq.block_size, -1)
                 total[seq.batch, :, seq.slots] += blocks[:, : seq.length]
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 

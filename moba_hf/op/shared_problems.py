@@ -87,6 +87,15 @@ class Piece:
         if self.none is not None:
             self.scores.masked_fill_(self.none, value)
 
+    def hidden(self) -> Tensor | None:
+        """Where a row may not attend, bool `(P, T, n B)`; None: nowhere."""
+        if self.later is None and self.none is None:
+            return None
+        hidden = torch.zeros_like(self.scores, dtype=torch.bool)
+        if self.later is not None:
+            hidden[:, :, -self.later.shape[2] :] = self.later
+        return hidden if self.none is None else hidden | self.none
+
     def weights(self, shift: Tensor) -> Tensor:
         """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
         shifted_exp(self.scores, shift)
@@ -98,6 +107,8 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, laid out for gathers.
 
     Attributes:
+        tile, block_size: no more than the sequence is long.
+        own: the most blocks that a tile overlaps.
         keys, values: `(HK * NB, B * D)` blocks, in the dtype that sums are held in, zero past the end.
     """
 
@@ -112,13 +123,16 @@ class SequenceBlocks:
         block_size: int,
         scale: float,
     ):
-        self.dtype, self.tile, self.block_size = accumulate_dtype(q.dtype), tile, block_size
+        self.dtype = accumulate_dtype(q.dtype)
         self.batch, self.first = rows[0][0], rows[0][1]
         self.queries = slice(rows[0][1], rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
+        # a short sequence costs what its own queries and keys cost
+        self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
+        self.own = -(-self.tile // self.block_size)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
-        self.count = -(-self.length // block_size)
+        self.count = -(-self.length // self.block_size)
         self.q = self.with_none((q[self.batch, :, self.queries].to(self.dtype) * scale).flatten(0, 1))
         self.keys, self.values = self._blocks(k), self._blocks(v)
         self.chosen = chosen.flatten(0, 1)  # (H * tiles, NB)
@@ -188,8 +202,7 @@ class SequenceBlocks:
 
     def pieces(self, batch: Problems) -> Iterator[Piece]:
         """Cuts lists in pieces, the last first: it holds a key for every row."""
-        own = max(1, self.tile // self.block_size)
-        most = max(own, _PIECE_KEYS // self.block_size)
+        most = max(self.own, _PIECE_KEYS // self.block_size)
         queries = self.gather(self.q, batch.row)
         inside = torch.arange(self.block_size, device=self.q.device)
         total = batch.blocks.shape[1]
@@ -201,7 +214,7 @@ class SequenceBlocks:
             torch.bmm(queries, keys.transpose(1, 2), out=scores)
             later = none = None
             if end == total:
-                key = (blocks[:, -own:, None] * self.block_size + inside).flatten(1)
+                key = (blocks[:, -self.own :, None] * self.block_size + inside).flatten(1)
                 later = key[:, None, :] > batch.position[:, :, None]
             if batch.padded and bool((blocks < 0).any()):
                 none = (blocks < 0).repeat_interleave(self.block_size, 1)[:, None]
