@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +17,15 @@ from moba_cases import batched_moba_attention, cumulative, error
 from model_checks import tiny_model
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers import DynamicCache, GenerationMixin, cache_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    cache_utils,
+)
 
-from moba_hf import MobaConfig, moba_attention, prefill, select_blocks, use_moba_cache
+from moba_hf import MobaConfig, moba_attention, patch_model, prefill, select_blocks, use_moba_cache
 from moba_hf.hf.cache import MobaLayer
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op.numerics import full_precision
@@ -25,6 +34,9 @@ from moba_hf.op.reference import attend_ref, select_blocks_ref
 from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import SharedRule
 from moba_hf.op.shared_ops import select_shared
+
+sys.path.append(str(Path(__file__).parent / "patches"))
+from families import tiny_config as tiny_family_config
 
 RULE = {"block_size": 4, "topk": 3}
 BACKENDS = ("portable", "reference")
@@ -626,3 +638,38 @@ class TestDefaultCache:
         )
         assert not any(isinstance(x, MobaLayer) for x in result.past_key_values.layers)
         monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", ours.__wrapped__)
+
+
+class TestSettingsBesideANestedTextConfig:
+    """A flat config, as older releases wrote them, holds MoBA's settings beside its text config."""
+
+    MOBA: ClassVar = {"block_size": 4, "topk": 2}
+
+    def config(self) -> Any:
+        values = tiny_family_config("qwen2_5_vl").to_dict()
+        text = {k: v for k, v in values.pop("text_config").items() if k != "model_type"}
+        values.pop("model_type")
+        return AutoConfig.for_model("qwen2_5_vl", **{**text, **values, "moba": self.MOBA})
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_models_built_from_it_follow_them(self, late: bool, tmp_path: Path) -> None:
+        config = self.config()
+        if late:  # as an attribute, after the text config was made
+            config = tiny_family_config("qwen2_5_vl")
+            config.moba = dict(self.MOBA)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="moba")
+        assert model.config.text_config.moba == self.MOBA
+        assert getattr(model.config, "moba", None) is None
+        patch_model(model, MobaConfig(8, 3))
+        model.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert "moba" not in saved
+        assert saved["text_config"]["moba"] == MobaConfig(8, 3).to_dict()
+
+    def test_two_that_differ_are_refused(self) -> None:
+        config = self.config()
+        config.text_config.moba = {"block_size": 8, "topk": 2}
+        with pytest.raises(
+            ValueError, match=r"two MoBA settings: .*'block_size': 4.* beside its text_config"
+        ):
+            AutoModelForImageTextToText.from_config(config)
