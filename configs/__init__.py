@@ -1,1 +1,1 @@
-"""Presets: one JSON file each, with the origin of every number."""
+"""Presets, one JSON file each, with the source of every number."""

@@ -1,16 +1,16 @@
-"""Continues training a checkpoint with MoBA on your text, beside a dense control on the same tokens.
+"""Continues to train a checkpoint with MoBA on your text, next to a dense control on the same tokens.
 
     moba-hf convert SRC out/model --preset default
     python examples/adapt.py out/model --text my_code/ --held-out other_code/ --out out/adapt
     python examples/adapt.py out/model --text train.npy --held-out held_out.npy \\
         --setting plain=128/8 --setting forced=128/8/1/1 --length 8192 --steps 300
 
-Plain transformers Trainer with `MobaCallback`; a CPU is enough for a tiny model, one GPU trains in bf16
-autocast with fp32 weights. Every run starts from the same checkpoint, sees the same rows in the same order,
-and ends at the step where the one before it ended. Before and after, the loss of the last tokens of held-out
-rows is measured with the run's attention and with dense attention. Prints a table; `results.json` in `--out`
-holds it with the curves (shown by `examples/notebooks/adapt.ipynb`), and with `--save` the checkpoints beside
-it.
+Uses the plain transformers Trainer with `MobaCallback`. A CPU is enough for a tiny model; a GPU trains in
+bf16 autocast with fp32 weights. Every run starts from the same checkpoint, sees the same rows in the same
+order, and takes at most as many steps as the run before it. Before and after training, the loss on the last
+tokens of held-out rows is measured with the run's attention; afterwards also with dense attention. The script
+prints a table and writes it with the loss curves to `results.json` in `--out`
+(`examples/notebooks/adapt.ipynb` plots them). With `--save`, the trained checkpoints are written there too.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a name, and MoBA settings or None for the dense control."""
+    """One training run: its name, and its MoBA settings (None for the dense control)."""
 
     name: str
     moba: MobaConfig | None
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
-    """Consecutive rows of `length` tokens; what is left at the end is dropped.
+    """Consecutive rows of `length` tokens; an incomplete last row is dropped.
 
     Args:
         ids: token ids, one-dimensional.
+        length: tokens in a row.
     """
 
     def __init__(self, ids: np.ndarray[Any, Any], length: int) -> None:
         count = len(ids) // length
         if not count:
-            raise SystemExit(f"{len(ids)} tokens are less than one row of {length}: give more text")
+            raise SystemExit(f"{len(ids)} tokens do not fill one row of {length}: pass more text")
         self.rows = torch.from_numpy(ids[: count * length].astype(np.int64)).view(count, length)
 
     def __len__(self) -> int:
@@ -74,12 +75,12 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 
 def read_text(paths: list[Path], suffix: str) -> str:
-    """The files under `paths`, sorted, each after a line with its name."""
+    """The text of the files in `paths`, sorted, each preceded by a line with its name."""
     parts = []
     for path in paths:
         files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
         if not files:
-            raise SystemExit(f"{path}: no such file, or no file ending in {suffix} below it")
+            raise SystemExit(f"{path}: no such file, or a folder without files that end in {suffix}")
         for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")
             parts.append(f"# {file.relative_to(path.parent)}\n{text}\n")
@@ -87,7 +88,7 @@ def read_text(paths: list[Path], suffix: str) -> str:
 
 
 def read_tokens(paths: list[Path], args: argparse.Namespace) -> np.ndarray[Any, Any]:
-    """Token ids of text files and folders, or of `.npy` and `.npz` files that hold them already."""
+    """Token ids from text files and folders, or from `.npy` and `.npz` files of token ids."""
     parts = []
     for path in paths:
         if path.suffix in (".npy", ".npz"):
@@ -111,7 +112,7 @@ def trailing(model: Any, rows: Tensor, moba: MobaConfig | None, count: int) -> f
 
 
 class HeldOut(TrainerCallback):
-    """The curve: held-out loss of a few rows as steps go by; ends a run at `limit` steps or by the clock."""
+    """Records the held-out loss of a few rows during training; ends a run by steps or by the clock."""
 
     def __init__(self, rows: Tensor, run: Run, args: argparse.Namespace, limit: int) -> None:
         self.rows, self.run, self.args, self.limit = rows, run, args, limit
@@ -131,7 +132,7 @@ class HeldOut(TrainerCallback):
             self._measure(step, model)
 
     def seconds(self) -> float:
-        """Seconds of training so far, this callback's own not counted."""
+        """Seconds of training so far, without the time spent in this callback."""
         if CUDA:
             torch.cuda.synchronize()
         return time.perf_counter() - self.start - self.paused
@@ -147,7 +148,7 @@ def load(args: argparse.Namespace, run: Run) -> Any:
     """The checkpoint with fp32 weights, ready for `run`."""
     torch.manual_seed(args.seed)
     attention = "sdpa" if run.moba is None else "moba"
-    with dense_on_purpose():  # a control is no mistake
+    with dense_on_purpose():  # the control must not trigger the warning
         model = AutoModelForCausalLM.from_pretrained(
             args.model, attn_implementation=attention, dtype=torch.float32
         )
@@ -155,7 +156,7 @@ def load(args: argparse.Namespace, run: Run) -> Any:
 
 
 def arguments(args: argparse.Namespace, run: Run) -> TrainingArguments:
-    """What Trainer is told: the same for every run."""
+    """The arguments for Trainer, the same for every run."""
     return TrainingArguments(
         output_dir=str(args.out / run.name),
         max_steps=args.steps,
@@ -171,7 +172,7 @@ def arguments(args: argparse.Namespace, run: Run) -> TrainingArguments:
         bf16=CUDA,
         use_cpu=not CUDA,
         logging_steps=args.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at every step
+        logging_nan_inf_filter=False,  # the filter syncs with the device at every step
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -217,9 +218,10 @@ def train(
 
 
 def add_gaps(rows: list[dict[str, Any]], dense_before: float) -> None:
-    """Adds to each MoBA row the gap to dense before, to the dense control after, and the share closed.
+    """Adds to each MoBA row its gaps and the share of the gap that training closed.
 
-    Only what can be compared: a control of as many steps, and a gap that was there.
+    The gap before is to dense attention, the gap after to the dense control, if it took as many steps. The
+    share needs a positive gap before.
     """
     control = next((row for row in rows if row["name"] == DENSE), None)
     for row in rows:
@@ -256,7 +258,7 @@ def parse_setting(text: str) -> Run:
         sink, local = forced or (0, 0)
         return Run(name, MobaConfig(block_size, topk, sink, local))
     except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=BLOCK/TOPK[/SINK/LOCAL] ({error})") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=BLOCK/TOPK[/SINK/LOCAL] ({error})") from None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -264,28 +266,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", type=Path, help="a converted checkpoint (or any of a known family, with --setting)")
-    add("--text", type=Path, action="append", required=True, help="file, folder, or .npy of token ids; again")
-    add("--held-out", type=Path, action="append", required=True, help="the same, for measuring")
-    add("--suffix", default=".py", help="of the files that are read in folders")
-    add("--setting", type=parse_setting, action="append", help="NAME=BLOCK/TOPK[/SINK/LOCAL]; again")
+    add("model", type=Path, help="a converted checkpoint; with --setting, any supported one")
+    add("--text", type=Path, action="append", required=True, help="text file, folder or .npy; repeatable")
+    add("--held-out", type=Path, action="append", required=True, help="the same, for evaluation")
+    add("--suffix", default=".py", help="suffix of the files to read in folders")
+    add("--setting", type=parse_setting, action="append", help="NAME=BLOCK/TOPK[/SINK/LOCAL]; repeatable")
     add("--recipe", choices=sorted(RECIPES), default="moba", help="when and where full attention runs")
     add("--no-dense", action="store_true", help="leave out the dense control")
     add("--out", type=Path, default=Path("out/adapt"))
     add("--save", action="store_true", help="save the trained checkpoints under --out")
     for name, default, words in (
-        ("--length", 8192, "tokens of a row"),
+        ("--length", 8192, "tokens in a row"),
         ("--steps", 300, "optimizer steps"),
-        ("--batch", 2, "rows of a step"),
-        ("--accumulate", 1, "batches of an optimizer step"),
+        ("--batch", 2, "rows in a batch"),
+        ("--accumulate", 1, "batches per optimizer step"),
         ("--warmup", 20, "steps in which the learning rate rises"),
-        ("--seed", 0, "of the order of rows"),
+        ("--seed", 0, "seed for the order of the rows"),
         ("--trailing", 2048, "tokens at the end of a row whose loss is measured"),
-        ("--held-out-rows", 32, "rows measured before and after"),
-        ("--curve-rows", 8, "of them measured along the way"),
+        ("--held-out-rows", 32, "rows measured before and after training"),
+        ("--curve-rows", 8, "how many of these are also measured during training"),
         ("--curve-every", 50, "steps between two points of the curve"),
         ("--log-every", 10, "steps between two lines of the log"),
-        ("--max-seconds", 0, "end a training early after this long; 0: never"),
+        ("--max-seconds", 0, "end each training run after this many seconds; 0: never"),
     ):
         add(name, type=int, default=default, help=f"{words} (default {default})")
     add("--lr", type=float, default=3e-4, help="peak learning rate, cosine to zero (default 3e-4)")
@@ -298,7 +300,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def runs_of(args: argparse.Namespace) -> list[Run]:
-    """The runs asked for: the dense control first."""
+    """The requested runs, the dense control first."""
     settings = args.setting
     if not settings:
         config = AutoConfig.from_pretrained(args.model).get_text_config()
@@ -335,9 +337,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         add_gaps(results["runs"], results["dense_before"])
         (args.out / "results.json").write_text(
             json.dumps(results, indent=1)
-        )  # an interrupt keeps what is done
+        )  # after each run, so that an interrupted script keeps its results
         print(table(results), file=sys.stderr, flush=True)
-    print(f"loss in nats of the last {args.trailing} of {args.length} tokens, {len(held_out)} held-out rows")
+    print(f"loss in nats on the last {args.trailing} of {args.length} tokens, {len(held_out)} held-out rows")
     print(table(results))
     return results
 

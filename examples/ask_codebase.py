@@ -1,15 +1,15 @@
-"""Asks questions about a folder of sources: read once, kept on disk, answered with the place they came from.
+"""Asks questions about a folder of source files, which is read once and cached on disk.
 
     python examples/ask_codebase.py MODEL my_project/ --question "def parse(" --cache project.safetensors
     python examples/ask_codebase.py MODEL my_project/ --chat --question "Where is the port set?"
 
-The model reads every source file, then the question, and the answer is streamed. By default a question is
-text that the model continues; `--chat` puts it into the tokenizer's chat template, after the sources. Below
-the answer stands the file and line that holds its longest run of tokens word for word.
+The model reads all source files, then the question, and streams the answer. By default a question is text
+for the model to continue; `--chat` puts it into the tokenizer's chat template, after the sources. Below each
+answer, the script prints the file and line with the longest run of tokens that the answer quotes verbatim.
 
-With `--cache` the keys and values of the codebase are written to a file and reused by the next call: all of
-them where nothing changed, else what stands before the first changed chunk. Files come after those that they
-import, so a change at the top of a package rereads little.
+With `--cache`, the keys and values of the codebase are written to a file and reused by the next call: all of
+them if nothing changed, otherwise those before the first changed chunk. Files come after the files they
+import, so a change in a top-level module causes little rereading.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from moba_hf.hf.generation import load, text_streamer
 from moba_hf.hf.prefill import prefill
 from moba_hf.hf.saved_cache import read_with_saved_cache
 
-SHORTEST = 3  # tokens that a place must share with the answer
+SHORTEST = 3  # tokens that a passage must share with the answer to be reported
 
 
 def find_place(answer: Tensor, sources: Tensor) -> tuple[int, int]:
-    """Where in `sources (length,)` the longest run of tokens of `answer (count,)` stands, and its length."""
+    """Start in `sources (length,)` of the longest token run shared with `answer (count,)`, and its length."""
     best, size = 0, 0
-    run = torch.zeros(len(sources), dtype=torch.long)  # of equal tokens that ends at each position
+    run = torch.zeros(len(sources), dtype=torch.long)  # length of the shared run that ends at each position
     for token in answer:
         run = torch.where(sources == token, torch.cat([run.new_zeros(1), run[:-1]]) + 1, 0)
         if int(run.max()) > size:
@@ -50,11 +50,11 @@ def line_of(position: int, repository: Repository, tokenizer: Any) -> str:
     begin = int(repository.files[np.searchsorted(repository.files, position, side="right") - 1])
     before = tokenizer.decode(repository.ids[begin:position].tolist())
     name = before.split("\n", 1)[0].removeprefix("# ") or repository.name
-    return f"{name}:{max(1, before.count(chr(10)))}"  # the comment with the name is no line of the file
+    return f"{name}:{max(1, before.count(chr(10)))}"  # the comment with the name is not part of the file
 
 
 def question_ids(question: str, tokenizer: Any, chat: bool) -> Tensor:
-    """Token ids `(1, length)` that follow the sources."""
+    """Token ids `(1, length)` of the question, to follow the sources."""
     text = f"\n{question}"
     if chat:
         message = [{"role": "user", "content": question}]
@@ -69,12 +69,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="a checkpoint, converted or not")
-    add("folder", type=Path, help="of the sources")
-    add("--question", action="append", required=True, help="may be given again")
-    add("--cache", type=Path, help="file that keeps the codebase as read")
-    add("--suffix", default=".py", help="of the files that are read")
+    add("folder", type=Path, help="folder of source files")
+    add("--question", action="append", required=True, help="a question; repeatable")
+    add("--cache", type=Path, help="file for the keys and values of the codebase")
+    add("--suffix", default=".py", help="suffix of the files to read")
     add("--chat", action="store_true", help="put the question into the tokenizer's chat template")
-    add("--preset", help="settings to run (the checkpoint's own)")
+    add("--preset", help="MoBA settings to use (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=48)
     add("--chunk-size", type=int, default=4096, help="tokens read at a time, and reread around a change")
     return parser.parse_args(argv)
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
     sources = torch.from_numpy(repository.ids.astype(np.int64))
     begun, reused = time.monotonic(), 0
     if args.cache is None:
-        padded = torch.cat([sources, sources[-1:]])[None]  # `prefill` leaves the last token
+        padded = torch.cat([sources, sources[-1:]])[None]  # `prefill` does not read the last token
         cache: Any = prefill(model, padded, args.chunk_size, dense_tail=0)
     else:
         cache, reused = read_with_saved_cache(model, sources[None], args.cache, chunk_size=args.chunk_size)
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> list[tuple[str, str]]:
             **cache_kwargs(model.generate, cache),
         )
         new = made[0, ids.shape[1] :].cpu()
-        cache.crop(held - cache.get_seq_length())  # the next question starts from the codebase again
+        cache.crop(held - cache.get_seq_length())  # the next question starts from the codebase alone
         place, size = find_place(new, sources)
         where = line_of(place, repository, tokenizer) if size >= SHORTEST else "nowhere word for word"
         print(f"[{where}]")

@@ -1,17 +1,18 @@
-"""Extends the context of a checkpoint stage by stage with MoBA, on repositories of source code.
+"""Extends the context of a checkpoint with MoBA, stage by stage, on repositories of source code.
 
     python examples/extend.py MODEL --schedule schedule.json --text numpy/ --text sympy/ --out out/extend
     python examples/extend.py MODEL --schedule schedule.json --tokens train.npz --out out/extend \\
         --lookups 512 --max-seconds 540
 
-A stage loads the bf16 weights of the one before, in fp32; takes the longer context, block size and topk of
-the schedule; trains with plain AdamW in bf16 autocast, gradients checkpointed and the loss in pieces; and
-saves bf16 weights in `OUT/stage0`, `OUT/stage1`, ... Whatever ended a run, the same command goes on: after
-the last finished stage, and within a stage from its last Trainer checkpoint (written every `--save-steps`,
-and when `--max-seconds` or `--stop-after` end the run). `--write-schedule` writes a schedule to start from.
+Each stage loads the weights of the previous one in fp32, takes context length, block size and topk from the
+schedule, trains with AdamW in bf16 autocast (with gradient checkpointing and the loss in pieces), and saves
+bf16 weights to `OUT/stage0`, `OUT/stage1`, ... After an interruption, run the same command again: it
+continues after the last finished stage, and within a stage from the last Trainer checkpoint (written every
+`--save-steps`, and when `--max-seconds` or `--stop-after` ends the run). `--write-schedule` writes an example
+schedule to start from.
 
-Prints a table per stage: tokens, seconds, tokens/s, peak memory, and with `--dense-steps` what a step of
-dense attention takes at that length. `OUT/stageN/stage.json` keeps the numbers.
+After each stage the script prints a table: tokens, seconds, tokens/s, peak memory, and with `--dense-steps`
+the time of a step with dense attention. `OUT/stageN/stage.json` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moba_hf.training import LongRowTrainer, MobaCallback, Repository, Rows, Sch
 from moba_hf.training.stages import load_stage, save_stage, stages_done
 
 CUDA = torch.cuda.is_available()
-# SmolLM2-135M, which reads 8,192 tokens, to 131,072: bases as in rising powers of the length
+# SmolLM2-135M from 8,192 to 131,072 tokens; the rotary base grows faster than the length
 EXAMPLE = Schedule(
     (
         Stage(32768, MobaConfig(128, 8), tokens=13_107_200, learning_rate=6e-4, theta=1e6),
@@ -47,7 +48,7 @@ EXAMPLE = Schedule(
 
 
 class Clock(TrainerCallback):
-    """Seconds of training; ends a run, with a checkpoint to go on from, by the clock or after some steps."""
+    """Times training; ends a run with a checkpoint at a deadline or after `stop_after` steps."""
 
     def __init__(self, deadline: float | None, stop_after: int | None) -> None:
         self.deadline, self.stop_after = deadline, stop_after
@@ -67,7 +68,7 @@ class Clock(TrainerCallback):
             self.ended = control.should_save = control.should_training_stop = True
 
     def per_step(self) -> float:
-        """Median seconds of a step."""
+        """Median seconds per step."""
         return statistics.median(b - a for a, b in itertools.pairwise([0.0, *self.times]))
 
     def seconds(self) -> float:
@@ -78,8 +79,8 @@ class Clock(TrainerCallback):
 
 
 def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingArguments:
-    """What Trainer is told for a stage."""
-    # transformers 5.24 renamed gradient checkpointing
+    """The arguments for Trainer in a stage."""
+    # transformers 5.24 renamed the gradient checkpointing options
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     recompute = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if x in known)
     return TrainingArguments(
@@ -99,7 +100,7 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
         bf16=CUDA,
         use_cpu=not CUDA,
         logging_steps=args.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at every step
+        logging_nan_inf_filter=False,  # the filter syncs with the device at every step
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
         save_total_limit=1,
@@ -111,15 +112,15 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
 
 
 def dense_seconds(trainer: LongRowTrainer, rows: Rows, steps: int) -> float:
-    """Seconds of a training step, without the optimizer's, with dense attention in every layer.
+    """Seconds of a forward and backward pass with dense attention in every layer.
 
-    Rows are taken as one document each: bounds would keep torch from its fast causal kernels.
+    Each row counts as one document, since document boundaries would rule out torch's fast causal kernels.
     """
     model = trainer.model
     suspend_moba(model, True)
     model.train()
     times = []
-    for i in range(steps + 1):  # the first one warms up
+    for i in range(steps + 1):  # the first step is a warm-up
         begun = time.monotonic()
         inputs = {name: x[None].to(model.device) for name, x in rows[i].items() if name != "position_ids"}
         with trainer.compute_loss_context_manager():
@@ -141,7 +142,7 @@ def run_stage(
     repositories: list[Repository],
     deadline: float | None,
 ) -> dict[str, Any] | None:
-    """Trains stage `index` on from `source`; its numbers, or None where the run ended before the stage."""
+    """Trains stage `index`, starting from `source`; returns its results, or None if the run ended early."""
     stage, folder = schedule.stages[index], args.out / f"stage{index}"
     running = args.out / f"stage{index}-running"
     torch.manual_seed(args.seed)
@@ -198,7 +199,7 @@ def run_stage(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The numbers of stages as Markdown."""
+    """The results of the stages as a Markdown table."""
     names = (
         "length",
         "block / topk",
@@ -231,13 +232,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def read(args: argparse.Namespace) -> list[Repository]:
-    """The repositories of `--text` and `--tokens`."""
+    """The repositories given by `--text` and `--tokens`."""
     found = [one for path in args.tokens or () for one in load_repositories(path)]
     if args.text:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
         found += [read_repository(path, tokenizer, args.suffix) for path in args.text]
     if not found:
-        raise SystemExit("give repositories to train on: --text FOLDER or --tokens FILE.npz")
+        raise SystemExit("there is nothing to train on: pass --text FOLDER or --tokens FILE.npz")
     return found
 
 
@@ -247,28 +248,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, help="the checkpoint to extend")
-    add("--schedule", type=Path, help="JSON of a moba_hf.training.Schedule")
-    add("--write-schedule", type=Path, help="write an example of one (SmolLM2-135M to 131,072) and end")
-    add("--text", type=Path, action="append", help="folder of a repository; may be given again")
-    add("--tokens", type=Path, action="append", help="file of --save-tokens; may be given again")
-    add("--save-tokens", type=Path, help="write the token ids of --text here and end")
-    add("--suffix", default=".py", help="of the files that are read")
-    add("--tokenizer", type=Path, help="folder of the tokenizer (the model's)")
+    add("--schedule", type=Path, help="JSON file of a moba_hf.training.Schedule")
+    add("--write-schedule", type=Path, help="write an example schedule (SmolLM2-135M to 131,072) and exit")
+    add("--text", type=Path, action="append", help="folder of a repository; repeatable")
+    add("--tokens", type=Path, action="append", help="file written by --save-tokens; repeatable")
+    add("--save-tokens", type=Path, help="write the token ids of --text to this file and exit")
+    add("--suffix", default=".py", help="suffix of the files to read")
+    add("--tokenizer", type=Path, help="folder of the tokenizer (default: the model's)")
     add("--out", type=Path, default=Path("out/extend"))
-    add("--stages", type=int, help="carry out only the first so many")
-    add("--max-seconds", type=float, help="end after this long, at a step that the same command goes on from")
-    add("--stop-after", type=int, help="the same after so many optimizer steps of a stage")
+    add("--stages", type=int, help="run only the first N stages (default: all)")
+    add("--max-seconds", type=float, help="end after this many seconds, with a checkpoint to continue from")
+    add("--stop-after", type=int, help="end after this many optimizer steps of a stage, in the same way")
     add("--save-steps", type=int, default=0, help="steps between two checkpoints within a stage (0: none)")
-    add("--lookups", type=int, default=0, help="definitions that a row looks up at most (default 0)")
-    add("--lookup-spacing", type=int, default=512, help="tokens of a row for each of them (default 512)")
-    add("--short-share", type=float, default=0.1, help="rows made of short texts (default 0.1)")
-    add("--dense-steps", type=int, default=0, help="steps of dense attention that are timed after a stage")
-    add("--offload-from", type=int, default=1 << 20, help="row length from which activations go to the host")
+    add("--lookups", type=int, default=0, help="maximum number of definitions to look up per row (default 0)")
+    add("--lookup-spacing", type=int, default=512, help="minimum tokens per lookup (default 512)")
+    add("--short-share", type=float, default=0.1, help="share of rows made of short texts (default 0.1)")
+    add("--dense-steps", type=int, default=0, help="dense-attention steps to time after each stage")
+    add("--offload-from", type=int, default=1 << 20, help="offload activations from this row length on")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if (args.schedule is None) == (args.write_schedule is None) and args.save_tokens is None:
-        parser.error("give --schedule FILE, or --write-schedule FILE for an example of one")
+        parser.error("pass either --schedule FILE, or --write-schedule FILE to get an example schedule")
     return args
 
 
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         else:
             result = run_stage(args, schedule, index, source, repositories, deadline)
             if result is None:
-                print(f"stage {index} stands at a checkpoint: the same command goes on")
+                print(f"stage {index} stopped at a checkpoint; run the same command to continue")
                 return results
             results.append(result)
         source = folder

@@ -1,14 +1,15 @@
 """MoBA (Mixture of Block Attention, arXiv 2502.13189) for Hugging Face Transformers.
 
-Importing registers "moba" as an attention implementation of transformers and replaces
-`PreTrainedModel.from_pretrained` by a wrapper that does and returns the same, and warns where a checkpoint
-with `config.moba` would run dense (`moba_hf.hf.loading`). It changes nothing else.
+Importing this package registers "moba" as an attention implementation of transformers. It also wraps
+`PreTrainedModel.from_pretrained`: the wrapper behaves the same, but warns if a checkpoint with `config.moba`
+is about to run dense (`moba_hf.hf.loading`). It changes nothing else.
 """
 
 from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.hf.attention import register
-from moba_hf.hf.cache import MobaCache, use_moba_cache
+from moba_hf.hf.cache import MobaCache
+from moba_hf.hf.default_cache import use_moba_cache
 from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.hf.prefill import prefill
 from moba_hf.op.ops import moba_attention, select_blocks

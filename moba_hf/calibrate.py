@@ -31,10 +31,11 @@ from typing import Any
 from torch import Tensor
 
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.model_card import config_call, with_settings
 from moba_hf.checkpoints.model_config import check_config, read_model_config, with_moba
 from moba_hf.config import LayerConfig, MobaConfig
 from moba_hf.evaluate.local import LocalCosts, local_costs, sensitivities
-from moba_hf.evaluate.passes import family_of, identity_of
+from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
 
@@ -303,11 +304,14 @@ class _Passes:
         found = self.point(keys)
         config = MobaConfig.from_dict(found.config)
         name = json.dumps(found.config, sort_keys=True)
+        keys_of = [(f"dense {i}", f"{i} {name}") for i in range(len(self.texts))]
+        new = sum(key not in self.known for pair in keys_of for key in pair)
         rises = []
-        for i, ids in enumerate(self.texts):
-            dense = self.known.get(f"dense {i}", partial(_tail, self.model, ids, None, self.trailing))
-            tail = self.known.get(f"{i} {name}", partial(_tail, self.model, ids, config, self.trailing))
-            rises.append(tail - dense)
+        with passes_bar(self.model, f"confirming {found.keys:.0%} of the keys", new):
+            for ids, (dense_key, key) in zip(self.texts, keys_of, strict=True):
+                dense = self.known.get(dense_key, partial(_tail, self.model, ids, None, self.trailing))
+                tail = self.known.get(key, partial(_tail, self.model, ids, config, self.trailing))
+                rises.append(tail - dense)
         return Point(found.keys, found.cost, found.config, tuple(rises))
 
 
@@ -365,6 +369,8 @@ def _check(texts: Sequence[Tensor], max_loss: float | None, keys: float | None, 
 def write_settings(folder: str | Path, config: MobaConfig) -> None:
     """Stores `config` in the config.json of a checkpoint folder, and turns MoBA on in it.
 
+    The model card of a converted checkpoint then names these settings.
+
     Raises:
         ValueError: the folder holds no checkpoint, or the settings do not fit its model.
     """
@@ -372,7 +378,10 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
     values, model_config = read_model_config(place)
     adapter = check_config(model_config, config)
     new = with_moba(values, config, adapter.nested_key(model_config))
-    replace_text(place / "config.json", json.dumps(new, indent=2, ensure_ascii=False) + "\n")
+    texts = {place / "config.json": json.dumps(new, indent=2, ensure_ascii=False) + "\n"}
+    texts |= with_settings(place, config, f"write_settings(folder, {config_call(config)})")
+    for path, text in texts.items():
+        replace_text(path, text)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""How a model uses MoBA: one frozen, validated dataclass, and the presets."""
+"""The MoBA settings of a model as one frozen, validated dataclass, and the presets."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import check_int, plain_int
 from moba_hf.op.shared_rule import SharedRule, check_rotary_pairs
 
-# Names of the original MoBA release, read by `from_dict`.
+# Names used by the original MoBA release; `from_dict` reads them too.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
-# Fields that a single layer may set for itself.
+# Fields that a single layer may override.
 _LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
-# Those that only a choice shared by a tile of queries has, and what they are without one.
+# Fields that apply to a shared choice only, with their values when there is none.
 _SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
-# The attn_implementation that transformers knows MoBA by.
+# The name of MoBA as an `attn_implementation` of transformers.
 NAME = "moba"
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What one MoBA layer computes: the four numbers of the rule.
+    """The rule of one MoBA layer in which every query makes its own choice.
 
     Attributes:
         block_size: tokens in a block.
-        topk: blocks a query attends in all, its own included.
-        sink_blocks: first blocks of the sequence that are always attended; they count in `topk`.
-        local_blocks: blocks just before a query's own that are always attended; they count in `topk`.
+        topk: total number of blocks a query attends, its own included.
+        sink_blocks: number of blocks at the start of the sequence that are always attended; part of `topk`.
+        local_blocks: number of blocks just before the own one that are always attended; part of `topk`.
         gate: how blocks are scored, a name in `moba_hf.op.gates.GATES`.
-        rotary_pairs: one of `ROTARY_PAIRS`, as the model's rotary embedding pairs coordinates; read by
-            the mass gate.
+        rotary_pairs: how the model's rotary embedding pairs coordinates, one of `ROTARY_PAIRS`; used by the
+            mass gate.
     """
 
     block_size: int
@@ -55,30 +55,30 @@ class LayerConfig:
         check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
 
     def forces(self, block: Tensor, own: Tensor) -> Tensor:
-        """Whether queries whose own block is `own` always attend `block`, their own or an earlier one."""
+        """Whether queries with own block `own` always attend `block`, which must not come after `own`."""
         return (block < self.sink_blocks) | (block >= own - self.local_blocks)
 
     @property
     def max_keys(self) -> int:
-        """The most keys a query attends: `topk * block_size`."""
+        """Maximum number of keys a query attends: `topk * block_size`."""
         return self.block_size * self.topk
 
     @property
     def dense_len(self) -> int:
-        """Sequences of at most so many tokens are attended in full."""
+        """Maximum length in tokens at which a sequence is attended in full."""
         return self.max_keys
 
     @property
     def forced_blocks(self) -> int:
-        """Blocks that a query always attends; the least `topk`."""
+        """Number of blocks a query always attends; the minimum of `topk`."""
         return 1 + self.sink_blocks + self.local_blocks
 
     def to_dict(self) -> dict[str, Any]:
-        """The rule as the keywords of `moba_attention` and `select_blocks`."""
+        """The rule as keyword arguments of `moba_attention` and `select_blocks`."""
         return {name: getattr(self, name) for name in _LAYER_FIELDS}
 
     def pairs(self, length: int) -> int:
-        """(query, key) pairs attended in a causal sequence of `length` tokens, per head."""
+        """Number of (query, key) pairs attended per head in a causal sequence of `length` tokens."""
         whole, rest = divmod(length, self.block_size)
         own = whole * self.block_size * (self.block_size + 1) // 2 + rest * (rest + 1) // 2
         rising = min(whole, self.topk)  # block c attends min(c, topk - 1) earlier blocks
@@ -101,10 +101,11 @@ def make_rule(
     dense_below: int = 0,
     sample: int = 1,
 ) -> Rule:
-    """The rule that settings name: the paper's where `tile` is 1, else one that `tile` queries share.
+    """The rule for these settings: the paper's if `tile` is 1, else a choice shared by `tile` queries.
 
     Raises:
-        ValueError: values out of range, or that belong to the other rule. TypeError: values of a wrong type.
+        ValueError: values out of range, or values that apply only to the other rule.
+        TypeError: values of the wrong type.
     """
     block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample = (
         plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample)
@@ -114,17 +115,17 @@ def make_rule(
         for name, value in (("threshold", threshold), ("sample", sample), ("dense_below", dense_below)):
             if value != _SHARED_FIELDS[name]:
                 raise ValueError(
-                    f"{name}={value} needs tile > 1: a query that chooses for itself takes topk blocks"
+                    f"{name}={value} needs tile > 1: with tile=1 every query attends topk blocks"
                 )
         if topk is None:
             raise ValueError("topk is missing: with tile=1 every query attends topk blocks")
         return LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
     if gate != "mass":
-        raise ValueError(f"tile={tile} shares a choice by mass: set gate='mass', not {gate!r}")
+        raise ValueError(f"tile={tile} needs gate='mass', got gate={gate!r}")
     if threshold is None:
         raise ValueError(
-            f"threshold is missing: with tile={tile} blocks are taken that have at least so many times the "
-            "largest mass"
+            f"threshold is missing: with tile={tile} a block is attended if its mass is at least threshold "
+            "times the largest mass"
         )
     return SharedRule(
         block_size,
@@ -144,33 +145,37 @@ class MobaConfig:
 
     Attributes:
         block_size: tokens in a block, at least 1.
-        topk: blocks a query attends in all, its own included, at least `1 + sink_blocks + local_blocks`. With
-            `tile` > 1: the most blocks that a tile attends; None: no such limit.
-        sink_blocks: first blocks of the sequence that every query attends (0 in the paper).
-        local_blocks: blocks just before a query's own that it always attends (0 in the paper).
+        topk: total number of blocks a query attends, its own included; at least
+            `1 + sink_blocks + local_blocks`. With `tile` > 1, the maximum number of blocks a tile attends, or
+            None for no maximum.
+        sink_blocks: number of blocks at the start of the sequence that every query attends (0 in the paper).
+        local_blocks: number of blocks just before the own one that every query attends (0 in the paper).
         full_attention_layers: indices of layers that keep full attention; negative ones count from the
-            last layer. They are checked against a model when applied to it.
-        decode: "full": a decode step attends every cached key (the paper's choice); "sparse": it follows the
-            rule of prefill, each query for itself, best with a `MobaCache`, which keeps what it needs to know
-            of blocks.
-        decode_max_len: on a cache that `prefill` has not closed, a call of at most this many queries is
-            decoding; at most `topk * block_size`, so that on an empty cache the decode rule and the prefill
-            rule agree.
-        backend: "auto" or a name in `op.backend_table.BACKENDS`. A choice of the machine: never saved.
+            last layer. They are checked when the settings are applied to a model.
+        decode: "full": a decode step attends every cached key (the paper's choice). "sparse": a decode step
+            follows the prefill rule, with its own choice for each query; fastest with a `MobaCache`, which
+            keeps the block summaries that the gate needs.
+        decode_max_len: a call with at most this many queries counts as decoding, unless `prefill` has already
+            marked the end of the prompt in the cache. At most `topk * block_size`, so that the decode and
+            prefill rules agree on an empty cache.
+        backend: "auto" or a name in `op.backend_table.BACKENDS`; machine-dependent, so it is never saved.
         layers: `(layer index, overrides)` pairs; an override sets any of `block_size`, `topk`,
             `sink_blocks`, `local_blocks`, `gate`, `tile`, `threshold`, `sample`, `dense_below` for that
             layer. Mappings are accepted and normalised.
         gate: how blocks are scored: "mean" (the paper's MoBA) or "mass" (an estimate of a block's attention
             mass, see `moba_hf.op.gates`; better for models never trained with MoBA).
-        tile: neighbouring queries of a head that share one choice of blocks, a multiple or a divisor of
-            `block_size`; not the paper's MoBA, see `moba_hf.op.shared`. 1: every query chooses for itself.
-        threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended; in (0, 1).
-        sample: with `tile` > 1, the masses of a tile come from one query in so many, the last of each group
-            in the call; a divisor of `tile`. 1: from all.
+        tile: number of neighbouring queries of a head that share one choice of blocks; a multiple or a
+            divisor of `block_size`. 1: every query makes its own choice. Above 1 it is not the paper's MoBA,
+            see `moba_hf.op.shared`.
+        threshold: with `tile` > 1, a tile attends the blocks whose mass is at least `threshold` times the
+            largest mass; strictly between 0 and 1.
+        sample: with `tile` > 1, masses are estimated from every `sample`-th query of a tile (the last of each
+            group in the call); a divisor of `tile`. 1: from all queries.
         dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
 
     Raises:
-        ValueError: a value out of range. TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+        TypeError: a value of the wrong type.
     """
 
     block_size: int
@@ -191,7 +196,7 @@ class MobaConfig:
     def __post_init__(self) -> None:
         for name in (*_LAYER_FIELDS, *_SHARED_FIELDS, "decode_max_len"):
             object.__setattr__(self, name, plain_int(getattr(self, name)))
-        _ = self._base  # which raises
+        _ = self._base  # raises if the rule is invalid
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
         object.__setattr__(self, "layers", _normalise_layers(self.layers))
         if self.decode not in _DECODE:
@@ -203,7 +208,7 @@ class MobaConfig:
                 what = "topk * block_size" if isinstance(layer, LayerConfig) else "dense_below and tile"
                 raise ValueError(
                     f"decode_max_len={self.decode_max_len} exceeds {what} = {layer.dense_len}; "
-                    "such a call is prefill, so lower decode_max_len"
+                    "longer calls are prefill, so lower decode_max_len"
                 )
 
     @property
@@ -215,7 +220,7 @@ class MobaConfig:
         return {name: getattr(self, name) for name in (*_LAYER_FIELDS, *_SHARED_FIELDS)}
 
     def in_words(self) -> str:
-        """The rule of most layers, as keywords."""
+        """The rule of layers without overrides, as text: `name=value` for each setting that applies."""
         return ", ".join(
             f"{name}={value}"
             for name, value in self._values.items()
@@ -224,11 +229,11 @@ class MobaConfig:
 
     def _override(self, pairs: tuple[tuple[str, Any], ...]) -> Rule:
         values: dict[str, Any] = dict(pairs)
-        own = values.get("tile") == 1  # then what only a shared choice has is not passed down
+        own = values.get("tile") == 1  # then the shared-choice fields are not inherited
         return make_rule(**{**self._values, **(_SHARED_FIELDS if own else {}), **values})
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError when a layer index does not exist in a model of `num_layers` layers."""
+        """Raises ValueError if a layer index does not exist in a model with `num_layers` layers."""
         for name, indices in (
             ("full_attention_layers", self.full_attention_layers),
             ("layers", tuple(index for index, _ in self.layers)),
@@ -242,7 +247,7 @@ class MobaConfig:
                 raise ValueError(f"layers names layer {index + num_layers} twice, also as {index}")
 
     def for_layer(self, layer_idx: int, num_layers: int) -> Rule | None:
-        """The rule of layer `layer_idx` (from 0) in a model of `num_layers`; None: full attention."""
+        """The rule of layer `layer_idx` (from 0) in a model of `num_layers` layers; None: full attention."""
         self.check_layers(num_layers)
         if layer_idx in {index % num_layers for index in self.full_attention_layers}:
             return None
@@ -252,13 +257,13 @@ class MobaConfig:
         return self._base
 
     def key_budget(self, length: int, num_layers: int) -> float:
-        """Mean over layers of `min(1, topk * block_size / length)`; a full layer counts 1.
+        """Mean over layers of `min(1, topk * block_size / length)`; a full-attention layer counts as 1.
 
-        A layer with a shared choice counts the most that it may attend, 1 without a `topk`.
+        A layer with a shared choice counts with the maximum it may attend, which is 1 without a `topk`.
 
         Args:
-            length: tokens of the sequence.
-            num_layers: layers of the model.
+            length: tokens in the sequence.
+            num_layers: number of layers in the model.
         """
         check_int("length", length, minimum=1)
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
@@ -266,19 +271,20 @@ class MobaConfig:
         return sum(min(1.0, keys / length) for keys in most) / num_layers
 
     def pair_share(self, length: int, num_layers: int) -> float:
-        """Mean over layers of attended (query, key) pairs over those of dense causal attention.
+        """Mean over layers of the share of dense causal (query, key) pairs that are attended.
 
-        Larger than the key budget: a causal query at position t has only t keys to leave out. A layer with a
-        shared choice counts the most that it may attend.
+        This exceeds the key budget, because early queries have few keys to leave out. A layer with a shared
+        choice counts with the maximum it may attend.
         """
         dense = length * (length + 1) // 2
         rules = [self.for_layer(i, num_layers) for i in range(num_layers)]
         return sum(1.0 if r is None else r.pairs(length) / dense for r in rules) / num_layers
 
     def scaled(self, length: int, new_length: int) -> MobaConfig:
-        """The same key budget at `new_length` tokens as this has at `length`: every topk in proportion.
+        """Settings with the same key budget at `new_length` tokens as these have at `length`.
 
-        Forced blocks stay as many, and no topk falls below what they need.
+        Every topk is scaled in proportion, but not below the number of blocks that are always attended, which
+        stays the same.
         """
 
         def topk(rule: Rule) -> int | None:
@@ -294,18 +300,19 @@ class MobaConfig:
         """The preset `name`, read from `moba_hf/configs`.
 
         Raises:
-            ValueError: unknown name; the message lists the valid ones.
+            ValueError: an unknown name; the message lists the valid ones.
         """
         return cls.from_dict(read_preset(name)["moba"])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MobaConfig:
-        """A config from JSON-like values; also reads the original release's names.
+        """A config from JSON-like values; accepts the names of the original MoBA release too.
 
         Raises:
-            ValueError: unknown keys, a missing `block_size` or `topk`, values out of range.
+            ValueError: unknown keys, missing keys, or values out of range.
+            TypeError: `values` is not a mapping, or a value has the wrong type.
         """
-        if not isinstance(values, Mapping):  # a MobaConfig itself would not survive saving
+        if not isinstance(values, Mapping):  # a MobaConfig stored in a model config could not be saved
             raise TypeError(f"MoBA settings must be a mapping (to_dict()), got {type(values).__name__}")
         named: dict[str, Any] = {}
         for key, value in values.items():
@@ -324,7 +331,10 @@ class MobaConfig:
         return cls(**named)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values that `from_dict` reads back; without `backend`, nor what only `tile` > 1 has."""
+        """JSON-ready values that `from_dict` reads back.
+
+        Leaves out `backend`, and with `tile` = 1 the fields that apply to a shared choice only.
+        """
         shared = {name: getattr(self, name) for name in _SHARED_FIELDS} if self.tile > 1 else {}
         return {
             **shared,
@@ -341,7 +351,7 @@ class MobaConfig:
 
 
 def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int, gate: str = "mean") -> None:
-    """Raises TypeError or ValueError unless the four numbers make a rule and the gate is known."""
+    """Raises TypeError or ValueError unless the four numbers form a valid rule and the gate is known."""
     check_int("block_size", block_size, minimum=1)
     check_int("topk", topk, minimum=1)
     check_int("sink_blocks", sink_blocks, minimum=0)
@@ -356,7 +366,7 @@ def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int, 
 
 
 def preset_names() -> list[str]:
-    """Names of the presets, sorted."""
+    """The names of the presets, sorted."""
     folder = resources.files("moba_hf.configs")
     return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
 
@@ -392,7 +402,7 @@ def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, Any], ..
     result = []
     for key, pairs in items:
         try:
-            index = int(str(key))  # so that 1.5 and True are no indices
+            index = int(str(key))  # str() rejects 1.5 and True
         except ValueError:
             raise ValueError(f"layers is keyed by layer index, got {key!r}") from None
         unknown = sorted(set(pairs) - {*_LAYER_FIELDS, *_SHARED_FIELDS})

@@ -1,7 +1,6 @@
-"""Pictures of what MoBA does: chosen blocks, recall, needles, loss against key budget, loss by position.
+"""Figures of what MoBA does: chosen blocks, recall, needles, loss against key budget, loss by position.
 
-Each function takes results and returns a matplotlib figure (extra `plot`). Figures have no background of
-their own and mid-tone colours, so that they read on light and on dark pages.
+Each function takes results and returns a matplotlib figure (extra `plot`), in the style of `plot_style`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.config import Rule
-from moba_hf.evaluate.passes import family_of, watch
+from moba_hf.evaluate.passes import family_of, passes_bar, watch
 from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
@@ -24,50 +23,18 @@ from moba_hf.evaluate.tasks import TaskScore
 from moba_hf.op.ops import select_blocks
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
-
-_INK = "#808890"  # text and axes: contrast of about 4 on white and 5 on near-black
-_COLORS = ("#3b8fd4", "#e07b39", "#3fa66a", "#b565c9", "#c9a227", "#d1495b")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-def _figure(width: float = 7.0, height: float = 4.2, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "moba-hf[plot]"') from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style: Any = {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
-    with matplotlib.rc_context(style | {"axes.edgecolor": _INK, "font.size": 10}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns)
-    figure.patch.set_alpha(0)
-    for ax in figure.axes:
-        ax.patch.set_alpha(0)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-        ax.title.set_color(_INK)
-    return figure, axes
-
-
-def _legend(ax: Any) -> None:
-    ax.legend(frameon=False, labelcolor=_INK)
-
-
-def _colorbar(figure: Any, image: Any, ax: Any, label: str) -> None:
-    bar = figure.colorbar(image, ax=ax)
-    bar.set_label(label, color=_INK)
-    bar.ax.tick_params(colors=_INK)
-    bar.outline.set_visible(False)
+from moba_hf.plot_style import COLORS, INK, MARKERS, colorbar, legend, new_figure
 
 
 def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = "") -> Any:
-    """Which blocks each query of one head attends; forced blocks, own block and chosen ones in own colours.
+    """The blocks that each query of one head attends to; kept, own and chosen blocks have different colours.
 
     Args:
-        q: `(H, N, D)`, k: `(HK, N, D)` of one layer, as `moba_hf.evaluate.passes.watch` shows them.
+        q: `(H, N, D)` of one layer, as from `moba_hf.evaluate.passes.watch`.
+        k: `(HK, N, D)` of the same layer.
+        rule: the rule of the layer.
+        head: index of the query head.
+        title: title of the figure.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -83,7 +50,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     row, column = torch.arange(q.shape[1])[:, None], torch.arange(blocks)
     if isinstance(rule, SharedRule):
         chosen = unpack_blocks(choice[0].cpu(), blocks)[row[:, 0] // rule.tile]
-        first = row // rule.tile * rule.tile // rule.block_size  # of the blocks that the tile overlaps
+        first = row // rule.tile * rule.tile // rule.block_size  # first block that the tile overlaps
         chosen &= column <= row // rule.block_size
     else:
         chosen = chosen_mask(choice, blocks)[0].cpu()
@@ -91,9 +58,9 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     kind = chosen.int()
     kind[chosen & rule.forces(column, first)] = 2
     kind[chosen & (column >= first)] = 3
-    rows = max(1, q.shape[1] // 512)  # every pixel row is one query
-    figure, ax = _figure(6.6, 5.2)
-    colors = ("#80889018", _COLORS[0], _COLORS[1], _COLORS[2])
+    rows = max(1, q.shape[1] // 512)  # draw every `rows`-th query
+    figure, ax = new_figure(6.6, 5.2)
+    colors = ("#80889018", COLORS[0], COLORS[1], COLORS[2])
     extent = (-0.5, blocks - 0.5, q.shape[1], 0)
     ax.imshow(
         kind[::rows].numpy(),
@@ -109,24 +76,24 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     title = title or f"Blocks attended by head {head}"
     covered = f"\n(all: {rule.topk} blocks of {rule.block_size} cover these {q.shape[1]:,} tokens)"
     if isinstance(rule, SharedRule):
-        covered = f"\n(all: rows below {rule.dense_len:,} attend everything)"
+        covered = f"\n(all: queries below {rule.dense_len:,} attend to every key)"
     ax.set_title(title + (covered if rule.dense_len >= q.shape[1] else ""))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(-0.5, blocks - 0.5)
-    names = {1: "chosen by score", 2: "first and neighbour", 3: "own"}
+    names = {1: "chosen by score", 2: "sink and local", 3: "own"}
     handles = [Patch(color=colors[i], label=name) for i, name in names.items() if (kind == i).any()]
-    ax.legend(handles=handles, frameon=False, labelcolor=_INK, loc="upper right")
+    ax.legend(handles=handles, frameon=False, labelcolor=INK, loc="upper right")
     return figure
 
 
 def plot_recall(result: Recall, *, title: str = "") -> Any:
-    """Attention mass reached by layer and head, and the part of the oracle's that is missing."""
+    """Attention mass of the chosen blocks by layer and head, and how much less that is than the oracle's."""
     mass, oracle = torch.tensor(result.mass), torch.tensor(result.oracle)
     height = max(3.2, 0.17 * len(result.layers) + 1.2)
-    figure, (left, right) = _figure(8.4, height, columns=2)
+    figure, (left, right) = new_figure(8.4, height, columns=2)
     for ax, values, what, cmap in (
         (left, mass, "mass of the chosen blocks", "viridis"),
-        (right, oracle - mass, "missing to the oracle", "magma"),
+        (right, oracle - mass, "oracle minus chosen", "magma"),
     ):
         image = ax.imshow(values.numpy(), aspect="auto", cmap=cmap, vmin=0, vmax=1 if ax is left else None)
         ax.set_title(what)
@@ -134,15 +101,15 @@ def plot_recall(result: Recall, *, title: str = "") -> Any:
         ax.set_xticks(range(values.shape[1]))
         step = max(1, len(result.layers) // 10)
         ax.set_yticks(range(0, len(result.layers), step), [str(i) for i in result.layers[::step]])
-        _colorbar(figure, image, ax, "attention mass")
+        colorbar(figure, image, ax, "attention mass")
     left.set_ylabel("layer")
     if title:
-        figure.suptitle(title, color=_INK, fontsize=11)
+        figure.suptitle(title, color=INK, fontsize=11)
     return figure
 
 
 def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "") -> Any:
-    """Scores by length and depth; empty cells had no question."""
+    """Scores by length and depth; cells without questions are empty."""
     lengths = sorted({s.length for s in scores})
     sums, counts = torch.zeros(bins, len(lengths)), torch.zeros(bins, len(lengths))
     for score in scores:
@@ -150,8 +117,8 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "")
             row = min(bins - 1, int(depth * bins))
             sums[row, lengths.index(score.length)] += mark
             counts[row, lengths.index(score.length)] += 1
-    means = sums / counts  # NaN where nothing was asked
-    figure, ax = _figure(1.2 * len(lengths) + 3.2, 3.8)
+    means = sums / counts  # NaN if there are no questions
+    figure, ax = new_figure(1.2 * len(lengths) + 3.2, 3.8)
     image = ax.imshow(means.numpy(), aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     ax.set_yticks(range(bins), [f"{i / bins:.0%} - {(i + 1) / bins:.0%}" for i in range(bins)])
@@ -165,35 +132,35 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "")
                 text = f"{float(means[i, j]):.0%}\nn={int(counts[i, j])}"
                 ink = "#202428" if 0.15 < means[i, j] < 0.85 else "#f4f6f8"
                 ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=8)
-    _colorbar(figure, image, ax, "score")
+    colorbar(figure, image, ax, "score")
     return figure
 
 
 def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets: Sequence[float] = ()) -> Any:
-    """Rise of the loss against the key budget, one line per name.
+    """Increase of the loss against the key budget, one line per name.
 
     Args:
-        curves: name -> `(key budget, rise in nats)`.
-        targets: rises to mark with a thin line.
+        curves: name -> `(key budget, increase in nats)`.
+        targets: increases to mark with a thin line.
     """
-    figure, ax = _figure()
+    figure, ax = new_figure()
     _draw_budget(ax, curves, targets)
-    ax.set_ylabel("rise of the loss (nats)")
-    _legend(ax)
+    ax.set_ylabel("increase of the loss (nats)")
+    legend(ax)
     return figure
 
 
 def plot_budgets(
     texts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, targets: Sequence[float] = ()
 ) -> Any:
-    """`plot_budget` of several texts, side by side on one scale, with one legend.
+    """`plot_budget` for several texts side by side, with the same scale and one legend.
 
     Args:
-        texts: text -> name -> `(key budget, rise in nats)`.
+        texts: text -> name -> `(key budget, increase in nats)`.
     """
     columns = min(4, len(texts))
     rows = -(-len(texts) // columns)
-    figure, axes = _figure(2.9 * columns + 0.6, 2.7 * rows + 0.5, columns, rows)
+    figure, axes = new_figure(2.9 * columns + 0.6, 2.7 * rows + 0.5, columns, rows)
     spare = list(axes.flat) if rows * columns > 1 else [axes]
     values = [y for curves in texts.values() for points in curves.values() for _, y in points]
     for ax, (text, curves) in zip(spare, texts.items(), strict=False):
@@ -201,9 +168,9 @@ def plot_budgets(
         ax.set_title(text, fontsize=10)
     for ax in spare[len(texts) :]:
         ax.set_visible(False)
-    figure.supylabel("rise of the loss (nats)", color=_INK, fontsize=10)
+    figure.supylabel("increase of the loss (nats)", color=INK, fontsize=10)
     names = {h.get_label(): h for ax in spare[: len(texts)] for h in ax.lines if h.get_label()[0] != "_"}
-    figure.legend(names.values(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=_INK)
+    figure.legend(names.values(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -213,15 +180,15 @@ def _draw_budget(
     targets: Sequence[float],
     values: Sequence[float] = (),
 ) -> None:
-    """The lines and scales of `plot_budget`; `values` that the vertical scale must show besides."""
+    """Draws lines and scales of `plot_budget`; the vertical scale also covers `values`."""
     for i, (name, points) in enumerate(curves.items()):
         x, y = zip(*sorted(points), strict=True)
-        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot([100 * v for v in x], y, label=name, markersize=4, **style)
     for target in targets:
-        ax.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
+        ax.axhline(target, color=INK, linewidth=0.8, linestyle=":")
         at = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom", "fontsize": 7}
-        ax.annotate(f"{target:g}", (0.01, target), color=_INK, **at)
+        ax.annotate(f"{target:g}", (0.01, target), color=INK, **at)
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=0.01)
     ticks = [5, 10, 25, 50, 100]
@@ -236,7 +203,7 @@ def _draw_budget(
 
 
 def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
-    """Scores of tasks by length with their 95 % intervals: a panel per task, a colour per setting.
+    """Scores of tasks by length with their 95% intervals: one panel per task, one colour per setting.
 
     Args:
         scores: `(setting, score)` pairs.
@@ -244,7 +211,7 @@ def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
     tasks = list(dict.fromkeys(score.task for _, score in scores))
     names = list(dict.fromkeys(name for name, _ in scores))
     lengths = sorted({score.length for _, score in scores})
-    figure, axes = _figure(3.4 * len(tasks) + 0.6, 3.6, len(tasks))
+    figure, axes = new_figure(3.4 * len(tasks) + 0.6, 3.6, len(tasks))
     for ax, task in zip(axes if len(tasks) > 1 else [axes], tasks, strict=True):
         for i, name in enumerate(names):
             cells = [one for setting, one in scores if setting == name and one.task == task]
@@ -252,34 +219,34 @@ def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
             y = [one.score for one in cells]
             low = [max(0.0, one.score - one.low) for one in cells]
             high = [max(0.0, one.high - one.score) for one in cells]
-            style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
             ax.errorbar(x, y, [low, high], label=name, linestyle="none", capsize=3, **style)
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         ax.set_xlim(-0.5, len(lengths) - 0.5)
         ax.set_xlabel("tokens")
         ax.set_ylim(0, 1.02)
         ax.set_title(task, fontsize=10)
-    figure.supylabel("score", color=_INK, fontsize=10)
+    figure.supylabel("score", color=INK, fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
 
 def plot_positions(results: Mapping[str, Perplexity]) -> Any:
     """Loss by position in the text, one line per name."""
-    figure, ax = _figure()
+    figure, ax = new_figure()
     for i, (name, result) in enumerate(results.items()):
         x = [(begin + end) / 2 for begin, end, _ in result.buckets]
-        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(x, [mean for *_, mean in result.buckets], label=name, **style)
     ax.set_xlabel("position (tokens)")
     ax.set_ylabel("loss (nats per token)")
-    _legend(ax)
+    legend(ax)
     return figure
 
 
 def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
-    """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
+    """`plot_routing` for one head of a checkpoint, with its own settings, on the start of a text file."""
     from moba_hf.hf.layer_plan import moba_config
 
     model, tokenizer = load(checkpoint)
@@ -293,20 +260,23 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
         if index == layer:
             seen.extend((q, k))
 
-    watch(model, read_ids(tokenizer, text, length), probe)
+    with passes_bar(model, "reading the text", 1):
+        watch(model, read_ids(tokenizer, text, length), probe)
     if not seen or not 0 <= head < seen[0].shape[0]:
-        raise ValueError(f"layer {layer} with head {head} does not run MoBA in this model")
+        raise ValueError(f"this model has no layer {layer} with head {head} that uses MoBA")
     return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
 
 
 def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
-    """The figure `kind` from a JSON file that `moba-hf eval` or `calibrate` wrote.
+    """The figure `kind` from a JSON file of `moba-hf eval` or `moba-hf calibrate`.
 
     Args:
-        setting: for recall and needles, which setting; None: the last one. The figure names it.
+        kind: "recall", "needles", "budget" or "positions".
+        path: the file.
+        setting: for recall and needles, which setting to show; None: the last one.
 
     Raises:
-        ValueError: unknown kind or setting, or a file without such results.
+        ValueError: the kind or the setting is unknown, or the file has no such results.
     """
     if kind not in _FROM_JSON:
         raise ValueError(f"unknown kind {kind!r}; known are routing, {', '.join(_FROM_JSON)}")
@@ -314,7 +284,7 @@ def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
     try:
         return _FROM_JSON[kind](values, setting)
     except (KeyError, StopIteration, IndexError, TypeError, AttributeError):
-        raise ValueError(f"{path} holds no results for {kind!r}") from None
+        raise ValueError(f"{path} contains no results for {kind!r}") from None
 
 
 def _budget_from(values: Any, _: str | None) -> Any:
@@ -356,68 +326,3 @@ _FROM_JSON = {
     "budget": _budget_from,
     "positions": _positions_from,
 }
-
-_DENSE = {
-    "fa2_ms": "dense, FA2 (torch)",
-    "cudnn_ms": "dense, cuDNN (torch)",
-    "flash_attn_ms": "dense, flash-attn 2",
-    "fa4_ms": "dense, flash-attn 4",
-}
-
-
-def plot_bench_rows(results: Sequence[Mapping[str, Any]]) -> Any:
-    """Time of MoBA and of dense attention, one line per row of `moba-hf bench`."""
-    figure, ax = _figure(8.0, 0.42 * len(results) + 1.5)
-    series = {"ms": "MoBA", **_DENSE}
-    for i, (key, name) in enumerate(series.items()):
-        points = [(r[key], y) for y, r in enumerate(results) if r.get(key)]
-        if points:
-            size = 60 if key == "ms" else 34
-            ax.scatter(
-                *zip(*points, strict=True), s=size, marker=_MARKERS[i], color=_COLORS[i], label=name, zorder=3
-            )
-    for y, result in enumerate(results):
-        best = result.get("speedup")
-        if best:
-            ends = result["ms"], result["ms"] * best
-            ax.plot(ends, (y, y), color=_INK, linewidth=0.8, zorder=1)
-            middle = (ends[0] * ends[1]) ** 0.5
-            ax.text(middle, y - 0.12, f"{best:.1f} x", ha="center", va="bottom", color=_INK, fontsize=8)
-    names = [f"{r['tokens']:,} tokens, {r['rule']}" for r in results]
-    ax.set_yticks(range(len(results)), names)
-    ax.set_ylim(len(results) - 0.4, -0.8)
-    ax.set_xscale("log")
-    ax.set_xlabel("milliseconds (block size / topk on the left)")
-    figure.legend(frameon=False, labelcolor=_INK, loc="outside upper center", ncols=4)
-    return figure
-
-
-def plot_bench_figures(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Any:
-    """Time against tokens, one panel per title; open markers where dense attention was scaled up."""
-    figure, axes = _figure(4.9 * len(panels), 4.2, columns=len(panels))
-    series = {"ms": "MoBA", "fa2_ms": _DENSE["fa2_ms"], "cudnn_ms": _DENSE["cudnn_ms"]}
-    for ax, (title, lines) in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
-        for i, (key, name) in enumerate(series.items()):
-            points = [line for line in lines if line.get(key)]
-            if not points:
-                continue
-            x, y = [p["tokens"] for p in points], [p[key] / 1e3 for p in points]
-            ax.plot(x, y, color=_COLORS[i], label=name)
-            whole = [key == "ms" or p.get("dense") == "whole" for p in points]
-            faces = [_COLORS[i] if each else "none" for each in whole]
-            ax.scatter(x, y, s=34, marker=_MARKERS[i], facecolors=faces, edgecolors=_COLORS[i], zorder=3)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ticks = [line["tokens"] for line in lines]
-        labels = [f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K" for n in ticks]
-        ax.set_xticks(ticks, labels, fontsize=9)
-        ax.minorticks_off()
-        scaled = any(line.get("dense", "whole") != "whole" for line in lines)
-        ax.set_xlabel("tokens (open markers: measured on a part, scaled)" if scaled else "tokens")
-        ax.set_ylabel("seconds")
-        ax.set_title(title, fontsize=10)
-        if lines[-1].get("over_fa2"):
-            text = f"at {labels[-1]}: {lines[-1]['over_fa2']:.1f} x over FA2"
-            ax.text(0.98, 0.03, text, transform=ax.transAxes, ha="right", color=_INK)
-        _legend(ax)
-    return figure

@@ -1,4 +1,4 @@
-"""Tiny models for checks: random weights with peaked attention, and recorded attention calls."""
+"""Tools for checks: tiny models with random weights and peaked attention, and recorded attention calls."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Call:
 
 
 def build_model(config: Any) -> Any:
-    """A model of `config` on the CPU in fp32 whose random weights make attention matter, in eval mode."""
+    """A model of `config` on the CPU, fp32, in eval mode, with random weights that make attention matter."""
     model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim >= 2:  # the usual 0.02 leaves attention nearly uniform
+            if weight.ndim >= 2:  # the usual std of 0.02 leaves attention nearly uniform
                 weight.normal_(std=weight.shape[-1] ** -0.5)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -1,8 +1,8 @@
-"""The contract that every adapter passes, ours and others': `check_adapter(MyAdapter, tiny_config)`.
+"""The contract for every adapter, ours or third-party: `check_adapter(MyAdapter, tiny_config)`.
 
-Each check runs the stock implementation first. The distance that stock itself shows between two ways of
-computing the same thing (padded or alone, in chunks or at once) sets the tolerance for MoBA, and what stock
-cannot do (some caches of hybrid models) is not asked of MoBA but reported as skipped.
+Checks that compare two ways of computing the same thing (padded or alone, in chunks or at once) run the stock
+implementation first. Its own difference between the two ways sets the tolerance for MoBA. If stock fails (as
+with some caches of hybrid models), the check is reported as skipped.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ __all__ = ["Report", "build_model", "capture", "check_adapter"]
 LENGTH = 61
 SMALL = MobaConfig(block_size=7, topk=3, sink_blocks=1)
 COVERING = MobaConfig(block_size=7, topk=64)
-# Relative to the largest value compared: rounding of fp32, and a difference that no rounding explains.
+# Relative to the largest value compared: fp32 rounding, and a difference too large for rounding.
 _ROUNDING, _DIFFERENT = 2e-5, 2e-3
 
 
 @dataclass
 class Report:
-    """What `check_adapter` did.
+    """The result of `check_adapter`.
 
     Attributes:
-        passed: names of the checks that hold.
-        skipped: names of the checks that the stock model does not pass either, each with what happened.
-        packing: "separate" when packed documents come out as each alone, else the text of the refusal.
+        passed: names of the checks that passed.
+        skipped: checks that the stock model fails as well: name -> what happened.
+        packing: "separate" if packed documents give the same logits as each document alone, else the message
+            of the ValueError that refuses them.
     """
 
     passed: list[str] = field(default_factory=list)
@@ -50,13 +51,13 @@ class Report:
 
 
 def check_adapter(adapter_cls: type[Adapter], tiny_config: Any, *, installed: bool = False) -> Report:
-    """Raises AssertionError unless models of `tiny_config` do with MoBA what the contract says.
+    """Raises AssertionError unless a model of `tiny_config` keeps the contract when it runs MoBA.
 
     Args:
-        adapter_cls: the adapter; it is used for the check whether or not it is installed.
-        tiny_config: a transformers config of the family, small enough to build on the CPU, with a layer that
-            MoBA may use, positions for 128 tokens and attention dropout 0. Composite configs are fine.
-        installed: also demand that the adapter is found by its entry point.
+        adapter_cls: the adapter to check; it need not be installed.
+        tiny_config: a transformers config of the family, small enough to build on the CPU, with at least one
+            layer eligible for MoBA, positions for 128 tokens and attention dropout 0. It may be composite.
+        installed: also require that the adapter is found through its entry point.
     """
     adapter = adapter_cls()
     text_config = adapter.text_config(tiny_config)
@@ -66,7 +67,7 @@ def check_adapter(adapter_cls: type[Adapter], tiny_config: Any, *, installed: bo
         _require(
             found is adapter_cls,
             "lookup",
-            f"{model_type!r} gives {found.__name__}; name {adapter_cls.__name__} as {model_type!r} under "
+            f"{model_type!r} gives {found.__name__}; register {adapter_cls.__name__} as {model_type!r} under "
             '[project.entry-points."moba_hf.patches"]',
         )
         _call("lookup", find_adapter, text_config.model_type)
@@ -86,7 +87,7 @@ def check_adapter(adapter_cls: type[Adapter], tiny_config: Any, *, installed: bo
 
 
 class _Case:
-    """A model with stock attention and the ways to run it; every check leaves it as it was."""
+    """A model with stock attention and ways to run it; every check leaves the model unchanged."""
 
     def __init__(self, adapter: Adapter, model: Any, report: Report) -> None:
         self.adapter, self.model, self.report = adapter, model, report
@@ -97,22 +98,22 @@ class _Case:
         self.ids = usable[torch.randint(len(usable), (2, LENGTH))]
 
     def logits(self, ids: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Logits `(batch, length, vocab)`; positions count from 0 unless given."""
+        """Logits `(batch, length, vocab)`; positions start at 0 unless given."""
         if positions is None:
             positions = torch.arange(ids.shape[1])[None].expand(ids.shape[0], -1)
         kwargs.setdefault("use_cache", any(name in kwargs for name in CACHE_NAMES))
         return self.model(input_ids=ids, position_ids=positions, **kwargs).logits
 
     def generate(self, ids: Tensor, **kwargs: Any) -> Tensor:
-        """Tokens `(batch, 8)` of greedy generation."""
+        """Tokens `(batch, 8)` generated greedily."""
         kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, **kwargs}
         return self.model.generate(ids, max_new_tokens=8, **kwargs)[:, ids.shape[1] :]
 
     def agree(self, name: str, ways: Callable[[], tuple[Tensor, Tensor]], meaning: str) -> None:
-        """Demands that two ways of computing the same give the same, as far as stock attention does."""
+        """Requires that two ways of computing the same thing agree about as well as under stock attention."""
         try:
             first, second = ways()
-        except Exception as error:  # stock may raise whatever it likes
+        except Exception as error:  # stock may raise anything
             self.report.skipped[name] = f"the stock model raises {type(error).__name__}: {error}"
             return
         noise = _distance(first, second)
@@ -130,9 +131,11 @@ class _Case:
 
 
 def _check_facts(case: _Case) -> None:
-    """The layers the adapter names are those that call attention, and windows are not called eligible."""
+    """The adapter names exactly the layers that call attention, and no window layer as eligible."""
     layers = dict(case.adapter.attention_layers(case.model))
-    _require(bool(case.eligible), "facts", "no layer is eligible: take a tiny_config with a full layer")
+    _require(
+        bool(case.eligible), "facts", "no layer is eligible: use a tiny_config with a full-attention layer"
+    )
     missing = sorted(set(case.eligible) - set(layers))
     _require(not missing, "facts", f"eligible layers {missing} are not among attention_layers(model)")
     count = case.adapter.num_layers(case.config)
@@ -147,12 +150,12 @@ def _check_facts(case: _Case) -> None:
         _require(
             not window or index not in case.eligible,
             "facts",
-            f"layer {index} has a sliding window of {window}, so stock_reason must say so",
+            f"layer {index} has a sliding window of {window}, so stock_reason must give a reason for it",
         )
 
 
 def _check_projection(case: _Case) -> None:
-    """The output projection that the adapter names runs once in a call and gets the outputs of all heads."""
+    """The output projection named by the adapter runs once per call, on the outputs of all heads."""
     widths: dict[int, list[int]] = {index: [] for index in case.eligible}
     hooks = []
     for index, module in case.adapter.attention_layers(case.model):
@@ -180,15 +183,15 @@ def _check_projection(case: _Case) -> None:
 
 
 def _check_covering(case: _Case) -> None:
-    """With topk covering all, the logits are those of stock attention."""
+    """If topk covers all blocks, the logits equal those of stock attention."""
     stock = case.logits(case.ids)
     with use_moba(case.model, COVERING):
         distance = _distance(case.logits(case.ids), stock)
-    _require(distance <= _ROUNDING, "covering", f"topk covering all differs from sdpa by {distance:.1e}")
+    _require(distance <= _ROUNDING, "covering", f"with topk over all blocks, logits differ by {distance:.1e}")
 
 
 def _check_sparse(case: _Case) -> None:
-    """With a small topk, each eligible layer computes what the reference computes from its q, k, v."""
+    """With a small topk, each eligible layer gives the same output as the reference on its q, k, v."""
     dense = case.logits(case.ids[:1])
     with use_moba(case.model, SMALL), capture(NAME) as calls:
         distance = _distance(case.logits(case.ids[:1]), dense)
@@ -209,7 +212,7 @@ def _check_sparse(case: _Case) -> None:
 
 
 def _check_stock_layers(case: _Case) -> None:
-    """Layers that stay stock compute, from the same q, k, v, what sdpa with its own mask computes."""
+    """Stock layers give the same output as sdpa with its own mask on the same q, k, v."""
     with capture("sdpa") as stock:
         case.logits(case.ids[:1])
     masks = {call.module: call.mask for call in stock}
@@ -225,7 +228,7 @@ def _check_stock_layers(case: _Case) -> None:
 
 
 def _check_other_towers(case: _Case) -> None:
-    """`patch_model` reaches the text model alone."""
+    """`patch_model` changes only the text model."""
     with use_moba(case.model, SMALL):
         for name, module in case.model.named_modules():
             config = getattr(module, "config", None)
@@ -235,7 +238,7 @@ def _check_other_towers(case: _Case) -> None:
 
 
 def _check_padding(case: _Case) -> None:
-    """A padded row equals the row alone, padding on either side."""
+    """A row padded on either side equals the row alone."""
     short = LENGTH - 24
     mask = torch.ones(2, LENGTH, dtype=torch.long)
 
@@ -258,7 +261,7 @@ def _check_padding(case: _Case) -> None:
 
 
 def _check_packing(case: _Case) -> None:
-    """Packed documents come out as each alone, or the call raises a ValueError; they are never mixed."""
+    """Packed documents give the same logits as each alone, or the call raises ValueError; they never mix."""
     cuts = [0, 20, 21, LENGTH]
     spans = list(pairwise(cuts))
     positions = torch.cat([torch.arange(end - begin) for begin, end in spans])[None]
@@ -271,7 +274,7 @@ def _check_packing(case: _Case) -> None:
             return
     case.report.packing = "separate"
     distance = _distance(packed, alone)
-    _require(distance <= _ROUNDING, "packing", f"packed documents differ from each alone by {distance:.1e}")
+    _require(distance <= _ROUNDING, "packing", f"packed documents differ from single ones by {distance:.1e}")
 
 
 def _in_chunks(case: _Case, cache: Any, sizes: list[int]) -> Tensor:
@@ -285,17 +288,17 @@ def _in_chunks(case: _Case, cache: Any, sizes: list[int]) -> Tensor:
 
 
 def _check_chunked(case: _Case) -> None:
-    """A prefill in chunks equals the prefill at once, chunk borders lying inside blocks."""
+    """A prefill in chunks, with chunk borders inside blocks, equals one in a single call."""
 
     def ways() -> tuple[Tensor, Tensor]:
         cache = DynamicCache(config=case.model.config)
         return _in_chunks(case, cache, [26, 2, LENGTH - 28]), case.logits(case.ids[:1])
 
-    case.agree("chunked", ways, "a prefill in chunks must equal the prefill at once")
+    case.agree("chunked", ways, "a prefill in chunks must equal one in a single call")
 
 
 def _check_static_cache(case: _Case) -> None:
-    """A static cache, longer than what is written, equals a dynamic one, in prefill and decode."""
+    """A static cache longer than the sequence gives the same as a dynamic one, in prefill and decode."""
 
     def ways() -> tuple[Tensor, Tensor]:
         static = StaticCache(config=case.model.config, max_cache_len=LENGTH + 19)
@@ -307,11 +310,13 @@ def _check_static_cache(case: _Case) -> None:
 
 
 def _check_generate(case: _Case) -> None:
-    """Greedy generation: stock's tokens where topk covers all; a padded row's tokens are its own."""
+    """Greedy generation gives stock's tokens if topk covers all blocks, and ignores padding."""
     stock = case.generate(case.ids)
     with use_moba(case.model, COVERING):
         tokens = case.generate(case.ids)
-    _require(torch.equal(tokens, stock), "generate", f"{tokens.tolist()} is not stock's {stock.tolist()}")
+    _require(
+        torch.equal(tokens, stock), "generate", f"{tokens.tolist()} differs from stock's {stock.tolist()}"
+    )
     padded, mask = case.ids.clone(), torch.ones_like(case.ids)
     padded[1, :9], mask[1, :9] = 0, 0
 
@@ -320,11 +325,11 @@ def _check_generate(case: _Case) -> None:
         alone = [case.generate(case.ids[:1]), case.generate(case.ids[1:, 9:])]
         return together.float(), torch.cat(alone).float()
 
-    case.agree("generate", ways, "generation of a left-padded batch must equal that of its rows")
+    case.agree("generate", ways, "a left-padded batch must generate what its rows generate alone")
 
 
 def _check_swap(case: _Case) -> None:
-    """Off, on, off: the logits of before, bit for bit, also after an error inside `use_moba`."""
+    """Switching MoBA on and off restores the logits bit for bit, also after an error in `use_moba`."""
     before = case.logits(case.ids)
     patch_model(case.model, SMALL)
     on = case.logits(case.ids)
@@ -341,9 +346,9 @@ def _check_swap(case: _Case) -> None:
 
 
 def _check_save(case: _Case) -> None:
-    """Saved with `config.moba` and loaded again with attn_implementation="moba": the same bits.
+    """A model saved with `config.moba` and loaded with attn_implementation="moba" gives the same bits.
 
-    Only fused experts may round differently, since their kernels depend on how the weights lie in memory.
+    Only fused experts may round differently, since their kernels depend on the memory layout of the weights.
     """
     key = case.adapter.nested_key(case.model.config)
     choice = NAME if key is None else {key: NAME}
@@ -381,7 +386,7 @@ _CHECKS: list[Callable[[_Case], None]] = [
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
-    """Largest difference, relative to the largest value; infinite where something is not finite."""
+    """Largest difference relative to the largest value; infinite for unequal shapes or non-finite values."""
     if first.shape != second.shape or not bool(first.isfinite().all() & second.isfinite().all()):
         return float("inf")
     return float((first - second).abs().max() / second.abs().max().clamp(min=1e-30))

@@ -1,1 +1,1 @@
-"""Per-architecture adapters: facts about where a family keeps its attention layers."""
+"""Adapters, one per model family: they say where the attention layers are and which may run MoBA."""

@@ -7,10 +7,10 @@ from moba_hf.hf.adapter import Adapter
 
 
 class Gemma3Adapter(Adapter):
-    """`layer_types` names five window layers in six, which also have a rotary base of their own.
+    """`layer_types` marks five of every six layers as window layers, which also use another rotary base.
 
-    What else differs from Llama needs no word here: queries and keys are normed before the rotary embedding,
-    which pairs d and d + head_dim / 2 as elsewhere, and scores are scaled by `query_pre_attn_scalar`.
+    The other differences from Llama need no code here: queries and keys are normalised before the rotary
+    embedding, which pairs d with d + head_dim / 2 as usual, and scores are scaled by `query_pre_attn_scalar`.
     """
 
     def check(self, config: Any, moba: MobaConfig) -> None:

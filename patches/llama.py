@@ -4,4 +4,4 @@ from moba_hf.hf.adapter import Adapter
 
 
 class LlamaAdapter(Adapter):
-    """Llama 1 to 3.x and models that keep its architecture (SmolLM2 for one)."""
+    """Llama 1 to 3.x, and models with the same architecture (such as SmolLM2)."""

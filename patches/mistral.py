@@ -1,4 +1,4 @@
-"""Mistral, Ministral, and the vision-language Mistral3 around them."""
+"""Mistral, Ministral, and the vision-language model Mistral3, which contains one of them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from moba_hf.hf.adapter import Adapter, find_adapter
 
 
 class MistralAdapter(Adapter):
-    """Mistral 7B, Nemo and Ministral 3; with `sliding_window` (v0.1) all layers keep the window only."""
+    """Mistral 7B, Nemo and Ministral 3; if `sliding_window` is set (v0.1), every layer is a window layer."""
 
     window_everywhere = True
 
@@ -17,7 +17,7 @@ class MinistralAdapter(Adapter):
 
 
 class Mistral3Adapter(Adapter):
-    """Mistral3 and Ministral 3 with vision: the facts are those of the text model inside."""
+    """Mistral3 and Ministral 3 with vision: asks the adapter of the text model inside."""
 
     text_config_key = "text_config"
 

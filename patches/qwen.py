@@ -4,13 +4,13 @@ from moba_hf.hf.adapter import Adapter
 
 
 class QwenAdapter(Adapter):
-    """`layer_types` names window layers (also where only the module knows, as in Qwen2-MoE) and linear ones.
+    """`layer_types` marks window layers (Qwen2-MoE included) and linear-attention layers.
 
-    Of Qwen3-Next only the full-attention layers, one in four, call the attention interface.
+    In Qwen3-Next, only the full-attention layers, one in four, call the attention interface.
     """
 
 
 class Qwen3MoeAdapter(Adapter):
-    """Qwen3-MoE has no `layer_types`: with `use_sliding_window` every layer is a window layer."""
+    """Qwen3-MoE has no `layer_types`: if `use_sliding_window` is set, every layer is a window layer."""
 
     window_everywhere = True

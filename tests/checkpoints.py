@@ -1,4 +1,4 @@
-"""Tiny checkpoints for the tests of conversion: random weights, made in memory."""
+"""Tiny checkpoints with random weights for the conversion tests."""
 
 import json
 from pathlib import Path
@@ -31,17 +31,17 @@ FAMILIES = {
 _VOCAB, _HIDDEN, _INNER, _LAYERS, _HEADS, _KV_HEADS = 64, 64, 96, 2, 4, 2
 
 
-def save_tiny(folder: Path, family: str = "llama", **kwargs: Any) -> Path:
+def save_tiny(folder: Path, family: str = "llama", *, layers: int = 3, **kwargs: Any) -> Path:
     """A folder with a tiny random model; `kwargs` go to `save_pretrained`."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**SIZES, **FAMILIES[family])
+    config = CONFIG_MAPPING[family](**{**SIZES, "num_hidden_layers": layers}, **FAMILIES[family])
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, **kwargs)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
     return folder
 
 
 def save_tokenizer(folder: Path, size: int = 96) -> Path:
-    """Adds a tokenizer of `size` tokens, one per character, to a folder; it puts `<s>` before a text."""
+    """Adds a tokenizer with `size` tokens, one per character, to a folder; it prepends `<s>`."""
     words = ["<s>", "</s>", "<unk>", *(chr(33 + i) for i in range(size - 3))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -88,11 +88,11 @@ def write_tiny_gguf(
 
     Args:
         path: file to write.
-        architecture: as GGUF names it.
-        leave_out: name of a tensor that is not written.
-        extra: shapes of further tensors by name.
+        architecture: name of the architecture in GGUF.
+        leave_out: name of a tensor not to write.
+        extra: additional tensors, name -> shape.
         scaling: type of RoPE scaling.
-        parts: number of files that the model is said to be split over.
+        parts: number of files that the header claims the model is split into.
     """
     import gguf
 

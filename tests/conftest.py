@@ -11,8 +11,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
-# A deprecation that transformers reports about our use is a failure now, not a surprise at its next release.
-# The warning may be attributed to its module or, by stacklevel, to ours or to the one that calls forward.
+# Deprecation warnings of transformers about our code fail the tests, so that its next release does not
+# surprise us. A warning may be attributed to its own module or, by stacklevel, to ours or to the caller's.
 _DEPRECATIONS = [
     f"error::{category}:{module}"
     for category in ("FutureWarning", "DeprecationWarning")
@@ -20,7 +20,7 @@ _DEPRECATIONS = [
 ]
 
 
-# Marks whose tests are left out where they cannot run or were not asked for, and how to run them.
+# Marks of tests that are left out if they cannot run or were not requested, and how to run them.
 _LEFT_OUT = {
     "gpu": "that need a CUDA device; run them on a machine with one by `make test-gpu`",
     "slow": "that take minutes; run them by `python -m pytest --slow`",
@@ -60,19 +60,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes over what a worker of pytest-xdist left out; every worker collects the same tests."""
+    """Takes the counts of left-out tests from a pytest-xdist worker; all workers collect the same tests."""
     node.config.stash[_COUNTS] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line for the tests that need a GPU, and one for the slow ones, in place of a skip for each."""
+    """One line for all tests that need a GPU and one for all slow tests, instead of a skip for each."""
     for mark, count in sorted(config.stash.get(_COUNTS, Counter()).items()):
         terminalreporter.write_line(f"not run: {count} tests {_LEFT_OUT[mark]}")
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers for every test, whatever ran before it."""
+    """The same random numbers in every test, regardless of the order of the tests."""
     torch.manual_seed(0)
 
 
@@ -88,7 +88,7 @@ def _poisoned(make):
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN (integers: their largest value), so that reading it shows."""
+    """Fills uninitialised memory with NaN (integers: the largest value), so that reading it is noticed."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
@@ -96,7 +96,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fills uninitialised memory with NaN (the largest integer), on any device and inside torch as well."""
+    """Fills uninitialised memory with NaN (integers: the largest value), on any device, also inside torch."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,7 +1,7 @@
-"""Inputs, expectations and comparisons that the operator tests share.
+"""Inputs, expected values and comparisons shared by the operator tests.
 
-Comparisons follow one rule: choices are compared by the gate scores at the chosen blocks, attention and
-gradients under the same choice, and errors against those of plain torch attention in the same precision.
+Choices are compared by the gate scores of the chosen blocks, attention and gradients under the same choice,
+and errors with those of plain torch attention in the same precision.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_hf.config import LayerConfig
+from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import accumulate_dtype, default_scale
-from moba_hf.op.ops import attention, check_tensors
+from moba_hf.op.ops import attention
 from moba_hf.op.reference import attend_ref, block_mean_ref, gate_ref, select_blocks_ref
 from moba_hf.op.sequences import Sequences, batched_table
 
-# Scores that differ by less than this, relative to the largest, may be ordered either way.
+# Scores that differ by less than this, relative to the largest, may come in either order.
 SCORE_TIE = 2.0**-15
 
 
@@ -31,7 +32,7 @@ class Case:
     """One packed input: sequence lengths, heads, dims, dtype, and the rule.
 
     Attributes:
-        q_lens, kv_lens: tokens of each sequence; queries stand at the end of their keys.
+        q_lens, kv_lens: tokens of each sequence; queries are at the end of their keys.
         rule: `block_size`, `topk`, `sink_blocks`, `local_blocks`.
     """
 
@@ -45,7 +46,7 @@ class Case:
     rule: dict[str, int]
 
     def tensors(self, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed q, k, v from a standard normal, the same at every call."""
+        """Packed q, k, v from a standard normal distribution, the same in every call."""
         generator = torch.Generator().manual_seed(0)
         total_q, total_k = sum(self.q_lens), sum(self.kv_lens)
         num_heads = self.group_size * self.num_kv_heads
@@ -65,7 +66,7 @@ class Case:
 
     @cached_property
     def choice(self) -> Tensor:
-        """What the reference chooses, each sequence alone, `(total_q, num_heads, topk)`."""
+        """The reference's choice `(total_q, num_heads, topk)`, each sequence on its own."""
         q, k, _ = self.tensors()
         result = torch.full((q.shape[0], q.shape[1], self.rule["topk"]), -1, dtype=torch.int32)
         for at, (queries, keys) in self.sequences(q, k):
@@ -73,7 +74,7 @@ class Case:
         return result
 
     def sequences(self, q: Tensor, *kv: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Per non-empty sequence: its queries' slice, and its parts of the tensors."""
+        """For each non-empty sequence, the slice of its queries and its parts of the tensors."""
         q_at = k_at = 0
         for q_len, kv_len in zip(self.q_lens, self.kv_lens, strict=True):
             if q_len:
@@ -95,7 +96,7 @@ def cumulative(lengths: Sequence[int]) -> Tensor:
 
 
 def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
-    """A short list of combinations in which every two values of two factors meet; greedy, deterministic."""
+    """A short list of combinations that contains every pair of values of two factors; deterministic."""
     names = list(factors)
     open_pairs = {
         ((a, i), (b, j))
@@ -115,12 +116,12 @@ def _pairs(names: list[str], row: tuple[int, ...]) -> set[tuple[tuple[str, int],
     return set(combinations(zip(names, row, strict=True), 2))
 
 
-# Tokens that give each block size several blocks, an incomplete last one, and a fast reference.
+# Lengths with several blocks of each size, an incomplete last one, and a fast reference.
 _TOKENS = {1: 61, 7: 101, 64: 251, 100: 333, 512: 1031}
 
 
 def grid() -> list[Case]:
-    """Block sizes, topk, grouping, lengths, forced blocks, dims and dtypes, every two values together."""
+    """All pairs of block sizes, topk, grouping, lengths, kept blocks, dims and dtypes."""
     rows = pairwise(
         block_size=(1, 7, 64, 100, 512),
         topk=(1, 2, 3, 8, "all"),
@@ -167,7 +168,7 @@ def batched_moba_attention(
     block_means: Tensor | None = None,
     **rule: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` over one sequence per batch row, from the limits of each row and the rule's keywords."""
+    """`attention` over one sequence per batch row, given the limits of each row and the rule as keywords."""
     check_tensors(q, k, v)
     limits = (kv_start, kv_end, q_offset)
     table = batched_table(q.shape[0], q.shape[2], k.shape[2], q.device, *limits)
@@ -186,7 +187,7 @@ def batched_moba_attention(
 def packed_attend_ref(
     case: Case, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reference output and lse under a given choice, each sequence alone."""
+    """The reference's output and lse under a given choice, each sequence on its own."""
     outs, lses = [], []
     for at, parts in case.sequences(q, k, v):
         block_size = case.rule["block_size"]
@@ -216,10 +217,10 @@ def chosen_keys(choice: Tensor, q_len: int, kv_len: int, block_size: int) -> Ten
 
 
 def assert_choice(case: Case, choice: Tensor) -> None:
-    """`choice` is valid and takes the blocks of the reference, up to scores that tie.
+    """`choice` is valid and equals that of the reference, up to ties.
 
-    Every query has its own block first, then distinct earlier blocks with the forced ones among them, `topk`
-    or all that there are, then -1; the scores of the others are those that the reference takes.
+    Every query has its own block first, then distinct earlier blocks, the kept ones included (`topk` in all,
+    or as many as exist), then -1. The scores of the chosen blocks equal those of the reference's blocks.
     """
     q, k, _ = case.tensors()
     block_size, topk = case.rule["block_size"], case.rule["topk"]
@@ -249,7 +250,7 @@ def assert_choice(case: Case, choice: Tensor) -> None:
 
 
 def _scores_at(scores: Tensor, choice: Tensor, own: Tensor) -> Tensor:
-    """Sorted scores of the chosen earlier blocks; 0 stands for the own block and for none."""
+    """Sorted scores of the chosen earlier blocks; 0 for the own block and for empty slots."""
     earlier = (choice >= 0) & (choice < own[:, None, None])
     gathered = scores.gather(2, choice.clamp(0, scores.shape[2] - 1))
     return gathered.masked_fill(~earlier, 0.0).sort(2).values
@@ -266,8 +267,8 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "output") -> None:
     """The error is at most twice that of plain attention in the same dtype, plus rounding.
 
-    Rounding is one step of the dtype at the largest value, and a few of the dtype that sums are held in:
-    plain attention may be exact by luck, as where a query attends one key only.
+    Rounding is one step of the dtype at the largest value, plus a few steps of the accumulation dtype. It is
+    needed because plain attention may be exact by luck, for example if a query attends a single key.
     """
     assert actual.shape == exact.shape, what
     assert actual.dtype == plain.dtype, what

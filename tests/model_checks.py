@@ -1,4 +1,4 @@
-"""Tiny models in memory, what their attention layers were given, and the answer computed by hand."""
+"""Tiny models in memory, the inputs of their attention layers, and the expected outputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moba_hf.op.reference import moba_attention_ref
 
 SMALL = MobaConfig(block_size=8, topk=2)
 COVERING = MobaConfig(block_size=8, topk=100)
-LENGTH = 50  # six complete blocks of 8 and a rest
+LENGTH = 50  # six complete blocks of 8, and an incomplete one
 
 
 def tiny_config(model_type: str, moba: MobaConfig | None = SMALL, **values: Any) -> Any:
-    """A config of three layers; weights are drawn wide, so that the choice of blocks changes the logits."""
+    """A config with three layers and large random weights, so that the choice affects the logits."""
     settings = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -59,12 +59,12 @@ def tiny_model(
 
 
 def tokens(*shape: int) -> Tensor:
-    """Random ids, none of them special."""
+    """Random ids without special tokens."""
     return torch.randint(2, 96, shape, generator=torch.Generator().manual_seed(1))
 
 
 def with_rule(model: Any, moba: MobaConfig) -> Any:
-    """The same model under other settings."""
+    """The same model with other settings."""
     model.config.moba = moba.to_dict()
     return model
 
@@ -84,7 +84,7 @@ def sdpa_logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Equal to fp32 rounding, relative to the largest value; NaN never."""
+    """Equal up to fp32 rounding relative to the largest value; never true for NaN."""
     if actual.shape != expected.shape:
         return False
     difference = (actual - expected).abs().max()
@@ -104,7 +104,7 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Call:
-    """One call of the attention function: the layer, what it was given, what it returned."""
+    """One call of the attention function: the layer, its inputs and its output."""
 
     layer_idx: int
     query: Tensor
@@ -133,11 +133,11 @@ def captured() -> Iterator[list[Call]]:
 
 
 def by_hand(call: Call, rule: Any, spans: list[tuple[int, int]]) -> Tensor:
-    """What the reference makes of a call, padding rows zero.
+    """The reference's output for a call, with zeros for padding rows.
 
     Args:
-        rule: of the layer, or None for full attention.
-        spans: per batch row, the key slots that hold its tokens; queries stand at the last slots.
+        rule: the layer's rule, or None for full attention.
+        spans: per batch row, the key slots that hold its tokens; queries are in the last slots.
     """
     offset = call.key.shape[2] - call.query.shape[2]
     result = torch.zeros_like(call.out)

@@ -1,4 +1,4 @@
-"""examples/ask_codebase.py on a tiny model: the same answers with and without the cache on disk."""
+"""examples/ask_codebase.py on a tiny model gives the same answers with and without the cache on disk."""
 
 from __future__ import annotations
 

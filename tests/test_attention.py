@@ -1,4 +1,4 @@
-"""What transformers calls, on Llama: refusals, stock calls, policy, training."""
+"""The attention function that transformers calls, on Llama: refusals, stock calls, policy, training."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
 # The span of one unpadded row.
 FULL = [(0, LENGTH)]
 
 
 class TestRefused:
-    """Whatever cannot be honoured raises and says what to do; nothing is silently ignored."""
+    """Unsupported input raises and says what to do; nothing is silently ignored."""
 
     def call(self, mask: torch.Tensor | None = None, q_len: int = 20, **kwargs: Any) -> torch.Tensor:
         module = tiny_model().model.layers[0].self_attn
@@ -49,13 +49,13 @@ class TestRefused:
             ({"s_aux": torch.zeros(4)}, "does not support attention sink parameters"),
             ({"sinks": torch.zeros(4)}, "does not support attention sink parameters"),
             ({"position_bias": torch.zeros(4)}, "does not support position biases"),
-            ({"indices": torch.zeros(4)}, "does not support a choice of keys made by the model itself"),
+            ({"indices": torch.zeros(4)}, "does not support keys chosen by the model itself"),
             ({"cache": object()}, "does not support the paged cache of continuous batching"),
             (
                 {"mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)},
-                "takes 2-D padding masks, got a custom mask",
+                "supports 2-D padding masks only, got a custom mask",
             ),
-            ({"mask": torch.zeros(1, 1, 20, 20)}, "takes 2-D padding masks, got a custom mask"),
+            ({"mask": torch.zeros(1, 1, 20, 20)}, "supports 2-D padding masks only, got a custom mask"),
             ({"q_len": 21}, r"more queries \(21\) than keys \(20\)"),
         ],
     )
@@ -156,7 +156,7 @@ class TestPolicy:
 
     @pytest.mark.parametrize("length", [40, 50])
     def test_a_mask_for_the_whole_prompt_may_be_given_with_each_chunk(self, length: int) -> None:
-        """Transformers reads a longer 2-D mask from its beginning."""
+        """transformers reads a longer 2-D mask from its beginning."""
         model = tiny_model()
         ids, mask = padded([tokens(length), tokens(33)], "left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -183,7 +183,7 @@ class TestPolicy:
         assert all((call.out[1] == 0).all() for call in calls)
 
     def test_nothing_of_the_size_of_the_queries_is_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The operator gets the tensors that the model made; its output goes back as the model needs it."""
+        """The operator gets the model's own tensors, and its output needs no copy for the model."""
         inner: list[tuple[Any, Any]] = []
         original = moba_hf.op.ops.attend_op
 

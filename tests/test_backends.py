@@ -1,4 +1,4 @@
-"""The backend that a model names is the one that runs, wherever one could run: also beside caches."""
+"""The backend named by a model is the one that runs everywhere, for caches too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from model_checks import tiny_model, tokens
 from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig, patch_model
+from moba_hf.hf import rows as rows_module
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import backends
 from moba_hf.op.backend_table import BACKENDS
@@ -17,14 +18,23 @@ from moba_hf.op.backends import PortableBackend
 from moba_hf.op.dense import dense_attention
 from moba_hf.op.gates import block_mean
 from moba_hf.op.registry import Registry
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, batched_table
 
 ENTERED: list[str] = []
-EVERYTHING = {"select", "forward", "backward", "decode", "append", "update_means", "dense_decode"}
+EVERYTHING = {
+    "select",
+    "forward",
+    "backward",
+    "decode",
+    "append",
+    "update_means",
+    "dense_decode",
+    "row_bounds",
+}
 
 
 class SpyKernels:
-    """Kernels beside caches, in torch, that say that they ran."""
+    """Cache kernels in torch that record that they ran."""
 
     min_block_size, max_append_rows, max_dense_queries = 1, 1 << 20, 16
 
@@ -51,6 +61,15 @@ class SpyKernels:
             taken = block_mean(keys[row, :, begin : int(length)], block_size)
             means[row, :, : taken.shape[1]] = taken
 
+    def takes(self, device: torch.device) -> bool:
+        return True
+
+    def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        ENTERED.append("row_bounds")
+        start, count = given.int().argmax(1), given.sum(1)
+        table = batched_table(len(given), q_len, q_offset + q_len, given.device, start, start + count)
+        return table, start, torch.ones_like(start, dtype=torch.bool)
+
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -61,7 +80,7 @@ class SpyKernels:
 
 
 class SpyBackend(PortableBackend):
-    """The portable backend, saying which of its methods ran."""
+    """The portable backend, recording which of its methods ran."""
 
     cache = SpyKernels()
 
@@ -84,7 +103,8 @@ class SpyBackend(PortableBackend):
 
 @pytest.fixture(autouse=True)
 def spy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU."""
+    """A backend that "auto" prefers on the CPU, as it prefers Triton on a GPU, where no step reads a mask."""
+    monkeypatch.setattr(rows_module, "check_values", lambda x: False)
     monkeypatch.setattr(backends, "_loaded", Registry())
     monkeypatch.setitem(BACKENDS, "spy", f"{__name__}:SpyBackend")
     monkeypatch.setitem(backends._AUTO, "cpu", ("spy",))
@@ -92,7 +112,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything(backend: str) -> list[Tensor]:
-    """Training, packing, chunks, sparse and full decode steps, padded and not, over both kinds of cache."""
+    """Training, packing, chunks, sparse and full decode steps, padded and not, with both kinds of cache."""
     results = []
     for decode in ("sparse", "full"):
         config = MobaConfig(4, 2, full_attention_layers=(0,), decode=decode, backend=backend)

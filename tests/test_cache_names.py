@@ -1,4 +1,4 @@
-"""The cache argument under its two names, with every supported release of transformers."""
+"""The cache argument under both its names, with every supported release of transformers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from model_checks import tiny_model
-from transformers import GenerationMixin
+from transformers import GenerationMixin, cache_utils
 
 import moba_hf
 from moba_hf import MobaCache
-from moba_hf.hf import cache as cache_module
 from moba_hf.hf.cache_names import CACHE_NAMES, cache_kwargs, cache_of
 
 _PREPARE = "_prepare_cache_for_generation"
@@ -27,7 +26,7 @@ def model() -> Any:
 
 class TestNames:
     def test_by_the_signature_of_what_is_called(self) -> None:
-        """Remote code may keep to the old name under a new transformers; a wrapper keeps its signature."""
+        """Remote code may use the old name with a new transformers; a wrapper keeps its signature."""
 
         def old(ids: Any, past_key_values: Any = None) -> None: ...
 
@@ -42,7 +41,7 @@ class TestNames:
         assert cache_kwargs(wrapped, marker) == {"past_key_values": marker}
 
     def test_a_signature_that_takes_anything(self, model: Any) -> None:
-        """The name is then the one that a stock model's forward has."""
+        """Then the name is that of a stock model's forward."""
         [name] = cache_kwargs(model, None)
         assert cache_kwargs(lambda **kwargs: None, None) == {name: None}
         assert cache_kwargs(model.generate, None) == {name: None}
@@ -100,22 +99,22 @@ class TestPrefill:
 
 
 class TestUseMobaCache:
-    """The private method that it wraps may change: it then says so, and changes nothing."""
+    """If the private method that it wraps has changed, it raises and leaves everything as it was."""
 
     def test_without_the_method(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(GenerationMixin, _PREPARE)
-        self._refused("has no _prepare_cache_for_generation any more")
+        self._refused("no longer has _prepare_cache_for_generation")
 
     def test_with_other_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(GenerationMixin, _PREPARE, lambda self, generation_config, kwargs: None)
-        self._refused("takes no max_cache_length, model_kwargs any more")
+        self._refused("no longer takes max_cache_length, model_kwargs")
 
     @staticmethod
     def _refused(message: str) -> None:
-        before = dict(cache_module.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
+        before = dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
         with pytest.raises(RuntimeError, match=rf"{message}; .* transformers 5\.17 to 5\.24"):
             moba_hf.use_moba_cache()
-        assert before == cache_module.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+        assert before == cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
 
     def test_with_a_cache_made_elsewhere(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def prepare(
@@ -124,7 +123,7 @@ class TestUseMobaCache:
 
         monkeypatch.setattr(GenerationMixin, _PREPARE, prepare)
         ids = torch.randint(1, 90, (1, 20))
-        with moba_hf.use_moba_cache(), pytest.raises(RuntimeError, match="prepared no cache"):
+        with moba_hf.use_moba_cache(), pytest.raises(RuntimeError, match="cannot find the cache"):
             model.generate(ids, max_new_tokens=2)
-        with moba_hf.use_moba_cache():  # without a cache there is nothing to find
+        with moba_hf.use_moba_cache():  # without a cache nothing is checked
             model.generate(ids, max_new_tokens=2, use_cache=False)

@@ -1,4 +1,4 @@
-"""The command line: what it passes on, what it prints, and how it fails."""
+"""The command line: the arguments it passes on, its output, and how it fails."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs a command line in this process; gives exit code, stdout and stderr."""
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
 
     def run(*args: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -85,7 +85,7 @@ def test_convert_with_a_shared_choice(run, src: Path, tmp_path: Path) -> None:  
     assert "topk" not in out
     assert settings(dst) == expected
     shown = run("inspect", dst)[1]
-    assert "blocks of 8 shared by 16 queries, threshold 0.25, one in 4 chooses, all below 32" in shown
+    assert "blocks of 8 shared by 16 queries, threshold 0.25, one query in 4 scored, dense below 32" in shown
     assert "up to 100.0%" in shown
     capped = run("inspect", dst, "--block-size", "8", "--tile", "8", "--threshold", "0.5", "--topk", "9")[1]
     assert "blocks of 8 shared by 8 queries, threshold 0.5, at most 9" in capped
@@ -100,7 +100,16 @@ def test_dtype_is_passed_on(run, monkeypatch: pytest.MonkeyPatch) -> None:  # ty
 
     monkeypatch.setattr(convert, "convert_checkpoint", record)
     assert run("convert", "a.gguf", "b", "--preset", "fine", "--dtype", "bfloat16")[0] == 0
-    assert seen == {"overwrite": False, "link": False, "dtype": "bfloat16", "context": None}
+    command = seen.pop("command")
+    assert command == "moba-hf convert a.gguf b --preset fine --dtype bfloat16"
+    assert seen.pop("eval_results") is None
+    assert seen == {
+        "overwrite": False,
+        "link": False,
+        "dtype": "bfloat16",
+        "context": None,
+        "remote_code": False,
+    }
 
 
 def test_presets(run) -> None:  # type: ignore[no-untyped-def]
@@ -111,7 +120,7 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
     assert re.search(r"^paper-1m +4096 +12 +1 +- +0 +0 +mean +-3,-2,-1 +The setting of", out, re.MULTILINE)
     values = json.loads(run("presets", "--json")[1])
     assert list(values) == preset_names()
-    for name, preset in values.items():  # what a file leaves out has the value that MobaConfig gives it
+    for name, preset in values.items():  # settings left out of a file have MobaConfig's defaults
         config = MobaConfig.from_preset(name)
         assert {key: getattr(config, key) for key in preset["moba"] if key != "full_attention_layers"} == {
             key: value for key, value in preset["moba"].items() if key != "full_attention_layers"
@@ -121,8 +130,22 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
 
 def test_convert_without_settings_takes_the_default_and_says_so(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run("convert", src, tmp_path / "dst")
-    assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is taken\n")
+    assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is used\n")
     assert settings(tmp_path / "dst") == MobaConfig.from_preset("default")
+    assert "\nmoba-hf convert src dst --preset default\n" in (tmp_path / "dst" / "README.md").read_text()
+
+
+def test_convert_with_remote_code(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dst = tmp_path / "a dst"
+    code, out, err = run("convert", src, dst, *BLOCKS, "--full-attention-layers", "0,-1", "--remote-code")
+    assert (code, err) == (0, "")
+    assert "trust_remote_code=True" in out
+    card = (dst / "README.md").read_text()
+    command = "moba-hf convert src 'a dst' --block-size 8 --topk 2 --full-attention-layers 0,-1 --remote-code"
+    assert f"```bash\n{command}\n```" in card
+    assert str(tmp_path) not in card
+    assert run("verify", dst, "--source", src)[::2] == (0, "")
+    assert run("inspect", dst)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -191,14 +214,14 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         ((), "Missing command"),
         (("fly",), "No such command 'fly'"),
         (("convert",), "Missing argument"),
-        (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
+        (("convert", "SRC", "DST", "--topk", "2"), "pass --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--tile", "8"), "--preset excludes --tile"),
         (("convert", "SRC", "DST", *BLOCKS, "--tile", "8"), "or --tile, --block-size and --threshold"),
         (("convert", "SRC", "DST", *BLOCKS, "--threshold", "0.1"), "threshold=0.1 needs tile > 1"),
         (("convert", "SRC", "DST", *BLOCKS, "--sample", "2"), "sample=2 needs tile > 1"),
         (("convert", "SRC", "DST", *SHARED, "--sample", "3"), "sample=3 must divide tile=16"),
-        (("convert", "SRC", "DST", *SHARED, "--gate", "mean"), "shares a choice by mass"),
+        (("convert", "SRC", "DST", *SHARED, "--gate", "mean"), "needs gate='mass'"),
         (("inspect", "SRC", *SHARED, "--dense-below", "8"), "dense_below=8 must be a multiple of tile=16"),
         (("eval", "SRC", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),
         (("generate", "SRC", "--prompt", "a", *SHARED, "--sample", "0"), "sample must be at least 1, got 0"),
@@ -223,6 +246,7 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         (("convert", "SRC", "DST", *BLOCKS, "--dtype", "float16"), "dtype is for GGUF"),
         (("convert", "SRC", "DST", *BLOCKS, "--fast"), "No such option"),
         (("convert", "SRC/none", "DST", *BLOCKS), "no such file or folder"),
+        (("convert", "SRC", "DST", *BLOCKS, "--eval-results", "SRC/none.json"), "none.json: no such file"),
         (("convert", "SRC", "SRC", *BLOCKS), "is the source itself"),
         (("verify", "SRC"), "Missing option '--source'"),
         (("verify", "DST", "--source", "SRC"), "no such folder"),
@@ -251,7 +275,14 @@ def test_errors_are_one_line(run, args, message: str, src: Path, tmp_path: Path)
 def test_verify_fails_on_a_flipped_byte(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     dst = tmp_path / "dst"
     run("convert", src, dst, *BLOCKS)
+    values = json.loads(run("verify", dst, "--source", src, "--json")[1])
+    assert values["passed"]
+    assert [check["name"] for check in values["checks"]] == ["config", "weights", "files", "load", "logits"]
     flip(dst / "model.safetensors", -1)
+    code, out, err = run("verify", dst, "--source", src, "--json")
+    values = json.loads(out)
+    assert (code, values["passed"], values["checks"][-1]["passed"]) == (2, False, False)
+    assert values["checks"][-1]["detail"] in err
     code, out, err = run("verify", dst, "--source", src)
     assert code == 2
     assert out.startswith("ok      config")
@@ -288,12 +319,23 @@ def test_failures_under_way(  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("green", [True, False])
 def test_bench_passes_its_options_on(run, green: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     seen: list[bench.Options] = []
-    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or green)
+    outcome = bench.Outcome(() if green else ("wrong",), "a machine", ({"row": "1M-4096/12", "ms": 2.5},))
+    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or print("rows") or outcome)
     flags = ("--no-stages", "--no-dense", "--flash", "--tiny", "--workspace", "2", "--dense-limit", "9")
     rows = ("--rows", "1M-4096/12", "--rows", "1M-16384/3")
     code, out, err = run("bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags)
-    assert (code, out, err) == (0 if green else 1, "", "")
-    assert seen == [
+    assert (code, out, err) == (0 if green else 1, "rows\n", "")
+    code, out, err = run(
+        "bench", *rows, "--repeats", "3", "--figure", "paper", "--out", "x", *flags, "--json"
+    )
+    assert (code, err) == (0 if green else 1, "rows\n")
+    assert json.loads(out) == {
+        "green": green,
+        "problems": [] if green else ["wrong"],
+        "machine": "a machine",
+        "results": [{"row": "1M-4096/12", "ms": 2.5}],
+    }
+    assert seen == 2 * [
         bench.Options(
             rows=["1M-4096/12", "1M-16384/3"],
             figure="paper",
@@ -319,7 +361,7 @@ def test_as_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 4.0])
 def test_an_interrupt_is_quiet_from_the_start(seconds: float, tmp_path: Path) -> None:
-    """Importing takes seconds, and must not end in a traceback."""
+    """Importing takes seconds; an interrupt during it must not print a traceback."""
     program = "import sys; print(flush=True); import moba_hf_cli; moba_hf_cli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "convert", "nowhere", str(tmp_path / "dst"), *BLOCKS],

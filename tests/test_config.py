@@ -182,13 +182,13 @@ class TestLayers:
         assert rules == [LayerConfig(64, 4, 1, 0), LayerConfig(64, 9, 1, 0), LayerConfig(16, 4, 0, 0)]
 
     def test_key_budget(self) -> None:
-        """Mean over layers of min(1, topk * block_size / length), a full layer counting 1."""
+        """Mean over layers of min(1, topk * block_size / length); a full-attention layer counts as 1."""
         assert make().key_budget(1024, 2) == 256 / 1024
         assert make().key_budget(100, 2) == 1.0
         assert make(full_attention_layers=[-1]).key_budget(1024, 4) == (3 * 0.25 + 1) / 4
         assert make(layers={0: {"topk": 8}}).key_budget(1024, 2) == (0.5 + 0.25) / 2
 
-    def test_key_budget_of_nothing(self) -> None:
+    def test_key_budget_at_length_zero(self) -> None:
         with pytest.raises(ValueError, match="length must be at least 1, got 0"):
             make().key_budget(0, 2)
 
@@ -234,7 +234,7 @@ class TestPresets:
             MobaConfig.from_preset(name)
 
 
-def test_scaled_keeps_the_key_budget_and_what_is_forced() -> None:
+def test_scaled_keeps_the_key_budget_and_the_kept_blocks() -> None:
     config = MobaConfig(
         32,
         64,

@@ -1,4 +1,4 @@
-"""Longer contexts: the frequencies that transformers reads back from what was written."""
+"""Longer contexts: the rotary frequencies that transformers computes from the written config."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def source(rope: dict[str, Any] | None = None) -> Any:
 
 
 def written(given: Any, wanted: ContextLength, folder: Path) -> Any:
-    """The extended config, read back from a file."""
+    """The extended config, written to a file and read back."""
     values = with_context_length(json.loads(given.to_json_string(use_diff=False)), given, wanted)
     (folder / "config.json").write_text(json.dumps(values))
     return AutoConfig.from_pretrained(folder)
@@ -60,7 +60,7 @@ class TestRoundTrip:
         torch.testing.assert_close(
             frequencies(found), expected ** (-torch.arange(0, DIM, 2).double() / DIM), rtol=1e-6, atol=0
         )
-        if theta is None:  # the slowest pair is slowed as much as interpolation would
+        if theta is None:  # the slowest pair slows down as much as under interpolation
             torch.testing.assert_close(frequencies(found)[-1], PLAIN[-1] / 4, rtol=1e-6, atol=0)
         assert found.max_position_embeddings == 1024
 
@@ -89,14 +89,14 @@ class TestRoundTrip:
             frequencies(found), frequencies(source({**LLAMA3, "rope_theta": 1e6})), rtol=1e-6, atol=0
         )
 
-    def test_twice_is_once(self, tmp_path: Path) -> None:
+    def test_extending_twice_equals_extending_once(self, tmp_path: Path) -> None:
         for rope in ("linear", "yarn"):
             half = written(source(), ContextLength(512, rope), tmp_path)
             whole = written(half, ContextLength(1024, rope, rescale=True), tmp_path)
             at_once = written(source(), ContextLength(1024, rope), tmp_path)
             assert torch.equal(frequencies(whole), frequencies(at_once))
 
-    def test_earlier_names_say_the_same(self, tmp_path: Path) -> None:
+    def test_older_names_have_the_same_values(self, tmp_path: Path) -> None:
         for rope in ("theta", "linear", "yarn"):
             given = source()
             values = with_context_length(
@@ -130,11 +130,11 @@ class TestRefused:
         ("rope", "wanted", "message"),
         [
             (None, ContextLength(OLD), "context_length=256 is not above the 256 tokens"),
-            (LLAMA3, ContextLength(1024), "scaled already .*llama3.* pass rescale"),
+            (LLAMA3, ContextLength(1024), "already scaled .*llama3.* pass rescale"),
             (
                 LLAMA3,
                 ContextLength(1024, "yarn", rescale=True),
-                "'yarn' cannot be laid over rope_type 'llama3'",
+                "'yarn' cannot be combined with rope_type 'llama3'",
             ),
         ],
     )
@@ -152,7 +152,7 @@ class TestRefused:
         ("values", "message"),
         [
             ({"rope": "ntk"}, "rope must be one of"),
-            ({"rope": "yarn", "theta": 1e6}, "goes with"),
+            ({"rope": "yarn", "theta": 1e6}, "needs rope="),
             ({"theta": 0.0}, "must be positive"),
         ],
     )
@@ -175,7 +175,7 @@ def test_convert_writes_it_and_verify_knows(wanted: ContextLength, tmp_path: Pat
     shown = describe(inspect_checkpoint(made))
     assert f"context: {wanted.length:,} tokens" in shown
     assert f"rope_type {read.rope_parameters['rope_type']}" in shown
-    edit_json(made / "config.json", max_position_embeddings=wanted.length + 1)  # not what was recorded
+    edit_json(made / "config.json", max_position_embeddings=wanted.length + 1)  # differs from the record
     assert not verify_checkpoint(made, model).passed
     with pytest.raises(ValueError, match=f"context_length={OLD} is not above"):
         convert_checkpoint(model, tmp_path / "other", MobaConfig(8, 2), context=ContextLength(OLD))
@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = ["convert", str(model), str(tmp_path / "made"), "--block-size", "8", "--topk", "2"]
     result = CliRunner().invoke(app, [*command, "--context-length", "1024", "--rope-theta", "5e4"])
     assert result.exit_code == 0, result.output
-    assert "Context 1,024 tokens by theta" in result.output
+    assert "Context extended to 1,024 tokens (theta)" in result.output
     assert AutoConfig.from_pretrained(tmp_path / "made").rope_parameters["rope_theta"] == 5e4
     other = [*command[:2], str(tmp_path / "other"), *command[3:], "--rope", "yarn"]
     assert CliRunner().invoke(app, other).exit_code != 0

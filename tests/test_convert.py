@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: what is written, what is refused, and that nothing is ever left behind."""
+"""Conversion of checkpoints: what is written, what is refused, and that no temporary files remain."""
 
 import errno
 import json
@@ -38,13 +38,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def src(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the tiny checkpoint to damage."""
     return Path(shutil.copytree(tiny, tmp_path / "src"))
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """The folder that targets are made in: what is left behind would be here."""
+    """The parent folder of all targets, where leftover files would be."""
     path = tmp_path / "out"
     path.mkdir()
     return path
@@ -71,6 +71,7 @@ def test_copies_bytes_and_changes_only_the_config(src: Path, out: Path) -> None:
     record = json.loads(after.pop("moba_hf.json"))
     assert "import moba_hf" in record["about"]
     assert set(record["files"]) == {*after, "config.json", "moba_hf.json"}
+    assert after.pop("README.md")
     assert record["left_out"] == [".cache", ".git"]
     assert after == {name: data for name, data in before.items() if not name.startswith((".git", ".cache"))}
     assert len(list(made.glob("*.safetensors"))) > 1
@@ -185,7 +186,7 @@ def test_keeps_permissions_and_empty_folders(src: Path, out: Path) -> None:
         return {str(p.relative_to(folder)): p.stat().st_mode for p in [folder, *folder.rglob("*")]}
 
     after = modes(made)
-    del after["moba_hf.json"]
+    del after["moba_hf.json"], after["README.md"]
     assert after == modes(src)
 
 
@@ -208,7 +209,7 @@ def test_links_of_a_hub_cache_become_files(src: Path, out: Path, tmp_path: Path)
         made = convert_checkpoint(cache, out / f"dst{link}", MOBA, link=link)
         assert not any(path.is_symlink() for path in made.iterdir())
         before, after = snapshot(cache), snapshot(made)
-        assert after.keys() == {*before, "moba_hf.json"}
+        assert after.keys() == {*before, "moba_hf.json", "README.md"}
         assert all(after[name] == before[name] for name in before if name != "config.json")
 
 
@@ -275,7 +276,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_refuses_a_source_that_changes_meanwhile(
     name: str, when: str, link: bool, src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last shard and the index change before or after they are copied."""
+    """The last shard or the index changes before or after it is copied."""
     copy = folders.copy_file
     for victim in (max(src.glob("*.safetensors")), src / INDEX):
         kept = victim.read_bytes()
@@ -306,7 +307,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def only(src: Path, name: str) -> None:
-    """Leaves the config and an empty file of this name."""
+    """Leaves only the config and an empty file with this name."""
     for path in [*src.glob("*.safetensors"), src / INDEX]:
         path.unlink()
     (src / name).touch()
@@ -319,7 +320,7 @@ def redirect(src: Path, shard: str) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda s: (s / "config.json").unlink(), r"src: holds no config\.json"),
+    "no config": (lambda s: (s / "config.json").unlink(), r"src: contains no config\.json"),
     "config not json": (lambda s: (s / "config.json").write_text("{"), r"config\.json: not valid JSON"),
     "config not utf-8": (
         lambda s: (s / "config.json").write_bytes(b"{\xff}"),
@@ -328,7 +329,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config a list": (lambda s: (s / "config.json").write_text("[]"), r"config\.json: not a JSON object"),
     "no model_type": (
         lambda s: edit_json(s / "config.json", model_type=None),
-        r"config\.json: names no model_type",
+        r"config\.json: has no model_type",
     ),
     "unknown model_type": (lambda s: edit_json(s / "config.json", model_type="hal9000"), r"'hal9000'.*llama"),
     "wrong value": (
@@ -358,7 +359,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index drive": (lambda s: redirect(s, "C:x"), r"index\.json: names 'C:x', .*outside"),
     "index wrong": (
         lambda s: redirect(s, first_shard(s).name),
-        r"model-00001-of-\d+\.safetensors: holds no tensor 'lm_head\.weight'",
+        r"model-00001-of-\d+\.safetensors: contains no tensor 'lm_head\.weight'",
     ),
     "weights file outside": (
         lambda s: edit_json(s / "config.json", transformers_weights="../x.safetensors"),
@@ -366,11 +367,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no index": (
         lambda s: (s / INDEX).unlink(),
-        r"src: holds model-00001.*no model\.safetensors\.index\.json",
+        r"src: contains model-00001.*no model.safetensors or model\.safetensors\.index\.json",
     ),
-    "pytorch weights": (lambda s: only(s, "pytorch_model.bin"), r"holds pytorch_model\.bin.*save_pretrained"),
-    "gguf inside": (lambda s: only(s, "m.gguf"), r"pass it itself: .*m\.gguf"),
-    "no weights": (lambda s: only(s, "README.md"), r"src: holds no weights"),
+    "pytorch weights": (
+        lambda s: only(s, "pytorch_model.bin"),
+        r"contains pytorch_model\.bin.*save_pretrained",
+    ),
+    "gguf inside": (lambda s: only(s, "m.gguf"), r"pass its path: .*m\.gguf"),
+    "no weights": (lambda s: only(s, "README.md"), r"src: contains no weights"),
     "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
     "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
     "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
@@ -387,7 +391,7 @@ def test_refuses_a_bad_source(name: str, src: Path, out: Path) -> None:
     assert os.listdir(out) == []
 
 
-def test_refuses_sources_that_are_no_folder(src: Path, out: Path) -> None:
+def test_refuses_sources_that_are_not_folders(src: Path, out: Path) -> None:
     for path, message in (
         (src / "nowhere", "no such file or folder"),
         (first_shard(src), "pass their folder"),
@@ -422,9 +426,9 @@ def test_refuses_a_bad_target(src: Path, out: Path) -> None:
         (out / "file" / "new" / "dst", False, "out/file: is not a folder"),
         (src, True, "is the source itself"),
         (src / ".." / "src", True, "is the source itself"),
-        (src / "dst", False, "lies inside the source"),
-        (src.parent, True, "holds the source"),
-        (Path("/"), True, "holds the source"),
+        (src / "dst", False, "is inside the source"),
+        (src.parent, True, "contains the source"),
+        (Path("/"), True, "contains the source"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(src, target, MOBA, overwrite=overwrite)
@@ -479,11 +483,11 @@ def add_checkpoint(made: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_git, r"holds a \.git"),
-        (add_checkpoint, "holds another checkpoint .other/deep."),
-        (lambda made: (made / "config.json").write_text("{}"), "no model's"),
+        (add_git, r"contains a \.git"),
+        (add_checkpoint, "contains another checkpoint .other/deep."),
+        (lambda made: (made / "config.json").write_text("{}"), "not of a model"),
         (lambda made: (made / "config.json").write_text("{"), "no readable config.json"),
-        (lambda made: (made / "config.json").unlink(), "holds no config.json"),
+        (lambda made: (made / "config.json").unlink(), "contains no config.json"),
     ],
 )
 def test_overwrites_checkpoints_only(
@@ -506,7 +510,7 @@ def test_overwrites_a_conversion_of_a_nested_source(src: Path, out: Path) -> Non
     made = convert_checkpoint(src, out / "dst", MOBA)
     convert_checkpoint(src, made, OTHER, overwrite=True)
     (made / "pooling" / "mine").touch()
-    with pytest.raises(ValueError, match="holds another checkpoint"):
+    with pytest.raises(ValueError, match="contains another checkpoint"):
         convert_checkpoint(src, made, MOBA, overwrite=True)
 
 

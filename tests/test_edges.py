@@ -1,4 +1,4 @@
-"""Edges of the operator: scores and values that are not finite, huge settings, odd kinds of tensors."""
+"""Edge cases of the operator: non-finite scores and values, huge settings, unusual kinds of tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from moba_hf import MobaConfig, moba_attention, patch_model, prefill, select_blocks, use_moba_cache
-from moba_hf.hf.cache import MobaLayer
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.dynamic_layer import MobaLayer
 from moba_hf.op.numerics import full_precision
 from moba_hf.op.ops import attention
 from moba_hf.op.reference import attend_ref, select_blocks_ref
@@ -64,7 +64,7 @@ class TestNotFinite:
             assert sorted(choice[19, 0].tolist()) == [-1, -1, -1, -1, 0, 1, 2, 3, 4]
         # a decode step follows the same rule
         v = torch.arange(20.0, dtype=dtype)[:, None, None].expand(20, 1, 8).contiguous()
-        k = torch.where(k.isfinite(), k, 0.0)  # the choice is compared, not what it attends
+        k = torch.where(k.isfinite(), k, 0.0)  # only the choice is compared, not the output
         step = batched_moba_attention(
             q[None, 19:].transpose(1, 2), k[None].transpose(1, 2), v[None].transpose(1, 2), **rule
         )
@@ -263,7 +263,7 @@ class TestNotFiniteUnderASharedChoice:
 
 
 class TestHugeSettings:
-    """Cost follows the sequences; results are those of settings that just cover them."""
+    """The cost depends on the sequences, and results equal those of settings that just cover them."""
 
     @pytest.mark.parametrize(
         ("huge", "same"),
@@ -347,12 +347,12 @@ class TestHugeSettings:
         expected = select_blocks_ref(q, k, block_size=4, topk=1000)
         assert torch.equal(choice.sort(2).values, expected.sort(2).values)
         with pytest.raises(
-            ValueError, match=r"topk=1000000000 makes a choice of 522 GiB for 70 queries and 2 "
+            ValueError, match=r"with topk=1000000000 the choice takes 522 GiB for 70 queries and 2 "
         ):
             select_blocks(q, k, block_size=4, topk=10**9)
 
     def test_short_sequences_beside_a_long_one(self) -> None:
-        """Seconds before: a document of ten tokens cost a block of 1,024."""
+        """A document of ten tokens must not cost as much as a block of 1,024."""
         lengths = [10] * 200 + [1500]
         inputs, cu = qkv(sum(lengths)), cumulative([10] * 200 + [1500])
         times = []
@@ -394,7 +394,7 @@ class TestKindsOfTensors:
 
     @pytest.mark.filterwarnings(
         "ignore:.torch.jit:DeprecationWarning"
-    )  # torch's own, at its first dual number
+    )  # a warning of torch at its first dual number
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_forward_mode(self, which: int) -> None:
         inputs = qkv(dtype=torch.float64)
@@ -449,7 +449,7 @@ class TestModels:
             {"cu_seq_lens_q": torch.tensor([0, 10, 24], dtype=torch.int32, device="meta")} if packed else {}
         )
         ids = torch.zeros(1, 24, dtype=torch.long, device="meta")
-        # without a cache transformers itself looks at position ids
+        # without a cache, transformers itself inspects position ids
         assert model(ids, **given).logits.shape[:2] == (1, 24)
 
     @pytest.mark.filterwarnings("ignore")
@@ -472,7 +472,7 @@ class TestModels:
 
     @pytest.mark.parametrize("padded", [False, True])
     def test_a_module_that_is_not_causal(self, padded: bool) -> None:
-        """It gets what transformers' own implementation makes of it."""
+        """It gets the result of transformers' own implementation."""
         model = tiny_model("llama", MobaConfig(4, 2))
         ids = torch.randint(0, 50, (2, 24))
         mask = torch.ones_like(ids)
@@ -485,7 +485,7 @@ class TestModels:
 
 
 class TestPrecisionOfOneThread:
-    """Scores are exact under any setting, and no setting of the process is touched."""
+    """Scores are exact under any setting, and no process-wide setting is changed."""
 
     def test_nothing_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         written = []
@@ -573,7 +573,7 @@ ROPE = {
 
 
 class TestPrefillOfRotaryEmbeddings:
-    """Frequencies that depend on the length are those of the whole prompt, in every chunk."""
+    """Length-dependent frequencies are those of the whole prompt in every chunk."""
 
     def model(self, kind: str) -> Any:
         sizes = {"max_position_embeddings": 32 if kind == "dynamic" else 128}
@@ -605,7 +605,7 @@ class TestPrefillOfRotaryEmbeddings:
         cache = prefill(model, ids[:, :21], dense_tail=0, progress=False)
         prefill(model, ids[:, :30], cache=cache, dense_tail=0, progress=False)
         with pytest.raises(
-            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the cache holds 29 tokens'
+            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the 29 tokens in the cache'
         ):
             prefill(model, ids, cache=cache, dense_tail=0, progress=False)
 
@@ -619,7 +619,7 @@ class TestDefaultCache:
         for i in order:
             assert tables[0]["full_attention"] is MobaLayer
             uses[i].undo()
-            uses[i].undo()  # a second time is nothing
+            uses[i].undo()  # undoing twice has no effect
         assert ([dict(x) for x in tables], GenerationMixin._prepare_cache_for_generation) == before
 
     def test_what_others_replaced_since_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""Backend "flash_attn" over stand-ins in plain torch with the public signatures of flash-attn 2 and 4.
+"""Backend "flash_attn" with stand-ins in plain torch that have the public signatures of flash-attn 2 and 4.
 
-On a GPU with one of the packages the same cases run on the real functions.
+On a GPU with one of the packages installed, the same cases run on the real functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES = {
 def segments(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, mq: int, mk: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a varlen function computes, segment by segment, in fp32; rows of no segment are NaN."""
+    """The result of a varlen function, segment by segment, in fp32; rows outside all segments are NaN."""
     assert q.shape[2] == k.shape[2] == v.shape[2] <= 256
     assert q.shape[2] % 8 == 0
     assert q.dtype in (torch.float16, torch.bfloat16)
@@ -129,7 +129,7 @@ def flash_4(
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
-    """Makes it seem that flash-attn 2, 4 or none is installed, and that it runs on CPU tensors."""
+    """Pretends that flash-attn 2, 4 or neither is installed, and that it runs on CPU tensors."""
     monkeypatch.delattr(backends._loaded, "flash_attn", raising=False)
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
@@ -241,7 +241,7 @@ def test_empty_inputs() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case([(20, 60)], dtype=torch.float16)
     assert backends.choose_backend("flash_attn", case.q, case.k, case.v, LayerConfig(1, 3)) == "flash_attn"
     with pytest.raises(ValueError, match="bf16 and fp16, not"):

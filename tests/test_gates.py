@@ -1,4 +1,4 @@
-"""The mass gate: its scores against brute force, its path against its reference, its place in a model."""
+"""The mass gate: its scores against brute force, its fast path against the reference, its use in a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_blocks_of_one_key_are_scored_exactly() -> None:
     scores = MassSummary(k.transpose(0, 1), 1, 0.25).scores(q.transpose(0, 1), 30)
     exact = torch.einsum("qhd,kd->hqk", q, k[:, 0]) * 0.25 + math.log(
         2
-    )  # the key counts as mean and as itself
+    )  # the key counts twice, as the mean and as the smallest key
     assert torch.allclose(scores, exact)
 
 
@@ -67,7 +67,7 @@ def test_portable_is_the_reference(
         assert torch.equal(*chosen)
         out = [moba_attention(q, k, v, **given, backend=b) for b in ("portable", "reference")]
         assert torch.allclose(*out)
-    if block_size > 1:  # else both gates rank keys by q . k
+    if block_size > 1:  # with block_size 1, both gates rank keys by q . k
         assert not torch.allclose(out[0], moba_attention(q, k, v, **rule, cu_seqlens_q=cu))
 
 
@@ -88,14 +88,14 @@ def test_what_follows_from_the_rule_holds() -> None:
 
 
 def test_a_hidden_sink_is_found_where_the_mean_misses_it() -> None:
-    """One key near zero that wins against keys which all point away, as in layers 3 to 10 of SmolLM2."""
+    """One key near zero wins against keys that all point away, as in layers 3 to 10 of SmolLM2."""
     torch.manual_seed(0)
     q = torch.randn(64, 1, 16) * 0.1 + 3
     k = torch.randn(64, 1, 16) * 0.1 - 3
     k[20] = 0.0
     rule = {"block_size": 8, "topk": 2}
     assert (select_blocks(q, k, **rule, gate="mass")[32:] == 2).any(2).all()
-    k[20:22] -= 0.5  # the mean of the block is no better than any other now
+    k[20:22] -= 0.5  # now the block's mean is no better than any other
     k[22] -= 4
     assert (select_blocks(q, k, **rule, gate="mass")[32:] == 2).any(2).all()
     assert not (select_blocks(q, k, **rule)[32:] == 2).any()
@@ -142,7 +142,7 @@ def test_low_precision_summaries_are_rounded_alike() -> None:
 
 @pytest.mark.parametrize("pairs", ["halves", "neighbours"])
 def test_scores_do_not_depend_on_where_positions_begin(pairs: str) -> None:
-    """Rotated by any common angle, queries and keys keep their scores, paired as the rotation pairs them."""
+    """Rotating queries and keys by a common angle keeps the scores, if pairs match those of the rotation."""
     q, k, _ = qkv(100, 4, 2, dtype=torch.float64)
     angle = torch.rand(8, dtype=torch.float64) * 6
 
@@ -170,7 +170,7 @@ def test_scores_do_not_depend_on_where_positions_begin(pairs: str) -> None:
 def test_a_model_chooses_alike_wherever_positions_begin(
     decode: str, pairs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where coordinates are paired as the model pairs them, and only there."""
+    """Holds only if coordinates are paired as in the model."""
     monkeypatch.setattr(LlamaAdapter, "rotary_pairs", pairs)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -178,7 +178,7 @@ def test_a_model_chooses_alike_wherever_positions_begin(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
-            parameter.data *= 6  # a choice that matters
+            parameter.data *= 6  # makes the choice matter
     ids = torch.randint(1, 90, (1, 150))
     with use_moba(model, MobaConfig(16, 3, gate="mass", decode=decode)), torch.no_grad():
         rows = []

@@ -43,7 +43,7 @@ def static(model: Any) -> MobaCache:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_generate_compiles_equals_eager(rule: str) -> None:
-    """fp32: transformers' own setting (reduce-overhead, CUDA graphs), 64 tokens of a left-padded batch."""
+    """fp32, transformers' own setting (reduce-overhead, CUDA graphs), 64 tokens of a left-padded batch."""
     model, ids = tiny(RULES[rule]).cuda(), tokens(2, 50).cuda()
     kwargs = {"input_ids": ids, "attention_mask": padded(ids)}
     expected = generate(model, DynamicCache(config=model.config), **kwargs)
@@ -58,7 +58,7 @@ def test_what_generate_compiles_equals_eager(rule: str) -> None:
 
 
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph: bool) -> torch.Tensor:
-    """64 greedy tokens of a static cache, each step run eagerly or replayed from one captured graph."""
+    """64 greedy tokens with a static cache, each step run eagerly or replayed from a captured graph."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(ids, attention_mask=mask, position_ids=positions, **cache_kwargs(model, cache)).logits
     token = logits[:, -1:].argmax(2)
@@ -82,7 +82,7 @@ def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             step()
-        for x, value in zip(state, before, strict=True):  # what was decoded is decoded again
+        for x, value in zip(state, before, strict=True):  # the same tokens are decoded again
             x.copy_(value)
         run = captured.replay
     found = [token.clone()]
@@ -95,7 +95,7 @@ def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph:
 @torch.no_grad()
 @pytest.mark.parametrize("rule", BF16_RULES)
 def test_triton_steps_in_a_graph_equal_eager(rule: str) -> None:
-    """bf16: 64 tokens of a left-padded batch, one graph replayed, token for token."""
+    """bf16, 64 tokens of a left-padded batch: replaying one graph gives the same tokens."""
     model, ids = tiny(BF16_RULES[rule]).cuda().bfloat16(), tokens(2, 50).cuda()
     mask = padded(ids)
     runs = [greedy(model, ids, mask, static(model), graph) for graph in (False, True)]
@@ -105,7 +105,7 @@ def test_triton_steps_in_a_graph_equal_eager(rule: str) -> None:
 
 @torch.no_grad()
 def test_a_static_cache_writes_what_a_dynamic_one_does() -> None:
-    """bf16, eager steps of one and of several tokens, by the kernel: layer 0 has seen the same matmuls."""
+    """bf16, eager steps of one and several tokens with the kernel; layer 0 gets identical inputs."""
     model, ids = tiny(BF16_RULES["sparse"]).cuda().bfloat16(), tokens(2, 90).cuda()
     caches = [MobaCache(model.config), static(model)]
     for begin, end in ((0, 50), *((i, i + 1) for i in range(50, 80)), (80, 84), (84, 90)):
@@ -120,7 +120,7 @@ def test_a_static_cache_writes_what_a_dynamic_one_does() -> None:
 
 
 def test_triton_steps_under_reduce_overhead() -> None:
-    """bf16 with fusion: the logits of 40 steps, fed the same tokens, within rounding of eager."""
+    """bf16 with fusion: over 40 steps with the same tokens, logits equal eager ones up to rounding."""
     model, ids = tiny(BF16_RULES["sparse"]).cuda().bfloat16(), tokens(1, 90).cuda()
     logits = []
     for mode in (None, "reduce-overhead"):
@@ -133,14 +133,14 @@ def test_triton_steps_under_reduce_overhead() -> None:
             )
             logits.append(torch.stack([row.float().clone() for row in steps]))
     error = (logits[0] - logits[1]).abs().amax((1, 2)) / logits[0].abs().amax()
-    assert error.median() < 2**-6  # a step may choose another block after another rounding
+    assert error.median() < 2**-6  # different rounding may change a step's choice
     assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", BF16_RULES)
 def test_offloading(rule: str, dtype: torch.dtype) -> None:
-    """Layers that wait on the CPU: the same tokens, and only what is in use on the GPU."""
+    """Offloading layers to the CPU gives the same tokens; only layers in use are on the GPU."""
     model, ids = tiny(BF16_RULES[rule]).cuda().to(dtype), tokens(2, 50).cuda()
     for kwargs in ({"attention_mask": padded(ids)}, {"num_beams": 2}, {"prefill_chunk_size": 20}):
         kept, away = MobaCache(model.config), MobaCache(model.config, offloading=True)
@@ -153,8 +153,8 @@ def test_offloading(rule: str, dtype: torch.dtype) -> None:
 
 
 def test_sparse_decode_rows_equal_prefill_rows() -> None:
-    """bf16 on Triton: the keys, and so the choices, of decode steps and of one call come from other matmul
-    shapes, so rows are compared where they must agree: most of them, within bf16 rounding."""
+    """bf16 on Triton: decode steps and one call use different matmul shapes, so keys and choices may differ.
+    Most rows must still agree within bf16 rounding."""
     rule = MobaConfig(16, 4, decode="sparse")
     model, ids = tiny(rule).cuda().bfloat16(), tokens(1, 250).cuda()
     with torch.no_grad():

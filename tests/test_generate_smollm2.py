@@ -1,4 +1,4 @@
-"""Every situation of generation on a real checkpoint, SmolLM2-135M in fp32 on real text: the same tokens."""
+"""All situations of generation with a real checkpoint, SmolLM2-135M in fp32, on real text: equal tokens."""
 
 import copy
 import importlib.util
@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig
 
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_of
+from moba_hf.hf.dynamic_layer import MobaLayer
+from moba_hf.hf.static_layer import MobaStaticLayer
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ def checkpoint() -> Any:
 
 @pytest.fixture(params=["full", "sparse"])
 def model(checkpoint: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A third of the keys at the end of the prompt, and fewer with every token."""
+    """MoBA attends a third of the keys at the end of the prompt, and a smaller share with every new token."""
     rule = MobaConfig(32, 6, sink_blocks=1, local_blocks=1, decode=request.param)
     with moba_hf.use_moba(checkpoint, rule):
         yield checkpoint
@@ -45,7 +46,7 @@ def model(checkpoint: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
-    """Bytes of Python source; the tokenizer's first 256 ids but a few are such."""
+    """Bytes of Python source; almost all of the tokenizer's first 256 ids are bytes."""
     text = Path(torch.__file__).parent.joinpath("functional.py").read_bytes()[:LENGTH]
     return torch.tensor([[1 + byte for byte in text]])
 
@@ -100,7 +101,7 @@ def test_turns_and_reset(model: Any, ids: Tensor) -> None:
 
 
 def test_prefix_reuse(model: Any, ids: Tensor) -> None:
-    """One document read once in chunks, its cache copied for every question, as from a stock cache."""
+    """A document is read once in chunks and its cache copied for each question, as with a stock cache."""
     caches = [
         prefill(model, ids, 128, cache=cache, progress=False)
         for cache in (MobaCache(model.config), DynamicCache(config=model.config))

@@ -1,4 +1,4 @@
-"""Generation of the command line: chunks, streaming, and dense beside it."""
+"""Generation for the command line: chunks, streaming, and comparison with dense attention."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_no_chunk_counts_as_decoding() -> None:
         assert 4 < min(read) <= max(read) <= 9
 
 
-def test_where_continuations_part() -> None:
+def test_where_continuations_diverge() -> None:
     assert common_tokens([1, 2, 3], [1, 2, 4]) == 2
     assert common_tokens([1, 2], [1, 2, 4]) == 2
     assert common_tokens([], [1]) == 0
@@ -122,7 +122,7 @@ def test_bad_numbers() -> None:
 
 
 @pytest.mark.parametrize("gpus", [False, True])
-def test_loading_uses_the_gpus_there_are(gpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_uses_the_available_gpus(gpus: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tiny_config("llama"))
     model.save_pretrained(tmp_path)
     seen: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""Headers of GGUF files that readers hang on, or read wrongly without a word."""
+"""GGUF headers that make readers hang or silently read the wrong data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def after(data: Data, name: bytes) -> int:
-    """Position just past a name."""
+    """The position just past a name."""
     return data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
 
 
@@ -32,7 +32,7 @@ def put(data: Data, position: int, number: int, form: str = "Q") -> None:
 
 
 def swap_norms(data: Data) -> None:
-    """Gives two norms of one shape each other's offset; llama.cpp refuses that too."""
+    """Swaps the offsets of two norms of the same shape; llama.cpp refuses that too."""
     places = [after(data, name) + 4 + 8 + 4 for name in (b"blk.0.attn_norm.weight", b"blk.0.ffn_norm.weight")]
     offsets = [struct.unpack_from("<Q", data, place)[0] for place in places]
     put(data, places[0], offsets[0] + 32)
@@ -52,12 +52,12 @@ DAMAGES: dict[str, tuple[Callable[[Data], None], str]] = {
     "no dimensions": (lambda d: put(d, after(d, NORM), 0, "I"), "0 dimensions"),
     "a moved norm": (swap_norms, "lies at"),
     "another shape": (lambda d: put(d, after(d, NORM) + 4, 32), "lies at"),
-    "a cut": (lambda d: d.__delitem__(slice(len(d) - 100, None)), "ends behind the end"),
+    "a cut": (lambda d: d.__delitem__(slice(len(d) - 100, None)), "extends beyond the end"),
     "a cut header": (lambda d: d.__delitem__(slice(300, None)), "in its header"),
 }
 
 
-def test_a_whole_file_passes(path: Path) -> None:
+def test_an_undamaged_file_passes(path: Path) -> None:
     check_gguf_header(path)
     assert read_gguf_config(path).model_type == "llama"
 

@@ -1,4 +1,4 @@
-"""Inspection: right layers and numbers from public configs, fast, and without weights."""
+"""Inspection gives the right layers and numbers for public configs, quickly and without weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ QWEN3_30B_A3B = {
     "vocab_size": 151936,
     "torch_dtype": "bfloat16",
 }
-# As published: the text model's values stand at the top level.
+# As published, with the text model's values at the top level.
 QWEN25_VL_7B = {
     "model_type": "qwen2_5_vl",
     "hidden_size": 3584,
@@ -116,7 +116,7 @@ def test_public_configs(
 
 
 def test_numbers_of_llama_70b() -> None:
-    """Counted by hand at 128K tokens, preset paper-1m: 77 layers of 12 x 4096 keys, 3 dense."""
+    """Computed by hand at 128K tokens with preset paper-1m: 77 layers with 12 x 4096 keys, 3 dense ones."""
     moba = MobaConfig.from_preset("paper-1m")
     row = inspect_config(config_of(LLAMA_70B), moba).lengths[2]
     length = 131072
@@ -132,7 +132,7 @@ def test_numbers_of_llama_70b() -> None:
     assert row.moba_flops == dense + 77 * (4 * 64 * 128 * pairs + 2 * 64 * 128 * gate + 8 * 128 * length)
 
 
-def test_windows_bound_what_a_stock_layer_holds() -> None:
+def test_a_window_bounds_the_cache_of_a_stock_layer() -> None:
     row = inspect_config(config_of(MISTRAL_7B_V01)).lengths[1]
     assert row.kv_cache_bytes == 32 * 2 * 8 * 128 * 2 * 4096
     assert row.key_budget == pytest.approx(4096 / 32768)

@@ -1,4 +1,4 @@
-"""Conversions that fail or are killed half-way: the old target stays, and nothing is left beside it."""
+"""Conversions that fail or are killed half-way keep the old target and leave nothing else behind."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def src(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """The folder that targets are made in: what is left behind would be here."""
+    """The parent folder of all targets, where leftover files would be."""
     path = tmp_path / "out"
     path.mkdir()
     return path
@@ -95,7 +95,7 @@ def test_an_error_while_renaming_keeps_the_old_target(
 
 
 def test_the_target_is_there_at_every_moment(src: Path, out: Path) -> None:
-    """A reader that looks all the time never finds it missing."""
+    """A reader that polls all the time never finds it missing."""
     made = convert_checkpoint(src, out / "dst", MOBA)
     missed, done = [], threading.Event()
 
@@ -122,7 +122,7 @@ def test_replaces_without_an_exchange(src: Path, out: Path, monkeypatch: pytest.
     assert os.listdir(out) == ["dst"]
 
 
-def test_a_target_that_comes_meanwhile_is_kept(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_created_meanwhile_is_kept(src: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = convert.copy_tree
 
     def intrude(*args: object, **kwargs: object) -> None:
@@ -137,7 +137,7 @@ def test_a_target_that_comes_meanwhile_is_kept(src: Path, out: Path, monkeypatch
     assert os.listdir(out) == ["dst"]
 
 
-def test_an_old_target_that_cannot_be_removed_is_told(
+def test_an_old_target_that_cannot_be_removed_is_reported(
     src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = convert_checkpoint(src, out / "dst", MOBA)
@@ -146,11 +146,11 @@ def test_an_old_target_that_cannot_be_removed_is_told(
         with pytest.warns(UserWarning, match=r"\.moba-hf-\w+: could not be removed"):
             convert_checkpoint(src, made, OTHER, overwrite=True)
     assert json.loads((made / "config.json").read_text())["moba"] == OTHER.to_dict()
-    convert_checkpoint(src, out / "next", MOBA)  # tidies up, and does not put the old one back
+    convert_checkpoint(src, out / "next", MOBA)  # cleans up, without restoring the old target
     assert sorted(os.listdir(out)) == ["dst", "next"]
 
 
-def test_a_read_only_old_target_goes(src: Path, out: Path) -> None:
+def test_a_read_only_old_target_is_replaced(src: Path, out: Path) -> None:
     made = convert_checkpoint(src, out / "dst", MOBA)
     made.chmod(0o555)
     convert_checkpoint(src, made, OTHER, overwrite=True)
@@ -165,7 +165,7 @@ def test_threads_on_one_target(src: Path, out: Path) -> None:
 
 
 def test_a_second_run_deletes_nothing_of_the_first(src: Path, out: Path) -> None:
-    """Process ids say nothing: two containers on one disk may have the same."""
+    """Process ids do not help: two containers on the same disk may share one."""
     with folders.new_folder(out / "dst") as first:
         (first / "half").touch()
         for source in (src, src / "missing"):
@@ -186,7 +186,7 @@ def test_files_that_vanish_from_the_working_folder_are_noticed(
         (target / "tokenizer.json").unlink()
 
     monkeypatch.setattr(convert, "copy_tree", lose)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: came or went"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: was added or removed"):
         convert_checkpoint(src, out / "dst", MOBA)
     assert os.listdir(out) == []
 
@@ -212,13 +212,13 @@ else:
 
 
 def _default_signals() -> None:
-    """Signals as a terminal leaves them: nohup and background jobs of a shell ignore these."""
+    """Restores the signals as in a terminal; nohup and background jobs of a shell ignore them."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
 
 def test_killed_half_way(src: Path, out: Path) -> None:
-    """The command tidies up after SIGTERM, SIGHUP and SIGINT; after SIGKILL the next run does."""
+    """The command cleans up after SIGTERM, SIGHUP and SIGINT; after SIGKILL, the next run does."""
     kinds = {"term": 143, "hup": 129, "int": 130, "kill": -9}
     for name in kinds:
         convert_checkpoint(src, out / name, MOBA)
@@ -243,7 +243,7 @@ def test_killed_half_way(src: Path, out: Path) -> None:
     for name, child in children.items():
         assert child.stdout is not None
         assert child.stdout.readline() == "half-way\n"
-        recover_folders(out)  # living processes keep their folders
+        recover_folders(out)  # running processes keep their folders
         child.send_signal(getattr(signal, f"SIG{name.upper()}"))
         _, err = child.communicate(timeout=30)
         assert child.returncode == kinds[name], err
@@ -257,7 +257,7 @@ def test_killed_half_way(src: Path, out: Path) -> None:
 
 
 def test_killed_between_the_renames(src: Path, out: Path) -> None:
-    """Where there is no exchange in one step, the old target comes back; and foreign folders stay."""
+    """Without an atomic exchange, the old target is restored; folders of others are left alone."""
     made = convert_checkpoint(src, out / "dst", MOBA)
     before = snapshot(out)
     work = out / ".moba-hf-dead"

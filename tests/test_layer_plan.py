@@ -1,4 +1,4 @@
-"""Which rule a layer follows: settings from disk and changed later, presets, and what is said about them."""
+"""Which rule a layer follows: settings from disk, later changes, presets, and the messages about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moba_hf.hf import layer_plan
 
 
 class messages:
-    """Warnings of our logger to transformers inside the block, each once as a fresh process would say it."""
+    """Collects the warnings logged inside the block, as a new process would emit them."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self.caplog, self.logger = caplog, layer_plan.logger
@@ -36,7 +36,7 @@ class messages:
 
 class TestLoading:
     def test_every_way_to_load(self, tmp_path: Path) -> None:
-        """config.moba comes back from disk and decides; each way runs the same MoBA."""
+        """`config.moba` from disk decides, and every way to load runs the same MoBA."""
         moba = MobaConfig(8, 2, full_attention_layers=(-1,), layers={0: {"topk": 3}})
         model = tiny_model(moba=moba)
         ids = tokens(1, LENGTH)
@@ -46,7 +46,7 @@ class TestLoading:
         assert MobaConfig.from_dict(loaded.config.moba) == moba
         assert torch.equal(logits(loaded, ids), expected)
 
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path)  # the saved config says what ran
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)  # the saved config names the implementation
         assert torch.equal(logits(plain, ids), expected)
         stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
         assert MobaConfig.from_dict(stock.config.moba) == moba

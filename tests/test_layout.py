@@ -1,4 +1,4 @@
-"""The shape of the repository: layers, packages, public names, what an import does."""
+"""The structure of the repository: layers, packages, public names, side effects of the import."""
 
 from __future__ import annotations
 
@@ -19,19 +19,28 @@ PACKAGE = ROOT / "moba_hf"
 # Imports point down only: a module may import those on the lines below its own.
 LAYERS = [
     {"bench"},
-    {"calibrate", "plots", "testing", "training", "__init__"},
-    {"evaluate"},
+    {"calibrate", "plot_bench", "plots", "testing", "training", "__init__"},
+    {"evaluate", "plot_style"},
     {"checkpoints.verify", "checkpoints.inspection", "hf.generation", "hf.saved_cache"},
     {"checkpoints.convert"},
     {"checkpoints.load"},
+    {"checkpoints.model_card"},
+    {"checkpoints.changes", "checkpoints.measured"},
     {"checkpoints.model_config", "checkpoints.folders"},
     {"hf.patching", "hf.prefill"},
     {"probes"},
     {"hf.attention"},
-    {"hf.layer_plan", "hf.rows", "hf.rope"},
+    {"hf.layer_plan", "hf.mask", "hf.rope"},
+    {"hf.rows"},
+    {"hf.device_rows"},
+    {"hf.layout"},
     {"hf.loading"},
-    {"hf.places", "hf.adapter", "hf.cache", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
+    {"hf.cache", "hf.default_cache"},
+    {"hf.dynamic_layer", "hf.static_layer"},
+    {"hf.cache_layer"},
+    {"hf.places", "hf.adapter", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},
+    {"op.inputs"},
     {"op.block_means", "op.shared_ops"},
     {"op.operators"},
     {"op.triton_backend", "op.flash"},
@@ -46,31 +55,31 @@ LAYERS = [
         "op.shared_portable_backward",
         "op.shared_reference",
     },
-    {"op.shared_cpu"},
     {"op.shared_problems"},
     {"op.shared"},
     {"op.reference", "op.sequences"},
-    {"hf.parallel"},
+    {"progress"},
+    {"hf.parallel", "hf.remote_code"},
     {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
     {"checkpoints.gguf_header"},
     {"config", "hf.cache_names"},
     {"op.backend_table", "op.gates", "op.shared_rule"},
     {"op.numerics", "op.registry"},
 ]
-# Packages whose modules have layers of their own; other packages are one part.
+# Packages whose modules have their own layers; any other package counts as one part.
 SPLIT = {"hf", "op", "checkpoints"}
 WITHOUT_TRANSFORMERS = {"op", "kernels", "config"}
 MAX_FILE_BYTES = 1_000_000
 
 
 def modules() -> list[Path]:
-    """Python files of the package, without those behind the two links."""
+    """Python files of the package, except those behind the two links."""
     linked = (PACKAGE / "patches", PACKAGE / "configs")
     return [p for p in sorted(PACKAGE.rglob("*.py")) if not any(p.is_relative_to(link) for link in linked)]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of what a file imports anywhere, those for type checkers only left out."""
+    """Full names of everything a file imports, except imports for type checkers only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         inner
@@ -95,14 +104,14 @@ def part(path: Path) -> str:
 
 
 def layer(name: str) -> int:
-    """Line of `LAYERS` that names a module; lower in the list is lower in the package."""
+    """The line of `LAYERS` that names a module; lower layers come later in the list."""
     lines = [i for i, line in enumerate(LAYERS) if name in line]
     assert lines, f"moba_hf.{name} is in no layer: add it to LAYERS of tests/test_layout.py"
     return lines[0]
 
 
 def ours(names: Iterator[str]) -> set[str]:
-    """Modules of moba_hf among imported names; a public name comes from "__init__"."""
+    """The modules of moba_hf among imported names; a public name belongs to "__init__"."""
     found = [name.split(".")[1:] for name in names if name.startswith("moba_hf.")]
     files = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     parts = {".".join(each[:2]) if each[0] in SPLIT else each[0] for each in found}
@@ -113,7 +122,7 @@ def ours(names: Iterator[str]) -> set[str]:
 class TestImports:
     def test_point_down_only(self, path: Path) -> None:
         here = part(path)
-        if here.endswith("__init__") and here != "__init__":  # of a split package: says what it holds
+        if here.endswith("__init__") and here != "__init__":  # of a split package: it only re-exports
             assert not ours(imports(path))
             return
         for name in ours(imports(path)) - {here, "configs", "patches"}:
@@ -165,7 +174,7 @@ def test_public_names() -> None:
 
 
 def test_importing_registers_moba_wraps_from_pretrained_and_changes_nothing_else() -> None:
-    """In a fresh process: the tables of transformers, its methods, and torch's settings before and after."""
+    """Compares transformers' tables and methods and torch's settings before and after, in a new process."""
     program = """
 import json, warnings
 import torch

@@ -1,4 +1,4 @@
-"""The loader that all commands share: incomplete checkpoints, code in them, and names of nothing."""
+"""The loader of all commands: incomplete checkpoints, checkpoints with code, and names that do not exist."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"does not name.*layers\.2",
     ),
     "an index without a shard": (without_a_shard, "missing"),
-    "other shapes": (lambda f: edit_json(f / "config.json", intermediate_size=64), "other shapes"),
+    "other shapes": (
+        lambda f: edit_json(f / "config.json", intermediate_size=64),
+        "do not have the shapes that config.json gives",
+    ),
 }
 
 
@@ -87,7 +90,7 @@ def test_runs_no_code_of_a_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPat
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"model: its tokenizer does not load.*custom code"):
         load_tokenizer(folder)
-    assert time.perf_counter() - start < 12  # the question waits for 15
+    assert time.perf_counter() - start < 12  # transformers' question would wait 15 s
     assert not (tmp_path / "ran").exists()
 
 
@@ -97,7 +100,7 @@ def test_a_tokenizer_that_panics_is_an_error(folder: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_refuses_names_of_nothing_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_names_that_do_not_exist_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     start = time.perf_counter()
     for name, message in (
@@ -107,7 +110,7 @@ def test_refuses_names_of_nothing_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(name)
-    assert time.perf_counter() - start < 20  # retries took 46
+    assert time.perf_counter() - start < 20  # with retries it took 46 s
 
 
 def test_finds_a_model_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +127,11 @@ def test_finds_a_model_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_refuses_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "special_tokens_map.json")
-    with pytest.raises(ValueError, match=r"special_tokens_map\.json: is neither a file nor a folder"):
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: neither a file nor a folder"):
         load_checkpoint(folder)
     (folder / "special_tokens_map.json").unlink()
     (folder / "special_tokens_map.json").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=r"special_tokens_map\.json: is neither a file nor a folder"):
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: neither a file nor a folder"):
         load_checkpoint(folder)
 
 

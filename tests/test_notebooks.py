@@ -1,15 +1,72 @@
-"""The notebooks run from top to bottom, and the examples of patches/README.md are true."""
+"""The notebooks run from top to bottom, and the examples of patches/README.md work."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoints import save_tiny, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT / "tests" / "patches" / "foreign"
+FOLDER = ROOT / "examples" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def printed(cell: dict[str, Any]) -> str:
+    """What a cell printed."""
+    outputs = cell.get("outputs", [])
+    return "".join(output.get("text", "") for output in outputs if output.get("name") != "stderr")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_how_notebooks_are_kept(path: Path) -> None:
+    """Run from top to bottom, without what belongs to one machine; the first cell says what they give."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = "".join(cells[0]["source"])
+    assert re.match(r"# .+\nAt the end you have ", first)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert outputs
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert not re.search(r"/(?:work|home|root|tmp|Users)/", json.dumps(outputs))
+
+
+def ask_codebase(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The cells of the notebook after a run on `checkpoint`."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("MOBA_NOTEBOOK_CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(FOLDER / "ask_codebase.ipynb", as_version=4)
+    where = {"metadata": {"path": str(FOLDER)}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
+    return client.execute().cells
+
+
+def test_ask_codebase_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 seconds on a busy core."""
+    checkpoint = save_tokenizer(save_tiny(tmp_path / "model"))
+    text = "\n".join(map(printed, ask_codebase(checkpoint, monkeypatch)))
+    tokens = re.findall(r"^project: 3 files, ([\d,]+) tokens, ([\d,]+) of them", text, re.MULTILINE)
+    (all_tokens, none), (_, every), (_, some) = tokens
+    assert (none, every) == ("0", all_tokens)
+    assert some not in ("0", all_tokens)
+
+
+@pytest.mark.slow
+def test_ask_codebase_on_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = ROOT / "out" / "smollm2-moba"
+    if not checkpoint.exists():
+        pytest.skip("make demo makes the checkpoint")
+    text = "\n".join(map(printed, ask_codebase(checkpoint, monkeypatch)))
+    assert text.count("settings.py:3]") == 2
+    assert text.count("store.py:4]") == 3
 
 
 @pytest.mark.slow
@@ -19,8 +76,7 @@ def test_new_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "examples" / "notebooks" / "new_architecture.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    shown = ["".join(out.get("text", "") for out in cell.get("outputs", [])) for cell in notebook.cells]
-    text = "\n".join(shown)
+    text = "\n".join(map(printed, notebook.cells))
     assert "no MoBA adapter for model_type 'phi3'" in text
     assert "facts: eligible layers [0, 1] are not among attention_layers(model)" in text
     assert "facts: layer 0 has a sliding window of 16" in text

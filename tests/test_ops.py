@@ -1,4 +1,4 @@
-"""The operator as torch sees it: bad input, views, autograd, compile, precision settings, memory."""
+"""The operator in torch: invalid input, views, autograd, compile, precision settings, memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def leaves(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class TestBadInput:
-    """Each error names what is wrong; nothing is found out deep in a kernel."""
+    """Each error names what is wrong, and no fault is found only deep in a kernel."""
 
     @pytest.mark.parametrize(
         ("rule", "kind", "message"),
@@ -63,13 +63,13 @@ class TestBadInput:
             (lambda q, k, v: (q[:, :3], k, v), "num_heads=3 must be a multiple of num_kv_heads=2"),
             (lambda q, k, v: (q[:, :0], k, v), "num_heads=0 must be a multiple of num_kv_heads=2"),
             (lambda q, k, v: (q, k[:, :0], v[:, :0]), "num_heads=4 must be a multiple of num_kv_heads=0"),
-            (lambda q, k, v: (q[..., :4], k, v), "q and k must have one head_dim, got 4 and 8"),
-            (lambda q, k, v: (q, k, v[:39]), "k and v must agree in length and heads"),
-            (lambda q, k, v: (q, k, v[:, :1]), "k and v must agree in length and heads"),
+            (lambda q, k, v: (q[..., :4], k, v), "q and k must have the same head_dim, got 4 and 8"),
+            (lambda q, k, v: (q, k, v[:39]), "k and v the same length and heads"),
+            (lambda q, k, v: (q, k, v[:, :1]), "k and v the same length and heads"),
             (lambda q, k, v: (q, k[:30], v[:30]), "more queries (40) than keys (30)"),
             (
                 lambda q, k, v: (q, k.float(), v),
-                "q, k, v must have one dtype, got torch.float64, torch.float32",
+                "q, k, v must have the same dtype, got torch.float64, torch.float32",
             ),
             (
                 lambda q, k, v: (q.long(), k.long(), v.long()),
@@ -77,7 +77,7 @@ class TestBadInput:
             ),
             (
                 lambda q, k, v: (q, k.to("meta"), v.to("meta")),
-                "q, k, v must be on one device, got cpu, meta, meta",
+                "q, k, v must be on the same device, got cpu, meta, meta",
             ),
         ],
     )
@@ -88,12 +88,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("cu_q", "cu_k", "message"),
         [
-            (None, [0, 40], "cu_seqlens_k is given without cu_seqlens_q"),
+            (None, [0, 40], "cu_seqlens_k needs cu_seqlens_q"),
             ([0, 39], None, "cu_seqlens_q must rise from 0 to the number of tokens 40, got [0, 39]"),
             ([1, 40], None, "cu_seqlens_q must rise from 0"),
             ([0, 30, 20, 40], None, "cu_seqlens_q must rise from 0"),
             ([0, 40], [0, 41], "cu_seqlens_k must rise from 0 to the number of tokens 40, got [0, 41]"),
-            ([0, 40], [0, 20, 40], "name 1 and 2 sequences"),
+            ([0, 40], [0, 20, 40], "must have equally many sequences, got 1 and 2"),
             ([0, 20, 40], [0, 10, 40], "sequence 0 has more queries (20) than keys (10)"),
             ([], None, "cu_seqlens_q must be int32 (num_seqs + 1,)"),
             ([[0, 40]], None, "cu_seqlens_q must be int32 (num_seqs + 1,)"),
@@ -114,7 +114,7 @@ class TestBadInput:
         ],
     )
     def test_bounds_on_lengths(self, bound: dict, kind: type[Exception], message: str) -> None:
-        """Kernels that run over bounds would leave rows out."""
+        """With a bound that is too small, kernels would skip rows."""
         q, k, v = qkv()
         rule = RULE | {"cu_seqlens_q": cumulative((15, 25))}
         with pytest.raises(kind, match=message):
@@ -142,11 +142,11 @@ class TestBadInput:
             ([7, -1, 0], "-1 before a block"),
         ],
     )
-    def test_a_choice_that_is_none(self, row: list[int], message: str) -> None:
+    def test_an_invalid_choice(self, row: list[int], message: str) -> None:
         q, k, v = qkv()
         choice = select_blocks(q, k, **RULE)
         choice[36, 1] = torch.tensor(row)
-        with pytest.raises(ValueError, match=f"block_indices holds {message}"):
+        with pytest.raises(ValueError, match=f"block_indices has {message}"):
             moba_attention(q, k, v, **RULE, block_indices=choice)
 
     def test_a_choice_of_a_wrong_shape(self) -> None:
@@ -166,7 +166,7 @@ class TestBadInput:
 
 class TestViews:
     def test_strided_inputs(self) -> None:
-        """Slices of a fused projection, transposed caches and expanded heads need no copy by the caller."""
+        """The caller need not copy slices of a fused projection, transposed caches or expanded heads."""
         fused = torch.randn(40, 8, 3, 8, dtype=torch.float64)
         q, k, v = fused[:, :4, 0], fused[:, 4:6, 1], fused[:, 6:, 2]
         expected = moba_attention(*(x.contiguous() for x in (q, k, v)), **RULE)
@@ -196,7 +196,7 @@ class TestViews:
 class TestGradients:
     @pytest.mark.parametrize("rule", [(3, 1, 0, 0), (3, 2, 0, 0), (2, 4, 1, 1)])
     def test_gradcheck(self, rule: tuple[int, int, int, int]) -> None:
-        """Output and lse, under a fixed choice (which finite differences would move)."""
+        """Output and lse under a fixed choice, which finite differences would otherwise change."""
         names = ("block_size", "topk", "sink_blocks", "local_blocks")
         settings = dict(zip(names, rule, strict=True))
         q, k, v = leaves(qkv(11, 2, 1, 3))
@@ -211,7 +211,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("rule", [(3, 1, 0, 0), (3, 2, 0, 0), (2, 4, 1, 1)])
     def test_gradcheck_of_packed_sequences(self, rule: tuple[int, int, int, int]) -> None:
-        """Sequences of 5, 0, 1 and 11 tokens, grouped heads, values of another width than keys."""
+        """Sequences of 5, 0, 1 and 11 tokens, grouped heads, values with another width than keys."""
         cu = torch.tensor([0, 5, 5, 6, 17], dtype=torch.int32)
         names = ("block_size", "topk", "sink_blocks", "local_blocks")
         torch.manual_seed(0)
@@ -238,7 +238,7 @@ class TestGradients:
         ((out * weight).sum() + (lse * lse_weight).sum()).backward()
         ((expected * weight).sum() + (expected_lse * lse_weight.double()).sum()).backward()
         for a, b in zip(ours, theirs, strict=True):
-            assert error(a.grad, b.grad) < 1e-5  # lse is handed out in fp32
+            assert error(a.grad, b.grad) < 1e-5  # lse is returned in fp32
             assert (b.grad != 0).any()
 
     def test_the_choice_has_no_gradient(self) -> None:
@@ -278,10 +278,10 @@ class TestGradients:
 
 
 class TestPrecision:
-    """What decides a choice is not lowered by settings meant for matmuls."""
+    """Precision settings meant for matmuls do not affect the scores that decide a choice."""
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Scores so close that bf16 products would choose otherwise."""
+        """Inputs with scores so close that bf16 products would change the choice."""
         q = torch.randn(256, 4, 64)
         k = torch.randn(1, 2, 64) + 1e-3 * torch.randn(256, 2, 64)
         return q, k
@@ -302,7 +302,7 @@ class TestPrecision:
         assert error(out, moba_attention(q, k, k, block_size=8, topk=4, backend=backend)) < 1e-6
 
     def assert_exact(self, q: Tensor, k: Tensor, expected: Tensor) -> None:
-        """The choice of `select_blocks` is `expected` but for scores that tie within fp32."""
+        """The choice of `select_blocks` equals `expected`, except for ties within fp32."""
         choice = select_blocks(q, k, block_size=8, topk=4)
         scores = gate_ref(q.double(), block_mean_ref(k, 8).double())
         ours, theirs = (
@@ -324,7 +324,7 @@ class TestPrecision:
             torch.set_float32_matmul_precision("highest")
 
     def test_matmul_precision_set_by_the_newer_switch(self) -> None:
-        """Torch refuses to read the older, global switch after a newer one was set."""
+        """torch refuses to read the older, global switch once the newer one has been set."""
         q, k = self.inputs()
         expected = select_blocks(q, k, block_size=8, topk=4)
         before = torch.backends.mkldnn.matmul.fp32_precision
@@ -368,7 +368,7 @@ class TestMemory:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor storage that any operation inside returned."""
+    """Number of elements of the largest storage that any operation inside returned."""
 
     def __init__(self) -> None:
         super().__init__()

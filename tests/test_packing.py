@@ -1,4 +1,4 @@
-"""Packed sequences in a model's rows: how they are told, and what is refused."""
+"""Packed sequences in a model's rows: how they are recognised, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKED = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwi
 
 
 def each_alone(model: Any, ids: torch.Tensor, cuts: list[int] = CUTS) -> torch.Tensor:
-    """Logits of the documents of a row, each in a call of its own."""
+    """Logits of a row's documents, each from a separate call."""
     parts = [logits(model, ids[:, begin:end]) for begin, end in itertools.pairwise(cuts)]
     return torch.cat(parts, dim=1)
 
@@ -42,7 +42,7 @@ class TestOffsets:
         with pytest.raises(ValueError, match=message):
             logits(tiny_model(), tokens(1, LENGTH), **offsets(*cuts))
 
-    def test_packing_where_it_cannot_be_told_apart(self) -> None:
+    def test_packing_of_several_rows_is_refused(self) -> None:
         model, ids = tiny_model(), tokens(1, LENGTH)
         positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
         cache = StaticCache(model.config, max_cache_len=64)
@@ -62,7 +62,7 @@ class TestOffsets:
             logits(tiny_model(), tokens(1, LENGTH), **offsets(0, 20, 50, **{name: 29}))
 
     def test_beside_a_mask(self) -> None:
-        """A mask of ones, or one of just the tokens named, says nothing new; another one is refused."""
+        """A mask of ones, or of exactly the packed tokens, is accepted; any other mask is refused."""
         model, ids = tiny_model(), tokens(1, LENGTH)
         alone = each_alone(model, ids)
         mask = torch.ones_like(ids)
@@ -71,17 +71,17 @@ class TestOffsets:
         positions = PACKED.clone()
         out = logits(model, ids, attention_mask=mask, position_ids=positions, **offsets(0, 20, 21, 40))
         assert close(out[:, :40], alone[:, :40])
-        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
+        with pytest.raises(ValueError, match="50 tokens are real, but the attention mask disagrees"):
             logits(model, ids, attention_mask=mask, **offsets(*CUTS))
         mask = torch.ones_like(ids)
         mask[:, :10] = 0
-        with pytest.raises(ValueError, match=r"cu_seq_lens_q names 50 tokens .* others are padding"):
+        with pytest.raises(ValueError, match="50 tokens are real, but the attention mask disagrees"):
             logits(model, ids, attention_mask=mask, **offsets(*CUTS))
 
 
 class TestPositionIds:
     def test_packing_follows_position_ids_edited_in_place(self) -> None:
-        """The answer of the last forward is not taken for that of a tensor that has changed since."""
+        """A result cached in the last forward is not reused for a tensor that has changed since."""
         model, ids = tiny_model(), tokens(1, LENGTH)
         positions = torch.arange(LENGTH)[None].clone()
         whole = logits(model, ids, position_ids=positions)
@@ -94,7 +94,7 @@ class TestPositionIds:
         assert torch.equal(logits(model, ids, position_ids=torch.arange(LENGTH)[None]), whole)
 
     def test_packing_in_inference_mode_follows_edits_too(self) -> None:
-        """Tensors made there count no edits: every forward looks again, also another model's."""
+        """Inference tensors have no version counter, so every forward, of any model, looks again."""
         models, ids = (tiny_model(), tiny_model()), tokens(1, LENGTH)
         with torch.inference_mode():
             positions = torch.arange(LENGTH)[None].clone()
@@ -109,14 +109,14 @@ class TestPositionIds:
 
     @pytest.mark.parametrize("use_cache", [False, True])
     def test_beside_a_mask_of_ones(self, use_cache: bool) -> None:
-        """Collators made for FlashAttention-2 give both."""
+        """Collators made for FlashAttention-2 return both."""
         model, ids = tiny_model(), tokens(1, LENGTH)
         given = {"attention_mask": torch.ones_like(ids), "position_ids": PACKED, "use_cache": use_cache}
         assert close(logits(model, ids, **given), each_alone(model, ids))
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_beside_padding(self, side: str) -> None:
-        """Documents and padding in one row; position ids of padding mean nothing."""
+        """Documents and padding in one row; position ids of padding are ignored."""
         model, ids = tiny_model(), tokens(1, LENGTH)
         batch, mask = padded([ids[0], tokens(37)], side)
         positions = torch.zeros_like(batch)
@@ -138,7 +138,7 @@ class TestPositionIds:
     @pytest.mark.parametrize("use_cache", [False, True])
     @pytest.mark.parametrize("masked", [False, True])
     def test_positions_that_jump_ahead_are_one_document(self, use_cache: bool, masked: bool) -> None:
-        """Pruned prompts and stretched positions: the tokens attend as those without a jump, but rotated."""
+        """In pruned prompts or with stretched positions, a jump changes only RoPE, not what is attended."""
         model, ids = tiny_model(), tokens(1, LENGTH)
         model.config.moba = {"block_size": 8, "topk": 100}
         positions = torch.cat([torch.arange(25), torch.arange(25) + 140])[None]
@@ -161,5 +161,5 @@ class TestPositionIds:
         with torch.no_grad():
             cache = cache_of(model(ids[:, :10], use_cache=True))
         positions = torch.cat([torch.arange(10, 20), torch.arange(30)])[None]
-        with pytest.raises(ValueError, match="got 40 queries over 50 keys"):
+        with pytest.raises(ValueError, match="got 40 queries and 50 keys"):
             logits(model, ids[:, 10:], position_ids=positions, **cache_kwargs(model, cache))

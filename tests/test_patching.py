@@ -1,4 +1,4 @@
-"""patch_model, unpatch_model, use_moba and transformers' own switch: on and off without a trace."""
+"""patch_model, unpatch_model, use_moba and transformers' own switch turn MoBA on and off without a trace."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestSwitching:
             pass
         assert torch.equal(logits(model, ids), patched)
         assert torch.equal(logits(unpatch_model(model), ids), before)
-        with pytest.raises(ValueError, match="does not run MoBA but 'sdpa'"):
+        with pytest.raises(ValueError, match="does not use MoBA but 'sdpa'"):
             unpatch_model(model)
 
     def test_patching_twice_is_undone_once(self) -> None:
@@ -81,7 +81,7 @@ class TestSwitching:
         assert torch.equal(logits(unpatch_model(model), ids), expected)
         assert model.config.moba == SMALL.to_dict()
 
-    def test_what_cannot_be_patched(self) -> None:
+    def test_invalid_arguments_are_refused(self) -> None:
         with pytest.raises(ValueError, match="Linear is not a transformers model"):
             patch_model(nn.Linear(2, 2), SMALL)
         with pytest.raises(TypeError, match="config must be a MobaConfig, got dict"):
@@ -126,7 +126,7 @@ def _pickled(model: Any) -> Any:
 
 
 class TestCopies:
-    """What a patched model was before belongs to the model, whoever holds it."""
+    """The state before patching belongs to the model and follows its copies and wrappers."""
 
     @pytest.mark.parametrize("copied", [_copied, _pickled])
     @pytest.mark.parametrize("had_settings", [False, True])
@@ -144,10 +144,10 @@ class TestCopies:
         twin.save_pretrained(tmp_path)
         assert torch.equal(logits(model, ids), patched)
         assert torch.equal(logits(unpatch_model(model), ids), before)
-        with pytest.raises(ValueError, match="does not run MoBA"):
+        with pytest.raises(ValueError, match="does not use MoBA"):
             unpatch_model(twin)
 
-    @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT
     @pytest.mark.parametrize("patch_first", [True, False])
     def test_through_peft(self, patch_first: bool) -> None:
         peft = pytest.importorskip("peft")

@@ -1,4 +1,4 @@
-"""Decode follows the place of a row: `prefill` closes a cache, and what comes after that is decoding."""
+"""`prefill` marks the end of the prompt in a cache ("closes" it); rows after that follow the decode rule."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RULES = {
     "mixed": MobaConfig(4, 3, sink_blocks=1, full_attention_layers=(-1,), layers={1: {"block_size": 6}}),
 }
 PROMPT, NEW = 53, 24
-# A text that repeats a token has keys of equal norm in the first layer, of which the mass gate takes the
-# least: there another shape of a matmul may flip a choice, as it does with seed 0.
+# If a text repeats a token, its keys in the first layer have equal norms, of which the mass gate takes the
+# smallest. Then a different matmul shape may change the choice, as it does with seed 0.
 SEED = 1
 
 
 def tiny(rule: MobaConfig, decode: str = "full", seed: int = 0, **values: Any) -> Any:
-    """A model that never ends a text; wide weights, so that another rule gives other tokens."""
+    """A model that never ends a text, with large weights, so that a different rule gives different tokens."""
     return tiny_model(moba=dataclasses.replace(rule, decode=decode), seed=seed, **values)
 
 
@@ -42,7 +42,7 @@ def generate(model: Any, cache: Any, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def repeating() -> Tensor:
-    """A prompt in which prompt-lookup finds candidates."""
+    """A prompt in which prompt lookup finds candidates."""
     return tokens(1, 9).repeat(1, 6)[:, :PROMPT]
 
 
@@ -51,14 +51,14 @@ def assistance(way: str, rule: MobaConfig, decode: str) -> dict[str, Any]:
         return {"prompt_lookup_num_tokens": 4, "eos_token_id": 96}
     helper = tiny(rule, decode, seed=SEED)
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # right often, not always
+    with torch.no_grad():  # often right, but not always
         noise = torch.randn(helper.lm_head.weight.shape, generator=generator)
         helper.lm_head.weight.add_(0.05 * noise)
     return {"assistant_model": helper}
 
 
 class Layer:
-    """What `row_kinds` reads of a cache layer."""
+    """The attributes of a cache layer that `row_kinds` reads."""
 
     def __init__(self, prompt: Prompt | None = None, reading: bool = False, is_compileable: bool = False):
         self.prompt, self.reading, self.is_compileable = prompt, reading, is_compileable
@@ -82,7 +82,7 @@ class Layer:
         (Layer(Prompt(20, 20), is_compileable=True), (5, 64), [(0, 5, DECODE)]),
     ],
 )
-def test_what_each_row_follows(layer: Any, call: tuple[int, int], expected: list) -> None:
+def test_the_rule_of_each_row(layer: Any, call: tuple[int, int], expected: list) -> None:
     assert row_kinds(layer, *call, decode_max_len=2) == expected
 
 
@@ -122,7 +122,7 @@ def test_rows_after_the_prompt_do_not_depend_on_the_call(
 @pytest.mark.parametrize("decode", ["full", "sparse"])
 @pytest.mark.parametrize("tail", [0, 20])
 def test_a_call_across_the_end_is_right_row_by_row(rule: str, decode: str, tail: int) -> None:
-    """What `crop` took back is read again, together with decode steps, in one call."""
+    """Tokens removed by `crop` are read again, together with decode steps, in one call."""
     model, ids = tiny(RULES[rule], decode), tokens(1, 70)
     whole = MobaCache(model.config)
     moba_hf.prefill(model, ids[:, :62], cache=whole, progress=False, dense_tail=tail)
@@ -170,7 +170,7 @@ def test_assisted_generation_is_greedy_after_a_prefill(rule: str, decode: str, w
     model, ids = tiny(RULES[rule], decode, seed=SEED), repeating()
     read = {"chunk_size": 32, "progress": False, "dense_tail": tail}
     expected = generate(model, moba_hf.prefill(model, ids, **read), ids)
-    assert len(set(expected[0, PROMPT:].tolist())) > 3  # else agreement would mean little
+    assert len(set(expected[0, PROMPT:].tolist())) > 3  # otherwise agreement would mean little
     cache = moba_hf.prefill(model, ids, **read)
     with captured() as calls:
         got = generate(model, cache, ids, **assistance(way, RULES[rule], decode))
@@ -199,7 +199,7 @@ def test_per_query_sparse_decode_needs_no_prefill(rule: str, way: str) -> None:
 @pytest.mark.parametrize("rule", ["mean", "mass"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "stock"])
 def test_per_query_sparse_decode_is_one_rule_for_forward_and_generation(rule: str, kind: str) -> None:
-    """What reinforcement learning asks for: a forward over the text gives the logits that generation had."""
+    """As reinforcement learning needs: a forward over the text gives the logits of generation."""
     model, ids = tiny(RULES[rule], "sparse"), tokens(2, 40)
     cache = {
         "dynamic": MobaCache(model.config),
@@ -218,7 +218,7 @@ def test_per_query_sparse_decode_is_one_rule_for_forward_and_generation(rule: st
     assert not close(torch.stack(dense.logits, 1), forward)
 
 
-def test_a_fresh_cache_says_what_differs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_cache_warns_once_of_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     type(attention.logger).warning_once.cache_clear()
     monkeypatch.setattr(attention.logger, "warning", said.append)

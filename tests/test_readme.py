@@ -1,6 +1,6 @@
-"""The README and the pages of docs/: their Python runs, their commands exist, their links lead somewhere.
+"""The README and the pages of docs/: their commands exist, their links lead somewhere.
 
-The Python of the README runs as it stands, in order, on a tiny model; its shell lines are parsed.
+`test_recipes.py` runs the code of the README.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
-from checkpoints import save_tiny
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import moba_hf
 from moba_hf_cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -26,14 +22,14 @@ MAX_LINES = 170
 
 
 def fenced(page: Path, language: str) -> list[str]:
-    """The code blocks of a page in one language."""
+    """The code blocks of a page in a given language."""
     return re.findall(
         rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Its lines of shell, continued lines joined, comments left out."""
+    """The shell lines of a page, with continued lines joined and comments removed."""
     text = "".join(fenced(page, "bash")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
@@ -42,55 +38,9 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
 
 
-def test_python_of_the_readme(tmp_path: Path) -> None:
-    """The blocks share one namespace, as in a notebook that opens with the diff at the top of the page."""
-    path = save_tiny(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="moba")
-    torch.manual_seed(0)
-    row = torch.randint(0, 90, (600,))
-    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to=[], use_cpu=True)
-    names: dict[str, Any] = {
-        "moba_hf": moba_hf,
-        "model": model,
-        "input_ids": row[None],
-        "Trainer": Trainer,
-        "arguments": arguments,
-        "rows": [{"input_ids": row[:64], "labels": row[:64]}] * 2,
-        "q": torch.randn(600, 4, 16),
-        "k": torch.randn(600, 2, 16),
-        "v": torch.randn(600, 2, 16),
-    }
-    blocks = fenced(ROOT / "README.md", "python")
-    assert len(blocks) == 4
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    names["trainer"].train()
-    assert names["output"].shape[1] > 600
-    expected = moba_hf.moba_attention(
-        names["q"], names["k"], names["v"], block_size=128, topk=8, block_indices=names["blocks"]
-    )
-    torch.testing.assert_close(names["out"], expected)
-    assert names["lse"].shape == (4, 600)
-
-
-def test_python_of_the_architecture_page() -> None:
-    from moba_hf.op.gates import GATES
-
-    names: dict[str, Any] = {}
-    try:
-        for block in fenced(ROOT / "docs" / "architecture.md", "python"):
-            exec(compile(block, "architecture.md", "exec"), names)
-        q, k = torch.randn(100, 4, 16), torch.randn(100, 2, 16)
-        chosen = moba_hf.select_blocks(q, k, block_size=8, topk=3, gate="first")
-        scores = k[:88:8, 1] @ q[90, 3]  # query 90 is in block 11; head 3 reads kv head 1
-        assert set(chosen[90, 3].tolist()) == {11, *scores.topk(2).indices.tolist()}
-    finally:
-        GATES.pop("first", None)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    """Options and values of `moba-hf` parse, scripts are there, and `make` has the targets."""
+    """Options and values of `moba-hf` parse, scripts exist, and `make` has the targets."""
     group: Any = typer.main.get_command(app)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in commands(page):

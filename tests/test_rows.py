@@ -1,4 +1,4 @@
-"""Where rows lie: holes, short and custom masks, masks of ones, and how often a forward waits."""
+"""Where rows lie: holes, short and custom masks, masks of ones, and how often a forward syncs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transformers import StaticCache
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf import rows as rows_module
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
-from moba_hf.hf.rows import Rows, moba_mask
+from moba_hf.hf.device_rows import on_device
+from moba_hf.hf.mask import moba_mask
+from moba_hf.hf.rows import Masks, Rows
 from moba_hf.op import block_means
 
 HOLED = "the attention mask of batch row 1 has holes"
@@ -24,7 +26,7 @@ MIXED = MobaConfig(8, 2, full_attention_layers=(-1,))
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a value is not free, as on a GPU without MOBA_HF_CHECK."""
+    """Makes reading a value count as expensive, as on a GPU without MOBA_HF_CHECK."""
     monkeypatch.setattr(rows_module, "check_values", lambda x: False)
     monkeypatch.setattr(block_means, "_on_host", lambda x: False)
 
@@ -43,7 +45,7 @@ class TestHoles:
     @pytest.mark.usefixtures("as_on_a_gpu")
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_right_padded_generation_without_reading(self, model: Any, kind: str) -> None:
-        """The assertion that a GPU checks by itself; the CPU raises at once."""
+        """The assertion that a GPU checks asynchronously; the CPU raises at once."""
         ids, mask = padded([tokens(LENGTH), tokens(37)], "right")
         extra = {"cache_implementation": "static"} if kind == "static" else {}
         settings = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True}
@@ -67,7 +69,7 @@ class TestHoles:
             logits(model, turn, attention_mask=torch.cat([mask, more], dim=1), **cache_kwargs(model, cache))
 
     def test_virtual_tokens_before_left_padding(self, model: Any) -> None:
-        """As prompt tuning puts them."""
+        """As inserted by prompt tuning."""
         ids, mask = padded([tokens(30), tokens(22)], "left")
         embedded = model.get_input_embeddings()(torch.cat([tokens(2, 5), ids], dim=1))
         mask = torch.cat([torch.ones(2, 5, dtype=torch.long), mask], dim=1)
@@ -98,7 +100,9 @@ class TestMasks:
             with torch.no_grad():
                 out = model(ids[:, :-queries], **cache_kwargs(model, cache), use_cache=True)
             mask = torch.ones(1, LENGTH - 1, dtype=torch.long)
-            with pytest.raises(ValueError, match=f"it has 49, the cache holds {LENGTH - queries} tokens"):
+            with pytest.raises(
+                ValueError, match=f"it has length 49, but the cache has {LENGTH - queries} tokens"
+            ):
                 logits(model, ids[:, -queries:], attention_mask=mask, **cache_kwargs(model, cache_of(out)))
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.bool])
@@ -109,7 +113,7 @@ class TestMasks:
             logits(model, tokens(1, LENGTH), attention_mask=mask)
 
     def test_ones_are_no_mask(self, model: Any) -> None:
-        """The same bits, and no written-out mask: in prefill, in chunks, in decode steps."""
+        """The same bits and no materialised mask, in prefill, chunks and decode steps."""
         ids, ones = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
         results = []
         for mask in (None, ones):
@@ -136,7 +140,7 @@ class TestMasks:
             ones = torch.ones_like(ids)
             cache = cache_of(model(ids[:, :-1], attention_mask=ones[:, :-1], use_cache=True))
             model(ids[:, -1:], attention_mask=ones, **cache_kwargs(model, cache))
-        assert masks == [None] * 4  # one full layer in prefill, three layers in the decode step
+        assert masks == [None] * 4  # one full-attention layer in prefill, three layers in the decode step
 
     def test_the_rows_of_generate_are_taken_as_they_are(self) -> None:
         rows = Rows(1, 4, 4, 0, "cpu")
@@ -145,7 +149,7 @@ class TestMasks:
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators that wait for a device."""
+    """Counts the operators that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +170,7 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What each look reads; whatever else waits fails the test."""
+    """Records what each device read fetches; any other wait fails the test."""
     seen: list[str] = []
     original = rows_module._read
 
@@ -184,10 +188,10 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 class TestWaits:
-    """One look per eager forward of more than one query, whatever it finds, and none beside it."""
+    """An eager forward with more than one query reads from the device exactly once, whatever it finds."""
 
     def baseline(self, model: Any, ids: torch.Tensor, **kwargs: Any) -> int:
-        """What transformers itself waits for, with its own attention."""
+        """The number of waits of transformers itself, with its own attention."""
         model.set_attn_implementation("sdpa")
         with Waits() as waits, torch.no_grad():
             model(ids, **kwargs)
@@ -244,8 +248,8 @@ class TestWaits:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_bounds_on_the_device_are_those_read(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to a layout give the same table, rows of padding only included."""
+def test_bounds_on_the_device_equal_those_on_the_host(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to build a layout give the same table, also for rows that are all padding."""
     _, mask = padded([tokens(LENGTH), tokens(37), tokens(0)], side)
     for q_len, offset, slots in (
         (LENGTH, 0, LENGTH),
@@ -253,14 +257,14 @@ def test_bounds_on_the_device_are_those_read(side: str, monkeypatch: pytest.Monk
         (20, torch.tensor(10), 64),
         (5, 0, 64),
     ):
-        rows = Rows(3, q_len, slots, offset, "cpu", given=mask[:, : int(offset) + q_len].bool())
-        read, unread = rows.layout({}, rows.device), rows._on_device()
+        rows = Rows(3, q_len, slots, offset, "cpu", Masks(given=mask[:, : int(offset) + q_len].bool()))
+        read, unread = rows.layout({}, rows.device), on_device(rows)
         assert torch.equal(read.sequences.table, unread.sequences.table)
         assert torch.equal(read.sequences.kv_start, unread.sequences.kv_start)
 
 
 def test_padded_rows_in_a_static_cache_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode steps whose bounds stay on the device give the logits of those that are read."""
+    """Decode steps give the same logits whether their bounds stay on the device or are read."""
     model = tiny_model(moba=SMALL)
     ids, mask = padded([tokens(LENGTH), tokens(37)], "left")
     results = []

@@ -1,4 +1,4 @@
-"""On a GPU: a forward waits once, a decode step never, and a hole raises there."""
+"""On a GPU, a forward waits once for the device, a decode step never, and a mask with holes raises."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_waits(what: str, decode: str) -> None:
 
 
 def test_a_hole_raises_on_the_device() -> None:
-    """In a process of its own, whose device is lost by it."""
+    """Runs in a separate process, because the failed assertion makes its device unusable."""
     command = [sys.executable, "-c", _HOLE]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     assert done.returncode != 0

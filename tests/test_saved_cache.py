@@ -1,4 +1,4 @@
-"""The cache on disk: reuse gives the same logits; changes are noticed; other files are refused."""
+"""The cache on disk: reuse gives the same logits, changes are noticed, and other files are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_reuse_gives_the_same_logits(rule: MobaConfig, length: int, tmp_path: Pa
     cache, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert (reused, cache.get_seq_length()) == (0, length)
     first = asked(one, cache, question)
-    if rule == RULE or length == 64:  # a tile that text and question share hears both in one call alone
+    if rule == RULE or length == 64:  # otherwise text and question share a tile, which differs from one call
         assert close(first, one(torch.cat([ids, question], dim=1)).logits[:, -5:])
     again, reused = read_with_saved_cache(one, ids, tmp_path / "x", chunk_size=16, progress=False)
     assert reused == again.get_seq_length() == length
@@ -81,12 +81,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_with_saved_cache(one, ids, file, chunk_size=32)
     for damaged in (whole[:-8], whole[: len(whole) // 3], b"", b"no cache"):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged, or no cache at all"):
+        with pytest.raises(ValueError, match="damaged, or not a saved cache"):
             read_with_saved_cache(one, ids, file, chunk_size=16)
     from safetensors.torch import save_file
 
     save_file({"keys.0": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no cache that this release reads"):
+    with pytest.raises(ValueError, match="not a cache that this release can read"):
         read_with_saved_cache(one, ids, file, chunk_size=16)
     with pytest.raises(ValueError, match="chunk_size=12 must be a multiple of tile=8"):
         read_with_saved_cache(model(SHARED), ids, tmp_path / "z", chunk_size=12)

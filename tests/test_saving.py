@@ -1,4 +1,4 @@
-"""A MoBA model that is saved stays one, and its folder names the package that it needs."""
+"""A saved MoBA model loads as one, and its folder names the package that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MoBA means: every row of the definition, on the operator, over a pairwise grid of shapes."""
+"""The semantics of MoBA: every property of the definition, on the operator, over a grid of shapes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SMALL = {"block_size": 7, "topk": 3, "sink_blocks": 0, "local_blocks": 0}
 
 
 def case(length: int = 101, *, group_size: int = 3, dtype=torch.float64, **rule: int) -> Case:
-    """One sequence under a rule; fp64, so that two right ways agree to 1e-12."""
+    """One sequence under a rule, in fp64, so that two correct computations agree to 1e-12."""
     return Case((length,), (length,), group_size, 2, 16, 16, dtype, SMALL | rule)
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to fp64 rounding, NaN never."""
+    """Equal up to fp64 rounding; never true for NaN."""
     return actual.shape == expected.shape and error(actual, expected) < 1e-12
 
 
@@ -42,13 +42,13 @@ def covering(length: int, block_size: int) -> int:
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Torch's causal attention of one packed sequence."""
+    """torch's causal attention for one packed sequence."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
 
 
 class TestGrid:
-    """Stage by stage against the reference: the choice, then attention and gradients under one choice."""
+    """Each stage against the reference: the choice, then attention and gradients under the same choice."""
 
     @pytest.mark.parametrize("case", GRID, ids=str)
     def test_choice(self, case: Case) -> None:
@@ -115,7 +115,7 @@ class TestDense:
 
 class TestForcedBlocks:
     def test_forced_blocks_count_in_topk_and_once(self) -> None:
-        """With topk used up by forced blocks, exactly the first, the one before and the own are attended."""
+        """If kept blocks use up topk, exactly the first, the previous and the own block are attended."""
         q, k, _ = case(70).tensors()
         rule = {"block_size": 7, "topk": 3, "sink_blocks": 1, "local_blocks": 1}
         choice = select_blocks(q, k, **rule)
@@ -140,7 +140,7 @@ class TestTies:
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     def test_equal_scores_go_to_the_lower_block(self, sign: float, backend: str) -> None:
-        """All keys equal: every earlier block scores the same, negative too, and the first ones win."""
+        """If all keys are equal, all earlier blocks score the same, with either sign; the first ones win."""
         q = torch.ones(60, 3, 8) * sign
         k = torch.ones(60, 1, 8)
         choice = select_blocks(q, k, block_size=5, topk=4, backend=backend)
@@ -151,7 +151,7 @@ class TestTies:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("forced", [(0, 0), (1, 0), (0, 1), (1, 2)])
     def test_integer_scores(self, dtype: torch.dtype, forced: tuple[int, int]) -> None:
-        """Few distinct exact scores of both signs: the choice must be the reference's as a set."""
+        """With few distinct, exact scores of both signs, the choice must equal the reference's as a set."""
         rule = {"block_size": 4, "topk": 6, "sink_blocks": forced[0], "local_blocks": forced[1]}
         q = torch.randint(-1, 2, (150, 4, 4)).to(dtype)
         k = torch.randint(-1, 2, (150, 2, 4)).to(dtype) * 4
@@ -189,7 +189,7 @@ class TestRows:
     def test_padded_rows_equal_the_rows_alone_and_padding_is_zero(self, backend: str) -> None:
         q, k, v = (torch.randn(4, heads, 60, 8, dtype=torch.float64) for heads in (6, 2, 2))
         start, end = torch.tensor([0, 13, 0, 20]), torch.tensor([60, 60, 41, 20])
-        for row in range(4):  # what lies in padding is never read
+        for row in range(4):  # padding is never read
             for x in (k, v):
                 x[row, :, : start[row]] = x[row, :, end[row] :] = torch.nan
         out, lse = batched_moba_attention(q, k, v, **SMALL, kv_start=start, kv_end=end, backend=backend)
@@ -275,10 +275,10 @@ class TestRest:
         assert error(lse, expected_lse) < 1e-5
 
     def test_fp64_is_computed_in_fp64(self) -> None:
-        """Keys that fp32 cannot tell apart decide the choice and the output."""
+        """Keys that fp32 cannot distinguish decide the choice and the output."""
         q = torch.ones(12, 1, 2, dtype=torch.float64)
         k = torch.ones(12, 1, 2, dtype=torch.float64)
-        k[4:8] += 1e-12  # the best block by less than fp32 resolves; a tie would go to block 0
+        k[4:8] += 1e-12  # the best block by less than fp32 can resolve; a tie would go to block 0
         v = torch.randn(12, 1, 2, dtype=torch.float64)
         choice = select_blocks(q, k, block_size=4, topk=2)
         assert choice[8:, 0].tolist() == [[2, 1]] * 4
@@ -287,7 +287,7 @@ class TestRest:
         assert same(out, moba_attention_ref(q, k, v, block_size=4, topk=2)[0])
 
     def test_block_means_are_rounded_to_the_key_dtype(self) -> None:
-        """bf16 means of 256 and 257 tie although the fp32 means do not: the lower block wins."""
+        """The bf16 means of 256 and 257 tie although the fp32 means differ, so the lower block wins."""
         q = torch.ones(6, 1, 1, dtype=torch.bfloat16)
         k = torch.tensor([256.0, 256.0, 256.0, 258.0, 0.0, 0.0], dtype=torch.bfloat16).view(6, 1, 1)
         for backend in ("portable", "reference"):
@@ -296,7 +296,7 @@ class TestRest:
     @pytest.mark.parametrize("blocks", [33, 65, 127, 1025])
     @pytest.mark.parametrize("topk", [1, 2, 4, 16])
     def test_exactly_topk_of_many_blocks(self, blocks: int, topk: int) -> None:
-        """One top-k over all blocks, however many: not one per group of blocks."""
+        """A single top-k runs over all blocks, however many there are, not one per group of blocks."""
         kv_len = blocks * 3 + 1
         c = Case((9,), (kv_len,), 2, 1, 8, 8, torch.float32, SMALL | {"block_size": 3, "topk": topk})
         q, k, v = c.tensors()
@@ -308,7 +308,7 @@ class TestRest:
         assert_as_accurate(out, plain_attention(c, q, k, v, choice), expected)
 
     def test_an_edit_in_place_is_seen(self) -> None:
-        """Nothing is remembered by a tensor's identity: neither offsets nor keys."""
+        """Nothing is cached by a tensor's identity, neither offsets nor keys."""
         q, k, v = case(60).tensors()
         offsets = cumulative((20, 40))
         moba_attention(q, k, v, **SMALL, cu_seqlens_q=offsets)

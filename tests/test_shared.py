@@ -1,4 +1,4 @@
-"""The shared choice of blocks: the portable path against the reference, and what the rule promises."""
+"""The shared choice of blocks: the portable path against the reference, and the properties of the rule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RULES = [
 
 
 def _tensors(q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2, batch: int = 1) -> list[Tensor]:
-    """fp64 q, k, v `(batch, heads, length, dim)`; queries are large, so that masses differ."""
+    """fp64 q, k, v `(batch, heads, length, dim)` with large queries, so that masses differ."""
     generator = torch.Generator().manual_seed(q_len + kv_len)
     shapes = ((batch, heads, q_len, 16), (batch, kv_heads, kv_len, 16), (batch, kv_heads, kv_len, 12))
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -52,7 +52,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rule: SharedRule, backe
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor, rule: SharedRule, cuts: tuple[int, ...] = ()):
-    """The reference of one sequence of `(heads, length, dim)` tensors."""
+    """The reference's result for one sequence of `(heads, length, dim)` tensors."""
     return shared_attention_ref(*(x.transpose(0, 1) for x in (q, k, v)), rule, cuts=cuts)
 
 
@@ -95,7 +95,7 @@ def test_packed_sequences_equal_each_alone(rule) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
 def test_padded_rows_equal_each_alone(rule) -> None:
-    """Padding on either side, and slots of a static cache that hold NaN: rows are those of each alone."""
+    """Rows are the same as alone, with padding on either side and NaN in unused slots of a static cache."""
     q, k, v = _tensors(90, 120, batch=3)
     start, end = torch.tensor([0, 41, 17]), torch.tensor([90, 90, 80])
     slot = torch.arange(120)
@@ -115,7 +115,7 @@ def test_padded_rows_equal_each_alone(rule) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
 def test_chunks_equal_the_reference_with_their_cuts(rule) -> None:
-    """Calls that end inside a tile, and steps of one row; whole tiles equal one shot."""
+    """Calls that end inside a tile, and single-row steps; chunks of whole tiles equal a single call."""
     length = 118
     q, k, v = _tensors(length, length)
     edges = [0, 50, 64, 100, *range(112, length + 1)]
@@ -177,7 +177,7 @@ def test_a_token_changes_nothing_before_its_tile(rule) -> None:
 
 
 def _rotated(x: Tensor, by: float, pairs: str) -> Tensor:
-    """`x (..., D)` with every rotary pair turned as `by` further positions turn it."""
+    """`x (..., D)` with every rotary pair rotated by `by` further positions."""
     half = x.shape[-1] // 2
     angle = by * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
     shape = (2, half) if pairs == "halves" else (half, 2)
@@ -349,12 +349,12 @@ def test_bits_of_blocks() -> None:
         ({"threshold": 0.1, "rotary_pairs": "none"}, "rotary_pairs must be one of 'halves', 'neighbours'"),
     ],
 )
-def test_settings_that_make_no_rule_are_refused(settings, message) -> None:
+def test_invalid_settings_are_refused(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         SharedRule(**{"block_size": 8, "tile": 16, **settings})
 
 
-def test_a_threshold_that_is_no_number_is_refused() -> None:
+def test_a_threshold_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(TypeError, match="threshold must be a number between 0 and 1, got 'high'"):
         SharedRule(8, 16, threshold="high")
 

@@ -1,4 +1,4 @@
-"""Decode steps of a shared choice: what a cache keeps, rows against the reference, what is read."""
+"""Decode steps with a shared choice: cached summaries, rows against the reference, which keys are read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moba_hf import MobaCache, MobaConfig
-from moba_hf.hf.cache import MobaLayer, MobaStaticLayer
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.dynamic_layer import MobaLayer
+from moba_hf.hf.static_layer import MobaStaticLayer
 from moba_hf.op.gates import KeptMass, MassSummary, mass_vectors
 from moba_hf.op.ops import attention
 from moba_hf.op.sequences import Sequences, batched_table
@@ -73,7 +74,7 @@ def test_rows_equal_the_reference(rule: str, dtype: torch.dtype, q_len: int, bac
 
 @pytest.mark.parametrize("rule", ["threshold", "capped", "share"])
 def test_only_chosen_blocks_are_read(rule: str) -> None:
-    """Keys and values of every other block may hold anything once the summaries are taken."""
+    """The keys and values of all other blocks may be arbitrary once the summaries are computed."""
     torch.manual_seed(0)
     shared, layer = RULES[rule], MobaLayer()
     k, v = layer.update(*states(1, LENGTH))
@@ -95,7 +96,7 @@ def test_only_chosen_blocks_are_read(rule: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pairs", ["halves", "neighbours"])
-def test_what_is_kept_are_the_gate_s_vectors(dtype: torch.dtype, pairs: str) -> None:
+def test_the_cache_keeps_the_gate_s_vectors(dtype: torch.dtype, pairs: str) -> None:
     k = states(1, LENGTH, dtype)[0][0]
     kept = KeptMass(pairs)
     numbers = kept.take(k, 32)
@@ -111,7 +112,7 @@ def test_what_is_kept_are_the_gate_s_vectors(dtype: torch.dtype, pairs: str) -> 
 @pytest.mark.parametrize("kept", [KeptMass("neighbours"), KeptMass("halves")])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_kept_follows_everything_a_layer_does(kept: KeptMass, padded: bool, seed: int) -> None:
+def test_kept_vectors_follow_all_operations_of_a_layer(kept: KeptMass, padded: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     layer, starts = MobaLayer(), torch.tensor([3, 0]) if padded else None
     layer.update(*states(2, 20))
@@ -128,7 +129,7 @@ def test_kept_follows_everything_a_layer_does(kept: KeptMass, padded: bool, seed
             starts = None if starts is None else starts.repeat_interleave(2)
         else:
             layer.update(*states(len(rows), 1 + 6 * (what == 3)))
-        if what != 4:  # now and then several steps are caught up with at once
+        if what != 4:  # sometimes several steps are caught up at once
             _assert_kept(layer.moba_means(layer.keys, starts, 4, None, kept), layer.keys, starts, kept)
 
 
@@ -154,7 +155,7 @@ def test_a_static_layer_keeps_the_same_in_one_place() -> None:
 )
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_of_stock_caches(moba: MobaConfig, beams: int) -> None:
-    """Left-padded rows, beams; the stock cache reads every key to score blocks."""
+    """With left-padded rows and beams; with a stock cache, every key is read to score blocks."""
     model = tiny_model(moba=dataclasses.replace(moba, decode="sparse"), seed=1)
     model.generation_config.eos_token_id = None
     ids, mask = tokens(2, 41), torch.ones(2, 41, dtype=torch.long)

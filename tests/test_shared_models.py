@@ -1,4 +1,4 @@
-"""The shared choice of blocks as settings: config, layers, caches, `inspect`, the operator's keywords."""
+"""The shared choice as a setting: config, layers, caches, `inspect`, the operator's keywords."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHARED = MobaConfig(**SETTINGS)
 
 
 def _by_hand(call: Call, rule: SharedRule, start: int, end: int, row: int = 0) -> tuple[slice, Tensor]:
-    """The queries of one row that are real, and what the reference makes of them."""
+    """The real queries of one row, and the reference's output for them."""
     offset = call.key.shape[2] - call.query.shape[2]
     at = slice(max(start - offset, 0), end - offset)
     query = call.query[row, :, at].transpose(0, 1)
@@ -119,7 +119,7 @@ def test_a_prompt_below_dense_below_is_the_stock_attention() -> None:
     assert close(first, sdpa_logits(model, longer)[:, :32])
 
 
-def test_whole_tiles_in_chunks_are_one_shot() -> None:
+def test_chunks_of_whole_tiles_equal_one_call() -> None:
     model = tiny_model(moba=SHARED)
     ids = tokens(1, 96)
     whole = logits(model, ids)
@@ -199,7 +199,7 @@ def test_a_given_mask_is_checked() -> None:
     for bad, message in (
         (mask[None], r"must be \(num_heads, num_tiles, words\), got"),
         (mask[:, :2], r"must be int32 \(num_heads, num_tiles, words\) = \(4, 5, 1\)"),
-        (mask | 1 << 9, "holds a later block for the tile at row 0"),
+        (mask | 1 << 9, "has a later block for the tile at row 0"),
         (mask & ~1, "lacks a block that the tile at row 0 overlaps"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -215,7 +215,7 @@ def test_compiled_attention_is_the_eager_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": "mean"}, "tile=16 shares a choice by mass: set gate='mass', not 'mean'"),
+        ({"gate": "mean"}, "tile=16 needs gate='mass', got gate='mean'"),
         ({"threshold": None}, "threshold is missing: with tile=16"),
         ({"threshold": 1.5}, "threshold must lie between 0 and 1, both excluded, got 1.5"),
         ({"tile": 12}, "tile=12 must be a multiple or a divisor of block_size=8"),
@@ -241,7 +241,7 @@ def test_a_stored_config_without_a_threshold_is_refused() -> None:
         MobaConfig(8, 4, tile="16")
 
 
-def test_shares_are_the_most_that_a_text_may_ask_for() -> None:
+def test_shares_are_upper_limits_for_any_text() -> None:
     assert SHARED.key_budget(1000, 3) == SHARED.pair_share(1000, 3) == 1.0
     capped = MobaConfig(**SETTINGS, topk=6)
     rule = capped.for_layer(0, 3)
@@ -260,8 +260,8 @@ def test_shares_are_the_most_that_a_text_may_ask_for() -> None:
 def test_inspect_says_what_it_can_without_a_text() -> None:
     text = describe(inspect_config(tiny_model(moba=SHARED).config))
     assert (
-        "blocks of 8 shared by 16 queries, threshold 0.5, one in 4 chooses, 1 sink, 1 local, all below 32"
-        in text
+        "blocks of 8 shared by 16 queries, threshold 0.5, one query in 4 scored, 1 sink, 1 local, "
+        "dense below 32" in text
     )
     assert "How many blocks a shared choice takes depends on the text" in text
     assert text.count("up to") == 12
@@ -279,7 +279,7 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
                 assert sum(lengths) == end - seen or (end - seen < 2 and seen)
                 assert all(2 <= length <= size for length in lengths) or end - seen < 2
                 cuts = [seen + sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
-                tight = size == 16  # a rest of one token, which would count as decoding, cuts a tile there
+                tight = size == 16  # a remainder of one token would count as decoding, so a tile is split
                 assert all(cut % 16 == 0 for cut in cuts) or tight
     type(logger).warning_once.cache_clear()
     caplog.clear()
@@ -289,11 +289,11 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
         _chunks(model, 0, 90, 32, padded=True)
         _chunks(model, 0, 90, 32, padded=True)
     assert [r.message.split(" (")[1].split(")")[0] for r in caplog.records] == [
-        "rows of a padded batch begin anywhere"
+        "padded rows may begin inside a tile"
     ]
 
 
-def test_a_prefill_in_chunks_is_one_shot() -> None:
+def test_a_prefill_in_chunks_equals_one_call() -> None:
     model = tiny_model(moba=SHARED)
     ids = tokens(1, 91)
     whole = prefill(model, ids, chunk_size=96, dense_tail=0, progress=False)
@@ -308,7 +308,7 @@ def test_a_prefill_in_chunks_is_one_shot() -> None:
 def test_the_end_of_a_prompt_may_be_read_dense(moba) -> None:
     model = tiny_model(moba=moba)
     ids = tokens(1, 91)
-    tail = 60 // 16 * 16 if moba is SHARED else 61  # the tail is 30 tokens, and whole tiles
+    tail = 60 // 16 * 16 if moba is SHARED else 61  # the tail has 30 tokens, rounded to whole tiles
     with captured() as calls:
         prefill(model, ids, chunk_size=40, dense_tail=30, progress=False)
     for call in calls:

@@ -1,4 +1,4 @@
-"""Verification of converted checkpoints, and the conversion of GGUF files that it checks."""
+"""Verification of converted checkpoints, including conversions of GGUF files."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ def test_other_tensors_fail(pair: tuple[Path, Path], dst: Path) -> None:
         shard.unlink()
     (dst / "model.safetensors.index.json").unlink()
     save_file(tensors, dst / "model.safetensors", metadata={"format": "pt"})
-    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in another file
+    assert failure(dst, pair[0]).startswith("files: ")  # the same tensors in a different file
     name, tensor = max(tensors.items())
     save_file({**tensors, name: tensor.float()}, dst / "model.safetensors", metadata={"format": "pt"})
     assert f"{name} is F32" in failure(dst, pair[0])
@@ -126,9 +126,9 @@ def test_wrong_config_fails(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, in the source 1e-06"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, but 1e-06 in the source"),
         ({"rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}}, "rope_parameters.rope_theta"),
-        ({"attention_dropout": 0}, "attention_dropout is 0, in the source 0.0"),
+        ({"attention_dropout": 0}, "attention_dropout is 0, but 0.0 in the source"),
         ({"hidden_act": None}, "hidden_act is missing"),
         ({"more": 1}, "more is not in the source"),
     ],
@@ -231,7 +231,8 @@ def test_gguf_is_saved_exactly(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]
 
 
 def test_gguf_in_half_the_size(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]], tmp_path: Path) -> None:
-    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16")
+    dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16", remote_code=True)
+    assert "`tiny.gguf`, dequantised to bfloat16, set up to use" in (dst / "README.md").read_text()
     assert {t.dtype for t in load_file(dst / "model.safetensors").values()} == {torch.bfloat16}
     report = verify_checkpoint(dst, gguf[0])
     assert report.passed, report
@@ -258,7 +259,7 @@ def test_refuses_bad_gguf(gguf: tuple[Path, Any], tmp_path: Path) -> None:
             convert_checkpoint(gguf[0], out / "dst", MOBA, **kwargs)
     with pytest.raises(ValueError, match="names layer 5"):
         convert_checkpoint(gguf[0], out / "dst", MobaConfig(8, 2, full_attention_layers=(5,)))
-    with pytest.raises(ValueError, match="holds the source"):
+    with pytest.raises(ValueError, match="contains the source"):
         convert_checkpoint(gguf[0], gguf[0].parent, MOBA, overwrite=True)
     assert os.listdir(out) == []
 
@@ -266,8 +267,8 @@ def test_refuses_bad_gguf(gguf: tuple[Path, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leave_out": "blk.1.ffn_up"}, r"holds no model\.layers\.1\.mlp\.up_proj\.weight"),
-        ({"extra": {"blk.0.attn_q.more": (64,)}}, "holds 21 tensors, LlamaForCausalLM has 20"),
+        ({"leave_out": "blk.1.ffn_up"}, r"contains no model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"extra": {"blk.0.attn_q.more": (64,)}}, "contains 21 tensors, but LlamaForCausalLM has 20"),
         ({"extra": {"rope_freqs": (8,)}}, "has RoPE scaling"),
         ({"scaling": "yarn"}, "has RoPE scaling"),
         ({"parts": 2}, "is one of 2 parts"),

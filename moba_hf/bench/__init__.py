@@ -1,9 +1,9 @@
-"""How fast the operator is on this machine, beside dense attention, after it has been proved right.
+"""The speed of the operator on this machine next to dense attention, measured after a correctness check.
 
-`moba-hf bench` is `run`. `moba_hf.op.checks` is the correctness gate, which the tests of backends share;
-`rows` is what is measured, `stages`, `peers` and `timing` how, `report` the result.
+`moba-hf bench` calls `run`. The correctness gate is `moba_hf.op.checks`, shared with the backend tests.
+`rows` says what is measured; `stages`, `peers` and `timing` measure it; `report` writes the results.
 """
 
-from moba_hf.bench.measure import Options, run
+from moba_hf.bench.measure import Options, Outcome, run
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "Outcome", "run"]

@@ -1,13 +1,14 @@
-"""The benchmark: correctness gate, ceilings of this machine in this run, then every row.
+"""The benchmark: the correctness gate, then this machine's ceilings, then every row.
 
-Medians of CUDA-event times; dense calls above a second are timed once. TFLOP/s count 4 * head_dim per
-attended (query, key) pair and head, masked work not included. Without a green gate no speedup is printed.
+Times are medians of CUDA-event times; dense calls longer than a second are timed once. TFLOP/s count
+4 * head_dim operations per attended (query, key) pair and head; masked work does not count. Speedups are
+printed only if the gate is green.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from moba_hf.bench.stages import stage_times
 from moba_hf.bench.timing import GIB, ceilings, median_ms
 from moba_hf.op.checks import Case, assert_attention, assert_choice
 from moba_hf.op.ops import moba_attention
+from moba_hf.progress import print_beside, progress, progress_bar
 
-# Dense attention too long to be measured whole is measured on this part of the queries.
+# Where dense attention is too long to be timed whole, only the last 1 / PARTS of the queries are timed.
 PARTS = 32
 _ATTENTION = {"triton": "ms", "flash_attn": "flash_backend_ms"}
 
@@ -31,15 +33,16 @@ class Options:
     """What to run.
 
     Attributes:
-        rows: names out of `ROWS`, or of the figure's rows; empty: all.
-        figure: a name of `FIGURES`, drawn instead of the rows; None: the rows.
-        repeats: most runs of a median.
-        stages, dense: also time the stages, the dense baselines.
-        dense_limit: longest dense baseline, tokens.
-        flash: also prove and time the backend "flash_attn".
-        workspace: GiB of the forward's workspace; None: `budgets.WORKSPACE`.
-        tiny: only the gate, on a tiny case, on a CPU under Triton's interpreter.
-        out: folder of the results.
+        rows: names from `ROWS`, or from the figure's rows; empty: all of them.
+        figure: a name from `FIGURES`, to draw instead of measuring `ROWS`; None: no figure.
+        repeats: maximum number of runs that a median is taken over.
+        stages: also time each stage.
+        dense: also time the dense baselines.
+        dense_limit: the longest dense baseline, in tokens.
+        flash: also check and time the backend "flash_attn".
+        workspace: size of the forward's workspace in GiB; None: `budgets.WORKSPACE`.
+        tiny: run only the correctness gate, on a tiny case; works on a CPU under Triton's interpreter.
+        out: folder for the results.
     """
 
     rows: Sequence[str] = ()
@@ -65,11 +68,35 @@ class Options:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
 
-def run(options: Options) -> bool:
-    """Runs the benchmark, prints and writes its results; whether the correctness gate was green.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found.
+
+    Attributes:
+        problems: what the correctness gate found wrong; none: it was green.
+        machine: device, versions and ceilings in one line; "" for the tiny case.
+        results: a line per row, the columns of the CSV file.
+    """
+
+    problems: tuple[str, ...]
+    machine: str = ""
+    results: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def green(self) -> bool:
+        """Whether the correctness gate was."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {"green": self.green, **asdict(self)}
+
+
+def run(options: Options) -> Outcome:
+    """Runs the benchmark, and prints and writes its results.
 
     Raises:
-        ValueError: no GPU, and not the tiny case.
+        ValueError: no GPU, unless `options.tiny` is set.
     """
     from moba_hf.kernels import budgets
     from moba_hf.kernels.launch import INTERPRETED
@@ -77,7 +104,7 @@ def run(options: Options) -> bool:
     if options.tiny:
         problem = prove(TINY, device="cpu" if INTERPRETED else "cuda", head_dim=16)
         print("gate: green" if problem is None else f"gate: RED: {problem}")
-        return problem is None
+        return Outcome(() if problem is None else (problem,))
     if not torch.cuda.is_available() or INTERPRETED:
         raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
     before = budgets.WORKSPACE
@@ -90,7 +117,7 @@ def run(options: Options) -> bool:
 
 
 def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: int = HEAD_DIM) -> str | None:
-    """None if gate and attention under the row's rule pass `checks` at a small length, else what failed."""
+    """None if choice and attention under the row's rule are right at a small length, else what failed."""
     length = min(row.length, max(4096, 3 * row.topk * row.block_size // 2))
     case = Case(
         [(min(length, 1024), length), (100, 333)],
@@ -109,7 +136,7 @@ def prove(row: Row, backend: str = "triton", *, device: str = "cuda", head_dim: 
         out, _ = assert_attention(case, choice)
         if not torch.equal(case.attend(case.select())[0], out):
             raise AssertionError("two runs differ")
-    except Exception as error:  # whatever stops it: it is not proved
+    except Exception as error:  # any exception counts as a failed check
         return f"{row.name}, {backend}: {' '.join(str(error).split())[:300]}"
     return None
 
@@ -123,7 +150,7 @@ def inputs(row: Row, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attended_pairs(row: Row) -> tuple[int, int]:
-    """(query, key) pairs attended in the own blocks and in the chosen ones, all heads together."""
+    """(query, key) pairs attended in the own blocks and in the chosen blocks, summed over all heads."""
     full, rest = divmod(row.length, row.block_size)
     own = full * row.block_size * (row.block_size + 1) // 2 + rest * (rest + 1) // 2
     chosen = sum(min(i, row.topk - 1) * row.block_size for i in range(full))
@@ -131,28 +158,34 @@ def attended_pairs(row: Row) -> tuple[int, int]:
     return own * row.num_heads, chosen * row.block_size * row.num_heads
 
 
-def _run_rows(options: Options) -> bool:
+def _run_rows(options: Options) -> Outcome:
     rows = [row for row in ROWS if not options.rows or row.name in options.rows]
     backends = ("triton", "flash_attn") if options.flash else ("triton",)
     problems = _gate(rows, backends)
     limits = ceilings(options.repeats)
     known: dict[tuple[int, int, int], dict[str, float | None]] = {}
-    results = []
-    for row in rows:
-        result = _measure(row, options, limits, backends, known)
-        if not problems:
-            result |= _speedup(result)
-        results.append(result)
-        report.write_csv(results, options.out / "bench_kernels.csv")
-        print(report.brief(result), flush=True)
-        torch.cuda.empty_cache()
-    report.write_rows(results, _header(limits, problems), options.out, green=not problems)
-    return not problems
+    results: list[dict[str, Any]] = []
+    with progress_bar("rows", len(rows), " rows") as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            result = _measure(row, options, limits, backends, known)
+            if not problems:
+                result |= _speedup(result)
+            results.append(result)
+            report.write_csv(results, options.out / "bench_kernels.csv")
+            print_beside(bar, report.brief(result))
+            bar.update(1)
+            torch.cuda.empty_cache()
+    machine = _header(limits, problems)
+    report.write_rows(results, machine, options.out, green=not problems)
+    return Outcome(tuple(problems), machine, tuple(results))
 
 
 def _gate(rows: Sequence[Row], backends: Sequence[str]) -> list[str]:
-    """What the correctness gate found, each printed."""
-    found = [problem for row in rows for name in backends if (problem := prove(row, name)) is not None]
+    """Runs the correctness gate, prints each failure and returns them."""
+    cases = [(row, name) for row in rows for name in backends]
+    proved = [prove(row, name) for row, name in progress(cases, "correctness", " rows")]
+    found = [problem for problem in proved if problem is not None]
     for problem in found:
         print(f"gate: RED: {problem}")
     torch.cuda.empty_cache()
@@ -174,7 +207,7 @@ def _measure(
     backends: Sequence[str],
     known: dict[tuple[int, int, int], dict[str, float | None]],
 ) -> dict[str, Any]:
-    """One line of the results; `known`: dense times of shapes measured before."""
+    """One line of the results; `known` caches dense times by shape."""
     q, k, v = inputs(row)
     result: dict[str, Any] = {"row": row.name, "tokens": row.length}
     result |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
@@ -194,13 +227,13 @@ def _measure(
 
 
 def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: int) -> dict[str, Any]:
-    """Milliseconds of the whole operator, and for the Triton one its memory beyond q, k, v and out."""
+    """Milliseconds of the whole operator, and for Triton its peak memory in addition to q, k, v and out."""
     rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": backend}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
         ms = median_ms(lambda: moba_attention(q, k, v, **rule), repeats)
-    except Exception as error:  # other packages raise what they like
+    except Exception as error:  # other packages may raise anything
         if backend == "triton":
             raise
         print(f"  backend {backend} does not run: {(str(error) or type(error).__name__).splitlines()[0]}")
@@ -212,7 +245,7 @@ def _operator(row: Row, backend: str, q: Tensor, k: Tensor, v: Tensor, repeats: 
 def _stage_columns(
     row: Row, q: Tensor, k: Tensor, v: Tensor, ms: float, limits: dict[str, float]
 ) -> dict[str, float]:
-    """Milliseconds of the stages, and what the larger ones reach of this machine's ceilings."""
+    """Milliseconds of each stage, and the share of this machine's ceilings that the larger ones reach."""
     rule: dict[str, Any] = {"block_size": row.block_size, "topk": row.topk, "backend": "triton"}
     times = stage_times(lambda: moba_attention(q, k, v, **rule), 1 if ms > 100 else 4)
     result = {f"{name}_ms": value for name, value in times.items()}
@@ -241,7 +274,7 @@ def _stage_columns(
 
 
 def _speedup(result: dict[str, Any]) -> dict[str, Any]:
-    """The best dense time over the operator's, where there is one."""
+    """The best dense time divided by the operator's; empty without a dense time."""
     names = [name for name in ("fa2", "cudnn", "flash_attn", "fa4") if result.get(f"{name}_ms")]
     if not names:
         return {}
@@ -249,7 +282,7 @@ def _speedup(result: dict[str, Any]) -> dict[str, Any]:
     return {"best_dense": best, "speedup": result[f"{best}_ms"] / result["ms"]}
 
 
-def _run_figure(options: Options) -> bool:
+def _run_figure(options: Options) -> Outcome:
     assert options.figure is not None
     figures = FIGURES[options.figure]
     if options.rows:
@@ -257,9 +290,11 @@ def _run_figure(options: Options) -> bool:
         figures = tuple(x for x in figures if x.rows)
     problems = _gate([row for figure in figures for row in (figure.rows[0], figure.rows[-1])], ("triton",))
     limits = ceilings(options.repeats)
-    lines = []
-    for figure in figures:
-        for row in figure.rows:
+    lines: list[dict[str, Any]] = []
+    points = [(figure, row) for figure in figures for row in figure.rows]
+    with progress_bar("points", len(points), " points") as bar:
+        for figure, row in points:
+            bar.set_description(f"{figure.name}, {row.name}")
             line = _figure_line(figure, row, options)
             if not problems:
                 line |= {
@@ -269,14 +304,16 @@ def _run_figure(options: Options) -> bool:
                 }
             lines.append(line)
             report.write_csv(lines, options.out / f"bench_{options.figure}.csv")
-            print(report.brief(line), flush=True)
+            print_beside(bar, report.brief(line))
+            bar.update(1)
             torch.cuda.empty_cache()
-    report.write_figure(options.figure, figures, lines, _header(limits, problems), options.out, not problems)
-    return not problems
+    machine = _header(limits, problems)
+    report.write_figure(options.figure, figures, lines, machine, options.out, not problems)
+    return Outcome(tuple(problems), machine, tuple(lines))
 
 
 def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
-    """One point of a figure: the operator, and dense attention whole or on its last queries."""
+    """One point of a figure: the operator, and dense attention over all queries or over the last ones."""
     q, k, v = inputs(row)
     line: dict[str, Any] = {"figure": figure.name, "row": row.name, "tokens": row.length}
     line |= {"heads": f"{row.num_heads}/{row.num_kv_heads}", "rule": f"{row.block_size}/{row.topk}"}
@@ -296,6 +333,6 @@ def _figure_line(figure: Figure, row: Row, options: Options) -> dict[str, Any]:
         if row.length >= figure.slice_from:
             line["dense"] = f"last 1/{PARTS} of the queries, scaled by pairs"
             line |= {f"{name}_ms": ms for name, ms in sliced.items()}
-        else:  # how well scaling does where the whole is known
+        else:  # shows how well scaling does where the full time is known
             line |= {f"{name}_scaled_ms": ms for name, ms in sliced.items()}
     return line

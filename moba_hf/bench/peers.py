@@ -1,4 +1,4 @@
-"""Dense causal attention to compare with: torch's own, and other packages where they are installed."""
+"""Dense causal attention to compare with: torch's own, and that of other packages if installed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moba_hf.bench.timing import median_ms
 
-# `(q, k, v, causal)` over `(1, heads, length, dim)`; queries and keys are as many where causal.
+# `(q, k, v, causal)` over `(1, heads, length, dim)`; if causal, there are as many queries as keys.
 Dense = Callable[[Tensor, Tensor, Tensor, bool], Any]
-# Calls that take longer than so many milliseconds are timed once.
+# Calls that take longer than this, in milliseconds, are timed once.
 ONCE_ABOVE = 1000.0
 
 
@@ -39,10 +39,10 @@ def _package(function: Callable[..., Any]) -> Dense:
 
 
 def implementations(packages: bool = True) -> dict[str, Dense]:
-    """Dense attention by short name: "fa2" and "cudnn" are torch's.
+    """Dense attention by short name; "fa2" and "cudnn" are torch's.
 
     Args:
-        packages: also "flash_attn" (flash-attn 2) and "fa4" (flash-attn 4), where they are installed.
+        packages: also return "flash_attn" (flash-attn 2) and "fa4" (flash-attn 4), if installed.
     """
     found = {"fa2": _torch(SDPBackend.FLASH_ATTENTION), "cudnn": _torch(SDPBackend.CUDNN_ATTENTION)}
     for name, module in (("flash_attn", "flash_attn"), ("fa4", "flash_attn.cute")) if packages else ():
@@ -52,7 +52,7 @@ def implementations(packages: bool = True) -> dict[str, Dense]:
 
 
 def versions() -> Iterator[str]:
-    """Name and version of what is compared with."""
+    """Names and versions of the libraries compared with."""
     yield f"torch {torch.__version__}"
     yield f"cuDNN {torch.backends.cudnn.version()}"
     for package in ("triton", "flash-attn", "flash-attn-4"):
@@ -61,7 +61,7 @@ def versions() -> Iterator[str]:
 
 
 def times(q: Tensor, k: Tensor, v: Tensor, found: dict[str, Dense], repeats: int) -> dict[str, float | None]:
-    """Milliseconds of each implementation on packed `(length, heads, dim)` tensors; None: it does not run."""
+    """Milliseconds of each implementation on packed `(length, heads, dim)` tensors; None if it fails."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return {name: _ms(name, partial(dense, q, k, v, True), repeats) for name, dense in found.items()}
 
@@ -69,10 +69,10 @@ def times(q: Tensor, k: Tensor, v: Tensor, found: dict[str, Dense], repeats: int
 def sliced_times(
     q: Tensor, k: Tensor, v: Tensor, found: dict[str, Dense], repeats: int, parts: int
 ) -> dict[str, float | None]:
-    """As `times`, measured on the last `1 / parts` of the queries and scaled by (query, key) pairs.
+    """Like `times`, but measured on the last `1 / parts` of the queries and scaled by (query, key) pairs.
 
-    The slice is a rectangle over all earlier keys, not causal, and a causal end: two calls, whose merge is
-    left out. Both favour the dense side.
+    Takes two calls: the slice against all earlier keys, without a causal mask, and the slice against itself,
+    with one. Merging the two results is not timed. Both simplifications favour dense attention.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     length = q.shape[2]
@@ -91,6 +91,6 @@ def sliced_times(
 def _ms(name: str, call: Callable[[], Any], repeats: int) -> float | None:
     try:
         return median_ms(call, repeats, budget=5.0, once_above=ONCE_ABOVE)
-    except Exception as error:  # packages raise what they like
+    except Exception as error:  # other packages may raise anything
         print(f"  {name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}", flush=True)
         return None

@@ -21,7 +21,7 @@ DENSE_NAMES = {
 
 
 def brief(result: Result) -> str:
-    """One line on one result."""
+    """One line that sums up a result."""
     parts = [f"{result['row']:>16}", f"MoBA {number(result['ms'])} ms"]
     dense = [name for name in DENSE_NAMES if result.get(f"{name}_ms")]
     parts += [f"{name} {number(result[f'{name}_ms'])} ms" for name in dense]
@@ -31,7 +31,7 @@ def brief(result: Result) -> str:
 
 
 def number(value: Any) -> str:
-    """Three digits; "-" for None."""
+    """`value` to three significant digits; "-" for None."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -40,7 +40,7 @@ def number(value: Any) -> str:
 
 
 def write_rows(results: Sequence[Result], header: str, folder: Path, *, green: bool) -> None:
-    """`bench_kernels.csv`, `.md` and `.png` in `folder`; no picture where the gate was red."""
+    """Writes `bench_kernels.csv`, `.md` and `.png` to `folder`; no picture if the gate was red."""
     write_csv(results, folder / "bench_kernels.csv")
     text = "\n\n".join([header, rows_table(results), *([stages_table(results)] if _staged(results) else [])])
     _write_text(text, folder / "bench_kernels.md")
@@ -51,7 +51,7 @@ def write_rows(results: Sequence[Result], header: str, folder: Path, *, green: b
 def write_figure(
     name: str, figures: Sequence[Figure], lines: Sequence[Result], header: str, folder: Path, green: bool
 ) -> None:
-    """`bench_NAME.csv`, `.md` and `.png` in `folder`; no picture where the gate was red."""
+    """Writes `bench_NAME.csv`, `.md` and `.png` to `folder`; no picture if the gate was red."""
     write_csv(lines, folder / f"bench_{name}.csv")
     parts = [header]
     for figure in figures:
@@ -64,7 +64,7 @@ def write_figure(
 
 
 def rows_table(results: Sequence[Result]) -> str:
-    """The operator beside dense attention."""
+    """A table of the operator next to dense attention."""
     dense = [name for name in DENSE_NAMES if any(f"{name}_ms" in result for result in results)]
     flash = any("flash_backend_ms" in result for result in results)
     head = ["tokens", "heads", "block/topk", "MoBA ms"]
@@ -82,7 +82,7 @@ def rows_table(results: Sequence[Result]) -> str:
 
 
 def stages_table(results: Sequence[Result]) -> str:
-    """Milliseconds of each stage, and the shares of this machine's ceilings."""
+    """A table of each stage's milliseconds and its share of this machine's ceilings."""
     rates = ("means", "gate", "own", "routed", "merge")
     head = ["row", *(f"{name} ms" for name in STAGES), *(f"{name} of ceiling" for name in rates)]
     lines = [
@@ -98,7 +98,7 @@ def stages_table(results: Sequence[Result]) -> str:
 
 
 def figure_table(lines: Sequence[Result]) -> str:
-    """The points of one figure."""
+    """A table of one figure's points."""
     head = [
         "tokens",
         "block/topk",
@@ -134,7 +134,7 @@ def _share(value: float | None) -> str:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """All columns of all results; also called after each, so that a run that stops early leaves something."""
+    """Writes all columns of all results. Called after each row, so that an interrupted run leaves results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for result in results for name in result))
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -149,10 +149,10 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def _save(name: str, path: Path, *args: Any) -> None:
-    """Draws with `moba_hf.plots`, where matplotlib is installed."""
-    from moba_hf import plots
+    """Draws with `moba_hf.plot_bench` if matplotlib is installed."""
+    from moba_hf import plot_bench
 
     try:
-        getattr(plots, name)(*args).savefig(path, dpi=160)
+        getattr(plot_bench, name)(*args).savefig(path, dpi=160)
     except ImportError as error:
         print(f"no picture: {error}")

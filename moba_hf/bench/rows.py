@@ -1,4 +1,4 @@
-"""What is measured: the rows of the table and the two figures of the MoBA paper."""
+"""What the benchmark measures: the rows of the table, and the two speed figures of the MoBA paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ M = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: tokens, heads and rule."""
+    """One line of a table: tokens, heads and MoBA settings."""
 
     name: str
     length: int
@@ -42,9 +42,9 @@ class Figure:
     Attributes:
         title: what the picture shows.
         claim: what the paper reports, for the text beside it.
-        rows: by number of tokens.
-        slice_from: where rows have at least so many tokens, dense attention is measured on the last queries
-            only and scaled by pairs.
+        rows: in order of length.
+        slice_from: from this number of tokens on, dense attention is timed on the last queries only and
+            scaled by (query, key) pairs.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Where the Triton forward's time goes: GPU time of its kernels in whole calls, by stage."""
+"""Where the Triton forward spends its time: GPU time of its kernels in whole calls, by stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# What a kernel's name holds, by stage, the first that fits; the rest is "other": fills and small sums.
+# Substrings of kernel names by stage; the first match wins. The rest ("other") is fills and small sums.
 _NAMES = {
     "tiling": ("_tiling_kernel", "_tile_table_kernel"),
     "means": ("_block_mean_kernel", "_update_means_kernel"),
@@ -23,12 +23,12 @@ STAGES = (*_NAMES, "other")
 
 
 def stage_of(kernel: str) -> str:
-    """The stage that a kernel of this name belongs to."""
+    """The stage of the kernel with this name."""
     return next((stage for stage, parts in _NAMES.items() if any(part in kernel for part in parts)), "other")
 
 
 def totals(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Sums by stage of `(name, time)`; every stage is there."""
+    """Sums of `(name, time)` by stage; stages without kernels get 0."""
     sums = dict.fromkeys(STAGES, 0.0)
     for name, time in kernels:
         sums[stage_of(name)] += time
@@ -36,9 +36,9 @@ def totals(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def stage_times(call: Callable[[], Any], runs: int) -> dict[str, float]:
-    """Milliseconds of each stage in one run of `call`, which is compiled; means of `runs` runs.
+    """Milliseconds of each stage in one run of `call`, averaged over `runs` runs.
 
-    What the GPU idles between kernels is in none of them.
+    The kernels must be compiled already. Idle time between kernels belongs to no stage.
     """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:

@@ -1,4 +1,4 @@
-"""Times on the GPU, and what the GPU can do at most."""
+"""GPU timing, and the highest rates that the GPU reaches."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 GIB = 1 << 30
-# Matrix products, about 0.2 seconds in all, that keep the GPU busy while the host prepares a call.
+# Number of matrix products, about 0.2 s in all, that keep the GPU busy while the host prepares a call.
 _HEAD_START = 150
 
 
 def median_ms(
     call: Callable[[], Any], repeats: int, *, budget: float = 20.0, once_above: float | None = None
 ) -> float:
-    """Median milliseconds of `call` by CUDA events, at most `repeats` runs and about `budget` seconds.
+    """Median milliseconds of `call` by CUDA events, from at most `repeats` runs and about `budget` seconds.
 
-    The first run only warms up, unless it took longer than `once_above` milliseconds: then it is the result.
-    Without a GPU the call runs once and 1.0 is returned: nothing is measured there.
+    The first run is a warm-up, unless it takes longer than `once_above` milliseconds: then it is the result.
+    Without a GPU, nothing is measured: the call runs once and 1.0 is returned.
     """
     if not torch.cuda.is_available():
         call()
@@ -36,10 +36,10 @@ def median_ms(
 
 
 def elapsed_ms(call: Callable[[], Any], *, head_start: bool = False) -> float:
-    """Milliseconds on the GPU of one run of `call`.
+    """GPU milliseconds of one run of `call`.
 
     Args:
-        head_start: keep the GPU busy first, so that what the host prepares meanwhile is not counted.
+        head_start: keep the GPU busy first, so that the host's launch overhead is not counted.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def elapsed_ms(call: Callable[[], Any], *, head_start: bool = False) -> float:
 
 
 def ceilings(repeats: int) -> dict[str, float]:
-    """bf16 matmul TFLOP/s and copy TB/s (read plus written) of this GPU, now."""
+    """bf16 matmul TFLOP/s and copy TB/s (read plus write) that this GPU reaches now."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     matmul = 2 * 8192**3 / median_ms(lambda: a @ b, repeats) / 1e9
     source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")

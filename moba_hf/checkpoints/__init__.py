@@ -1,1 +1,1 @@
-"""Checkpoint files: read, converted, verified, inspected."""
+"""Reading, converting, verifying and inspecting checkpoint files."""

@@ -1,12 +1,12 @@
-"""A longer context for a checkpoint: new rotary parameters in its config; the weights stay as they are.
+"""Extends the context of a checkpoint with new rotary parameters in its config; the weights do not change.
 
-Three ways, each a line of the config that transformers reads back:
+There are three ways, all of which transformers supports in the config:
 
-    theta   a larger base of the frequencies (NTK-aware scaling): the slowest pairs reach the new length
-    linear  position interpolation (arXiv 2306.15595): every position divided by the factor
-    yarn    YaRN (arXiv 2309.00071): slow pairs interpolated, fast ones kept, attention sharpened
+    theta   a larger rotary base (NTK-aware scaling): the slowest pairs reach the new length
+    linear  position interpolation (arXiv 2306.15595): every position is divided by the factor
+    yarn    YaRN (arXiv 2309.00071): slow pairs are interpolated, fast ones kept, attention sharpened
 
-Without training each of them costs quality, which `moba-hf eval` measures.
+Without further training each of them costs quality, which `moba-hf eval` measures.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from typing import Any
 from moba_hf.op.numerics import check_int
 
 ROPES = ("theta", "linear", "yarn")
-# The entries of a text config that a longer context changes.
+# The entries of a text config that change with the context length.
 CHANGED = ("max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling")
 _FULL = "full_attention"
 
 
 @dataclass(frozen=True)
 class ContextLength:
-    """The context that a checkpoint is extended to.
+    """The context length to extend a checkpoint to, and how.
 
     Attributes:
-        length: tokens of the new context.
-        rope: how positions reach it, one of `ROPES`.
-        theta: the new base, with rope "theta" only; None: `base * factor ** (dim / (dim - 2))`, which gives
-            the slowest pair of `dim` rotary dimensions the wavelength that interpolation would.
-        rescale: extend a source whose rotary embedding is scaled already.
+        length: the new context length in tokens.
+        rope: how to extend RoPE, one of `ROPES`.
+        theta: the new base, only with rope "theta"; None: `base * factor ** (dim / (dim - 2))`, which gives
+            the slowest pair of `dim` rotary dimensions the same wavelength as interpolation.
+        rescale: also extend a checkpoint whose rotary embedding is already scaled.
 
     Raises:
-        ValueError, TypeError: values out of range or of the wrong type.
+        ValueError: a value out of range.
+        TypeError: a value of the wrong type.
     """
 
     length: int
@@ -48,7 +49,7 @@ class ContextLength:
         if self.rope not in ROPES:
             raise ValueError(f"rope must be one of {', '.join(map(repr, ROPES))}, got {self.rope!r}")
         if self.theta is not None and self.rope != "theta":
-            raise ValueError(f'theta={self.theta} goes with rope="theta", not with {self.rope!r}')
+            raise ValueError(f'theta={self.theta} needs rope="theta", got rope={self.rope!r}')
         if self.theta is not None and not self.theta > 0:
             raise ValueError(f"theta must be positive, got {self.theta}")
 
@@ -56,21 +57,23 @@ class ContextLength:
 def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextLength) -> dict[str, Any]:
     """The JSON of a text config with a longer context.
 
-    Written under the names of transformers 5 (`rope_parameters`) and of earlier releases (`rope_theta`,
-    `rope_scaling`), which other engines read.
+    The result has the names of transformers 5 (`rope_parameters`) and those of earlier releases
+    (`rope_theta`, `rope_scaling`), which other engines read.
 
     Args:
-        values: the JSON of the text config; not changed.
-        config: the same as transformers reads it.
+        values: the JSON of the text config; it is not changed.
+        config: the same config as read by transformers.
         wanted: the context to extend to.
 
     Raises:
-        ValueError: a model without rotary embeddings, a context that is not longer, or a rotary embedding
-            that is scaled already and cannot be scaled further, or not without `rescale`.
+        ValueError: the model has no rotary embedding, the context is not longer, or the rotary embedding is
+            already scaled and `rescale` is not set or cannot scale it further.
     """
     old = int(config.max_position_embeddings)
     if wanted.length <= old:
-        raise ValueError(f"context_length={wanted.length} is not above the {old} tokens that the model has")
+        raise ValueError(
+            f"context_length={wanted.length} is not above the {old} tokens of the model's context"
+        )
     rope = dict(getattr(config, "rope_parameters", None) or {})
     nested = _FULL in rope
     source = dict(rope[_FULL]) if nested else rope
@@ -78,7 +81,7 @@ def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextL
         raise ValueError(f"{config.model_type} has no rotary embedding to extend")
     extended = _extended(source, config, old, wanted)
     result = {**values, "max_position_embeddings": wanted.length}
-    if nested:  # layers of other types keep their embedding; earlier releases had no common form for this
+    if nested:  # other layer types keep their embedding; earlier releases had no common format for this
         return {**result, "rope_parameters": {**rope, _FULL: extended}}
     scaling = {name: value for name, value in extended.items() if name != "rope_theta"}
     plain = extended["rope_type"] == "default" and len(scaling) == 1
@@ -93,11 +96,11 @@ def with_context_length(values: Mapping[str, Any], config: Any, wanted: ContextL
 def with_context(
     values: Mapping[str, Any], text_config: Any, wanted: ContextLength | None, key: str | None
 ) -> dict[str, Any]:
-    """The JSON of a whole config with a longer context; as it is for None.
+    """The JSON of a whole config with a longer context; unchanged if `wanted` is None.
 
     Args:
-        values: the JSON of config.json; not changed.
-        text_config: its text config as transformers reads it.
+        values: the JSON of config.json; it is not changed.
+        text_config: its text config as read by transformers.
         wanted: the context to extend to.
         key: name of the nested text config, or None.
     """
@@ -109,12 +112,12 @@ def with_context(
 
 
 def _extended(source: dict[str, Any], config: Any, old: int, wanted: ContextLength) -> dict[str, Any]:
-    """Rotary parameters that reach from `old` to the wanted tokens."""
+    """The rotary parameters `source` extended from `old` to `wanted.length` tokens."""
     kind, factor = str(source.get("rope_type", "default")), wanted.length / old
     if kind != "default" and not wanted.rescale:
         raise ValueError(
-            f"the rotary embedding of this checkpoint is scaled already (rope_type {kind!r}); pass rescale "
-            "(--rescale) to extend it all the same"
+            f"the rotary embedding of this checkpoint is already scaled (rope_type {kind!r}); pass rescale "
+            "(--rescale) to extend it anyway"
         )
     base = float(source["rope_theta"])
     if wanted.rope == "theta":
@@ -128,7 +131,7 @@ def _extended(source: dict[str, Any], config: Any, old: int, wanted: ContextLeng
         return {**source, "factor": float(source["factor"]) * factor}
     if (kind, wanted.rope) == ("llama3", "linear"):
         return _linear_over_llama3(source, config, old, factor)
-    raise ValueError(f"rope {wanted.rope!r} cannot be laid over rope_type {kind!r}; 'theta' can")
+    raise ValueError(f"rope {wanted.rope!r} cannot be combined with rope_type {kind!r}; use 'theta'")
 
 
 def _rotary_dim(source: Mapping[str, Any], config: Any) -> int:
@@ -137,7 +140,7 @@ def _rotary_dim(source: Mapping[str, Any], config: Any) -> int:
 
 
 def _linear_over_llama3(source: dict[str, Any], config: Any, old: int, factor: float) -> dict[str, Any]:
-    """Interpolation of Llama 3's scaled frequencies, told dimension by dimension, which "longrope" can."""
+    """Llama 3's scaled frequencies with interpolation on top, as "longrope" with a factor per dimension."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     dim, base = _rotary_dim(source, config), float(source["rope_theta"])

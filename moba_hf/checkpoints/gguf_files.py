@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-# What a GGUF file may be saved as; the first is the default. Only float32 holds every dequantised weight
-# exactly: a Q8_0 weight is a float16 scale times an 8-bit integer, up to 19 significant bits.
+# The dtypes a GGUF file may be converted to; the first is the default. Only float32 represents every
+# dequantised weight exactly: a Q8_0 weight is a float16 scale times an 8-bit integer, with up to 19
+# significant bits.
 DTYPES = ("float32", "bfloat16", "float16")
 _MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins as GGUF does."""
+    """Whether `path` is a file that begins with the GGUF magic."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -34,8 +35,8 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
     """The transformers config that a GGUF file describes.
 
     Raises:
-        ValueError: the file is damaged, one part of several, of an architecture transformers cannot read, or
-            of RoPE scaling, which transformers leaves out without a word.
+        ValueError: the file is damaged, is one part of several, has an architecture that transformers cannot
+            read, or has RoPE scaling, which transformers would silently drop.
         ImportError: the package `gguf` is not installed.
     """
     _tensor_names(path, path.stat().st_mtime_ns)
@@ -50,17 +51,17 @@ def load_gguf_model(path: Path, dtype: torch.dtype) -> Any:
 
     Args:
         path: the .gguf file.
-        dtype: of the parameters; weights are dequantised in float32 and then cast.
+        dtype: dtype of the parameters; weights are dequantised in float32 and then cast.
 
     Raises:
-        ValueError: as `read_gguf_config`, or the file lacks tensors of the model or holds others.
+        ValueError: as for `read_gguf_config`, or the file's tensors are not those of the model.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     names = _tensor_names(path, path.stat().st_mtime_ns)
 
     def load() -> Any:
-        # its progress bar would fill log files
+        # transformers' progress bar would fill log files
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             return AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -72,23 +73,23 @@ def load_gguf_model(path: Path, dtype: torch.dtype) -> Any:
             )
 
     model, info = _read(path, load)
-    if missing := sorted(map(str, info["missing_keys"])):  # transformers would fill them with noise
-        raise ValueError(f"{path}: holds no {missing[0]} ({len(missing)} tensors are missing)")
-    # Dense layers are named one to one; experts are stacked in the file and fused in the model.
+    if missing := sorted(map(str, info["missing_keys"])):  # transformers would initialise them at random
+        raise ValueError(f"{path}: contains no {missing[0]} ({len(missing)} tensors are missing)")
+    # Names of dense layers correspond one to one; experts are stacked in the file and fused in the model.
     stored = [name for name in names if "_exps" not in name]
     own = [name for name in set(model.state_dict()) - tied_names(model) if "experts" not in name]
     if len(stored) != len(own):
-        raise ValueError(f"{path}: holds {len(stored)} tensors, {type(model).__name__} has {len(own)}")
+        raise ValueError(f"{path}: contains {len(stored)} tensors, but {type(model).__name__} has {len(own)}")
     return model
 
 
 def tied_names(model: Any) -> set[str]:
-    """Names of parameters that are another one's; checkpoints leave them out."""
+    """Names of parameters that are tied to another one; checkpoints leave them out."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer, chat template included, that a GGUF file holds."""
+    """The tokenizer in a GGUF file, including its chat template."""
     from transformers import AutoTokenizer
 
     return _read(path, lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
@@ -96,7 +97,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _tensor_names(path: Path, _modified: int) -> tuple[str, ...]:
-    """Names of the tensors in a file that transformers can read faithfully; ValueError for any other."""
+    """Names of the tensors in a GGUF file. Raises ValueError if transformers cannot read it faithfully."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -127,5 +128,5 @@ def _read(path: Path, action: Callable[[], Any]) -> Any:
         return action()
     except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
         raise
-    except BaseException as error:  # numpy's, struct's, their own, and panics of the Rust tokenizers
+    except BaseException as error:  # of numpy, struct, the readers, and panics of the Rust tokenizers
         raise ValueError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from error

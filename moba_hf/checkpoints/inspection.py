@@ -1,7 +1,7 @@
-"""What a model would do with MoBA and what it would cost, from its config alone: no weights are read.
+"""What a model would do under MoBA and what it would cost, computed from its config without reading weights.
 
-Counted is attention between queries and keys over a prompt of N tokens, batch 1: scores, softmax-weighted
-values and MoBA's gate. Projections, MLPs and linear-attention layers cost the same with and without MoBA.
+The FLOPs are those of attention over a prompt of N tokens, batch 1: scores, softmax-weighted values and
+MoBA's gate. Projections, MLPs and linear-attention layers are not counted, since MoBA does not change them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class LayerRow:
     """One decoder layer.
 
     Attributes:
-        index: from 0.
-        kind: "moba", "full" (full attention by the settings) or "stock" (the family's own, not MoBA).
-        rule: what MoBA computes there; None: it does not run.
-        why: the rule in words, or the reason why MoBA does not run.
-        key_limit: the most keys a query attends; None: all. 0: the layer attends no keys.
+        index: index of the layer, from 0.
+        kind: "moba", "full" (full attention, as the settings say) or "stock" (left to transformers).
+        rule: the MoBA rule of the layer; None if MoBA does not run in it.
+        why: the rule as text, or the reason why MoBA does not run.
+        key_limit: maximum number of keys a query attends; None: no limit; 0: the layer attends no keys.
     """
 
     index: int
@@ -43,7 +43,7 @@ class LayerRow:
     key_limit: int | None
 
     def pairs(self, length: int) -> int:
-        """(query, key) pairs over a prompt of `length` tokens."""
+        """Number of (query, key) pairs attended per head over a prompt of `length` tokens."""
         if self.rule is not None:
             return self.rule.pairs(length)
         return _window_pairs(length, self.key_limit)
@@ -53,7 +53,7 @@ class LayerRow:
         return _window_pairs(length, self.key_limit if self.kind == "stock" else None)
 
     def gate_pairs(self, length: int) -> int:
-        """(query, vector) products of the gate; 0 where the rule covers the prompt."""
+        """Number of (query, vector) products in the gate; 0 if the rule attends the whole prompt."""
         if self.rule is None or self.rule.dense_len >= length:
             return 0
         if isinstance(self.rule, SharedRule):
@@ -68,13 +68,14 @@ class LengthRow:
     """Costs of one prompt.
 
     Attributes:
-        tokens: its length.
-        key_budget: mean over the layers that attend keys of the share of `tokens` that a query may attend:
-            with a shared choice the most, what is attended depends on the text.
-        pair_share: attended (query, key) pairs over those of dense causal attention in the same layers.
-        dense_flops, moba_flops: attention FLOPs of the whole prefill without and with MoBA, 2 per
-            multiply-add; `moba_flops` counts the gate.
-        kv_cache_bytes: keys and values after the prefill; MoBA keeps them all.
+        tokens: length of the prompt.
+        key_budget: maximum share of `tokens` that a query may attend, averaged over the layers with
+            attention. A shared choice may attend less, depending on the text.
+        pair_share: share of the (query, key) pairs of dense causal attention that are attended in these
+            layers; with a shared choice, the maximum.
+        dense_flops: attention FLOPs of the whole prefill without MoBA, counting 2 per multiply-add.
+        moba_flops: the same with MoBA, its gate included.
+        kv_cache_bytes: size of the keys and values after the prefill; MoBA keeps all of them.
     """
 
     tokens: int
@@ -87,16 +88,19 @@ class LengthRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The answer of `inspect_config`.
+    """The result of `inspect_config`.
 
     Attributes:
-        model_type: of the config; text_model_type: of its text config.
-        moba: the settings; moba_source: where they come from.
-        num_heads, num_kv_heads, head_dim: of the attention layers.
-        dtype: of keys and values in the cache.
-        layers, lengths: the rows.
-        max_length: tokens that the config gives the model; None: it does not say.
-        rope: the rotary parameters; None: the model has none.
+        model_type: model type of the config.
+        text_model_type: model type of its text config.
+        moba: the MoBA settings.
+        moba_source: where the settings come from.
+        num_heads, num_kv_heads, head_dim: sizes of the attention layers.
+        dtype: dtype of keys and values in the cache.
+        layers: one row per decoder layer.
+        lengths: one row per prompt length.
+        max_length: the model's context length in tokens; None if the config does not say.
+        rope: the rotary parameters; None if the model has none.
     """
 
     model_type: str
@@ -120,15 +124,15 @@ class Inspection:
 def inspect_config(
     config: Any, moba: MobaConfig | None = None, lengths: tuple[int, ...] = LENGTHS
 ) -> Inspection:
-    """What a model of `config` does in every layer, and its costs.
+    """What a model of `config` does in every layer under MoBA, and what that costs.
 
     Args:
         config: a transformers config.
-        moba: the settings; None: those in the config, else the preset "default".
-        lengths: prompts to count, in tokens.
+        moba: the settings; None: those in the config, or the preset "default" if it has none.
+        lengths: prompt lengths in tokens.
 
     Raises:
-        ValueError: unknown or unsupported architecture, or settings that do not fit it.
+        ValueError: an unknown or unsupported architecture, or settings that do not fit it.
     """
     adapter = find_adapter(config.model_type)
     text = adapter.text_config(config)
@@ -142,7 +146,7 @@ def inspect_config(
     num_heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
     dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.bfloat16
-    if isinstance(dtype, str):  # what saving makes of it
+    if isinstance(dtype, str):  # a saved config holds its name
         dtype = getattr(torch, dtype.removeprefix("torch."))
     shape = _Shape(
         num_heads, int(getattr(text, "num_key_value_heads", None) or num_heads), int(head_dim), dtype
@@ -164,21 +168,21 @@ def inspect_config(
 
 
 def inspect_checkpoint(src: str | Path, moba: MobaConfig | None = None) -> Inspection:
-    """`inspect_config` of a folder with config.json, or of that file; nothing else in it is read.
+    """`inspect_config` for a folder with a config.json, or for that file; no other file is read.
 
-    "owner/name" is looked for in the Hugging Face cache, where there is no such path.
+    If `src` is not a path, "owner/name" is looked up in the Hugging Face cache.
 
     Raises:
-        ValueError: config.json is missing or damaged, or what `inspect_config` raises.
+        ValueError: config.json is missing or damaged, or as for `inspect_config`.
     """
     path = find_source(src)
     folder = path.parent if path.name == "config.json" and path.is_file() else path
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder with a config.json")
+        raise ValueError(f"{folder}: not a folder with a config.json")
     _, config = read_model_config(folder)
     try:
         return inspect_config(config, moba)
-    except Exception as error:  # what a config can do wrong has no common class
+    except Exception as error:  # the errors of a bad config have no common class
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
@@ -202,16 +206,16 @@ def _layer_row(adapter: Adapter, config: Any, moba: MobaConfig, index: int) -> L
     gate = GATES[rule.gate].words
     if isinstance(rule, SharedRule):
         most = "" if rule.topk is None else f", at most {rule.topk}"
-        dense = f", all below {rule.dense_below:,}" if rule.dense_below else ""
+        dense = f", dense below {rule.dense_below:,}" if rule.dense_below else ""
         why = f"blocks of {rule.block_size} shared by {rule.tile} queries, threshold {rule.threshold:g}"
-        why += f", one in {rule.sample} chooses" if rule.sample > 1 else ""
+        why += f", one query in {rule.sample} scored" if rule.sample > 1 else ""
         return LayerRow(index, "moba", rule, f"{why}{most}{words}{dense}", rule.max_keys)
     why = f"{rule.topk} blocks of {rule.block_size}{words}{gate and f', {gate}'}"
     return LayerRow(index, "moba", rule, why, rule.max_keys)
 
 
 def _shared_gate_pairs(rule: SharedRule, length: int) -> int:
-    """(sampled query, vector) products that score blocks for tiles."""
+    """Number of (sampled query, vector) products that score the blocks for all tiles."""
     tiles = range(rule.dense_below, length, rule.tile)
     scores = sum(-(-min(rule.tile, length - t) // rule.sample) * (t // rule.block_size) for t in tiles)
     return scores * GATES["mass"].vectors(rule.block_size)
@@ -239,13 +243,13 @@ def _length_row(layers: tuple[LayerRow, ...], shape: _Shape, length: int) -> Len
 
 
 def _window_pairs(length: int, window: int | None) -> int:
-    """Causal (query, key) pairs when a query sees at most `window` keys, itself included; None: all."""
+    """Number of causal (query, key) pairs if a query sees at most `window` keys, its own included."""
     seen = length if window is None else min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def describe(inspection: Inspection) -> str:
-    """The inspection as text: a row per range of equal layers, then a row per length."""
+    """The inspection as text, with a row per range of equal layers and a row per length."""
     kinds = {kind: sum(row.kind == kind for row in inspection.layers) for kind in ("moba", "full", "stock")}
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     most = "up to " if any(isinstance(row.rule, SharedRule) for row in inspection.layers) else ""
@@ -281,8 +285,8 @@ def describe(inspection: Inspection) -> str:
     if most:
         lines += [
             "",
-            "How many blocks a shared choice takes depends on the text: its shares here are the most that "
-            "it may ask for, 'moba-hf eval' measures them.",
+            "How many blocks a shared choice takes depends on the text. The shares above are upper limits; "
+            "'moba-hf eval' measures the actual ones.",
         ]
     if inspection.model_type != inspection.text_model_type:
         lines.insert(1, f"text model: {inspection.text_model_type}; every other tower stays stock")
@@ -290,7 +294,7 @@ def describe(inspection: Inspection) -> str:
 
 
 def _layer_ranges(layers: Sequence[LayerRow]) -> list[tuple[str, str, str]]:
-    """Layers (`3`, or `3-7` where neighbours are equal), kind and reason."""
+    """Layers (`3`, or `3-7` for equal neighbours), kind and reason."""
     ranges = []
     for (kind, why), rows in groupby(layers, key=lambda row: (row.kind, row.why)):
         numbers = [row.index for row in rows]
@@ -300,7 +304,7 @@ def _layer_ranges(layers: Sequence[LayerRow]) -> list[tuple[str, str, str]]:
 
 
 def _rope_text(rope: dict[str, Any]) -> str:
-    """Rotary parameters on one line; those of layer types one after the other."""
+    """Rotary parameters on one line; if they differ by layer type, one type after the other."""
     if all(isinstance(value, dict) for value in rope.values()):
         return "; ".join(f"{kind}: {_rope_text(one)}" for kind, one in rope.items())
     shown = {name: value for name, value in rope.items() if not isinstance(value, (list, tuple))}

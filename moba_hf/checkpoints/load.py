@@ -1,4 +1,4 @@
-"""The loader of all commands: the checkpoint must be whole, none of its code runs, errors name the file."""
+"""The checkpoint loader of all commands: it refuses incomplete checkpoints and names the file in errors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Weights of decoder layers; others that have no place in a model are heads that it does not need.
+# Weights of decoder layers. Other weights that the model has no place for are heads that it does not need.
 _LAYER = re.compile(r"(^|\.)layers\.\d+\.")
-# transformers changes settings of the whole process while it makes a model.
+# transformers changes process-wide settings while it builds a model.
 _LOADING = threading.RLock()
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def find_source(source: str | Path) -> Path:
-    """The folder or file that `source` names: a path, or a model of the Hugging Face cache as "owner/name".
+    """The folder or file that `source` names: a path, or "owner/name" of a model in the Hugging Face cache.
 
-    Nothing is downloaded, so that a mistyped path fails at once.
+    Nothing is downloaded, so a mistyped path fails at once.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     path = Path(source)
     if path.exists():
@@ -49,10 +49,8 @@ def find_source(source: str | Path) -> Path:
 
         try:
             return Path(snapshot_download(str(source), local_files_only=True))
-        except Exception:  # which of its errors says "not there" varies by version
-            hint = (
-                f", and no model of that name in the Hugging Face cache (hf download {source} puts it there)"
-            )
+        except Exception:  # the error for "not in the cache" varies by version
+            hint = f", and no model of that name in the Hugging Face cache (hf download {source} fetches it)"
     raise ValueError(f"{source}: no such file or folder{hint}")
 
 
@@ -66,18 +64,19 @@ def load_checkpoint(
 ) -> tuple[Any, Any]:
     """The model of a checkpoint with stock attention, in evaluation mode, and its tokenizer.
 
-    A vision-language checkpoint is loaded whole.
+    A vision-language checkpoint is loaded with all its towers.
 
     Args:
         source: a folder, a GGUF file, or "owner/name" of a model in the Hugging Face cache.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own, for a GGUF file float32.
-        device: where to put the model; None: spread over the GPUs there are, else the CPU.
-        trust_remote_code: run Python code that the checkpoint brings for its tokenizer.
-        spread: where `torchrun` started several ranks, spread every layer over them (tensor parallel).
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own, or float32 for a GGUF file.
+        device: where to put the model; None: distributed over the available GPUs, or on the CPU without any.
+        trust_remote_code: run the Python code that the checkpoint contains for its tokenizer.
+        spread: if `torchrun` started several ranks, shard every layer over them (tensor parallel).
 
     Raises:
-        ValueError: nothing to load, an unsupported architecture, missing weights, key-value heads that the
-            ranks do not divide, or a tokenizer that needs code. The message names the file or the folder.
+        ValueError: nothing to load, an unsupported architecture, missing weights, a number of key-value heads
+            that is not divisible by the ranks, or a tokenizer that needs code. The message names the file or
+            folder.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; valid are {', '.join(DTYPES)}")
@@ -85,10 +84,10 @@ def load_checkpoint(
     ranks = launched_ranks() if spread else 1
     if is_gguf(path):
         if ranks > 1:
-            raise ValueError(f"{path}: a GGUF file cannot be spread over {ranks} ranks; convert it first")
+            raise ValueError(f"{path}: a GGUF file cannot be sharded over {ranks} ranks; convert it first")
         return _load_gguf(path, dtype, device)
     if not path.is_dir():
-        raise ValueError(f"{path}: is neither a folder with a config.json nor a GGUF file")
+        raise ValueError(f"{path}: neither a folder with a config.json nor a GGUF file")
     values, config = read_model_config(path)
     check_tensor_parallel(config, ranks)
     check_files(path)
@@ -110,10 +109,10 @@ def load_checkpoint(
 
 
 def load_model(folder: Path, model_class: Any, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder, **kwargs)` in evaluation mode, if the checkpoint is whole.
+    """`model_class.from_pretrained(folder, **kwargs)` in evaluation mode; refuses an incomplete checkpoint.
 
     Raises:
-        ValueError: weights are missing or have other shapes, or layers are left over.
+        ValueError: weights are missing or have the wrong shape, or the checkpoint has additional layers.
     """
     with _LOADING, reported(folder), dense_on_purpose():
         model, info = model_class.from_pretrained(
@@ -121,35 +120,39 @@ def load_model(folder: Path, model_class: Any, **kwargs: Any) -> Any:
             **kwargs,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refuse_incomplete names them below
         )
     refuse_incomplete(folder, model, info)
     return model.eval()
 
 
 def refuse_incomplete(folder: Path, model: Any, info: dict[str, Any]) -> None:
-    """Raises ValueError where transformers filled in weights at random, or left out decoder layers."""
+    """Raises ValueError if transformers initialised weights at random or ignored decoder layers."""
     name = type(model).__name__
     for kind, what in (
-        ("missing_keys", "are missing, so it is no whole"),
-        ("mismatched_keys", "have other shapes than config.json gives this"),
+        ("missing_keys", "are missing, so it is not a complete"),
+        ("mismatched_keys", "do not have the shapes that config.json gives this"),
     ):
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
         if keys:
             raise ValueError(f"{folder}: {len(keys)} weights {what} {name} (the first: {keys[0]})")
     if extra := sorted(key for key in map(str, info.get("unexpected_keys") or ()) if _LAYER.search(key)):
         raise ValueError(
-            f"{folder}: holds {len(extra)} weights of layers that config.json does not name "
+            f"{folder}: contains {len(extra)} weights of layers that config.json does not name "
             f"(the first: {extra[0]})"
         )
 
 
 def check_complete(folder: Path, config: PreTrainedConfig, model_class: Any = None) -> None:
-    """Raises ValueError unless the folder holds every weight of its model, in shape; none is read.
+    """Raises ValueError unless the folder has every weight of its model in the right shape.
 
-    The model is `model_class`, by default the one that config.json names, and takes no memory for weights.
+    The model is built on the meta device, so no weights are read or allocated. Quantised checkpoints are not
+    checked, since the names of their weights depend on packages that may be missing.
 
-    A quantised checkpoint is not looked at: its weights get their names from packages that may be missing.
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        model_class: class of the model; None: the one that config.json names.
     """
     if getattr(config, "quantization_config", None):
         return
@@ -157,7 +160,7 @@ def check_complete(folder: Path, config: PreTrainedConfig, model_class: Any = No
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:
-    """The class that config.json names, else that of causal language models."""
+    """The model class that config.json names, or `AutoModelForCausalLM` if transformers does not know it."""
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
@@ -169,7 +172,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder.
 
     Raises:
-        ValueError: there is none, it is damaged, or it needs code and `trust_remote_code` is off.
+        ValueError: it is missing or damaged, or it needs code and `trust_remote_code` is off.
     """
     from transformers import AutoTokenizer
 
@@ -180,20 +183,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError for a pipe, device or socket in `folder`: reading it could wait or go on for ever."""
+    """Raises ValueError for a pipe, device or socket in `folder`, which could be read forever."""
     for path in sorted(folder.iterdir()):
         if not path.is_file() and not path.is_dir() and path.exists():
-            raise ValueError(f"{path}: is neither a file nor a folder")
+            raise ValueError(f"{path}: neither a file nor a folder")
 
 
 @contextmanager
 def reported(path: Path, what: str = "does not load") -> Iterator[None]:
-    """Errors inside the block become a ValueError that names `path`: what files cause has no common class."""
+    """Turns errors in the block into a ValueError that names `path`; bad files raise many kinds of error."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError, ImportError):
         raise
-    except BaseException as error:  # panics of the Rust tokenizers are no Exception
+    except BaseException as error:  # panics of the Rust tokenizers are not Exceptions
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {what} ({type(error).__name__}: {reason})") from error
 

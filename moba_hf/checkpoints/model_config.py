@@ -1,4 +1,4 @@
-"""config.json of a checkpoint: read and checked, and with MoBA turned on in it."""
+"""Reads and checks the config.json of a checkpoint, and turns MoBA on in it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG = "config.json"
-# Some checkpoints carry this; on loading it would win over the public field.
+# Some checkpoints contain this field; when loaded, it would override the public one.
 _PRIVATE = "_attn_implementation"
-# What one damaged number would turn into hours or terabytes: names of config values and the most they may be.
+# Upper limits by name of the config value: one damaged number could otherwise cost hours or terabytes.
 _LIMITS = (
     (re.compile(r".*(layers|depth)"), 1000),
     (re.compile(r".*(_size|_dim|_heads|_experts|_channels|_embeddings|_positions|_length)"), 1 << 28),
@@ -30,7 +30,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def read_model_config(folder: Path) -> tuple[dict[str, Any], PreTrainedConfig]:
-    """config.json of a checkpoint, as JSON and as the config class of its model_type.
+    """The config.json of a checkpoint, as JSON and as an instance of its config class.
 
     Raises:
         ValueError: config.json is missing, not JSON, or not a config of the model_type it names.
@@ -41,9 +41,9 @@ def read_model_config(folder: Path) -> tuple[dict[str, Any], PreTrainedConfig]:
     values = read_json_object(path)
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
-        raise ValueError(f"{path}: names no model_type")
+        raise ValueError(f"{path}: has no model_type")
     try:
-        adapter = find_adapter(model_type)  # an unknown one is told with the families there are
+        adapter = find_adapter(model_type)  # for an unknown one, the message lists the supported families
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _check_limits(path, values)
@@ -54,24 +54,24 @@ def read_model_config(folder: Path) -> tuple[dict[str, Any], PreTrainedConfig]:
         config = CONFIG_MAPPING[model_type].from_dict(deepcopy(values))
         place_settings(config)
         _check_text(adapter, adapter.text_config(config))
-    except Exception as error:  # config classes raise what they like on bad values
+    except Exception as error:  # config classes may raise anything for bad values
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a config of model_type {model_type!r} ({reason})") from error
     return values, config
 
 
 def check_config(config: PreTrainedConfig, moba: MobaConfig) -> Adapter:
-    """The adapter of a model; ValueError when it has none or when `moba` does not fit the model."""
+    """The adapter for a model. Raises ValueError if there is none or if `moba` does not fit the model."""
     adapter = find_adapter(config.model_type)
     adapter.check(adapter.text_config(config), moba)
     return adapter
 
 
 def read_settings(folder: Path, values: Mapping[str, Any], key: str | None) -> MobaConfig | None:
-    """The MoBA settings in the JSON of a folder's config.json; None: there are none.
+    """The MoBA settings in the JSON of a folder's config.json, or None.
 
     Raises:
-        ValueError: they are no MoBA settings.
+        ValueError: the settings are invalid.
     """
     nested = values.get(key) if key is not None else None
     stored = (nested if isinstance(nested, Mapping) else values).get(NAME)
@@ -82,18 +82,18 @@ def read_settings(folder: Path, values: Mapping[str, Any], key: str | None) -> M
 
 
 def with_moba(values: Mapping[str, Any], moba: MobaConfig, key: str | None) -> dict[str, Any]:
-    """The JSON of a config with MoBA turned on, everything else as it is.
+    """The JSON of a config with MoBA turned on and everything else unchanged.
 
     Args:
-        values: the JSON of config.json; not changed.
+        values: the JSON of config.json; it is not changed.
         moba: the settings to store.
-        key: name of the nested text config, or None. Where `values` has no such entry (published flat, the
-            text model's values at the top level), the settings stand at the top level too.
+        key: name of the nested text config, or None. If `values` has no such entry (some checkpoints have the
+            text model's values at the top level), the settings go to the top level too.
     """
     values = {name: value for name, value in values.items() if name != _PRIVATE}
     if key is None:
         return {**values, NAME: moba.to_dict(), "attn_implementation": NAME}
-    # A plain string would reach the vision tower too; a choice made for it is kept.
+    # A plain string would apply to the vision tower too. A choice already made for that tower is kept.
     chosen = values.get("attn_implementation")
     towers = chosen if isinstance(chosen, dict) else {}
     switch = {**towers, key: NAME}
@@ -104,7 +104,7 @@ def with_moba(values: Mapping[str, Any], moba: MobaConfig, key: str | None) -> d
 
 
 def _check_limits(path: Path, values: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError for a number that no model has, here or in a nested config."""
+    """Raises ValueError for an impossible number, here or in a nested config."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             _check_limits(path, value, f"{where}{name}.")
@@ -114,26 +114,26 @@ def _check_limits(path: Path, values: Mapping[str, Any], where: str = "") -> Non
             raise ValueError(f"{path}: {where}{name} must be above 0, got {value}")
         for pattern, most in _LIMITS:
             if pattern.fullmatch(name) and not -most <= value <= most:
-                raise ValueError(f"{path}: {where}{name} is {value}, more than the {most} that are allowed")
+                raise ValueError(f"{path}: {where}{name} is {value}, beyond the limit of {most}")
 
 
 def _check_text(adapter: Adapter, text: Any) -> None:
-    """Raises ValueError for sizes that no attention layer can have."""
+    """Raises ValueError for impossible sizes of attention layers."""
     for name in _HEADS:
         value = getattr(text, name, None)
-        if value is None:  # left to the family, or under another name
+        if value is None:  # the family's default, or stored under another name
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an int above 0, got {value!r}")
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % kv_heads:
-        raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if getattr(text, "head_dim", None) is None and text.hidden_size % heads:
-        raise ValueError(f"hidden_size {text.hidden_size} is no multiple of num_attention_heads {heads}")
+        raise ValueError(f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {heads}")
     layer_types = getattr(text, "layer_types", None)
     if layer_types is not None and len(layer_types) != text.num_hidden_layers:
-        raise ValueError(f"layer_types names {len(layer_types)} layers of {text.num_hidden_layers}")
+        raise ValueError(f"layer_types has {len(layer_types)} entries for {text.num_hidden_layers} layers")
     window = getattr(text, "sliding_window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"sliding_window must be an int above 0, got {window!r}")
@@ -147,7 +147,7 @@ def _check_text(adapter: Adapter, text: Any) -> None:
 def _explain_no_config(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
-        return "holds a PEFT adapter, not a model; merge it into its base model and convert that"
+        return "contains a PEFT adapter, not a model; merge it into its base model and convert that"
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return f"holds no config.json; to convert the GGUF file pass it itself: {folder / gguf[0]}"
-    return "holds no config.json, so it is not a transformers checkpoint"
+        return f"contains no config.json; to convert the GGUF file, pass its path: {folder / gguf[0]}"
+    return "contains no config.json, so it is not a transformers checkpoint"

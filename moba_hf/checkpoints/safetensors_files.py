@@ -1,7 +1,6 @@
 """Safetensors checkpoints on disk: which files hold the weights, and where each tensor lies.
 
-Nothing here reads a weight or imports a model: headers and file lengths are enough to tell a whole checkpoint
-from a damaged one.
+Nothing here reads weights or imports a model: headers and file lengths suffice to detect damage.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        dtype: its dtype as safetensors writes it, e.g. "BF16".
+        dtype: its dtype in safetensors notation, e.g. "BF16".
         shape: its shape.
-        start: offset of its first byte from the beginning of the file.
-        end: offset just past its last byte.
+        start: offset in the file of its first byte.
+        end: offset in the file just past its last byte.
     """
 
     path: Path
@@ -42,8 +41,8 @@ class Checkpoint:
     """The weights of a folder.
 
     Attributes:
-        shards: file name, relative to the folder, to the raw header (length field included) of that file.
-        tensors: tensor name to its place.
+        shards: file name, relative to the folder -> raw header of that file, length field included.
+        tensors: tensor name -> its place.
     """
 
     shards: dict[str, bytes]
@@ -51,14 +50,15 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, weights_file: str | None = None) -> Checkpoint:
-    """The weights of a folder of safetensors, after checking the index and every shard's header and length.
+    """The weights in a folder, after checking the index and every shard's header and length.
 
     Args:
-        folder: holds model.safetensors, or shards and model.safetensors.index.json.
-        weights_file: name of the weights or index file where the config gives one (`transformers_weights`).
+        folder: a folder with model.safetensors, or with shards and model.safetensors.index.json.
+        weights_file: name of the weights or index file, if the config gives one (`transformers_weights`).
 
     Raises:
-        ValueError: no safetensors, a damaged or missing file (named), or an index that leaves the folder.
+        ValueError: there are no safetensors, a file is damaged or missing (the message names it), or the
+            index points outside the folder.
     """
     weight_map = _weight_map(folder, weights_file)
     names = sorted(set(weight_map.values())) if weight_map else [weights_file or SINGLE_FILE]
@@ -69,9 +69,7 @@ def read_checkpoint(folder: Path, weights_file: str | None = None) -> Checkpoint
         tensors.update({key: place for key, place in found.items() if weight_map.get(key, name) == name})
         absent = sorted(key for key, shard in weight_map.items() if shard == name and key not in found)
         if absent:
-            raise ValueError(
-                f"{folder / name}: holds no tensor {absent[0]!r}, which the index looks for there"
-            )
+            raise ValueError(f"{folder / name}: contains no tensor {absent[0]!r}, although the index says so")
     return Checkpoint(shards, tensors)
 
 
@@ -79,7 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: the file is missing, not JSON, or not an object; the file is named.
+        ValueError: the file is missing, not JSON, or not an object; the message names it.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -93,23 +91,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object, in UTF-8 where all of it can be."""
+    """Writes a JSON object in UTF-8, or with ASCII escapes if UTF-8 cannot encode it."""
     try:
         data = json.dumps(values, indent=2, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as in file names that are not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, as in file names that are not UTF-8
         data = json.dumps(values, indent=2).encode()
     path.write_bytes(data + b"\n")
 
 
 def _weight_map(folder: Path, weights_file: str | None) -> dict[str, str]:
-    """Tensor name to shard name from the index; empty where one file holds everything."""
+    """Tensor name -> shard name, from the index; empty if there is a single file."""
     if weights_file is not None:
         if not isinstance(weights_file, str):
             raise ValueError(f"{folder / 'config.json'}: transformers_weights is not a file name")
         _check_inside(folder, weights_file, named_by=folder / "config.json")
         if not weights_file.endswith(".index.json"):
             return {}
-    elif (folder / SINGLE_FILE).is_file():  # transformers, too, prefers it to an index
+    elif (folder / SINGLE_FILE).is_file():  # transformers prefers it to an index too
         return {}
     elif not (folder / INDEX_FILE).is_file():
         raise ValueError(_explain_no_safetensors(folder))
@@ -125,17 +123,17 @@ def _weight_map(folder: Path, weights_file: str | None) -> dict[str, str]:
 
 
 def _check_inside(folder: Path, name: str, named_by: Path) -> None:
-    """Raises ValueError unless `name` is a plain relative path below `folder`, on any system.
+    """Raises ValueError unless `name` is a plain relative path below `folder` on every operating system.
 
     Links are not followed: in the Hugging Face cache every file of a snapshot is a link to a blob elsewhere.
     """
-    path = PureWindowsPath(name)  # takes both kinds of slash
+    path = PureWindowsPath(name)  # accepts both kinds of slash
     if not name or path.anchor or path.drive or ".." in path.parts:
         raise ValueError(f"{named_by}: names {name!r}, which lies outside {folder}")
 
 
 def _read_shard(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The raw header of a safetensors file and its tensors; ValueError names a missing or damaged file."""
+    """The raw header and the tensors of a safetensors file. ValueError names a missing or damaged file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -159,20 +157,20 @@ def _read_shard(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
 
 
 def _explain_no_safetensors(folder: Path) -> str:
-    """One line on what a folder without safetensors weights holds, and what to do about it."""
+    """One line that says what a folder without safetensors contains, and what to do about it."""
     names = sorted(path.name for path in folder.iterdir())
 
     def first(*suffixes: str) -> str | None:
         return next((name for name in names if name.endswith(suffixes)), None)
 
     if name := first(".gguf"):
-        return f"{folder}: holds no safetensors; to convert the GGUF file pass it itself: {folder / name}"
+        return f"{folder}: contains no safetensors; to convert the GGUF file, pass its path: {folder / name}"
     if name := first(".safetensors"):
-        return f"{folder}: holds {name}, but no {SINGLE_FILE} and no {INDEX_FILE}; the download is incomplete"
+        return f"{folder}: contains {name}, but no {SINGLE_FILE} or {INDEX_FILE}; the download is incomplete"
     if name := first(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"):
         return (
-            f"{folder}: holds {name} but no safetensors; save it as safetensors first: "
+            f"{folder}: contains {name} but no safetensors; save it as safetensors first: "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER), "
             "then convert NEW_FOLDER"
         )
-    return f"{folder}: holds no weights (neither {SINGLE_FILE} nor {INDEX_FILE})"
+    return f"{folder}: contains no weights (neither {SINGLE_FILE} nor {INDEX_FILE})"

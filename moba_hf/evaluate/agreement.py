@@ -1,4 +1,4 @@
-"""How far the predictions under MoBA are from the dense ones: KL divergence and equal first choices."""
+"""How close predictions under MoBA are to dense ones: KL divergence and top-1 agreement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over the last `tokens` positions of a text.
+    """Agreement of MoBA with dense attention over the last `tokens` positions of a text.
 
     Attributes:
+        tokens: number of positions compared.
         kl: mean `KL(dense || moba)` of the next-token distributions, in nats.
-        top1: share of positions where both put the same token first.
+        top1: share of positions at which both predict the same token.
     """
 
     tokens: int
@@ -34,7 +35,7 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(model: Any, ids: Tensor, config: MobaConfig, *, trailing: int = 2048) -> Agreement:
-    """Compares MoBA with dense over the last `trailing` positions of `ids (1, length)`: two passes."""
+    """Compares MoBA with dense at the last `trailing` positions of `ids (1, length)`, in two passes."""
     with attention(model, None):
         dense = hidden_states(model, ids)[-trailing:]
     with attention(model, config):

@@ -1,7 +1,7 @@
-"""How many (query, key) pairs a model attends, by layer and head: counted in choices, not estimated.
+"""How many (query, key) pairs a model attends, by layer and head, counted exactly.
 
-Where every query takes `topk` blocks, the number follows from the rule. A choice that a tile of queries
-shares depends on the text, so it is counted while the model runs.
+If every query attends `topk` blocks, the number follows from the rule. How many blocks a shared choice takes
+depends on the text, so its pairs are counted while the model runs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from moba_hf.op.shared_ops import CHOICE_WATCHERS
 
 @dataclass
 class Attended:
-    """Pairs of one pass over one text; read it when the pass is over.
+    """The pairs attended in one pass over one text; valid once the pass is over.
 
     Attributes:
         layers: the decoder layers, as `inspect_config` describes them.
-        num_heads: query heads of a layer.
-        counted: layer index -> pairs `(num_heads,)` of the layers whose queries shared a choice.
-        length: tokens of the text.
+        num_heads: number of query heads in a layer.
+        length: number of tokens in the text.
+        counted: layer index -> pairs, int64 `(num_heads,)`, for layers that made a shared choice.
     """
 
     layers: tuple[LayerRow, ...]
@@ -40,21 +40,21 @@ class Attended:
 
     @property
     def dense(self) -> int:
-        """Pairs of dense causal attention in one head."""
+        """Number of pairs of dense causal attention in one head."""
         return self.length * (self.length + 1) // 2
 
     def heads(self) -> dict[int, list[float]]:
-        """Share of the dense causal pairs, by layer that MoBA runs in, then by head."""
+        """Shares of the dense causal pairs: MoBA layer index -> one share per head."""
         return {row.index: self._shares(row) for row in self.layers if row.rule is not None}
 
     def share(self) -> float:
-        """Mean over the layers that attend keys; those without MoBA count what they attend."""
+        """Mean share over the layers that have attention; layers without MoBA count with what they attend."""
         found = [sum(self._shares(row)) / self.num_heads for row in self.layers if row.key_limit != 0]
         return sum(found) / max(1, len(found))
 
     def _shares(self, row: LayerRow) -> list[float]:
         if isinstance(row.rule, SharedRule):
-            if row.index not in self.counted:  # nothing was chosen: the rule covers the text
+            if row.index not in self.counted:  # the layer made no choice: its rule attends the whole text
                 return [1.0] * self.num_heads
             return [int(pairs) / self.dense for pairs in self.counted[row.index]]
         return [row.pairs(self.length) / self.dense] * self.num_heads
@@ -66,9 +66,10 @@ class Attended:
 
 @contextmanager
 def count_pairs(model: Any, config: MobaConfig, length: int) -> Iterator[Attended]:
-    """Counts what a forward pass over one text of `length` tokens attends under `config` inside the block.
+    """Counts the pairs that forward passes inside the `with` block attend under `config`.
 
-    Gives the object that holds the counts. Calls that go on from a cache are added up.
+    Yields the object that holds the counts. The passes must cover one text of `length` tokens; the counts of
+    calls that continue from a cache are added up.
     """
     adapter, _ = family_of(model)
     inspection = inspect_config(model.config, config, (length,))
@@ -98,20 +99,22 @@ def count_pairs(model: Any, config: MobaConfig, length: int) -> Iterator[Attende
 
 
 def pairs_of(block_mask: Tensor, q: Tensor, sequences: Sequences, rule: SharedRule) -> Tensor:
-    """(query, key) pairs that a choice lets `q (batch, H, q_len, D)` attend, int64 `(H,)` on the CPU.
+    """Number of (query, key) pairs that `q (batch, H, q_len, D)` attends, int64 `(H,)` on the CPU.
 
     Args:
-        block_mask: int32 `(H, num_tiles, words)`.
+        block_mask: the choice, int32 `(H, num_tiles, words)`.
+        sequences: where each sequence lies in the batch.
+        rule: the rule that made the choice.
     """
     total = torch.zeros(q.shape[1], dtype=torch.int64)
     for numbers, rows in sequence_tiles(sequences, q, rule.tile):
         table = torch.tensor(rows)
         begin, count = table[:, 3], table[:, 2] - table[:, 1]
-        first = begin // rule.tile * rule.tile // rule.block_size  # of the blocks that the tile overlaps
+        first = begin // rule.tile * rule.tile // rule.block_size  # first block that the tile overlaps
         last = int((begin + count - 1).max()) // rule.block_size + 1
         earlier = torch.arange(last) < first[:, None]
         own = count * (begin - first * rule.block_size) + count * (count + 1) // 2
-        for head in range(q.shape[1]):  # one at a time: a mask of every block is large at length
+        for head in range(q.shape[1]):  # one head at a time: a mask of every block is large at great length
             chosen = unpack_blocks(block_mask[head, numbers].cpu(), last) & earlier
             total[head] += (chosen.sum(1) * rule.block_size * count + own).sum()
     return total

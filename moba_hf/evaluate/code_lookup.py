@@ -1,8 +1,9 @@
-"""The task "code-lookup": definitions in a codebase, asked for at its end, token by token.
+"""The task "code-lookup": complete a line that was defined earlier in a codebase.
 
-Real sources are joined to a context of a given length, and lines with random names and values put in at even
-depths: constants and heads of functions. Each is asked for by beginning its line again, on a copy of one
-cache of the context; the answer counts if all of its tokens are right.
+Real source files form a context of a given length. Lines with random names and values (constants and function
+signatures) are inserted at evenly spaced depths. After the context, each line is begun again and the model
+must complete it; the context is read once, and each question runs on a copy of its cache. An answer counts
+only if all of its tokens are right.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
 from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, progress
-from moba_hf.evaluate.tasks import TaskScore, ask, wilson
+from moba_hf.evaluate.results import Store
+from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, wilson
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
-_KINDS = ("signature", "string", "signature", "number")  # in turn: half constants, half functions
+QUESTIONS = 16  # about one context, unless one says otherwise
+_KINDS = ("signature", "string", "signature", "number")  # cycled through: half constants, half signatures
 _CPU_ROW_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True)
 class LookupScore(TaskScore):
-    """A score with its parts by kind; the interval counts questions about one context as alike as they are.
+    """A score with its parts; the interval allows for correlation between questions about one context.
 
     Attributes:
-        by_kind: kind of definition -> share answered.
-        by_context: share answered of each context.
+        by_kind: kind of definition -> share answered correctly.
+        by_context: share answered correctly in each context.
     """
 
     by_kind: dict[str, float]
@@ -46,7 +49,7 @@ class LookupScore(TaskScore):
 
 
 def sliding_window(config: MobaConfig) -> MobaConfig:
-    """A sliding window of as many blocks a query as `config` takes: its own and those before it."""
+    """A sliding window with as many blocks per query as `config`: the own block and those just before it."""
     assert config.topk is not None
     return replace(
         config, sink_blocks=0, local_blocks=config.topk - 1, gate="mean", full_attention_layers=(), layers=()
@@ -56,12 +59,13 @@ def sliding_window(config: MobaConfig) -> MobaConfig:
 def make_context(
     tokenizer: Any, repositories: Sequence[Repository], length: int, *, questions: int = 16, seed: int = 0
 ) -> tuple[Ids, list[tuple[Definition, float]]]:
-    """Token ids of a context that leaves room for a question up to `length`, and its questions with depths.
+    """Token ids of a context, and its definitions with their depths.
 
-    Repositories follow one another in an order of `seed`, the first from one of its files on.
+    A question and its answer fit after the context within `length` tokens. `seed` shuffles the repositories
+    and chooses the file of the first one at which the context starts.
 
     Raises:
-        ValueError: too few sources for `length`.
+        ValueError: not enough source text for `length`.
     """
     rng = np.random.default_rng([seed, length])
     made = Definitions(tokenizer, held_out=True).draw(rng, questions, _KINDS)
@@ -82,10 +86,12 @@ def answers_right(
     config: MobaConfig | None,
     dense_question: bool = True,
 ) -> list[bool]:
-    """Whether each definition's answer comes out greedily, the context read with MoBA (None: dense).
+    """Whether greedy decoding gives each definition's answer after `context (length,)`.
 
-    The question attends every key, or with `dense_question` False what the rule says; the tokens of the
-    answer do what the settings say of decoding.
+    Args:
+        config: MoBA settings for the context; None: dense attention.
+        dense_question: questions attend every key; False: they follow the settings, like the context. Answer
+            tokens always follow the decoding settings.
     """
     from transformers import DynamicCache
 
@@ -112,7 +118,7 @@ def answers_right(
 
 
 def _rows_at_once(cache: Any, length: int, device: torch.device) -> int:
-    """Copies of `cache` that are asked together."""
+    """Number of questions to batch, each of which needs a copy of `cache`."""
     if device.type != "cuda":
         return max(1, _CPU_ROW_TOKENS // length)
     size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
@@ -125,26 +131,34 @@ def run_code_lookup(
     repositories: Sequence[Repository],
     length: int,
     config: MobaConfig | None = None,
+    size: SampleSize | None = None,
     *,
-    contexts: int = 8,
-    questions: int = 16,
-    seed: int = 0,
     dense_question: bool = True,
     store: Store | None = None,
+    what: str = "",
 ) -> LookupScore:
-    """Score of `model` on `contexts` contexts of `length` tokens, `questions` each, under `config`.
+    """Score of `model` on contexts of `length` tokens with hidden definitions.
 
     Args:
+        config: MoBA settings; None: dense.
+        size: how much is asked, the depths left out; None: 8 contexts with 16 questions each.
         dense_question: see `answers_right`.
+        store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
+
+    Raises:
+        ValueError: no contexts, questions or sources.
     """
+    size = size or SampleSize(contexts=8, questions=QUESTIONS)
+    contexts, questions, seed = size.contexts, size.questions, size.seed
     if contexts < 1 or questions < 1:
         raise ValueError(f"contexts and questions must be at least 1, got {contexts} and {questions}")
     if not repositories:
-        raise ValueError(f"task {CODE_LOOKUP!r} needs sources: give --sources FOLDER")
+        raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
     marks: list[list[Any]] = []
-    for number in progress(range(contexts), f"{CODE_LOOKUP} {length}"):
+    for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
         def one(number: int = number) -> list[list[Any]]:
             ids, asked = make_context(
@@ -163,7 +177,8 @@ def _score(length: int, marks: list[list[Any]]) -> LookupScore:
     flat = [mark for context in marks for mark in context]
     means = [statistics.fmean(mark for _, _, mark in context) for context in marks]
     score, count = statistics.fmean(mark for _, _, mark in flat), len(flat)
-    # questions that share a context are worth fewer, by how much more its means differ than chance makes them
+    # Questions about one context are correlated. The design effect, the variance of the context means over
+    # its value for independent questions, gives the effective number of questions.
     chance = score * (1 - score) * len(marks) / count
     effect = max(1.0, statistics.variance(means) / chance) if chance and len(means) > 1 else 1.0
     kinds = dict.fromkeys(kind for kind, _, _ in flat)

@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness, as installed, with "moba" registered as an attention implementation."""
+"""Runs the installed lm-evaluation-harness with "moba" registered as an attention implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def run_lm_eval(args: Sequence[str]) -> None:
-    """Runs the command line of the harness with `args`, such as `--model hf --tasks NAME`.
+    """Runs the harness's command line with `args`, such as `--model hf --tasks NAME`.
 
     Raises:
         ImportError: the harness is not installed.

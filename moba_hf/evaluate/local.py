@@ -1,11 +1,11 @@
-"""Layer-local costs from one dense pass: what each layer would lose at each topk, without running the model.
+"""Estimates from one dense pass what each layer would lose at each topk, without running the model with MoBA.
 
-For sampled queries of a layer, the blocks are ranked once as the rule ranks them; the outputs at every topk
-are then running sums over that ranking. The error of a layer's output (after its output projection), squared
-and averaged over queries, times half the mean squared gradient of the log-likelihood of the model's own
-predictions at that output, is the rise in nats that a random error of this size would cause to second order
-(the Fisher information, taken as isotropic per layer). It ranks layers and settings; it is not a prediction
-of the loss, so a setting is confirmed by whole passes.
+For sampled queries of a layer, the blocks are ranked once, by the rule; the outputs at every topk are then
+running sums over that ranking. The cost is the mean squared error of the layer's output (after its output
+projection), times half the mean squared gradient, at that output, of the log-likelihood of labels drawn from
+the model. To second order this is the rise in nats that a random error of the same size would cause (the
+Fisher information, taken as isotropic per layer). It ranks layers and settings but does not predict the loss,
+so a setting must be confirmed by full passes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from moba_hf.evaluate.passes import (
     attention,
     attention_rows,
     family_of,
+    passes_bar,
     ranked_by_rule,
     sample_positions,
     watch,
 )
-from moba_hf.evaluate.results import progress
 from moba_hf.op.gates import GATES
 
 
 @dataclass(frozen=True)
 class LocalCosts:
-    """Costs in nats of one rule, by layer and topk.
+    """Costs of one rule in nats, by layer and topk.
 
     Attributes:
-        rule: block size, forced blocks and gate.
-        length: tokens of the texts.
+        rule: block size, kept blocks and gate.
+        length: number of tokens in each text.
         costs: layer index -> topk -> cost, averaged over texts.
     """
 
@@ -47,10 +47,11 @@ class LocalCosts:
 
 
 def rank_blocks(q: Tensor, k: Tensor, positions: Tensor, rule: LayerConfig, scale: float) -> Tensor:
-    """Blocks of sampled queries from first to last taken, `(H, M, blocks)`; later blocks come last.
+    """Block indices int64 `(H, M, blocks)` in the order in which `rule` takes them; future blocks come last.
 
     Args:
-        q: `(H, M, D)`, the queries at `positions (M,)`. k: `(HK, N, D)`.
+        q: `(H, M, D)`, the queries at `positions (M,)`.
+        k: `(HK, N, D)`.
     """
     blocks = -(-k.shape[1] // rule.block_size)
     complete = k.shape[1] // rule.block_size
@@ -73,7 +74,9 @@ def output_errors(
     """Mean squared error of a layer's projected output at each of `topks`.
 
     Args:
-        q: `(H, M, D)`, the queries at `positions (M,)`. k: `(HK, N, D)`. v: `(HK, N, Dv)`.
+        q: `(H, M, D)`, the queries at `positions (M,)`.
+        k: `(HK, N, D)`.
+        v: `(HK, N, Dv)`.
         project: the layer's output projection, `(M, H * Dv)` -> `(M, width)`.
     """
     order = rank_blocks(q, k, positions, rule, scale)
@@ -96,9 +99,10 @@ def output_errors(
 
 
 def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]:
-    """Half the mean squared gradient at every attention layer's output, of labels the model itself draws.
+    """Layer index -> half the mean squared gradient of the loss at the layer's attention output.
 
-    One forward and one backward pass over `ids (1, length)`, dense; keep it short (2,048 tokens).
+    The labels of the loss are drawn from the model's own predictions. Takes one dense forward and backward
+    pass over `ids (1, length)`; use a short text (2,048 tokens).
     """
     adapter, _ = family_of(model)
     outputs: dict[int, Tensor] = {}
@@ -119,7 +123,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
             parameter.requires_grad_(False)
         for layer, module in adapter.attention_layers(model):
             hooks.append(adapter.output_projection(module).register_forward_hook(keep(layer)))
-        with attention(model, None), torch.enable_grad():
+        with passes_bar(model, "sensitivity", 1), attention(model, None), torch.enable_grad():
             hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
             scores = model.get_output_embeddings()(hidden[-1024:]).float()
         generator = torch.Generator().manual_seed(seed)
@@ -138,7 +142,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
 
 
 def topk_grid(rule: LayerConfig, length: int, shares: Sequence[float]) -> list[int]:
-    """The topk of `rule` that attend about `shares` of `length` keys; at least what the rule needs."""
+    """The topk values that attend about `shares` of `length` keys, at least the minimum of `rule`."""
     least = 1 + rule.sink_blocks + rule.local_blocks
     return sorted({max(least, round(share * length / rule.block_size)) for share in shares})
 
@@ -153,13 +157,15 @@ def local_costs(
     samples: int = 48,
     seed: int = 0,
 ) -> list[LocalCosts]:
-    """Costs of every eligible layer at every topk, for each rule: one dense pass per text, nothing kept.
+    """Costs of every eligible layer at every topk, for each rule, from one dense pass per text.
 
     Args:
-        texts: `(1, length)` token ids each, all of one length.
-        rules: block size, forced blocks and gate; their topk is not used.
-        shares: of the length, which topk to look at.
-        weights: nats per squared error of each layer, from `sensitivities`.
+        texts: token ids, each `(1, length)`, all of the same length.
+        rules: block size, kept blocks and gate; their topk is ignored.
+        shares: the topk values to try, as shares of the length.
+        weights: layer index -> nats per squared error, from `sensitivities`.
+        samples: number of queries sampled per layer.
+        seed: seed of the sample.
     """
     length = texts[0].shape[1]
     positions = sample_positions(length, samples, seed)
@@ -175,6 +181,7 @@ def local_costs(
             for topk, error in zip(topks, errors, strict=True):
                 known[topk] += weights[layer] * error / len(texts)
 
-    for ids in progress(texts, "dense passes"):
-        watch(model, ids, probe)
+    with passes_bar(model, "local costs", len(texts)):
+        for ids in texts:
+            watch(model, ids, probe)
     return found

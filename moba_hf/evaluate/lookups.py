@@ -1,8 +1,8 @@
-"""Definitions in sources that are looked up later: to train on, and the task "code-lookup".
+"""Definitions inserted into source code to be looked up later, for training and for the task "code-lookup".
 
-A definition is a line of Python with random names and values: a constant or the head of a function. A lookup
-begins the same line again and asks for its rest. Names and values of the task are made of other words than
-those of training.
+A definition is a line of Python with random names and values: a constant or a function signature. A lookup
+begins the same line again and asks for the rest. The task uses different words for names and values than
+training does.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclass(frozen=True)
 class Definition:
-    """A line as token ids; question and answer together are the line, the next one's newline aside.
+    """A line as token ids: `question` followed by `answer`, without the newline that ends it.
 
     Attributes:
         kind: one of `KINDS`.
-        question: what a lookup begins with, its newline first.
-        answer: what must follow.
+        question: the beginning of the line, after a leading newline.
+        answer: the rest of the line.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Definition:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All of the line."""
+        """The whole line."""
         return self.question + self.answer
 
 
@@ -45,8 +45,8 @@ class Definitions:
     """Draws definitions for a tokenizer.
 
     Args:
-        tokenizer: names and values are words of its vocabulary where it has enough of them.
-        held_out: use the half of the words that training does not use.
+        tokenizer: names and values are words from its vocabulary if it has enough of them.
+        held_out: use the half of the words that is not used in training.
     """
 
     def __init__(self, tokenizer: Any, *, held_out: bool = False) -> None:
@@ -54,7 +54,7 @@ class Definitions:
         vocabulary = tokenizer.get_vocab()
         plain = {word for word in vocabulary if re.fullmatch("[a-z]{4,9}", word)}
         words = sorted(word for word in plain if f"Ġ{word}" in vocabulary or f"▁{word}" in vocabulary)
-        if len(words) < _FEWEST_WORDS:  # of two syllables
+        if len(words) < _FEWEST_WORDS:  # made-up words of two syllables
             syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
             words = [a + b for a in syllables for b in syllables]
         self.words = np.array(words[int(held_out) :: 2])
@@ -62,7 +62,7 @@ class Definitions:
     def draw(
         self, rng: np.random.Generator, count: int, kinds: Sequence[str] | None = None
     ) -> list[Definition]:
-        """`count` definitions of different names; of the given kinds in turn, else of random ones."""
+        """`count` definitions with distinct names; cycles through `kinds`, or draws random kinds for None."""
         names: dict[str, None] = {}
         while len(names) < count:
             names["_".join(rng.choice(self.words, 2))] = None
@@ -70,7 +70,7 @@ class Definitions:
             list(rng.choice(KINDS, count)) if kinds is None else [kinds[i % len(kinds)] for i in range(count)]
         )
         lines = [self._line(rng, str(kind), name) for kind, name in zip(kinds, names, strict=True)]
-        # apart, so that a question is the same tokens wherever it stands
+        # tokenized separately, so that a question has the same tokens everywhere
         parts = self.tokenizer([x for line in lines for x in line], add_special_tokens=False).input_ids
         pairs = zip(kinds, parts[::2], parts[1::2], strict=True)
         return [Definition(str(kind), tuple(question), tuple(answer)) for kind, question, answer in pairs]
@@ -85,7 +85,7 @@ class Definitions:
 
 
 def newline_tokens(tokenizer: Any) -> Ids:
-    """Which token ids hold a newline, `(vocabulary,)` of bool: a line may be put in before them."""
+    """Bool `(vocabulary,)`: the tokens that contain a newline, before which a line may be inserted."""
     size = max(tokenizer.get_vocab().values()) + 1
     found = np.zeros(size, bool)
     for token, i in tokenizer.get_vocab().items():
@@ -94,10 +94,10 @@ def newline_tokens(tokenizer: Any) -> Ids:
 
 
 def weave(text: Ids, lines: Sequence[Sequence[int]], at: Ids) -> tuple[Ids, Ids]:
-    """`text` with `lines` put in before the places `at`, and where each line begins in the result.
+    """`text` with `lines` inserted before the positions `at`, and where each line begins in the result.
 
     Args:
-        at: `(len(lines),)`, rising.
+        at: `(len(lines),)`, in ascending order.
     """
     if not len(lines):
         return text, np.zeros(0, int)
@@ -108,7 +108,10 @@ def weave(text: Ids, lines: Sequence[Sequence[int]], at: Ids) -> tuple[Ids, Ids]
 
 
 def snap(places: Ids, allowed: Ids) -> Ids:
-    """Each of `places` moved to the nearest of the rising `allowed` at or after it; as it is without any."""
+    """Moves each of `places` to the first of `allowed` (ascending) at or after it, or else to the last.
+
+    Without any allowed place, returns `places`.
+    """
     if not len(allowed):
         return places
     return np.asarray(allowed[np.searchsorted(allowed, places).clip(max=len(allowed) - 1)])
@@ -117,14 +120,15 @@ def snap(places: Ids, allowed: Ids) -> Ids:
 def context_with_definitions(
     sources: Ids, newlines: Ids, length: int, definitions: Sequence[Definition], depths: Sequence[float]
 ) -> Ids:
-    """`length` tokens of sources with definitions at rising `depths`, from 0 (start) to 1.
+    """The first tokens of `sources` with definitions inserted, `length` tokens in all.
 
     Args:
-        sources: token ids; their start is read.
-        newlines: what `newline_tokens` gives.
+        sources: token ids.
+        newlines: the result of `newline_tokens`.
+        depths: where to insert each definition, ascending from 0 (start) to 1 (end).
 
     Raises:
-        ValueError: too few tokens.
+        ValueError: `sources` has too few tokens.
     """
     size = length - sum(len(d.ids) for d in definitions)
     if size < 1 or len(sources) < size:

@@ -1,4 +1,4 @@
-"""Forward passes that evaluations share: dense or MoBA, hidden states, and a dense pass that is watched."""
+"""Forward passes shared by the evaluations: dense or MoBA, hidden states, and a dense pass with a probe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moba_hf.hf.identity import identity_of
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.shared_rule import SharedRule
+from moba_hf.progress import advanced_by, progress_bar
 
 __all__ = ["attention", "family_of", "identity_of"]
 
@@ -27,14 +28,14 @@ Probe = Callable[[int, nn.Module, Tensor, Tensor, Tensor, float], None]
 
 
 def family_of(model: Any) -> tuple[Adapter, Any]:
-    """The adapter of `model` and its text config."""
+    """The adapter for `model`, and the model's text config."""
     adapter = find_adapter(model.config.model_type)
     return adapter, adapter.text_config(model.config)
 
 
 @contextmanager
 def attention(model: Any, config: MobaConfig | None) -> Iterator[Any]:
-    """`model` with MoBA as `config` says, or dense for None; afterwards it is as it was."""
+    """Runs `model` with MoBA under `config`, or dense for None, and restores it afterwards."""
     if config is not None:
         with use_moba(model, config):
             yield model
@@ -45,7 +46,7 @@ def attention(model: Any, config: MobaConfig | None) -> Iterator[Any]:
 
 @contextmanager
 def _implementation(model: Any, name: str) -> Iterator[None]:
-    """The text model of `model` with an attention implementation; afterwards it is as it was."""
+    """Sets the attention implementation of the text model, and restores it afterwards."""
     adapter, text_config = family_of(model)
     previous = text_config._attn_implementation
     set_implementation(model, adapter, name)
@@ -55,15 +56,23 @@ def _implementation(model: Any, name: str) -> Iterator[None]:
         set_implementation(model, adapter, previous)
 
 
+@contextmanager
+def passes_bar(model: Any, what: str, passes: int) -> Iterator[Any]:
+    """A progress bar over `passes` forward passes of `model` inside the block, advanced by every layer."""
+    modules = [module for _, module in family_of(model)[0].attention_layers(model)]
+    with progress_bar(what, passes * len(modules), " layers") as bar, advanced_by(bar, modules):
+        yield bar
+
+
 @torch.no_grad()
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """Last hidden states `(length, width)` of `ids (1, length)`, in one pass without a cache."""
+    """Last hidden states `(length, width)` of `ids (1, length)`, from one pass without a cache."""
     return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
 
 
 @torch.no_grad()
 def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits `(n, vocabulary)` in fp32 of `hidden (n, width)`."""
+    """Logits of `hidden (n, width)`, fp32 `(n, vocabulary)`."""
     return model.get_output_embeddings()(hidden).float()
 
 
@@ -79,7 +88,7 @@ def _probed_attention(
 
 @torch.no_grad()
 def watch(model: Any, ids: Tensor, probe: Probe) -> None:
-    """One dense pass over `ids (1, length)`; `probe` sees q, k, v of every layer that MoBA may run in."""
+    """One dense pass over `ids (1, length)` that calls `probe` for every layer eligible for MoBA."""
     adapter, text_config = family_of(model)
     eligible = set(adapter.eligible_layers(text_config))
     modules = [m for i, m in adapter.attention_layers(model) if i in eligible]
@@ -96,17 +105,18 @@ def watch(model: Any, ids: Tensor, probe: Probe) -> None:
 
 
 def sample_positions(length: int, count: int, seed: int) -> Tensor:
-    """`count` sorted positions of the last three quarters of a text, without repetition."""
+    """`count` distinct, sorted positions from the last three quarters of a text, int64 `(count,)`."""
     first = length // 4
     order = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))
     return (order[:count] + first).sort().values
 
 
 def ranked_by_rule(scores: Tensor, positions: Tensor, rule: Rule) -> Tensor:
-    """`scores (H, M, blocks)` with infinity for own and forced blocks and -infinity for later ones.
+    """`scores (H, M, blocks)` with infinity for own and kept blocks and -infinity for future blocks.
 
     Args:
-        positions: `(M,)`, of the queries. Where a tile shares a choice, the blocks that it overlaps are own.
+        positions: positions of the queries, `(M,)`. Under a shared choice, all blocks that the query's tile
+            overlaps, up to the query, count as own.
     """
     column = torch.arange(scores.shape[2], device=scores.device)
     later = column > (positions // rule.block_size)[:, None]
@@ -116,7 +126,7 @@ def ranked_by_rule(scores: Tensor, positions: Tensor, rule: Rule) -> Tensor:
 
 
 def attention_rows(q: Tensor, k: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Causal attention weights `(H, M, N)` in fp32 of the queries `q (H, M, D)` at `positions (M,)`."""
+    """Causal attention weights, fp32 `(H, M, N)`, of the queries `q (H, M, D)` at `positions (M,)`."""
     queries = q.float().reshape(k.shape[0], -1, q.shape[2])
     scores = (queries @ k.float().transpose(1, 2) * scale).view(q.shape[0], q.shape[1], k.shape[1])
     later = torch.arange(k.shape[1], device=q.device) > positions[:, None]

@@ -1,4 +1,4 @@
-"""Perplexity by position: what a setting costs, and where in the text."""
+"""Perplexity by position: how much a setting costs, and where in the text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Perplexity:
     """Mean losses of one text, in nats per token.
 
     Attributes:
-        tokens: predicted tokens, one less than the text has.
+        tokens: number of predicted tokens, one less than the text has.
         loss: mean over all of them.
         trailing: mean over the last `trailing_tokens`.
-        buckets: `(first position, position after the last, mean loss)`; positions of predicted tokens.
+        trailing_tokens: number of tokens in `trailing`.
+        buckets: `(first position, position after the last, mean loss)`, by position of the predicted token.
     """
 
     tokens: int
@@ -46,11 +47,14 @@ class Perplexity:
 
 @torch.no_grad()
 def token_losses(model: Any, ids: Tensor, config: MobaConfig | None = None) -> Tensor:
-    """Losses `(length - 1,)` in nats, fp32: entry i is that of token i + 1.
+    """Loss of each predicted token in nats, fp32 `(length - 1,)` on the CPU; entry i belongs to token i + 1.
 
     Args:
-        ids: `(1, length)` token ids.
+        ids: token ids, `(1, length)`.
         config: MoBA settings; None: dense.
+
+    Raises:
+        ValueError: `ids` has another shape, or fewer than two tokens.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"ids must be (1, length) with at least two tokens, got {tuple(ids.shape)}")
@@ -62,7 +66,7 @@ def token_losses(model: Any, ids: Tensor, config: MobaConfig | None = None) -> T
 
 
 def summarize(losses: Tensor, buckets: int = 8, trailing: int = 2048) -> Perplexity:
-    """Means of `losses (length - 1,)` over all, the last `trailing`, and `buckets` ranges of equal length."""
+    """Means of `losses (length - 1,)`: overall, over the last `trailing`, and over `buckets` equal ranges."""
     count = len(losses)
     trailing = min(trailing, count)
     edges = [count * i // buckets for i in range(buckets + 1)]
@@ -77,11 +81,11 @@ def summarize(losses: Tensor, buckets: int = 8, trailing: int = 2048) -> Perplex
 
 @dataclass(frozen=True)
 class Positions:
-    """Mean losses of one text by position, in nats per token, a range for each power of two.
+    """Mean losses of one text in nats per token, by ranges of positions that double in length.
 
     Attributes:
-        tokens: predicted tokens.
-        ranges: `(first position, position after the last, mean loss)`; positions of predicted tokens.
+        tokens: number of predicted tokens.
+        ranges: `(first position, position after the last, mean loss)`, by position of the predicted token.
     """
 
     tokens: int
@@ -93,7 +97,7 @@ class Positions:
 
 
 def by_position(losses: Tensor, first: int = 1024) -> Positions:
-    """Means of `losses (length - 1,)` before position `first` and from each power of two to the next."""
+    """Means of `losses (length - 1,)` over the ranges that end at `first`, `2 * first`, `4 * first` ..."""
     count = len(losses)
     edges = [1]
     while edges[-1] <= count:

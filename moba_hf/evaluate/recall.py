@@ -1,9 +1,10 @@
-"""How good a choice of blocks is, layer by layer and head by head, against the best choice of as many blocks.
+"""How good the choice of blocks is, by layer and head, compared with an oracle that takes as many blocks.
 
-The oracle attends the same number of blocks and the same forced ones, but takes the others by their true
-attention mass. Measured in one dense pass, so that a layer is not blamed for the layers below it. Where a
-tile of queries shares a choice, the oracle still chooses for each query, as many blocks as its tile attends:
-it bounds the mass, and the recall of blocks says how far the queries of a tile differ.
+The oracle attends the same number of blocks and the same kept blocks, but ranks the others by their true
+attention mass. Everything is measured in one dense pass, so that a layer does not suffer from errors of the
+layers below it. If a tile of queries shares a choice, the oracle still chooses for each query, with as many
+blocks as the tile attends. It is then an upper bound of the mass, and the block recall shows how much the
+queries of a tile differ.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from moba_hf.op.shared_rule import SharedRule
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over sampled queries, indexed `[row][head]`; a row is a layer of `layers`.
+    """Means over sampled queries, indexed `[row][head]`; row i belongs to layer `layers[i]`.
 
     Attributes:
-        layers: the layers that run MoBA.
+        layers: indices of the layers that run MoBA.
         block: share of the oracle's blocks that were chosen.
-        mass: attention mass of the chosen blocks. oracle: that of the oracle's.
+        mass: attention mass of the chosen blocks.
+        oracle: attention mass of the oracle's blocks.
     """
 
     layers: tuple[int, ...]
@@ -42,20 +44,20 @@ class Recall:
 
 
 def block_masses(weights: Tensor, block_size: int) -> Tensor:
-    """Attention mass of every block, `(H, M, blocks)`, from `weights (H, M, N)`."""
+    """Attention mass `(H, M, blocks)` of every block, from attention weights `(H, M, N)`."""
     missing = -weights.shape[2] % block_size
     return nn.functional.pad(weights, (0, missing)).unflatten(2, (-1, block_size)).sum(3)
 
 
 def chosen_mask(choice: Tensor, blocks: int) -> Tensor:
-    """Bool `(H, M, blocks)` of a choice `(M, H, topk)`, -1 being none."""
+    """A choice `(M, H, topk)`, padded with -1, as a bool mask `(H, M, blocks)`."""
     mask = torch.zeros(*choice.shape[:2], blocks + 1, dtype=torch.bool, device=choice.device)
     mask.scatter_(2, choice.long().masked_fill(choice < 0, blocks), True)
     return mask[:, :, :blocks].transpose(0, 1)
 
 
 def oracle_mask(masses: Tensor, positions: Tensor, rule: Rule, counts: Tensor) -> Tensor:
-    """Bool `(H, M, blocks)`: own and forced blocks, then those of most mass, `counts (H, M)` in all."""
+    """Bool `(H, M, blocks)`: own and kept blocks, then those with most mass, `counts (H, M)` in all."""
     ranked = ranked_by_rule(masses, positions, rule)
     order = ranked.sort(dim=2, descending=True, stable=True).indices
     taken = torch.arange(masses.shape[2], device=masses.device) < counts[..., None]
@@ -69,7 +71,9 @@ def layer_recall(
     """Block recall, mass and oracle mass of one layer, `(H,)` each, averaged over `positions`.
 
     Args:
-        q: `(H, N, D)`. k: `(HK, N, D)`. positions: `(M,)` of the queries looked at.
+        q: `(H, N, D)`.
+        k: `(HK, N, D)`.
+        positions: positions of the sampled queries, `(M,)`.
     """
     choice = select_blocks(
         q.transpose(0, 1),
@@ -90,7 +94,7 @@ def layer_recall(
 
 
 def recall(model: Any, ids: Tensor, config: MobaConfig, *, samples: int = 128, seed: int = 0) -> Recall:
-    """Recall of every MoBA layer on `ids (1, length)`, at `samples` queries of its last three quarters."""
+    """Recall of every MoBA layer, at `samples` queries in the last three quarters of `ids (1, length)`."""
     adapter, text_config = family_of(model)
     num_layers = adapter.num_layers(text_config)
     positions = sample_positions(ids.shape[1], samples, seed)

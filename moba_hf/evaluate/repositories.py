@@ -1,4 +1,4 @@
-"""Repositories of source files as tokens: kept whole, files after those that they import."""
+"""Whole repositories of source files as tokens; each file comes after the files it imports."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Repository:
     """The files of a folder as one sequence of tokens.
 
     Attributes:
-        name: for messages.
+        name: name used in messages.
         ids: token ids, one-dimensional.
-        files: where files begin, rising; the first at 0.
+        files: index at which each file begins, ascending; the first is 0.
     """
 
     name: str
@@ -30,18 +30,18 @@ class Repository:
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 1 or not len(self.ids):
-            raise ValueError(f"{self.name}: holds no tokens")
+            raise ValueError(f"{self.name}: the repository has no tokens")
         if not len(self.files) or self.files[0] != 0 or self.files[-1] >= len(self.ids):
-            raise ValueError(f"{self.name}: files must begin at 0 and inside the tokens")
+            raise ValueError(f"{self.name}: the first file must begin at token 0, the last before the end")
 
 
 def file_order(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """`files` by path, but Python files after those of `folder` that they import."""
+    """`files` sorted by path, except that Python files come after the files of `folder` they import."""
     modules = {".".join(_module(folder, path)): path for path in files if path.suffix == ".py"}
     order: dict[Path, None] = {}
     visiting: set[Path] = set()
 
-    def visit(start: Path) -> None:  # depth first; a cycle of imports is cut where it closes
+    def visit(start: Path) -> None:  # depth first; an import cycle is broken where it closes
         stack = [(start, iter(_imported(folder, start, modules)))]
         visiting.add(start)
         while stack:
@@ -65,7 +65,7 @@ def _module(folder: Path, path: Path) -> tuple[str, ...]:
 
 
 def _imported(folder: Path, path: Path, modules: dict[str, Path]) -> list[Path]:
-    """Files that a Python file imports, in the order in which it does; none where it cannot be parsed."""
+    """Files that a Python file imports, in order; empty if the file cannot be parsed."""
     if path.suffix != ".py":
         return []
     try:
@@ -87,14 +87,14 @@ def _imported(folder: Path, path: Path, modules: dict[str, Path]) -> list[Path]:
 
 
 def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str = ".py") -> Repository:
-    """The files below `folder` that end in `suffix`, each after a comment with its path.
+    """The files in and below `folder` that end in `suffix`, each preceded by a comment with its path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     root = Path(folder).absolute()
     if not (paths := list(root.rglob(f"*{suffix}"))):
-        raise ValueError(f"{root}: holds no file that ends in {suffix}")
+        raise ValueError(f"{root}: found no file that ends in {suffix}")
     paths = file_order(root, paths)
     texts = [
         f"# {path.relative_to(root.parent)}\n{path.read_text(encoding='utf-8', errors='replace')}\n"
@@ -107,7 +107,7 @@ def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str 
 
 
 def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repository]) -> None:
-    """Writes token ids and bounds of files as a compressed .npz file."""
+    """Writes the token ids and file offsets of `repositories` to a compressed .npz file."""
     arrays: dict[str, Ids] = {}
     for one in repositories:
         small = one.ids.max() < 1 << 16
@@ -117,7 +117,7 @@ def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repos
 
 
 def load_repositories(path: str | os.PathLike[str]) -> list[Repository]:
-    """Reads what `save_repositories` wrote."""
+    """Reads a file written by `save_repositories`."""
     with np.load(path) as stored:
         names = [name.removesuffix(":ids") for name in stored.files if name.endswith(":ids")]
         return [Repository(name, stored[f"{name}:ids"], stored[f"{name}:files"]) for name in names]

@@ -1,28 +1,26 @@
-"""Results on disk and on screen: JSON, a store that lets a long run go on where it stopped, tables."""
+"""Results on disk and on screen: a JSON store from which a run can resume, progress bars, tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
 
 class Store:
-    """Answers kept in a JSON file as they come, by key; a run that was stopped finds them again.
+    """A JSON file that keeps each result as soon as it is computed, so that an interrupted run can resume.
 
     Args:
-        path: the file; None: nothing is kept. An existing file made by other `settings` is refused.
-        settings: what the answers depend on besides their keys, JSON-ready.
+        path: the file; None: keep results in memory only.
+        settings: JSON-ready values that, besides the keys, the results depend on.
 
     Raises:
-        ValueError: the file is no such store, was changed or damaged, or its settings differ.
+        ValueError: the file exists but is not a store, was changed or damaged, or has other settings.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]):
@@ -35,26 +33,30 @@ class Store:
                 settings_there, self.answers = known["settings"], known["answers"]
                 whole = known["check"] == self._check(settings_there)
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{self.path} holds no earlier results") from None
+                raise ValueError(f"{self.path} is not a file of earlier results") from None
             if not whole:
                 raise ValueError(f"{self.path} was changed or damaged; remove it or name another file")
             if settings_there != self.settings:
                 raise ValueError(f"{self.path} was made with other settings; remove it or name another file")
 
     def get(self, key: str, compute: Callable[[], T]) -> T:
-        """The answer for `key` as JSON gives it back, computed and written down if it is not known."""
+        """The result for `key` after a JSON round trip; computed and saved if it is not in the store."""
         if key not in self.answers:
             self.answers[key] = json.loads(json.dumps(compute()))
             self.write()
         answer: T = self.answers[key]
         return answer
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the answer for `key` is known."""
+        return key in self.answers
+
     def _check(self, settings: Any) -> str:
-        """A hash that detects files changed by others."""
+        """A hash that detects changes to the file."""
         return hashlib.sha256(json.dumps([settings, self.answers], sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self) -> None:
-        """Replaces the file in one step, by way of a temporary file, so that it is never half written."""
+        """Replaces the file atomically, through a temporary file, so that it is never half written."""
         if self.path is None:
             return
         values = {"settings": self.settings, "answers": self.answers, "check": self._check(self.settings)}
@@ -65,14 +67,8 @@ class Store:
         beside.replace(self.path)
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """`items` with a progress bar on a terminal, none elsewhere."""
-    bar: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
-    return bar
-
-
 def format_table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as a markdown table, the first one its head; floats with four digits."""
+    """Rows as a Markdown table whose header is the first row; floats get four decimals."""
 
     def cell(value: object) -> str:
         return f"{value:.4f}" if isinstance(value, float) else str(value)

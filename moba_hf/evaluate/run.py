@@ -1,10 +1,12 @@
-"""Everything that `moba-hf eval` measures, as one JSON-ready result that a stopped run completes."""
+"""Everything that `moba-hf eval` measures, as one JSON-ready result; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
-from moba_hf.evaluate.code_lookup import CODE_LOOKUP, run_code_lookup
-from moba_hf.evaluate.passes import family_of, identity_of
+from moba_hf.evaluate.code_lookup import CODE_LOOKUP, QUESTIONS, run_code_lookup
+from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, format_table, progress
-from moba_hf.evaluate.tasks import TASKS, run_task
+from moba_hf.evaluate.results import Store, format_table
+from moba_hf.evaluate.tasks import TASKS, SampleSize, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.parallel import launched_ranks
 from moba_hf.hf.prefill import DENSE_TAIL
@@ -29,30 +31,32 @@ from moba_hf.op.shared_rule import SharedRule
 
 MEASURES = ("perplexity", "positions", "agreement", "recall")
 _DENSE_TOO = ("perplexity", "positions")
+_PASSES = {"agreement": 2}  # of a measure over its text; of others one
 
 
 def load(
     path: str, device: str | None = None, *, trust_remote_code: bool = False, spread: bool = False
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint (`load_checkpoint`); fp32 on a CPU, else the stored dtype."""
+    """Model and tokenizer of a checkpoint, by `load_checkpoint`: fp32 on a CPU, else the stored dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "float32" if device == "cpu" else "auto"
     return load_checkpoint(path, dtype, device=device, trust_remote_code=trust_remote_code, spread=spread)
 
 
 def check_ranks(measures: Sequence[str], store: str | os.PathLike[str] | None) -> None:
-    """Raises ValueError for what a model spread over the ranks of `torchrun` cannot give."""
+    """Raises ValueError for options that do not work with a model sharded over the ranks of `torchrun`."""
     ranks = launched_ranks()
     if ranks > 1 and "recall" in measures:
         raise ValueError(
-            f"recall looks at all heads of a layer, each of {ranks} ranks has some: run it without torchrun"
+            f"recall needs all heads of a layer, but each of the {ranks} ranks holds only some of them: "
+            f"run it without torchrun"
         )
     if ranks > 1 and store is not None:
-        raise ValueError(f"a store is kept by one process, there are {ranks} ranks: leave out --store")
+        raise ValueError(f"a store works with one process only, but there are {ranks} ranks: omit --store")
 
 
 def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, MobaConfig]:
-    """Settings by name: the presets, and those that are `given`.
+    """Settings by name: the presets, and `given` under the name "given".
 
     Raises:
         ValueError: an unknown preset.
@@ -62,24 +66,44 @@ def presets_of(presets: Sequence[str], given: MobaConfig | None) -> dict[str, Mo
 
 
 def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaConfig | None]:
-    """What is measured: dense, and the `named` settings; without any, those that `model` holds."""
+    """The settings to measure: dense and `named`, or dense and the model's own if `named` is empty."""
     return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
-    """`(1, length)` token ids of the start of a text file.
+    """The first `length` token ids of a text file, `(1, length)`.
 
     Raises:
-        ValueError: the file holds fewer tokens.
+        ValueError: the file has fewer tokens.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(16 * length)  # bounded: a device file never ends
+        text = file.read(16 * length)  # bounded, since a device file never ends
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     if ids.shape[1] < length:
-        raise ValueError(f"{path}: holds {ids.shape[1]} tokens, {length} are needed; lower --length")
+        raise ValueError(f"{path}: has {ids.shape[1]} tokens, but {length} are needed; lower --length")
     return ids
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of an evaluation.
+
+    Attributes:
+        names: from `TASKS`, or "code-lookup".
+        lengths: lengths of their contexts, in tokens.
+        contexts: number of contexts per task and length.
+        depths: where in the context the answers lie, from 0 to 1; None: spread out. "code-lookup" ignores
+            them and always spreads its answers.
+        sources: repositories in which "code-lookup" hides definitions.
+    """
+
+    names: Sequence[str] = ()
+    lengths: Sequence[int] = ()
+    contexts: int = 4
+    depths: Sequence[float] | None = None
+    sources: Sequence[Repository] = ()
 
 
 def evaluate(
@@ -89,11 +113,7 @@ def evaluate(
     settings: Mapping[str, MobaConfig | None],
     *,
     measures: Sequence[str] = ("perplexity",),
-    tasks: Sequence[str] = (),
-    task_lengths: Sequence[int] = (),
-    contexts: int = 4,
-    depths: Sequence[float] | None = None,
-    sources: Sequence[Repository] = (),
+    tasks: Tasks | None = None,
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
@@ -102,24 +122,24 @@ def evaluate(
     Args:
         texts: name -> `(1, length)` token ids.
         settings: name -> MoBA settings; None: dense.
-        measures: of `MEASURES`; the last two are for MoBA settings.
-        tasks, task_lengths, contexts: names of `TASKS`, their lengths in tokens, contexts of each.
-        depths: where the answers of tasks stand, from 0 to 1; None: spread. "code-lookup" spreads them.
-        sources: repositories that "code-lookup" hides definitions in.
-        seed: of the tasks, and of the queries that recall looks at.
-        store: a JSON file that keeps what is done, for the same model, texts, settings and seed.
+        measures: names from `MEASURES`; "agreement" and "recall" apply to MoBA settings only.
+        tasks: what to ask; None: nothing.
+        seed: seed of the tasks and of the queries that recall samples.
+        store: a JSON file that keeps finished results, for the same model, texts, settings and seed.
 
     Raises:
-        ValueError: nothing to measure, unknown names, or a store of something else.
+        ValueError: nothing to measure, unknown names, or a store made for something else.
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
-        "tasks": [...], "keys": {text: {setting: [key budget, share of dense pairs]}}, "attended": {text:
-        {setting: {"share": ..., "heads": {layer: [share of dense pairs by head]}}}}`. Where the text decides
-        how many keys are attended the key budget is None, and the share of pairs is counted in the passes of
-        perplexity or agreement, None without either.
+        "tasks": [...], "settings": {setting: values of its MobaConfig; None: dense}, "keys": {text: {setting:
+        [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share": ..., "heads": {layer:
+        [share of dense pairs by head]}}}}}`. If the number of attended keys depends on the text, the key
+        budget is None, and the share of pairs is counted in the perplexity or agreement passes (None without
+        either).
     """
-    _check(texts, measures, tasks, task_lengths, contexts, sources)
+    tasks = tasks or Tasks()
+    _check(texts, measures, tasks)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of: dict[str, Any] = {}
     if store is not None:
@@ -129,7 +149,7 @@ def evaluate(
         }
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
-    result |= {"keys": {}, "attended": {}}
+    result |= {"settings": configs, "keys": {}, "attended": {}}
     runs = [
         (text, name, measure)
         for text in texts
@@ -137,12 +157,17 @@ def evaluate(
         for measure in measures
         if config is not None or measure in _DENSE_TOO
     ]
-    for text, name, measure in progress(runs, "passes"):
-        passed = partial(_one, model, measure, texts[text], settings[name], seed)
-        one = dict(known.get(f"{measure}/{text}/{name}", passed))
-        if "attended" in one:
-            result["attended"].setdefault(text, {})[name] = one.pop("attended")
-        result[measure][text][name] = one
+    new = sum(
+        _PASSES.get(measure, 1) for text, name, measure in runs if _key(text, name, measure) not in known
+    )
+    with passes_bar(model, "passes", new) as bar:
+        for text, name, measure in runs:
+            bar.set_description(f"{measure} of {Path(text).name}, {name}")
+            passed = partial(_one, model, measure, texts[text], settings[name], seed)
+            one = dict(known.get(_key(text, name, measure), passed))
+            if "attended" in one:
+                result["attended"].setdefault(text, {})[name] = one.pop("attended")
+            result[measure][text][name] = one
     for text, ids in texts.items():
         for name, config in settings.items():
             if config is not None:
@@ -152,44 +177,44 @@ def evaluate(
                     keys = [None, result["attended"].get(text, {}).get(name, {"share": None})["share"]]
                 result["keys"].setdefault(text, {})[name] = keys
 
-    def task(name: str, n: int, config: MobaConfig | None) -> dict[str, Any]:
-        if name == CODE_LOOKUP:
-            looked = run_code_lookup(
-                model, tokenizer, sources, n, config, contexts=contexts, seed=seed, store=known
-            )
-            return looked.to_dict()
-        given: dict[str, Any] = {"contexts": contexts, "depths": depths, "seed": seed, "store": known}
-        return run_task(model, tokenizer, name, n, config, **given).to_dict()
+    jobs = [(name, n, setting) for name in tasks.names for n in tasks.lengths for setting in settings]
 
-    result["tasks"] = [
-        {"setting": setting, **task(name, n, config)}
-        for name in tasks
-        for n in task_lengths
-        for setting, config in settings.items()
-    ]
+    def task(number: int, name: str, n: int, setting: str) -> dict[str, Any]:
+        what = f"{name}, {n:,} tokens, {setting} ({number} of {len(jobs)})"
+        config = settings[setting]
+        given: dict[str, Any] = {"store": known, "what": what}
+        size = SampleSize(tasks.contexts, seed=seed, depths=tasks.depths)
+        if name == CODE_LOOKUP:
+            size = replace(size, questions=QUESTIONS)
+            return run_code_lookup(model, tokenizer, tasks.sources, n, config, size, **given).to_dict()
+        return run_task(model, tokenizer, name, n, config, size, **given).to_dict()
+
+    result["tasks"] = [{"setting": job[2], **task(i, *job)} for i, job in enumerate(jobs, 1)]
     return result
+
+
+def _key(text: str, setting: str, measure: str) -> str:
+    """What a store knows the numbers of one measure by."""
+    return f"{measure}/{text}/{setting}"
 
 
 def _check(
     texts: Mapping[str, Tensor],
     measures: Sequence[str],
-    tasks: Sequence[str],
-    task_lengths: Sequence[int],
-    contexts: int,
-    sources: Sequence[Repository],
+    tasks: Tasks,
 ) -> None:
-    """Raises ValueError now for requests that would fail only after hours of work."""
-    for what, names, known in (("measure", measures, MEASURES), ("task", tasks, (*TASKS, CODE_LOOKUP))):
+    """Raises ValueError at once for requests that would otherwise fail after hours of work."""
+    for what, names, known in (("measure", measures, MEASURES), ("task", tasks.names, (*TASKS, CODE_LOOKUP))):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
-    if contexts < 1:
-        raise ValueError(f"contexts must be at least 1, got {contexts}")
-    if tasks and not task_lengths:
-        raise ValueError("tasks need task_lengths")
-    if CODE_LOOKUP in tasks and not sources:
-        raise ValueError(f"task {CODE_LOOKUP!r} needs sources: give --sources FOLDER")
-    if not tasks and not (texts and measures):
-        raise ValueError("there is nothing to measure: give texts (--text FILE) or tasks (--task NAME)")
+    if tasks.contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {tasks.contexts}")
+    if tasks.names and not tasks.lengths:
+        raise ValueError("tasks need lengths")
+    if CODE_LOOKUP in tasks.names and not tasks.sources:
+        raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
+    if not tasks.names and not (texts and measures):
+        raise ValueError("there is nothing to measure: pass texts (--text FILE) or tasks (--task NAME)")
 
 
 def _follows_text(model: Any, config: MobaConfig) -> bool:
@@ -200,7 +225,7 @@ def _follows_text(model: Any, config: MobaConfig) -> bool:
 
 
 def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed: int) -> dict[str, Any]:
-    """The numbers of one measure, with those of `Attended` where a pass runs MoBA."""
+    """The numbers of one measure; perplexity and agreement under MoBA add those of `Attended`."""
     if measure == "positions":
         return by_position(token_losses(model, ids, config)).to_dict()
     if config is None:
@@ -216,7 +241,7 @@ def _one(model: Any, measure: str, ids: Tensor, config: MobaConfig | None, seed:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """The numbers of `evaluate` as markdown tables."""
+    """The result of `evaluate` as Markdown tables."""
     texts = {**result.get("perplexity", {}), **result.get("agreement", {})}
     parts = [f"{text}\n{format_table(_loss_rows(result, text))}" for text in texts]
     for text, by_setting in result.get("positions", {}).items():
@@ -254,7 +279,7 @@ def _percent(share: float) -> str:
 
 
 def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
-    """A row per setting: what it attends, its losses on `text` and how it agrees with dense."""
+    """A row per setting: the keys and pairs it attends, its losses on `text`, its agreement with dense."""
     losses = result.get("perplexity", {}).get(text, {})
     near = result.get("agreement", {}).get(text, {})
     head = ["setting", "keys", "of dense pairs", "loss", "trailing loss", "rise", "KL", "top-1"]

@@ -1,8 +1,8 @@
-"""Synthetic retrieval tasks made on the spot, RULER-like: needles, key-value pairs, variable tracking.
+"""Synthetic retrieval tasks in the style of RULER: needles, key-value pairs, variable tracking.
 
-After RULER (arXiv 2404.06654): its wording and its score, the share of expected strings found in the answer;
-the texts and random choices are our own, so numbers are not comparable with published ones. A context is read
-once and asked several questions, each on a copy of the same cache.
+The wording and the score (the share of expected strings found in the answer) follow RULER (arXiv 2404.06654).
+The texts and random choices are our own, so the numbers are not comparable with published ones. Each context
+is read once; several questions are asked about it, each on a copy of the same cache.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import attention
-from moba_hf.evaluate.results import Store, progress
+from moba_hf.evaluate.results import Store
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
+from moba_hf.progress import progress
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -33,8 +34,8 @@ _NAMES = (
     "river sage tulip umber violet willow xenon yarrow zephyr anchor bridge castle dragon eagle forest fern",
 )
 _WORDS = " ".join(_NAMES).split()
-_PAIRS = 1000  # names of two words that may be drawn
-# Cached tokens of all rows of a batch of questions, on a GPU and on a CPU.
+_PAIRS = 1000  # up to this many names have two words, more have four
+# Cached tokens over all rows of a batch of questions, at most, on a GPU and on a CPU.
 _ROW_TOKENS = (1 << 18, 1 << 15)
 
 
@@ -43,8 +44,8 @@ class Sample:
     """A context and questions about it.
 
     Attributes:
-        context: the text that is read.
-        questions: `(question, expected strings, depth)`; depth from 0 (start) to 1, where the answer stands.
+        context: the text to read.
+        questions: `(question, expected strings, depth)`; the depth of the answer is from 0 (start) to 1.
     """
 
     context: str
@@ -52,10 +53,32 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """Mean score of a task at one length, over `samples` questions, with a 95 % Wilson interval.
+class SampleSize:
+    """How much of a task is asked.
 
     Attributes:
+        contexts: number of contexts.
+        questions: number of questions about each context.
+        seed: seed of the first context; those of the others follow.
+        depths: where in a context the answers lie, see `make_sample`; None: spread out.
+    """
+
+    contexts: int = 4
+    questions: int = 8
+    seed: int = 0
+    depths: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean score of a task at one length, with a 95 % Wilson interval.
+
+    Attributes:
+        task: name of the task.
+        length: tokens in a context.
+        samples: number of questions.
+        score: mean score, from 0 to 1.
+        low, high: bounds of the interval.
         by_depth: `(depth, score)` of every question.
     """
 
@@ -73,12 +96,12 @@ class TaskScore:
 
 
 def score_answer(answer: str, expected: Sequence[str]) -> float:
-    """RULER's `string_match_all`: the share of `expected` found in `answer`, letter case aside."""
+    """RULER's `string_match_all`: the share of `expected` found in `answer`, ignoring case."""
     return sum(text.lower() in answer.lower() for text in expected) / len(expected)
 
 
 def wilson(score: float, samples: int) -> tuple[float, float]:
-    """95 % interval of a share `score` seen in `samples` trials."""
+    """95 % Wilson interval of a proportion `score` observed in `samples` trials."""
     z = 1.959964
     middle = score + z * z / (2 * samples)
     spread = z * math.sqrt(score * (1 - score) / samples + z * z / (4 * samples * samples))
@@ -90,7 +113,7 @@ def _number(rng: random.Random) -> str:
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    """Names, all different: of two words, or of four where these are too few."""
+    """`count` distinct names of two words each, or of four if `count` is above `_PAIRS`."""
     if count <= _PAIRS:
         return rng.sample([f"{a}-{b}" for a in _WORDS for b in _WORDS if a != b], count)
     size = len(_WORDS)
@@ -99,7 +122,7 @@ def _keys(rng: random.Random, count: int) -> list[str]:
 
 
 def _insert(haystack: Sequence[str], lines: Sequence[tuple[float, str]]) -> str:
-    """Sentences with each of `lines` put in at its depth."""
+    """The sentences of `haystack` with each of `lines` inserted at its depth."""
     places: dict[int, list[str]] = {}
     for depth, line in lines:
         places.setdefault(round(depth * len(haystack)), []).append(line)
@@ -134,7 +157,7 @@ def _key_values(rng: random.Random, haystack: Sequence[str], depths: Sequence[fl
 
 
 def _variables(rng: random.Random, haystack: Sequence[str], depths: Sequence[float]) -> Sample:
-    """Chains of four assignments; the depth is that of the last one."""
+    """Chains of four assignments; the depth of a chain is that of its last assignment."""
     lines: list[tuple[float, str]] = []
     questions = []
     for depth in depths:
@@ -152,7 +175,7 @@ def _variables(rng: random.Random, haystack: Sequence[str], depths: Sequence[flo
 
 
 _Maker = Callable[[random.Random, Sequence[str], Sequence[float]], Sample]
-# name -> maker and the tokens an answer may take
+# name -> maker, maximum number of tokens in an answer
 TASKS: dict[str, tuple[_Maker, int]] = {
     "needle": (_needles, 10),
     "multi-needle": (_needles, 10),
@@ -170,14 +193,14 @@ def make_sample(
     seed: int = 0,
     depths: Sequence[float] | None = None,
 ) -> Sample:
-    """A sample of `task` whose context has at most `length` tokens, and nearly that many.
+    """A sample of `task` whose context fills `length` tokens as nearly as possible without exceeding it.
 
     Args:
-        questions: asked of it, their answers spread over the depths; "needle" hides and asks one.
-        depths: where the answers stand instead, from 0 (start) to 1; a question each.
+        questions: number of questions, with answers spread over the context; "needle" always has one.
+        depths: depths of the answers, from 0 (start) to 1, one question each; replaces `questions`.
 
     Raises:
-        ValueError: an unknown task, depths out of range, a length too short for the questions.
+        ValueError: an unknown task, depths out of range, or a length too short for the questions.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
@@ -188,7 +211,7 @@ def make_sample(
     if task == "needle":
         questions = 1
         if depths is not None and len(depths) > 1:
-            raise ValueError(f"a context of task 'needle' has one depth, got {depths}")
+            raise ValueError(f"a context of task 'needle' takes one depth, got {depths}")
     rng = random.Random(f"{task}/{length}/{seed}")
     if depths is None:
         depths = [(i + rng.random()) / questions for i in range(questions)]
@@ -219,10 +242,14 @@ def answer_questions(
     config: MobaConfig | None,
     dense_tail: int = DENSE_TAIL,
 ) -> list[str]:
-    """Greedy answers: the context is read once, each question on top of it; MoBA in both (None: dense).
+    """Greedy answers to the questions of `sample`, whose context is read once.
 
-    As `moba_hf.prefill` reads a prompt: its last `dense_tail` tokens, with the question, attend every key; 0:
-    none. Questions are asked together, as rows of a batch over copies of the cache.
+    Reads context and question as `moba_hf.prefill` reads a prompt: the last `dense_tail` tokens, question
+    included, attend every key. Questions are batched, each row with a copy of the cache.
+
+    Args:
+        config: MoBA settings for context and questions; None: dense.
+        dense_tail: number of tokens that attend every key; 0: none.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -263,12 +290,18 @@ def ask(
     *,
     dense: bool,
 ) -> list[list[int]]:
-    """Greedy answers to token ids `asked` over copies of `cache`, which holds `context (length,)`.
+    """Greedy answers, as token ids, to the questions `asked`.
 
-    They end after `new_tokens`, or with the token `end`.
-    `dense`: the questions attend every key; what follows them does what the settings say of decoding.
-    A row with a shorter question reads the end of the context again, so that all read as many tokens; what is
-    missing in its cache is padding on the left.
+    All rows of the batch must read equally many tokens. So a row with a shorter question has the last tokens
+    of the context removed from its cache (which is padded on the left instead) and reads them again.
+
+    Args:
+        cache: the cache of `context`; it is copied, not changed.
+        context: token ids, `(length,)`.
+        asked: token ids of each question.
+        new_tokens: maximum length of an answer.
+        end: token that ends an answer; None: none does.
+        dense: the questions attend every key. Answer tokens always follow the decoding settings.
     """
     length, longest = len(context), max(map(len, asked))
     spare = [longest - len(ids) for ids in asked]
@@ -297,7 +330,7 @@ def ask(
 
 
 def _padded_rows(cache: Any, spare: Sequence[int]) -> Any:
-    """A cache with a row for each of `spare`: that of `cache` without its last tokens, padded in front."""
+    """A cache whose row i is `cache` without its last `spare[i]` tokens, padded on the left."""
     from transformers import DynamicCache
 
     copy = DynamicCache()
@@ -316,37 +349,39 @@ def run_task(
     task: str,
     length: int,
     config: MobaConfig | None = None,
+    size: SampleSize | None = None,
     *,
-    contexts: int = 4,
-    questions: int = 8,
-    seed: int = 0,
-    depths: Sequence[float] | None = None,
     store: Store | None = None,
+    what: str = "",
 ) -> TaskScore:
-    """Score of `model` on `contexts` samples of `task` at `length` tokens under `config` (None: dense).
+    """Score of `model` on samples of `task` at `length` tokens under `config` (None: dense).
 
     Args:
-        depths: where the answers stand, see `make_sample`; "needle" makes `contexts` contexts for each.
+        size: how much is asked; None: the defaults of `SampleSize`. "needle" makes `contexts` contexts for
+            each depth.
+        store: keeps finished contexts, so that an interrupted run can be resumed.
+        what: the text of the progress bar.
     """
-    if contexts < 1:
-        raise ValueError(f"contexts must be at least 1, got {contexts}")
+    size = size or SampleSize()
+    if size.contexts < 1:
+        raise ValueError(f"contexts must be at least 1, got {size.contexts}")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
-    places = [None if depths is None else tuple(depths)]
-    if depths is not None and task == "needle":
-        places = [(depth,) for depth in depths]
+    places = [None if size.depths is None else tuple(size.depths)]
+    if size.depths is not None and task == "needle":
+        places = [(depth,) for depth in size.depths]
     marks: list[list[float]] = []
-    for i, place in progress([(i, place) for i in range(contexts) for place in places], f"{task} {length}"):
+    samples = [(i, place) for i in range(size.contexts) for place in places]
+    for i, place in progress(samples, what or f"{task}, {length:,} tokens", " contexts"):
 
         def one(number: int = i, place: tuple[float, ...] | None = place) -> list[list[float]]:
-            sample = make_sample(
-                task, tokenizer, length, questions=questions, seed=seed + number, depths=place
-            )
+            given: dict[str, Any] = {"questions": size.questions, "seed": size.seed + number, "depths": place}
+            sample = make_sample(task, tokenizer, length, **given)
             answers = answer_questions(model, tokenizer, sample, TASKS[task][1], config)
             asked = zip(sample.questions, answers, strict=True)
             return [[depth, score_answer(answer, expected)] for (_, expected, depth), answer in asked]
 
-        key = f"{task}/{length}/{questions}/{seed + i}/{name}"
+        key = f"{task}/{length}/{size.questions}/{size.seed + i}/{name}"
         marks += store.get(key if place is None else f"{key}/{place}", one)
     score = sum(mark for _, mark in marks) / len(marks)
     return TaskScore(

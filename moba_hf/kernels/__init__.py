@@ -1,12 +1,17 @@
-"""MoBA in Triton, forward and backward, one stage per file; imports need triton, and a GPU only to run.
+"""MoBA in Triton, forward and backward, one stage per file. Importing needs triton; only running needs a GPU.
 
-`select_blocks`, by either gate, `attend` and `attend_backward` are the backend;
-`unsupported` says what they cannot take. The stages, usable alone: `tiling` (numbering of tiles and blocks),
-`block_mean`, `mass_summary`, `gate` with `gate_kernels` and `gate_scores`, `routing`, `own`, `routed`,
-`merge`; for a few queries `append`, `choose`, `sparse_decode`, `dense_decode`; of the backward
-`backward_rows`, `backward_routed`, `backward_own`; for Hopper `hopper`; the choice that a tile shares is
-`shared` and what begins with its name. `layout` names the columns of tables,
-`tuning` holds every launch choice, `budgets` the sizes that follow from memory.
+The backend consists of `select_blocks` (for either gate), `attend` and `attend_backward`; `unsupported` says
+which inputs they cannot handle. Each stage can be used alone:
+
+    prefill     tiling (numbers tiles and blocks), block_mean, mass_summary, gate (with gate_kernels and
+                gate_scores), routing, own, routed, merge
+    decode      append, bounds, choose, sparse_decode, dense_decode
+    backward    backward_rows, backward_routed, backward_own
+    Hopper      hopper
+    shared      the choice shared by a tile: `shared` and all files that begin with its name
+
+`layout` names the columns of tables, `tuning` holds all launch parameters, and `budgets` the sizes that
+depend on memory.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from moba_hf.kernels.append import MAX_ROWS as MAX_APPENDED_ROWS
 from moba_hf.kernels.append import append
 from moba_hf.kernels.backward import attend_backward
 from moba_hf.kernels.block_mean import update_block_means
+from moba_hf.kernels.bounds import row_bounds
 from moba_hf.kernels.choose import choose_blocks
 from moba_hf.kernels.dense_decode import dense_decode_attention
 from moba_hf.kernels.forward import attend
@@ -31,8 +37,8 @@ MAX_HEAD_DIM = 256
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
-    """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
-    reason = unsupported_device(q)
+    """Why the kernels cannot handle these `(batch, heads, length, dim)` tensors, or None if they can."""
+    reason = unsupported_device(q.device)
     if reason is not None:
         return reason
     if block_size < MIN_BLOCK_SIZE:
@@ -54,7 +60,9 @@ __all__ = [
     "attend_backward",
     "choose_blocks",
     "dense_decode_attention",
+    "row_bounds",
     "select_blocks",
     "unsupported",
+    "unsupported_device",
     "update_block_means",
 ]

@@ -1,9 +1,9 @@
-"""New keys and values into a static cache, and its length, in one launch.
+"""Appends new keys and values to a static cache and updates its length, in one launch.
 
 Legend: HK kv heads, M new tokens, D and DV head dims.
 
-Everything is written by one program, since the length that it starts from is what it raises at its end: made
-for a decode step, whose few rows do not repay the launch of four operators.
+A single program writes everything, because it reads the length first and increments it last. This is meant
+for decode steps, whose few rows are not worth launching four operators.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import INTERPRETED, device_of, padded, rows_contiguous
 from moba_hf.kernels.layout import row_offset
 
-# Most rows (batch x HK x M) that one program should write.
+# Maximum number of rows (batch x HK x M) that one program should write.
 MAX_ROWS = 256
 _CAN_TRAP = tl.constexpr(not INTERPRETED)
 
 
 def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor) -> None:
-    """Writes states into slots `[length, length + M)` and adds M to `length`.
+    """Writes states into slots `[length, length + M)` and adds M to `length`, in place.
 
-    Slots beyond the cache end the program on the device, as torch's own index checks do.
+    Slots beyond the end of the cache trap on the device, as torch's own index checks do.
 
     Args:
         keys, values: `(batch, HK, slots, D or DV)`, last dimension contiguous.
-        length: int64, 0-d.
+        length: int64, 0-d, number of filled slots.
         key_states, value_states: `(batch, HK, M, D or DV)`, any strides.
     """
     key_states, value_states = rows_contiguous(key_states), rows_contiguous(value_states)
@@ -119,5 +119,5 @@ def _append_kernel(
             value_ptr, new_value_ptr, batch, head, token, length + token, mask,
             v_strides, nv_strides, V_DIM, PADDED_V,
         )  # fmt: skip
-    tl.debug_barrier()  # no warp may raise what another has yet to read
+    tl.debug_barrier()  # no warp may update the length before all have read it
     tl.store(length_ptr, length + count)

@@ -1,14 +1,14 @@
-"""Gradients of queries, keys and values on the GPU, from the saved choice and log-sum-exps alone.
+"""Gradients of queries, keys and values on the GPU, computed from the saved choice and log-sum-exps.
 
 Legend: H query heads, HK kv heads, D and DV head dims, K topk, K1 = K - 1 routed slots.
 
-Kv heads are independent, so they are taken a few at a time, as many as a memory budget holds; only if one
-does not fit are its queries cut in chunks too. For each group of kv heads:
+Kv heads are independent, so they are processed in groups, as many at a time as fit the memory budget. Only if
+a single one does not fit, its queries are also split into chunks. For each group of kv heads:
 1. per row: lse and delta side by side (`backward_rows`).
 2. per chunk of rows: pairs grouped by (kv head, block) as in the forward (`routing`); dk and dv of each block
    in fp32 and dq of each pair (`backward_routed`); a row's dq summed over its pairs (`backward_rows`).
 3. own blocks add their part and write dq, dk, dv (`backward_own`).
-Every sum has one order, given by the inputs: two runs agree bit for bit. Nothing here waits for the device.
+The inputs fix the order of every sum, so two runs agree bit for bit. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def attend_backward(
     """Gradients of q, k, v with the choice held fixed, contiguous, in their dtypes; 0 where nothing attends.
 
     Args:
-        grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
-        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale: as
-            `forward.attend` took them. out, lse: what it returned.
-        workspace: bytes that pairs and sums of a group may take, None: `budgets.BACKWARD_WORKSPACE`.
-        tiles: None: by `backward_tiles`.
+        grad_out: `(batch, q_len, H, DV)`, any strides.
+        grad_lse: fp32 `(batch, H, q_len)`, any strides.
+        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale: the arguments of
+            `forward.attend`.
+        out, lse: the results of `forward.attend`.
+        workspace: maximum bytes for the pairs and sums of a group; None: `budgets.BACKWARD_WORKSPACE`.
+        tiles: tiles of the kernels; None: those of `backward_tiles`.
     """
     q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
     batch, num_heads, q_len, head_dim = q.shape
@@ -70,7 +72,7 @@ def attend_backward(
         q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=chunk_rows
     )
     routed = slots > 0 and tiling.num_blocks > 0
-    # the sum over pairs makes zeros of rows that no sequence covers; without one they are zero from the start
+    # The sum over pairs writes zeros to rows outside all sequences; without that sum, start from zeros.
     grad_q = (torch.empty if routed else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     space = _Space(q, v, tiling, kv_heads, group_size, slots, tiles) if routed else None
     for first in range(0, num_kv_heads, kv_heads):
@@ -85,12 +87,13 @@ def attend_backward(
 
 
 class _Space:
-    """Memory that every group of kv heads uses anew.
+    """Temporary memory that is reused by each group of kv heads.
 
     Attributes:
-        partial: `(rows, H, K1, D)` of a chunk, in q's dtype.
-        sums: fp32 `(bins, B * (D + DV))`. extra: the same per segment; see `backward_routed`.
-        segment: pairs of a segment.
+        partial: dq of each pair of a chunk, `(rows, H, K1, D)` in q's dtype.
+        sums: dk and dv of each bin, fp32 `(bins, B * (D + DV))`, see `backward_routed`.
+        extra: the same per segment.
+        segment: number of pairs in a segment.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ def _one_group(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Writes the gradients of one group of kv heads; `choice (batch, q_len, H, K)` contiguous."""
+    """Writes the gradients of one group of kv heads; `choice (batch, q_len, H, K)` must be contiguous."""
     sums = bin_begin = None
     if space is not None:
         num_bins = grad_k.shape[1] * tiling.num_blocks
@@ -134,7 +137,7 @@ def _one_group(
             routes = route(keys, tiling, grad_k.shape[1], space.segment)
             first_row, slots = chunk * tiling.chunk_rows, keys.shape[2]
             partial = space.partial.flatten()[: keys.numel() * grad_q.shape[3]]
-            whole = tiling.block_size <= tiles.held.n  # one kernel gives dq too
+            whole = tiling.block_size <= tiles.held.n  # one kernel computes dq too
             pair_gradients(
                 rows,
                 tiling,

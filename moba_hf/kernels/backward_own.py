@@ -1,14 +1,14 @@
-"""Gradients through the own blocks; they complete dq, dk and dv, which hold the routed part.
+"""Gradients through the own blocks. They complete dq, dk and dv, which already hold the routed part.
 
 Legend: B block size, D and DV head dims of keys and values, G query heads per kv head.
 
-Every block of every sequence, the incomplete last one too, is numbered: block `i` of sequence `s` is
+All blocks of all sequences, including an incomplete last one, are numbered: block `i` of sequence `s` is
 `block_offset[s] + s + i` (see `tiling`). The queries of a block are rows `token * G + head in the group`, so
-the heads of a group share the keys and are added up where they are.
-- `_own_gradients_kernel` holds a tile of keys and values and streams the rows from its first token to the
-  block's last past it. It adds the routed sums of the block and writes dk and dv; if the tile is the whole
-  block, also dq.
-- `_own_dq_kernel`, for longer blocks: one tile of rows, the keys up to its last token streamed past it.
+the heads of a group share the keys, and their contributions are summed in place.
+- `_own_gradients_kernel` holds a tile of keys and values and loops over the rows from the tile's first token
+  to the end of the block. It adds the routed sums of the block and writes dk and dv; if the tile is the whole
+  block, it writes dq too.
+- `_own_dq_kernel`, for longer blocks, holds a tile of rows and loops over the keys up to its last token.
 See `backward_routed` for the formulas.
 """
 
@@ -50,13 +50,14 @@ def own_gradients(
     grad_v: Tensor,
     tile: tuning.Tile,
 ) -> None:
-    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v`, `(..., DV)`, of the keys of all sequences.
+    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v (batch, HK, kv_len, DV)` for all sequences.
 
     Args:
-        sums: as `backward_routed.pair_gradients` left them; None: no routed part.
-        bin_begin: `routing.Routes.bin_begin` if `sums` holds only bins with pairs; None: it holds all.
-        grad_q: `(batch, H, q_len, D)`, holding the routed part if there is one: completed; None: left out.
-            If given, the block must fit `tile.n`.
+        sums: the result of `backward_routed.pair_gradients`; None: there is no routed part.
+        bin_begin: `routing.Routes.bin_begin` if `sums` is written only for bins with pairs; None: it is
+            written for all.
+        grad_q: `(batch, H, q_len, D)`, to be completed; it holds the routed part if there is one. The block
+            must then fit `tile.n`. None: not computed.
     """
     q, k = rows.q, rows.k
     head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], tiling.block_size
@@ -103,7 +104,7 @@ def own_gradients(
 
 
 def own_dq(rows: Rows, tiling: Tiling, grad_q: Tensor, routed: bool, tile: tuning.Tile) -> None:
-    """Completes `grad_q (batch, H, q_len, D)` of covered queries; `routed`: it holds the routed part."""
+    """Completes `grad_q (batch, H, q_len, D)` for all sequences; `routed`: it holds the routed part."""
     q, k = rows.q, rows.k
     group_size = q.shape[1] // k.shape[1]
     row_tiles = triton.cdiv(tiling.block_size * group_size, tile.m)
@@ -140,7 +141,7 @@ def own_dq(rows: Rows, tiling: Tiling, grad_q: Tensor, routed: bool, tile: tunin
 
 @triton.jit
 def _find_own_block(table_ptr, block_offset_ptr, num_seqs, number, BLOCK_SIZE: tl.constexpr):
-    """Sequence, block, batch row, query of token 0, first token with a query, keys, first key slot."""
+    """Sequence, block, batch row, query at token 0, first token with a query, number of keys, first slot."""
     low = 0
     high = num_seqs
     while high - low > 1:
@@ -234,7 +235,7 @@ def _own_gradients_kernel(
         for at in tl.range(tl.maximum(low, first) * GROUP, end, BLOCK_M, num_stages=STAGES):
             row = at + tl.arange(0, BLOCK_M)
             mask = row < end
-            row = tl.minimum(row, end - 1)  # rows past the end repeat the last one, silenced
+            row = tl.minimum(row, end - 1)  # rows past the end repeat the last one with lse = inf
             token = row // GROUP
             head = (kv_head * GROUP + row % GROUP).to(tl.int64)
             query = (first_query + token).to(tl.int64)
@@ -267,7 +268,7 @@ def _own_gradients_kernel(
 def _complete(
     dq_ptr, offset, dq, mask, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROUTED: tl.constexpr
 ):
-    """Stores `dq (M, D)` at element `offset (M,)`, added to the routed part if there is one."""
+    """Stores `dq (M, D)` at the element offsets `offset (M,)`, plus the routed part if there is one."""
     if ROUTED:
         dq += load_rows(dq_ptr, offset, mask, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
     store_rows(dq_ptr, offset, narrow(dq, dq_ptr), mask, HEAD_DIM, PADDED_DIM)

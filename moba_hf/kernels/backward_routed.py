@@ -1,17 +1,17 @@
-"""Gradients through the routed blocks: of keys and values per block, of queries per (query, block) pair.
+"""Gradients through the routed blocks: dk and dv per block, dq per (query, block) pair.
 
 Legend: B block size, D and DV head dims of keys and values, P pairs, R rows of a segment.
 
 `scores = scale * q.k`, `p = exp2(scores - lse)`, `ds = p * (grad_out.v - delta)`; then `dv = p^T grad_out`,
 `dk = scale * ds^T q`, `dq = scale * ds k`. No mask is needed: the block is complete and earlier than every
-query. Two kernels:
-- `_pair_gradients_kernel` holds a tile of a block's keys and values, and streams the gathered (query, output
-  gradient) rows of the pairs that chose the block past it, BLOCK_M at a time. It adds up dk and dv, and if
-  the tile is the whole block, also writes each pair's dq.
-- `_pair_dq_kernel`, for longer blocks: one tile of pairs, the block's keys streamed past it; writes dq.
-A bin's pairs are cut in segments of R pairs, so that a block that everyone chose is many programs. Segment 0
-owns the bin's sums; the others write their own, which `_fold_kernel` adds in order. Sorting is stable, so
-nothing depends on the run.
+query. There are two kernels:
+- `_pair_gradients_kernel` holds a tile of a block's keys and values and loops over the gathered (query,
+  output gradient) rows of the pairs that chose the block, BLOCK_M at a time. It accumulates dk and dv; if the
+  tile is the whole block, it also writes each pair's dq.
+- `_pair_dq_kernel`, for longer blocks, holds one tile of pairs, loops over the block's keys and writes dq.
+A bin's pairs are split into segments of R pairs, so that a popular block is shared by many programs. Segment
+0 writes to the bin's sums; the others write to their own, which `_fold_kernel` adds in order. Since the sort
+is stable, every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ from moba_hf.kernels.tiling import Tiling
 
 @dataclass(frozen=True)
 class Rows:
-    """What the backward reads, for some of the kv heads and their query heads; last dimensions contiguous.
+    """The inputs of the backward for a group of kv heads and their query heads; last dimensions contiguous.
 
     Attributes:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, DV)`.
         grad_out: `(batch, q_len, H, DV)`.
-        stats: `(batch * q_len, H, 2)` as `backward_rows.row_stats` gives.
-        softmax_scale: of the forward; any sign.
+        stats: `(batch * q_len, H, 2)`, the result of `backward_rows.row_stats`.
+        softmax_scale: softmax scale of the forward; may have any sign.
     """
 
     q: Tensor
@@ -83,16 +85,17 @@ def pair_gradients(
     tile: tuning.Tile,
     fresh: bool,
 ) -> None:
-    """Adds to `sums (bins, B * (D + DV))` fp32, unscaled dk then dv of each bin; bins without pairs are left.
+    """Adds each bin's unscaled dk and dv to `sums`, fp32 `(bins, B * (D + DV))`; skips bins without pairs.
 
     Args:
-        routes: with `rows` = R, a multiple of `tile.m`.
-        partial: `(P, D)`, to be written: dq of every pair that has a bin; None: not wanted. The block must
-            then fit `tile.n`.
-        extra: fp32, `P // R` times what `sums` holds per bin: space.
+        routes: the pairs, with `rows` = R, a multiple of `tile.m`.
+        partial: `(P, D)`, receives dq of every pair with a bin; the block must then fit `tile.n`. None: dq is
+            not computed.
+        sums: dk, then dv of each bin.
+        extra: temporary memory, fp32 `(P // R, B * (D + DV))`.
         slots: K1.
         first_row: flat query row at which the chunk begins.
-        fresh: `sums` is written, not added to.
+        fresh: overwrite `sums` instead of adding to it.
     """
     head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], tiling.block_size
     key_tiles = triton.cdiv(block_size, tile.n)
@@ -147,7 +150,7 @@ def pair_dq(
     first_row: int,
     tile: tuning.Tile,
 ) -> None:
-    """Writes `partial (P, D)`, dq of every pair that has a bin; `routes.rows` is `tile.m`."""
+    """Writes `partial (P, D)`, dq of every pair with a bin; `routes.rows` must equal `tile.m`."""
     head_dim, v_dim = rows.q.shape[3], rows.v.shape[3]
     with device_of(rows.q):
         _pair_dq_kernel[(routes.tile_info.shape[0],)](
@@ -180,7 +183,7 @@ def pair_dq(
 
 @triton.jit
 def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.constexpr, ONE_ROW: tl.constexpr):
-    """Batch row, head and query of the pairs, int64, and where their stats are."""
+    """Batch row, head and query of the pairs, int64, and the offsets of their stats."""
     row_head = pair // SLOTS
     query = first_row + row_head // NUM_HEADS
     head = (row_head % NUM_HEADS).to(tl.int64)
@@ -193,9 +196,9 @@ def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.const
 
 @triton.jit
 def load_stats(at):
-    """lse and delta of the rows whose stats stand at pointers `at (M,)`.
+    """lse and delta of the rows whose stats are at the pointers `at (M,)`.
 
-    A reduction is what keeps the compiler from loading them anew in the layout of the products, where every
+    The reduction keeps the compiler from loading them again in the layout of the products, in which every
     thread would fetch a quarter of the rows.
     """
     which = tl.arange(0, STAT_COLUMNS)[None, :]
@@ -240,7 +243,7 @@ def _pair_gradients_kernel(
     ONE_ROW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """ROWS pairs of a bin against BLOCK_N of its keys; everything but dq is held transposed, keys first."""
+    """Handles ROWS pairs of a bin and BLOCK_N of its keys; everything but dq is transposed, keys first."""
     tile = tl.program_id(0) // KEY_TILES
     info = info_ptr + tile * INFO_COLUMNS
     begin = tl.load(info + RUN_BEGIN)
@@ -263,7 +266,7 @@ def _pair_gradients_kernel(
         for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
             place = at + tl.arange(0, BLOCK_M)
             mask = place < end
-            # rows past the end repeat the last one: real numbers, which a probability of 0 silences
+            # rows past the end repeat the last one, so values are finite; lse = inf makes their p zero
             pair = tl.load(pair_ptr + tl.minimum(place, end - 1)).to(tl.int32)
             row, head, query, stat = _row_places(pair, first_row, q_len, NUM_HEADS, SLOTS, ONE_ROW)
             lse, delta = load_stats(stats_ptr + stat)
@@ -308,10 +311,10 @@ def _pair_gradients_kernel(
 def _fold_kernel(
     sums_ptr, extra_ptr, bin_begin_ptr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Adds the sums of a bin's segments after the first, in order.
+    """Adds the sums of a bin's later segments to those of its first, in order.
 
-    Those of bin `b` with `n` pairs stand at `bin_begin[b] // R + i`, `i < ceil(n / R) - 1 <= n // R`: bins
-    never overlap, and all lie below `P // R`.
+    For bin `b` with `n` pairs they are at `bin_begin[b] // R + i`, `i < ceil(n / R) - 1 <= n // R`, so bins
+    never overlap, and all indices are below `P // R`.
     """
     bin = tl.program_id(0)
     begin = tl.load(bin_begin_ptr + bin)
@@ -357,7 +360,7 @@ def _pair_dq_kernel(
     ONE_ROW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of BLOCK_M pairs against their block, BLOCK_N keys at a time."""
+    """Handles one tile of BLOCK_M pairs and their block, BLOCK_N keys at a time."""
     tile = tl.program_id(0)
     info = info_ptr + tile * INFO_COLUMNS
     begin = tl.load(info + RUN_BEGIN)

@@ -1,11 +1,11 @@
-"""What the backward does per query row: what it needs of a row before, and the sum of a row's parts after.
+"""The per-row steps of the backward: row statistics before it, the sum of a row's partial gradients after it.
 
 Legend: H query heads, T flat query rows (batch * q_len), K1 routed slots, D and DV head dims.
 
-`row_stats` gathers in one place, `(T, H, 2)` fp32, the two numbers by which probabilities and their gradients
-come from scores: `lse` in base 2 (+inf where no sequence covers the row, so that `exp2(score - lse)` is 0),
-and `delta = sum(grad_out * out) - grad_lse`. `sum_partials` adds a row's K1 partial gradients in slot order.
-A missing slot is known by its key alone: its partial gradient was never written.
+`row_stats` stores side by side, fp32 `(T, H, 2)`, the two numbers that turn scores into probabilities and
+their gradients: `lse` in base 2 (+inf for rows outside all sequences, so that `exp2(score - lse)` is 0), and
+`delta = sum(grad_out * out) - grad_lse`. `sum_partials` adds a row's K1 partial gradients in slot order. It
+skips missing slots by their key, since their partial gradients were never written.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def _by_head(x: Tensor) -> tuple[int, int, int]:
 
 
 def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """`(batch * q_len, H, 2)` fp32: lse in base 2, delta.
+    """Row statistics, fp32 `(batch * q_len, H, 2)`: lse in base 2, and delta.
 
     Args:
-        out, grad_out: `(batch, q_len, H, DV)`, last dimensions contiguous.
-        lse, grad_lse: `(batch, H, q_len)` fp32, natural.
+        out, grad_out: `(batch, q_len, H, DV)`, last dimension contiguous.
+        lse, grad_lse: fp32 `(batch, H, q_len)`, natural logarithm.
     """
     batch, q_len, num_heads, v_dim = out.shape
     stats = torch.empty(batch * q_len, num_heads, STAT_COLUMNS.value, dtype=torch.float32, device=out.device)
@@ -72,7 +72,8 @@ def sum_partials(grad_q: Tensor, partial: Tensor, keys: Tensor, no_bin: int, fir
 
     Args:
         partial: `(rows, H, K1, D)`.
-        keys: `(rows, H, K1)` as `routing.pair_keys` gives; `no_bin` marks a missing slot.
+        keys: `(rows, H, K1)`, the result of `routing.pair_keys`.
+        no_bin: the key that marks a missing slot.
         first_row: flat query row at which the chunk begins.
     """
     rows, num_heads, slots = keys.shape
@@ -173,6 +174,6 @@ def _sum_partials_kernel(
 
 @triton.jit
 def _partial(partial_ptr, key_ptr, pair, mask, no_bin, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """Partial gradients of `pair (M,)`, zero where the slot is missing."""
+    """Partial gradients of `pair (M,)`; zero for missing slots."""
     chosen = mask & (tl.load(key_ptr + pair, mask=mask, other=0).to(tl.int32) != no_bin)
     return load_rows(partial_ptr, pair * HEAD_DIM, chosen, HEAD_DIM, PADDED_DIM, False).to(tl.float32)

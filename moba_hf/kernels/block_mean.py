@@ -2,12 +2,11 @@
 
 Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `tiling`) or blocks of a cache.
 
-One program per (block, kv head): rows of the block are added up in fp32 in an order that is written out (see
-`_mean_of_block`), so that the bits depend on the keys and the block size only, never on how a kernel was
-compiled: a cache that takes one block at a time holds exactly the means that a prefill takes. The sum is
-divided by B and rounded to the key dtype. Prefill stores them flat, `(HK, NB, D)`, so that a tile of blocks
-of one head is one contiguous read for the gate; a cache, `(batch, HK, NB, D)`. Reference:
-`reference.block_mean_ref`.
+One program per (block, kv head) adds up the rows of the block in fp32, in a fixed order (see
+`_mean_of_block`), divides by B and rounds to the key dtype. The bits depend only on the keys and the block
+size, not on how the kernel was compiled. A cache that is updated one block at a time therefore holds exactly
+the means of a prefill. A prefill stores means as `(HK, NB, D)`, so that the gate reads a tile of blocks of
+one head contiguously; a cache stores them as `(batch, HK, NB, D)`. Reference: `reference.block_mean_ref`.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from moba_hf.kernels.tiling import Tiling, bisect
 
 
 def _rows(block_size: int) -> int:
-    """Rows that are added up side by side: part of the order of summation, so set by the block size alone."""
+    """Number of partial sums; it affects the order of summation, so it depends on the block size alone."""
     return min(64, int(triton.next_power_of_2(block_size)))
 
 
 def block_mean(k: Tensor, tiling: Tiling) -> Tensor:
-    """Block means `(HK, NB, D)` of `k (batch, HK, kv_len, D)`, in its dtype; spare rows stay unwritten."""
+    """Block means `(HK, NB, D)` of `k (batch, HK, kv_len, D)`, in its dtype; unused rows stay unwritten."""
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     means = torch.empty(num_kv_heads, max(1, tiling.num_blocks), head_dim, dtype=k.dtype, device=k.device)
     if tiling.num_blocks == 0:
@@ -55,14 +54,15 @@ def block_mean(k: Tensor, tiling: Tiling) -> Tensor:
 def update_block_means(
     means: Tensor, k: Tensor, kv_start: Tensor | None, length: int | Tensor, behind: int, block_size: int
 ) -> None:
-    """Writes into `means (batch, HK, NB, D)` those of the blocks that the last `behind` tokens completed.
+    """Writes the means of the blocks that the last `behind` tokens completed.
 
     Args:
-        means: its last two dimensions contiguous; blocks that are not complete stay as they are.
+        means: `(batch, HK, NB, D)`, last two dimensions contiguous; other blocks stay unchanged.
         k: `(batch, HK, >= length, D)`, any strides.
         kv_start: int64 `(batch,)`, slot of each row's first key; None: all 0.
-        length: slots that are written; a 0-d int64 tensor where only the device knows.
-        behind: host bound on the tokens whose blocks are not in `means` yet.
+        length: number of filled slots; a 0-d int64 tensor if it is known only on the device.
+        behind: upper bound, known on the host, of the number of tokens whose blocks are not yet in `means`.
+        block_size: keys in a block.
     """
     k = rows_contiguous(k)
     kv_start = None if kv_start is None else kv_start.to(torch.int64)
@@ -102,10 +102,10 @@ def _mean_of_block(
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Mean `(PADDED_DIM,)` of the `block_size` rows at `k_ptr`, in the dtype of pointer `like`.
+    """Mean `(PADDED_DIM,)` of the `block_size` rows at `k_ptr`, in the dtype of the pointer `like`.
 
-    `step`: elements from one row to the next. Rows i, i + ROWS, i + 2 ROWS, ... are added in turn, then the
-    ROWS sums in pairs, i and i + ROWS / 2.
+    `step` is the number of elements from one row to the next. Rows i, i + ROWS, i + 2 ROWS, ... are added in
+    turn; then the ROWS sums are added in pairs, i and i + ROWS / 2, until one is left.
     """
     dim = tl.arange(0, PADDED_DIM)
     row = tl.arange(0, ROWS)
@@ -114,7 +114,7 @@ def _mean_of_block(
         mask = (start + row < block_size)[:, None] & (dim < HEAD_DIM)[None, :]
         offset = (start + row).to(tl.int64)[:, None] * step + dim[None, :]
         total += tl.load(k_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    for level in tl.static_range(LEVELS):  # a sum of two has no order: no layout can change the result
+    for level in tl.static_range(LEVELS):  # a sum of two terms is the same in either order, in any layout
         half = tl.reshape(total, (2, ROWS >> (level + 1), PADDED_DIM))
         total = tl.sum(half, 0)
     return narrow(tl.reshape(total, (PADDED_DIM,)) / block_size, like)
@@ -167,7 +167,7 @@ def _update_means_kernel(
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """One (window of new tokens, kv head, batch row): the block that ends in it, if one does."""
+    """Handles one (window of new tokens, kv head, batch row): the block that ends in the window, if any."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start = batch * 0

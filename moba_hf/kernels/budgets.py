@@ -1,21 +1,21 @@
-"""How much is done at a time, so that temporary memory stays within a budget. No result depends on it."""
+"""Chunk sizes that keep temporary memory within a budget. They do not affect any result."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-# Most memory for partial outputs of a chunk of queries, in bytes; larger runs a few per cent faster.
+# Maximum memory for the partial outputs of a chunk of queries, in bytes; more runs a few per cent faster.
 WORKSPACE = 4 << 30
-# Most memory for pairs and sums of a group of kv heads in the backward, in bytes.
+# Maximum memory for the pairs and sums of a group of kv heads in the backward, in bytes.
 BACKWARD_WORKSPACE = 3 << 30
-# Stored rows of a partial output, its lse, the pair's key, and the sort's keys and permutation, in bytes.
+# Bytes per pair besides its partial output: lse, the pair's key, the sort's keys and permutation.
 _PAIR_OVERHEAD = 4 + 2 + 2 + 8 + 8
-# Bytes per pair of the sums that segments of a block's pairs write apart; fewer mean longer segments.
+# Bytes per pair for the separate sums of segments; a smaller number makes segments longer.
 _SEGMENT_BYTES = 32
 
 
 def chunk_rows(rows: int, num_heads: int, routed_slots: int, v_dim: int, itemsize: int, budget: int) -> int:
-    """Query rows of a chunk so that its partial outputs and pairs stay within `budget` bytes."""
+    """Number of query rows per chunk such that partial outputs and pairs stay within `budget` bytes."""
     row_bytes = num_heads * routed_slots * (v_dim * itemsize + _PAIR_OVERHEAD)
     pairs = num_heads * routed_slots  # numbered in int32 within a chunk
     chunk = max(1, min(budget // max(1, row_bytes), (2**31 - 1) // max(1, pairs)))
@@ -26,16 +26,16 @@ def chunk_rows(rows: int, num_heads: int, routed_slots: int, v_dim: int, itemsiz
 
 
 def segment_rows(block_size: int, head_dim: int, v_dim: int, multiple: int) -> int:
-    """Pairs of a segment: its fp32 sums, `block_size * (head_dim + v_dim)`, take `_SEGMENT_BYTES` each."""
+    """Number of pairs in a segment, such that its fp32 sums take about `_SEGMENT_BYTES` per pair."""
     rows = max(1024, block_size * (head_dim + v_dim) * 4 // _SEGMENT_BYTES)
     return -(-rows // multiple) * multiple
 
 
 def backward_split(q: Tensor, k: Tensor, v: Tensor, slots: int, budget: int) -> tuple[int, int]:
-    """Kv heads of a group and query rows of a chunk, so that pairs and sums stay within `budget` bytes."""
+    """Kv heads per group and query rows per chunk, such that pairs and sums stay within `budget` bytes."""
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, rows = k.shape[1], max(1, batch * q_len)
-    pairs = num_heads // num_kv_heads * slots  # of a row and kv head
+    pairs = num_heads // num_kv_heads * slots  # per row and kv head
     row_bytes = max(1, pairs * (head_dim * q.element_size() + _PAIR_OVERHEAD + _SEGMENT_BYTES))
     sum_bytes = k.shape[0] * k.shape[2] * (head_dim + v.shape[3]) * 4
     fit = min(budget // (rows * row_bytes + sum_bytes), (2**31 - 1) // max(1, pairs * rows))

@@ -1,16 +1,16 @@
-"""The choice of blocks for a few queries, from the means that a cache keeps: what the gate would choose.
+"""The choice of blocks for a few queries, from the means kept in a cache; the same choice as the gate's.
 
 Legend: B block size, D head dim, G query heads per kv head, M queries per row, C block columns, K topk.
 
-1. score: one program per (64 rows of M x G, kv head, 128 columns). Scores come from the dot product that the
-   gate runs, in tiles of the same shape, and become the same int32 that sorts like them (`sortable`, lowest
-   bits zero): a decode step and a prefill choose alike, near ties included. Columns that cannot be chosen
-   get the least number.
-2. choose: one program per (query, head). A number between the COUNT-th and the next largest key is searched,
-   counting how many keys reach three trial numbers at a time: first some below the largest key, then quarters
-   of what is left. What reaches it is taken; where the keys are equal, of those the first ones: ties go to
-   the lower block. The cost depends on C, hardly on K.
-One batch row is one sequence, row r of the table. Nothing waits for the device: grids come from shapes.
+1. score: one program per (64 rows of M x G, kv head, 128 columns). Scores come from the same dot product as
+   in the gate, in tiles of the same shape, and become the same sortable int32 keys (`sortable`, lowest bits
+   zero). So a decode step and a prefill choose the same blocks, even in near-ties. Columns that are not
+   candidates get the smallest key.
+2. choose: one program per (query, head). It searches for a threshold between the COUNT-th and the next
+   largest key. Each step counts the keys at or above three trial thresholds: at first a little below the
+   largest key, then at the quarters of the remaining interval. Keys at or above the threshold are taken;
+   among equal keys, the lower blocks win. The cost depends on C, hardly on K.
+Batch row r is one sequence, row r of the table. Nothing waits for the device: grids follow from shapes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moba_hf.kernels.layout import (
 from moba_hf.kernels.levels import sortable, tile_bits
 
 _LEAST = tl.constexpr(-(2**31))
-# First distance below the largest key: an eighth of a power of two.
+# Distance of the first trial from the largest key: an eighth of a power of two in the score.
 _NEAR = tl.constexpr(1 << 20)
 _MOST_BLOCKS = 1 << 21  # see `_reach`
 
@@ -50,13 +50,17 @@ def choose_blocks(
     sink_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """Chosen blocks, int32 `(batch, M, H, topk)`: own first, -1 last, -1 throughout for padding.
+    """Chosen blocks, int32 `(batch, M, H, topk)`: the own block first, -1 for empty slots and padding.
 
     Args:
         q: `(batch, H, M, D)`.
-        block_means: `(batch, HK, C, D)`, means of each row's complete blocks, then anything finite.
+        block_means: `(batch, HK, C, D)`: the means of each row's complete blocks, then any finite values.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
-        kv_len: slots of the keys, written or not.
+        kv_len: number of key slots, filled or not.
+        block_size, topk, sink_blocks, local_blocks: the rule.
+
+    Raises:
+        ValueError: too many blocks to count.
     """
     q, means = rows_contiguous(q), block_means
     if means.stride(3) != 1 or means.stride(2) != means.shape[3]:
@@ -75,7 +79,7 @@ def choose_blocks(
     room = 16 * triton.cdiv(columns, 16) if scored else 16
     keys = torch.empty(batch, length, num_heads, room, dtype=torch.int32, device=q.device)
     tuned = tuning.choices_for(q)
-    tile, width = tuned.mean_gate, tuned.choose_columns  # the gate's own tile, so that near ties break alike
+    tile, width = tuned.mean_gate, tuned.choose_columns  # the gate's tile, so near-ties break the same way
     bits = tile_bits(triton.cdiv(max(0, kv_len - 1) // block_size, tile.n))
     held = min(tuned.choose_held, max(64, triton.next_power_of_2(columns)))
     with device_of(q):
@@ -146,7 +150,7 @@ def _score_kernel(
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Keys of BLOCK_M rows for COLUMNS columns; those beyond every candidate stay unwritten."""
+    """Writes the keys of BLOCK_M rows for COLUMNS columns, up to the last candidate of these rows."""
     batch = tl.program_id(2) // tiles
     kv_head = tl.program_id(1)
     seq = table_ptr + batch * SEQ_COLUMNS
@@ -207,12 +211,12 @@ def _choose_kernel(
     out = choice_ptr + flat * TOPK
     slot = tl.arange(0, PADDED_TOPK)
     own = position // block_size
-    # forced blocks: sinks, then those just before the own one; candidates lie between
+    # kept blocks: sinks, then those just before the own one; candidates lie in between
     sinks = tl.minimum(SINK, own)
     local = tl.maximum(sinks, own - LOCAL)
     free = 1 + sinks + own - local
     block = tl.where(slot == 0, own, tl.where(slot <= sinks, slot - 1, local + slot - 1 - sinks))
-    # as many candidates as slots, or fewer: all of them
+    # if the candidates fit the slots, all of them are taken
     block = tl.where(slot < free, block, sinks + slot - free)
     real = (query >= q_begin) & (query < q_end)
     mask = (slot < free) | (slot - free < local - sinks)
@@ -244,7 +248,7 @@ def _choose_kernel(
                 first = tl.maximum(high - quarter, low + 1)
                 second = tl.maximum(high - 2 * quarter, low + 1)
                 third = tl.maximum(high - 3 * quarter, low + 1)
-            tl.debug_barrier()  # the slots written above are written again
+            tl.debug_barrier()  # the slots written above are overwritten below
             larger = tl.zeros([], tl.int32)
             equal = above
             for start in range(0, found if not ALL_HELD else HELD, HELD):
@@ -253,7 +257,7 @@ def _choose_kernel(
                     more = tl.load(key_ptr + start + at, mask=start + at < found, other=_LEAST) >> BITS
                 is_larger = more >= high
                 is_equal = (more >= low) & (more < high) & (start + at < found)
-                # both running totals in one scan: 16 bits each hold HELD
+                # both running totals in one scan: 16 bits are enough for HELD
                 total = tl.cumsum(is_larger.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
                 place = tl.where(is_equal, equal + (total >> 16), larger + (total & 0xFFFF)) - 1
                 taken = (is_larger | is_equal) & (place < COUNT)
@@ -264,7 +268,7 @@ def _choose_kernel(
 
 @triton.jit
 def _reach(keys, first, second, third):
-    """How many keys reach each of three numbers, in 21 bits each: one reduction instead of three."""
+    """Number of keys at or above each of three thresholds, packed in 21 bits each to need one reduction."""
     one = (keys >= first).to(tl.int64)
     two = (keys >= second).to(tl.int64) << 21
     return tl.sum(one + two + ((keys >= third).to(tl.int64) << 42), 0)
@@ -272,7 +276,7 @@ def _reach(keys, first, second, third):
 
 @triton.jit
 def _narrow(low, high, above, reach, first, second, third, COUNT: tl.constexpr):
-    """`low`, `high` and how many reach `high`; `high > first >= second >= third > low` were counted."""
+    """New `low`, `high` and count of keys >= `high`; `high > first >= second >= third > low` were counted."""
     one = (reach & 0x1FFFFF).to(tl.int32)
     two = ((reach >> 21) & 0x1FFFFF).to(tl.int32)
     three = (reach >> 42).to(tl.int32)
@@ -285,7 +289,7 @@ def _narrow(low, high, above, reach, first, second, third, COUNT: tl.constexpr):
     high = tl.where(two < COUNT, second, high)
     above = tl.where(three < COUNT, three, above)
     high = tl.where(three < COUNT, third, high)
-    # exactly COUNT: what reaches `low` is the choice, and nothing is to be shared out
+    # exactly COUNT keys >= `low`: these are the choice, and no ties need breaking
     exact = (one == COUNT) | (two == COUNT) | (three == COUNT)
     exactly = tl.where(one == COUNT, first, tl.where(two == COUNT, second, third))
     return tl.where(exact, exactly, low), tl.where(exact, exactly, high), tl.where(exact, COUNT, above)

@@ -1,11 +1,11 @@
-"""Full attention of a few queries, split over the keys so that the device is filled.
+"""Full attention for a few queries, split over the keys to fill the device (split-KV).
 
 Legend: G query heads per kv head, M queries per row, D and DV head dims, S splits.
 
-One program per (split, kv head, BLOCK_M rows of M x G): the heads of a group are rows of one tile, so keys
-and values are read once for all of them. A split is an even share of the keys that the device says are
-written, whatever the cache could hold; it leaves a partial output and log-sum-exp, -inf where a row attends
-none of its keys. `sparse_decode.merge_parts` adds up the S partials, in order.
+One program per (split, kv head, BLOCK_M rows of M x G). The heads of a group are rows of one tile, so keys
+and values are read once for all of them. A split is an equal share of the filled slots (their number is read
+on the device), not of the cache's capacity. It writes a partial output and log-sum-exp, -inf if a row attends
+none of its keys. `sparse_decode.merge_parts` merges the S partial results in order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moba_hf.kernels.layout import (
 from moba_hf.kernels.softmax import FEW_KEYS, accumulate, add_finite, any_not_finite, if_unseen, store_numbers
 from moba_hf.kernels.sparse_decode import merge_parts
 
-# Where the running maximum starts: finite, so that a tile without a key for a row changes nothing.
+# Initial running maximum: finite, so that a tile in which a row attends no key changes nothing.
 _FLOOR = tl.constexpr(-1e38)
 
 
@@ -44,16 +44,19 @@ def dense_decode_attention(
     tile: tuning.Tile | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, M, H, DV)` and `lse (batch, H, M)` fp32, natural; causal, the last query at the last key.
+    """Causal attention: `out (batch, M, H, DV)` in q's dtype, `lse (batch, H, M)` in fp32, natural logarithm.
+
+    The last query is at the position of the last key.
 
     Args:
-        q: `(batch, H, M, D)`. k, v: `(batch, HK, kv_len, D or DV)`, any strides.
+        q: `(batch, H, M, D)`.
+        k, v: `(batch, HK, kv_len, D or DV)`, any strides.
         table: int32 `(batch, 5)`, one sequence per batch row, in order. Padding queries give zeros.
         tile: rows are at most `tile.m`; None: by `tuning.dense_decode_tile`.
-        programs: programs per processor that the splits are made for; None: by `tuning`.
+        programs: number of programs per multiprocessor to aim for with the splits; None: by `tuning`.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    if softmax_scale <= 0:  # the largest score is taken before scaling
+    if softmax_scale <= 0:  # the maximum is taken before scaling
         q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
     batch, num_heads, length, head_dim = q.shape
     num_kv_heads, v_dim = k.shape[1], v.shape[3]
@@ -121,7 +124,7 @@ def _attend_tile(
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Keys `[start, start + BLOCK_N)`; unless WHOLE only those in `[begin, end)` and up to a row's `last`."""
+    """Attends keys `[start, start + BLOCK_N)`; unless WHOLE, only those in `[begin, end)` up to `last`."""
     key = start + tl.arange(0, BLOCK_N)
     mask = (key >= begin) & (key < end)
     at = key.to(tl.int64)
@@ -157,7 +160,7 @@ def _dense_decode_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One (split, kv head, tile of rows)."""
+    """Handles one (split, kv head, tile of rows)."""
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     batch = tl.program_id(2) // tiles
@@ -170,7 +173,7 @@ def _dense_decode_kernel(
     query = row // group_size
     head = kv_head * group_size + row % group_size
     mask = (query >= q_begin) & (query < q_end)
-    last = k_end - q_end + query  # slot of the query, and of the last key that it attends
+    last = k_end - q_end + query  # the query's slot, which is the last one it attends
     wide = batch.to(tl.int64)
     q = load_rows(q_ptr, row_offset(wide, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
     k_ptr += head_offset(wide, kv_head, k_strides)
@@ -178,7 +181,7 @@ def _dense_decode_kernel(
     share = tl.cdiv(tl.cdiv(k_end - k_begin, tl.num_programs(0)), BLOCK_N) * BLOCK_N
     begin = k_begin + split * share
     end = tl.minimum(begin + share, k_end)
-    # tiles that every row attends whole need no mask
+    # tiles that every row attends in full need no mask
     first = tl.min(tl.where(mask, last, k_end - 1), 0)
     whole = tl.maximum(0, tl.minimum(end, first + 1) - begin) // BLOCK_N * BLOCK_N
     scale = softmax_scale * LOG2_E

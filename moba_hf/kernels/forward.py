@@ -1,14 +1,14 @@
-"""Attention over chosen blocks on the GPU: own block, routed blocks, merge, a chunk of queries at a time.
+"""Attention over chosen blocks on the GPU, one chunk of queries at a time: own blocks, routed blocks, merge.
 
 Legend: H query heads, HK kv heads, D and DV head dims, K topk, K1 = K - 1 routed slots.
 
-For each chunk of flat query rows, sized by a memory budget:
-1. own: every query attends its own block causally (`own`), straight into `out` and `lse`.
+For each chunk of flat query rows, whose size follows from a memory budget:
+1. own: every query attends its own block causally, directly into `out` and `lse` (`own`).
 2. route: the other chosen (query, head, slot) pairs are regrouped by (kv head, block) (`routing`).
-3. routed: each group attends its block; partial outputs go to their pairs' places (`routed`).
-4. merge: own and K1 partial outputs, weighted by their softmax masses (`merge`).
-A row's result does not depend on the chunk it is in, so the budget trades memory for speed without changing
-one bit. Few queries take `decode` instead. Nothing here waits for the device.
+3. routed: each group attends its block and writes one partial output per pair (`routed`).
+4. merge: the own and the K1 partial outputs are added, weighted by their softmax masses (`merge`).
+A row's result does not depend on its chunk, so the budget trades memory for speed without changing a bit. A
+few queries go through `sparse_decode` instead. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -46,22 +46,26 @@ def attend(
     use_hopper: bool | None = None,
     by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
+    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)`, fp32, natural logarithm.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
-        block_indices: int32 `(batch, q_len, H, K)`, own block in any slot, -1 for none.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, DV)`.
+        block_indices: int32 `(batch, q_len, H, K)`, the own block in any slot, -1 for empty slots.
         table: see `moba_hf.op.sequences`.
-        max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
-        workspace: bytes that partial outputs and pairs may take, None: `budgets.WORKSPACE`; no result depends
-            on it.
-        resident: use the kernel that holds a block's keys; None: by `tuning.routed_tile`.
-        use_decode: use the decode kernel; None: for few queries.
-        use_hopper: False: no Gluon kernels; None: where `hopper.dispatch.available`.
-        by_row: row r of the table is batch row r, for every r: the decode kernel writes every row.
+        max_seqlen_q, max_seqlen_k: upper bounds on the queries and keys of one sequence.
+        block_size: keys in a block.
+        softmax_scale: factor of the scores.
+        workspace: maximum bytes for partial outputs and pairs; None: `budgets.WORKSPACE`. It does not affect
+            the result.
+        resident: use the kernel that keeps a block's keys resident; None: by `tuning.routed_tile`.
+        use_decode: use the decode kernel; None: only for a few queries.
+        use_hopper: False: never use Gluon kernels; None: use them if `hopper.dispatch.available`.
+        by_row: row r of the table is batch row r, for every r, so the decode kernel writes every row.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    if softmax_scale <= 0:  # kernels take the largest score before scaling
+    if softmax_scale <= 0:  # the kernels take the maximum before scaling
         q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
     block_indices = block_indices.contiguous()
     batch, num_heads, q_len, _ = q.shape
@@ -85,7 +89,7 @@ def attend(
     )
     inputs = Inputs(q, k, v, tiling, softmax_scale)
     final = topk == 1 or tiling.num_blocks == 0
-    # the merge turns rows that no sequence covers into zeros; without one they are zero from the start
+    # The merge writes zeros to rows outside all sequences; without a merge, start from zeros.
     out = (torch.zeros if final else torch.empty)(
         batch, q_len, num_heads, v_dim, dtype=q.dtype, device=q.device
     )
@@ -106,7 +110,7 @@ def attend(
 
 @dataclass(frozen=True)
 class OwnStage:
-    """The kernels that attend own blocks, and their tile."""
+    """The kernel that attends own blocks, and its tile."""
 
     tile: tuning.Tile
     on_hopper: bool
@@ -119,7 +123,7 @@ class OwnStage:
         lse: Tensor,
         final: bool,
     ) -> None:
-        """Starts `out` and `lse` of a chunk; see `own.own_attention`."""
+        """Writes the own blocks' part of `out` and `lse` for a chunk; see `own.own_attention`."""
         if self.on_hopper:
             hopper.own_attention(inputs, chunk, out, lse, final)
         own_attention(inputs, chunk, out, lse, self.tile, final, self.on_hopper)
@@ -131,9 +135,9 @@ class RoutedStage:
 
     Attributes:
         tile: its tile.
-        resident: it holds a block's keys.
-        tiles: tiles of rows that a program then streams past them.
-        on_hopper: it is a Gluon kernel.
+        resident: whether it keeps a block's keys resident.
+        tiles: if resident, the number of row tiles that a program processes with these keys.
+        on_hopper: whether it is a Gluon kernel.
     """
 
     tile: tuning.Tile
@@ -143,7 +147,7 @@ class RoutedStage:
 
     @property
     def rows(self) -> int:
-        """Pairs of a tile of `routing`."""
+        """Number of pairs in a tile of `routing`."""
         many = self.resident and not self.on_hopper
         return self.tile.m * (self.tiles if many else 1)
 
@@ -155,7 +159,7 @@ class RoutedStage:
         partial_lse: Tensor,
         first_row: int,
     ) -> None:
-        """Writes partial outputs; see `routed.routed_attention`."""
+        """Writes the partial outputs; see `routed.routed_attention`."""
         kernel = hopper.routed_attention if self.on_hopper else routed_attention
         kernel(inputs, routes, partial, partial_lse, first_row, self.tile, self.resident)
 
@@ -187,7 +191,7 @@ def _earlier_blocks(
     space: tuple[Tensor, Tensor],
     routed: RoutedStage,
 ) -> None:
-    """Adds the routed blocks of one chunk to `out` and `lse`, which hold the own blocks' part."""
+    """Adds the routed blocks of one chunk to `out` and `lse`, which already hold the own blocks' part."""
     tiling, num_kv_heads = inputs.tiling, inputs.k.shape[1]
     num_bins = num_kv_heads * tiling.num_blocks
     keys = pair_keys(block_indices, tiling, chunk, num_kv_heads)

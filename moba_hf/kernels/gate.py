@@ -1,21 +1,21 @@
-"""The choice of blocks: gate scores and top-k in one kernel, never tokens x blocks in memory, for any gate.
+"""The choice of blocks: gate scores and top-k in one kernel, without a tokens x blocks matrix in memory.
 
 Legend: B block size, D head dim, G query heads of a program, K1 scored choices per query, W classes (columns
 modulo the tile width), R levels kept per class.
 
 1. A program takes one tile of queries (see `tiling`; all share the own block c) for G heads of one kv head,
    as up to BLOCK_M rows, and scans the candidates [sinks, c - local) of its sequence, W blocks at a time.
-2. A score becomes an int32 that sorts like it; the number of the tile replaces its lowest bits (reversed: of
-   equal scores the earlier tile is larger). Per class the R largest are kept, by max and min alone. In the
-   mean gate, where the first tile already has K1 positive scores for every row, no negative one can be chosen
-   then, and the bits of a float sort as they are.
-3. K1 times, the largest class head (the lower class of equals) is taken and its class moves up: ties go to
-   the lower block index, for negative scores too.
-4. A row is exact unless a class had given all its R entries before the last choice was made. Such rows go
-   to a list per kv head, and a second kernel scans for them again, below what was already taken, until done.
-Scores that differ by less than 2^(bits - 23) relative count as equal; bits is 7 (2^-16) up to 8,192 blocks.
-The list is filled by atomics, but its order changes no result. The kernels are in `gate_kernels`; gates
-differ in what they know of a block (`Summary`) and in how they score it (`gate_scores`).
+2. A score becomes an int32 that sorts like it, with the tile number in its lowest bits (reversed, so that of
+   equal scores the earlier tile is larger). The R largest per class are kept, using max and min alone. In the
+   mean gate, if the first tile already has K1 positive scores for every row, no negative score can be chosen,
+   and the bits of the floats sort as they are.
+3. K1 times, the largest class head is taken (among equals, that of the lower class), and its class moves up.
+   So ties go to the lower block index, for negative scores too.
+4. A row is exact unless one of its classes ran out of its R entries before the last choice. Inexact rows go
+   to a list per kv head; a second kernel scans again for them, below what was taken, until they are done.
+Scores whose relative difference is below 2^(bits - 23) count as equal; bits is 7 (2^-16) up to 8,192 blocks.
+Atomics fill the list, but its order does not affect the result. The kernels are in `gate_kernels`. Gates
+differ in what they keep of a block (`Summary`) and in how they score it (`gate_scores`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from moba_hf.op.numerics import part_size
 
 @dataclass(frozen=True)
 class Summary:
-    """What a gate knows of blocks, and how it scores them; see `gate_scores`.
+    """What a gate keeps of each block, and how it scores blocks; see `gate_scores`.
 
     Attributes:
-        centers: `(HK, P + 1, NB, D)` in the key dtype. The mean gate: P = 0, the means.
-        spreads: `(HK, P, NB, D)`; None: the mean gate.
-        softmax_scale: of the mass gate.
-        part: keys of a part.
+        centers: `(HK, P + 1, NB, D)` in the key dtype; for the mean gate, P = 0 and these are the means.
+        spreads: `(HK, P, NB, D)`; None for the mean gate.
+        softmax_scale: softmax scale, used by the mass gate.
+        part: number of keys in a part.
     """
 
     centers: Tensor
@@ -55,24 +55,24 @@ class Summary:
 
     @property
     def parts(self) -> int:
-        """P."""
+        """Number of parts in a block, P; 0 for the mean gate."""
         return self.centers.shape[1] - 1
 
     @property
     def scales(self) -> tuple[float | None, float | None]:
-        """Factors of `q . center` and `(q * q) . spread`, which turn them into log2 units."""
+        """Factors that turn `q . center` and `(q * q) . spread` into log2 units; None for the mean gate."""
         if self.spreads is None:
             return None, None
         return self.softmax_scale * math.log2(math.e), self.softmax_scale**2 * math.log2(math.e)
 
 
 def summarize_means(k: Tensor, tiling: Tiling) -> Summary:
-    """What the mean gate knows of the blocks of `k (batch, HK, kv_len, D)`."""
+    """The mean gate's summary of the blocks of `k (batch, HK, kv_len, D)`."""
     return Summary(block_mean(k, tiling)[:, None])
 
 
 def summarize_mass(k: Tensor, tiling: Tiling, softmax_scale: float, rotary_pairs: str = "halves") -> Summary:
-    """What the mass gate knows of the blocks of `k (batch, HK, kv_len, D)`."""
+    """The mass gate's summary of the blocks of `k (batch, HK, kv_len, D)`."""
     return Summary(*mass_summary(k, tiling, rotary_pairs), softmax_scale, part_size(tiling.block_size))
 
 
@@ -89,13 +89,16 @@ def select_blocks(
     mass_scale: float | None = None,
     rotary_pairs: str = "halves",
 ) -> Tensor:
-    """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
+    """Chosen blocks, int32 `(batch, q_len, H, topk)`: the own block first, -1 for empty slots and padding.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
-        max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
-        mass_scale: softmax scale of the mass gate; None: the mean gate.
-        rotary_pairs: of the mass gate, see `moba_hf.op.gates.MassSummary`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        table: see `moba_hf.op.sequences`.
+        max_seqlen_q, max_seqlen_k: upper bounds on the queries and keys of one sequence.
+        block_size, topk, sink_blocks, local_blocks: the rule.
+        mass_scale: softmax scale for the mass gate; None: use the mean gate.
+        rotary_pairs: used by the mass gate, see `moba_hf.op.gates.MassSummary`.
     """
     q, k = rows_contiguous(q), rows_contiguous(k)
     choice = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
@@ -117,14 +120,14 @@ def select_blocks(
 
 
 def gate_tile(q: Tensor, parts: int) -> tuning.Tile:
-    """The tile of a gate for queries `(batch, H, q_len, D)`; `parts` of a block, 0 for the mean gate."""
+    """The gate's tile for queries `(batch, H, q_len, D)`; `parts`: parts of a block, 0 for the mean gate."""
     return tuning.gate_tile(padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device))
 
 
 def gate(
     q: Tensor, summary: Summary, tiling: Tiling, choice: Tensor, sink_blocks: int, local_blocks: int
 ) -> None:
-    """Writes `choice (batch, q_len, H, topk)`, full of -1 before."""
+    """Writes `choice (batch, q_len, H, topk)`, which must be filled with -1."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], summary.centers.shape[0]
     topk, group = choice.shape[3], num_heads // num_kv_heads
     tile = gate_tile(q, summary.parts)

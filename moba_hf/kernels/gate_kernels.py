@@ -1,6 +1,6 @@
-"""The kernels of the choice of blocks: class insertion of sortable scores, by any gate; `gate` launches them.
+"""The kernels that choose blocks, by inserting sortable scores into classes; `gate` launches them.
 
-See `gate` for the algorithm and `gate_scores` for the scores, the only part in which gates differ.
+See `gate` for the algorithm and `gate_scores` for the scores, which are all that differs between gates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moba_hf.kernels.tiling import find_tile, tile_rows
 
 @triton.jit
 def _load_means(at, dim, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """A whole tile of means, zero beyond HEAD_DIM."""
+    """A full tile of means, zero beyond HEAD_DIM."""
     if HEAD_DIM == PADDED_DIM:
         return tl.load(at)
     else:
@@ -42,9 +42,9 @@ def _scan_means(
     TILE_BITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scans the whole tiles of means for the mean gate; `levels`, and how many tiles that were.
+    """Scans all full tiles of means for the mean gate; returns `levels` and the number of tiles.
 
-    Whole tiles need no masks, which would cost a sixth of the scan; positive scores no sign either.
+    Full tiles need no masks, which would take a sixth of the scan's time; positive scores need no sign bit.
     """
     whole = columns // BLOCK_N
     scanned = 0
@@ -53,7 +53,7 @@ def _scan_means(
         scores = dot(q, _load_means(mean_ptr + vector, dim, HEAD_DIM, PADDED_DIM))
         levels = insert(levels, sortable(scores, 0, TILE_BITS), LEVELS)
         found = tl.sum((scores > 0.0).to(tl.int32), 1)
-        # as a matrix: for Blackwell, Triton cannot reduce a reduction of a product once more
+        # reshaped, since on Blackwell Triton cannot reduce the reduction of a product again
         found = tl.reshape(tl.where(mask, found, COUNT), (BLOCK_M // 16, 16))
         positive = tl.min(found) >= COUNT
         scanned = 1
@@ -134,7 +134,7 @@ def gate_fwd_kernel(
         flat = (batch.to(tl.int64) * q_len + query) * num_heads + head
         out = choice_ptr + flat * TOPK
         tl.store(out, own, mask=mask)
-        # forced blocks: sinks, then those just before the own one; candidates lie between
+        # kept blocks: sinks, then those just before the own one; candidates lie in between
         sinks = tl.minimum(SINK, own)
         local = tl.maximum(sinks, own - LOCAL)
         for i in range(SINK):
@@ -157,7 +157,7 @@ def gate_fwd_kernel(
             vector = column[None, :] * HEAD_DIM + dim[:, None]
             if PARTS == 0:
                 center_ptr += (kv_head.to(tl.int64) * blocks + first_block) * HEAD_DIM
-            else:  # the first block in the offsets: in the pointers, more registers spill
+            else:  # first_block goes into the offsets: in the pointers it spills more registers
                 center_ptr += kv_head.to(tl.int64) * (PARTS + 1) * step
                 spread_ptr += kv_head.to(tl.int64) * PARTS * step
                 vector += first_block.to(tl.int64) * HEAD_DIM
@@ -195,7 +195,7 @@ def gate_fwd_kernel(
                     again = tl.where(mask, spent, 0)
                     total = tl.sum(again, 0)
                     if total > 0:
-                        # the second kernel reads the sequence from the last slot and overwrites it
+                        # the second kernel reads the sequence number from the last slot, then overwrites it
                         tl.debug_barrier()
                         tl.store(out + TOPK - 1, seq, mask=again > 0)
                         at = tl.atomic_add(counter_ptr + kv_head, total) + tl.cumsum(again, 0) - again
@@ -235,10 +235,10 @@ def gate_rest_kernel(
     TILE_BITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Chooses again for listed rows, of any sequence, in rounds; blocks are flat numbers here.
+    """Chooses again for the listed rows, of any sequence, in rounds; blocks are flat numbers here.
 
-    A round scans for the best below `(limit, limit_class)`, what a row took last, and stops for a row when
-    one of its classes is spent: at least LEVELS more are then certain.
+    A round scans for the best keys below `(limit, limit_class)`, the last one that a row took. It ends for a
+    row when one of its classes is spent; by then at least LEVELS more choices are certain.
     """
     COUNT: tl.constexpr = TOPK - 1 - SINK - LOCAL
     kv_head = tl.program_id(1)
@@ -261,7 +261,7 @@ def gate_rest_kernel(
         own = tl.load(out, mask=mask, other=0)
         seq = tl.load(out + TOPK - 1, mask=mask, other=0)
         offset = tl.load(block_offset_ptr + seq, mask=mask, other=0)
-        begin = offset + SINK  # a listed row has more candidates than forced blocks before it
+        begin = offset + SINK  # a listed row has many candidates, so all its sinks exist
         end = offset + own - LOCAL
         base = tl.min(tl.where(mask, begin, 2147483647), 0)
         tiles = tl.cdiv(tl.max(tl.where(mask, end, 0), 0) - base, BLOCK_N)
@@ -269,7 +269,7 @@ def gate_rest_kernel(
         q_row = row_offset(query // q_len, flat % num_heads, query % q_len, q_strides)
         q = load_rows(q_ptr, q_row, mask, HEAD_DIM, PADDED_DIM, False)
         squares = squares_of(q, spread_ptr, PARTS)
-        tl.debug_barrier()  # the last slot is read before it is written
+        tl.debug_barrier()  # read the last slot before it is overwritten
         done = tl.where(mask, 0, COUNT)
         limit = tl.full([BLOCK_M], 2147483647, tl.int32)
         limit_class = tl.full([BLOCK_M], -1, tl.int32)

@@ -1,13 +1,13 @@
-"""The score of a block, by gate, chosen when a kernel is compiled: `PARTS` is 0 for the mean gate.
+"""The score of a block under each gate, selected at compile time: `PARTS` is 0 for the mean gate.
 
 Legend: M rows of queries, N blocks of a tile, P parts of a block.
 
-Mean gate: `q . mean`. Mass gate: in log2 units, the log-sum-exp of P parts and of the smallest key,
+Mean gate: `q . mean`. Mass gate: the log-sum-exp, in log2 units, of P parts and of the smallest key,
 
     part = log2 n + scale' q . mean + f(scale'' (q * q) . variance),   f(v) = v / 2, but at most
                                                                       sqrt(2 v log2 n) - log2 n
 
-from `2 P + 1` dot products with the vectors of `mass_summary`. They order as natural logarithms do.
+from `2 P + 1` dot products with the vectors of `mass_summary`. Log2 units order like natural ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moba_hf.kernels.launch import dot
 
 @triton.jit
 def squares_of(q, like, PARTS: tl.constexpr):
-    """`q * q` rounded to the dtype that pointer `like` holds; q itself where no score needs it."""
+    """`q * q` rounded to the dtype of the pointer `like`; q itself for the mean gate, which needs none."""
     if PARTS == 0:
         return q
     else:
@@ -41,10 +41,10 @@ def score_blocks(
     PARTS: tl.constexpr,
     LOG2_SIZE: tl.constexpr,
 ):
-    """Scores fp32 `(M, N)` of a tile of blocks.
+    """Scores of a tile of blocks, fp32 `(M, N)`.
 
-    `center_at`, `spread_at`: pointers `(D, N)` to the blocks' first vectors; `step`: elements from one vector
-    of a summary to the next.
+    `center_at` and `spread_at` are pointers `(D, N)` to the first vectors of the blocks; `step` is the number
+    of elements from one vector of a summary to the next.
     """
     if PARTS == 0:
         return dot(q, tl.load(center_at, mask=mask, other=0.0))
@@ -65,7 +65,7 @@ def score_blocks(
 
 @triton.jit
 def _add_part(total, q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
-    """log2 of `2^total` and the estimated mass of one part, from tiles of means and variances `(D, N)`."""
+    """log2 of `2^total` plus the estimated mass of one part, from tiles of means and variances `(D, N)`."""
     moved = dot(squares, spread) * square_scale
     far = tl.sqrt(tl.maximum(moved, 0.0) * (2 * LOG2_SIZE)) - LOG2_SIZE
     mass = tl.where(moved <= 2 * LOG2_SIZE, moved * 0.5, far) + (dot(q, center) * scale + LOG2_SIZE)

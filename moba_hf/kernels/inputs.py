@@ -1,4 +1,4 @@
-"""What the stages of one forward call share."""
+"""The inputs shared by the stages of a forward call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from moba_hf.kernels.tiling import Tiling
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one forward call; last dimensions of tensors are contiguous.
+    """The inputs of one forward call; the last dimension of each tensor is contiguous.
 
     Attributes:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, DV)`.
         tiling: the numbering of tiles and blocks.
-        softmax_scale: above 0.
+        softmax_scale: factor of the scores, above 0.
     """
 
     q: Tensor

@@ -1,6 +1,6 @@
-"""What every kernel file shares: the interpreter switch, the dot product, and how a launch finds its device.
+"""Shared by all kernel files: the interpreter switch, dot products, rounding, and the device of a launch.
 
-With `TRITON_INTERPRET=1` in the environment before Triton is imported, kernels run as numpy on CPU tensors.
+If `TRITON_INTERPRET=1` is set before Triton is imported, kernels run in numpy on CPU tensors.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _UPCAST = tl.constexpr(INTERPRETED)
 
 
 def _let_interpreted_scalars_index() -> None:
-    """Lets `range(n)` take a run-time `n` under the interpreter, which numpy 2.4 stopped allowing.
+    """Makes `range(n)` work for a run-time `n` under the interpreter with numpy 2.4 and later.
 
-    Interpreted scalars are arrays of one element, and `int()` of those became an error.
+    Interpreted scalars are arrays with one element, for which numpy 2.4 made `int()` an error.
     """
     from triton.runtime import interpreter
 
@@ -39,7 +39,7 @@ if INTERPRETED:
 
 @triton.jit
 def dot(a, b):
-    """`a @ b` in fp32: products of the stored dtypes, never TF32. The interpreter has no bf16 matmul."""
+    """`a @ b` of the stored dtypes, accumulated in fp32, never TF32. The interpreter has no bf16 matmul."""
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -48,7 +48,7 @@ def dot(a, b):
 
 @triton.jit
 def add_dot(total, a, b):
-    """`total + a @ b`, as `dot`."""
+    """`total + a @ b`, computed like `dot`."""
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -57,7 +57,7 @@ def add_dot(total, a, b):
 
 @triton.jit
 def narrow(x, like):
-    """`x` fp32 rounded to nearest in the dtype that pointer `like` holds; the interpreter would cut bf16."""
+    """fp32 `x` rounded to nearest in the dtype of the pointer `like`; the interpreter would truncate bf16."""
     if _UPCAST:
         if like.dtype.element_ty == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
@@ -67,19 +67,19 @@ def narrow(x, like):
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes `x`'s GPU the current one, as kernel launches need; nothing for CPU tensors."""
+    """Context that makes `x`'s GPU the current one, as kernel launches require; no effect for CPU tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def num_processors(x: Tensor) -> int:
-    """Streaming multiprocessors of `x`'s GPU; 2 under the interpreter."""
+    """Number of streaming multiprocessors of `x`'s GPU; 2 under the interpreter."""
     if not x.is_cuda:
         return 2
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def padded(dim: int) -> int:
-    """The power of two that a tile gives `dim` columns: matrix units take no fewer than 16."""
+    """`dim` rounded up to a power of two, at least 16, the minimum of the matrix units."""
     return max(16, int(triton.next_power_of_2(dim)))
 
 

@@ -1,6 +1,6 @@
-"""What stands where: columns of the tables that kernels read, by name, and how a row of a tensor is found.
+"""Memory layout: names for the columns of the tables that kernels read, and the addresses of tensor rows.
 
-Strides travel as one tuple `(batch, head, token)` per tensor; last dimensions are contiguous.
+Strides are passed as one tuple `(batch, head, token)` per tensor; last dimensions are contiguous.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One sequence: a row of the table int32 `(S, SEQ_COLUMNS)` of `moba_hf.op.sequences`.
+# A sequence: one row of the int32 table `(S, SEQ_COLUMNS)` of `moba_hf.op.sequences`.
 SEQ_COLUMNS = tl.constexpr(5)
 SEQ_BATCH = tl.constexpr(0)
 SEQ_Q_BEGIN = tl.constexpr(1)
@@ -16,27 +16,27 @@ SEQ_Q_END = tl.constexpr(2)
 SEQ_K_BEGIN = tl.constexpr(3)
 SEQ_K_END = tl.constexpr(4)
 
-# One tile of queries (see `tiling.tile_table`) or one run of pairs (see `routing`): int32, the last column
-# unused, so that a row is 32 bytes.
+# A tile of queries (see `tiling.tile_table`) or a run of pairs (see `routing`): int32; the last column is
+# unused and pads a row to 32 bytes.
 INFO_COLUMNS = tl.constexpr(8)
 
 TILE_BATCH = tl.constexpr(0)
 TILE_BEFORE = tl.constexpr(1)  # keys of the block before the tile
 TILE_ORIGIN = tl.constexpr(2)  # query index of the first token; may be negative
-TILE_LOW = tl.constexpr(3)  # first and last + 1 of the chunk's queries of the sequence
+TILE_LOW = tl.constexpr(3)  # first query of the sequence in the chunk; TILE_HIGH is past the last
 TILE_HIGH = tl.constexpr(4)
 TILE_FIRST_KEY = tl.constexpr(5)  # slot of the block's first key
 TILE_COMPLETE = tl.constexpr(6)  # whether the block is complete
 
-RUN_BEGIN = tl.constexpr(0)  # first and last + 1 of its pairs
+RUN_BEGIN = tl.constexpr(0)  # its first pair; RUN_END is past the last
 RUN_END = tl.constexpr(1)
 RUN_BATCH = tl.constexpr(2)
 RUN_KV_HEAD = tl.constexpr(3)
 RUN_FIRST_KEY = tl.constexpr(4)  # slot of the block's first key
 RUN_BIN = tl.constexpr(5)
-RUN_PART = tl.constexpr(6)  # its number in the bin
+RUN_PART = tl.constexpr(6)  # its index within the bin
 
-# What the backward knows of a row, fp32 `(..., STAT_COLUMNS)`: see `backward_rows`.
+# Row statistics of the backward, fp32 `(..., STAT_COLUMNS)`: see `backward_rows`.
 STAT_COLUMNS = tl.constexpr(2)
 STAT_LSE = tl.constexpr(0)
 STAT_DELTA = tl.constexpr(1)
@@ -47,19 +47,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def head_offset(batch, head, strides):
-    """Element offset int64 of token 0 of a head."""
+    """int64 element offset of token 0 of a head."""
     return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
 def row_offset(batch, head, token, strides):
-    """Element offset int64 of a head's row of a token."""
+    """int64 element offset of a token's row in a head."""
     return head_offset(batch, head, strides) + token.to(tl.int64) * strides[2]
 
 
 @triton.jit
 def load_rows(ptr, offset, mask, DIM: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr):
-    """Rows `(N, PADDED)` at element `offset (N,)`, zero beyond DIM and, unless EVEN, outside `mask (N,)`."""
+    """Rows `(N, PADDED)` at element offsets `offset (N,)`; 0 beyond DIM and, unless EVEN, outside `mask`."""
     dim = tl.arange(0, PADDED)
     at = ptr + offset[:, None] + dim[None, :]
     if EVEN and DIM == PADDED:
@@ -72,6 +72,6 @@ def load_rows(ptr, offset, mask, DIM: tl.constexpr, PADDED: tl.constexpr, EVEN: 
 
 @triton.jit
 def store_rows(ptr, offset, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Stores `rows (N, PADDED)`, in the pointer's dtype already, at element `offset (N,)` inside `mask`."""
+    """Stores `rows (N, PADDED)`, of the pointer's dtype, at element offsets `offset (N,)` inside `mask`."""
     dim = tl.arange(0, PADDED)
     tl.store(ptr + offset[:, None] + dim[None, :], rows, mask=mask[:, None] & (dim < DIM)[None, :])

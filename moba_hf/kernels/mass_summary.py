@@ -1,13 +1,14 @@
-"""What the mass gate knows of a block, for the blocks that a later query may choose.
+"""The mass gate's summary of the blocks that a later query may choose.
 
 Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `tiling`), P parts of a block.
 
-One program per (flat block, kv head). Per part it adds up rows in fp32, in an order that depends on the block
-size only, for the mean, then their squared distances to it for the variance, of which the mean over each pair
-of coordinates that a rotary embedding turns together is kept, for both; and it keeps the row of least
-norm in the block, the first of equals. Stored flat, so that a tile of blocks of one vector is one contiguous
-read for the gate: `centers (HK, P + 1, NB, D)` in the key dtype holds the means and then the smallest key,
-`spreads (HK, P, NB, D)` in `spread_dtype` the variances. Reference: `reference.mass_gate_ref`.
+One program per (flat block, kv head) computes, in fp32 and in an order that depends only on the block size:
+- per part, the mean of the keys, and their variance, averaged over each pair of coordinates that the rotary
+  embedding rotates together;
+- per block, the key with the smallest norm, the first one if several are equal.
+`centers (HK, P + 1, NB, D)`, in the key dtype, holds the means and then the smallest key;
+`spreads (HK, P, NB, D)`, in `spread_dtype`, holds the variances. In this layout the gate reads a tile of
+blocks contiguously. Reference: `reference.mass_gate_ref`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moba_hf.op.numerics import part_size, spread_dtype
 
 
 def mass_summary(k: Tensor, tiling: Tiling, rotary_pairs: str = "halves") -> tuple[Tensor, Tensor]:
-    """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; spare rows stay unwritten."""
+    """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; unused rows stay unwritten."""
     num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(tiling.block_size)
     parts, blocks = tiling.block_size // size, max(1, tiling.num_blocks)
     shape = (num_kv_heads, parts, blocks, head_dim)
@@ -81,7 +82,7 @@ def _mass_summary_kernel(
         k_ptr += row_offset(batch, head, first, k_strides)
         dim = tl.arange(0, PADDED_DIM)
         rows = tl.arange(0, BLOCK_N)
-        # of each coordinate the other one of its pair
+        # for each coordinate, the other one of its pair
         mate = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2) if HALVES else dim ^ 1
         columns = (dim < HEAD_DIM)[None, :]
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * HEAD_DIM + dim

@@ -1,11 +1,11 @@
-"""Combines a query's partial outputs, own block and routed ones, by their softmax masses.
+"""Merges a query's partial outputs, of own block and routed blocks, weighted by their softmax masses.
 
 Legend: H query heads, K1 routed slots, DV value head dim, R rows (flat query rows of the chunk x H).
 
 A program takes a few rows: it loads their K1 log-sum-exps (base 2) and keys, then adds up the K1 + 1 outputs
-with weights `exp2(lse - largest)` in fp32, in slot order. It runs at memory speed, so rows are few: larger
-tiles spill. A missing slot is known by its key alone: its output and log-sum-exp were never written. A row
-that no sequence covers is known by its lse of -inf, and becomes zeros.
+with weights `exp2(lse - largest)` in fp32, in slot order. It is memory-bound, and larger tiles would spill,
+so rows are few. A missing slot is recognised by its key, since its output and log-sum-exp were never written.
+A row outside all sequences has an lse of -inf and becomes zeros.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ def merge(
     """Completes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` in place for one chunk.
 
     Args:
-        partial: `(rows, H, K1, DV)`. partial_lse: fp32 `(rows, H, K1)`, base 2.
-        keys: `(rows, H, K1)` as `routing.pair_keys` gives; `no_bin` marks a missing slot.
+        out, lse: hold the own blocks' part, `lse` in base 2; afterwards `lse` is the natural logarithm.
+        partial: `(rows, H, K1, DV)`.
+        partial_lse: fp32 `(rows, H, K1)`, base 2.
+        keys: `(rows, H, K1)`, the result of `routing.pair_keys`.
+        no_bin: the key that marks a missing slot.
         first_row: flat query row at which the chunk begins.
     """
     rows, num_heads, slots = keys.shape
@@ -97,7 +100,7 @@ def _merge_kernel(
     l_i = tl.where(covered, l_i, 1.0)
     acc = tl.load(out_ptr + out_at, mask=covered[:, None] & columns, other=0.0).to(tl.float32)
     acc = acc * weight[:, None]
-    # a few slots at a time, so that several loads are on their way at once
+    # unrolled over a few slots, so that several loads are in flight at once
     for start in range(0, SLOTS - SLOTS % UNROLL, UNROLL):
         for i in tl.static_range(UNROLL):
             acc += _weighted(
@@ -113,7 +116,7 @@ def _merge_kernel(
 
 @triton.jit
 def _weighted(partial_ptr, partial_lse_ptr, key_ptr, pair, mask, no_bin, m_i, dim, V_DIM: tl.constexpr):
-    """Partial outputs of `pair (M,)` times their weights; zero where the slot is missing."""
+    """Partial outputs of `pair (M,)` times their weights; zero for missing slots."""
     chosen = mask & (tl.load(key_ptr + pair, mask=mask, other=0).to(tl.int32) != no_bin)
     lse = tl.load(partial_lse_ptr + pair, mask=chosen, other=float("-inf"))
     at = partial_ptr + pair[:, None] * V_DIM + dim[None, :]

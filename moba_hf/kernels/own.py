@@ -1,11 +1,11 @@
-"""Attention of every query to its own block, causally: it starts the output that the merge completes.
+"""Causal attention of every query to its own block: the part of the output that the merge then completes.
 
 Legend: B block size, D and DV head dims of keys and values, G query heads of a program.
 
-A program takes one tile of queries (see `tiling`: one own block) for G heads of one kv head as up to BLOCK_M
-rows. Keys of the block before the tile's first position are seen by all rows and need no mask; those up to
-its last position are masked by position. Output goes straight to `out`, its log-sum-exp, in base 2, to `lse`
-(natural when nothing is to be merged).
+A program takes one tile of queries (see `tiling`; all share an own block) for G heads of one kv head, as up
+to BLOCK_M rows. Keys before the tile's first position are visible to all rows and need no mask; keys from
+there to its last position are masked by position. The output goes directly to `out`, and its log-sum-exp to
+`lse`: in base 2, or as natural logarithm if no merge follows.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def own_attention(
     final: bool,
     only_partial: bool = False,
 ) -> None:
-    """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the chunk's covered queries.
+    """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` for the chunk's queries in sequences.
 
     Args:
-        tile: `m` at least the rows of a tile of `inputs.tiling`.
-        final: no merge follows: lse is the natural logarithm.
-        only_partial: leave complete blocks alone: `hopper` has done them.
+        tile: its `m` must be at least the number of rows in a tile of `inputs.tiling`.
+        final: no merge follows, so lse is the natural logarithm.
+        only_partial: skip complete blocks, which `hopper` has already done.
     """
     q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     num_heads, num_kv_heads, head_dim, v_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
@@ -130,7 +130,7 @@ def _own_kernel(
             TILES_PER_BLOCK,
         )
         batch = batch.to(tl.int64)
-        # as `tiling.tile_rows`, but relative to the block: with its positions, registers spill on Ampere
+        # like `tiling.tile_rows`, but relative to the block: absolute positions spill registers on Ampere
         row = tl.arange(0, BLOCK_M)
         token = row // HEADS
         in_group = tl.program_id(1) % splits * HEADS + row % HEADS

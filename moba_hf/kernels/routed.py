@@ -2,12 +2,12 @@
 
 Legend: B block size, D and DV head dims of keys and values, P pairs, S tiles of rows per program.
 
-A program takes a run of pairs that all chose one block of one kv head (see `routing`), gathers their query
-rows, and attends the block; no mask is needed, since the block is complete and earlier than every query.
-Outputs, normalised and in q's dtype, and log-sum-exps in base 2 are scattered to the pairs' own places.
-Two kernels: `_routed_kernel` streams keys past one tile of rows (any B); `_resident_kernel` holds the keys
-and values of a small block and streams S tiles of rows past them, which pipelines the gather.
-A row's result depends on its query and block alone, not on its place in the tile.
+A program takes a run of pairs that chose the same block of one kv head (see `routing`), gathers their query
+rows, and attends the block. It needs no mask, since the block is complete and earlier than every query. The
+normalised outputs in q's dtype and the base-2 log-sum-exps are scattered to the places of their pairs.
+There are two kernels. `_routed_kernel` holds one tile of rows and loops over the keys (any B).
+`_resident_kernel` holds the keys and values of a small block and loops over S tiles of rows, which pipelines
+the gather. A row's result depends only on its query and block, not on its place in the tile.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def routed_attention(
     tile: tuning.Tile,
     resident: bool,
 ) -> None:
-    """Writes `partial (P, DV)` and `partial_lse (P,)` fp32, base 2, for every pair that has a bin.
+    """Writes `partial (P, DV)` and `partial_lse (P,)`, fp32, base 2, for every pair with a bin.
 
     Args:
         first_row: flat query row at which the chunk begins.
-        tile, resident: as `tuning.routed_tile` gives; `routes.rows` is a multiple of `tile.m`.
+        tile, resident: the result of `tuning.routed_tile`; `routes.rows` is a multiple of `tile.m`.
     """
     kernel = _resident_kernel if resident else _routed_kernel
     q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
@@ -94,7 +94,7 @@ def _query_offsets(
     HEADS: tl.constexpr,
     ONE_BATCH: tl.constexpr,
 ):
-    """Element offsets int64 of the pairs' query rows; divisors are compile-time constants."""
+    """int64 element offsets of the pairs' query rows; the divisors are compile-time constants."""
     row_head = pair // SLOTS
     row = first_row + row_head // HEADS
     offset = (row_head % HEADS).to(tl.int64) * q_strides[1]
@@ -107,7 +107,7 @@ def _query_offsets(
 
 @triton.jit
 def _store_partial(out_ptr, lse_ptr, pair, mask, acc, m_i, l_i, V_DIM: tl.constexpr, PADDED_V: tl.constexpr):
-    """Scatters normalised outputs `acc / l_i` and their base-2 log-sum-exp to `pair (M,)`."""
+    """Scatters the normalised outputs `acc / l_i` and their base-2 log-sum-exps to `pair (M,)`."""
     out = narrow(acc / l_i[:, None], out_ptr)
     store_rows(out_ptr, pair.to(tl.int64) * V_DIM, out, mask, V_DIM, PADDED_V)
     tl.store(lse_ptr + pair, m_i + tl.log2(l_i), mask=mask)
@@ -140,7 +140,7 @@ def _routed_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of BLOCK_M pairs against its block, BLOCK_N keys at a time."""
+    """Attends one block from a tile of BLOCK_M pairs, BLOCK_N keys at a time."""
     info = info_ptr + tl.program_id(0) * INFO_COLUMNS
     begin = tl.load(info + RUN_BEGIN)
     end = tl.load(info + RUN_END)
@@ -199,7 +199,7 @@ def _resident_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block of at most BLOCK_N keys held, a run of pairs streamed past it, BLOCK_M at a time."""
+    """Holds a block of at most BLOCK_N keys and loops over a run of pairs, BLOCK_M at a time."""
     info = info_ptr + tl.program_id(0) * INFO_COLUMNS
     begin = tl.load(info + RUN_BEGIN)
     end = tl.load(info + RUN_END)

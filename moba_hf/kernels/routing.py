@@ -1,14 +1,14 @@
-"""Regroups the chosen (query, head, slot) pairs by (kv head, block), without asking the device for sizes.
+"""Regroups the chosen (query, head, slot) pairs by (kv head, block), without reading sizes from the device.
 
 Legend: H query heads, HK kv heads, K topk, K1 = K - 1 routed slots, NB flat blocks (see `tiling`), P pairs.
 
-1. A pair's key is `kv_head * NB + flat block`, or a last value for "none": missing slots, padding queries.
-   The own block is left out here, wherever it stands among the slots; the others close up to K1 slots, so
-   pair `(row * H + head) * K1 + slot` is also where its partial output goes.
-2. One stable radix sort of the keys, 16 bits wide where they fit, with the permutation; then each bin's
-   first pair by bisection. A stable sort makes the order, and so every sum, the same in every run.
-3. Each bin is cut in tiles of `rows` pairs; one small kernel writes what each tile is, found by bisection of
-   the running totals. Their number is bounded by P / rows + bins, and tiles beyond the true number are empty.
+1. A pair's key is `kv_head * NB + flat block`, or one value past the last for missing slots and padding
+   queries. The own block is dropped, whichever slot it is in, and the others close up to K1 slots. Pair
+   number `(row * H + head) * K1 + slot` is also the place of its partial output.
+2. A stable radix sort of the keys, in 16 bits if they fit, also gives the permutation. Bisection then finds
+   the first pair of each bin. Since the sort is stable, the order, and so every sum, is the same in each run.
+3. Each bin is split into tiles of `rows` pairs. A small kernel describes each tile, which it finds by
+   bisecting the running totals. The number of tiles is at most P / rows + bins; surplus tiles are empty.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from moba_hf.kernels.tiling import Tiling, find_tile, head_split, tile_rows
 
 @dataclass(frozen=True)
 class Routes:
-    """Pairs of one chunk, grouped.
+    """The pairs of one chunk, grouped by bin.
 
     Attributes:
-        pairs: int64 `(P,)`, pairs sorted by bin; those of no bin last.
-        bin_begin: int32 `(num_bins + 1,)`, first place in `pairs` of each bin.
-        tile_begin: int32 `(num_bins + 1,)`, first tile of each bin; the last is the number of tiles.
-        tile_info: int32 `(tiles, INFO_COLUMNS)`, what each tile is, by `layout`; beyond them no pairs.
+        pairs: int64 `(P,)`, pair numbers sorted by bin; pairs without a bin come last.
+        bin_begin: int32 `(num_bins + 1,)`, index in `pairs` of each bin's first pair.
+        tile_begin: int32 `(num_bins + 1,)`, first tile of each bin; the last entry is the number of tiles.
+        tile_info: int32 `(tiles, INFO_COLUMNS)`, description of each tile, see `layout`; surplus tiles are
+            empty.
         num_bins: `HK * NB`; bin = kv head * NB + flat block.
-        rows: pairs of a tile.
+        rows: maximum number of pairs in a tile.
     """
 
     pairs: Tensor
@@ -60,12 +61,12 @@ class Routes:
 
 
 def key_format(num_bins: int) -> tuple[torch.dtype, int]:
-    """The narrowest integer type that holds `num_bins + 1` keys, and the key of bin 0."""
+    """The narrowest integer dtype for `num_bins + 1` keys, and the key of bin 0."""
     return (torch.int16, -(2**15)) if num_bins < 2**16 else (torch.int32, 0)
 
 
 def pair_keys(choice: Tensor, tiling: Tiling, chunk: int, num_kv_heads: int) -> Tensor:
-    """Keys `(rows of the chunk, H, K1)` of `choice (batch, q_len, H, K)`; `key_format` says the dtype."""
+    """Keys `(rows of the chunk, H, K1)` of `choice (batch, q_len, H, K)`; dtype as in `key_format`."""
     _, q_len, num_heads, topk = choice.shape
     first_row = chunk * tiling.chunk_rows
     rows = min(tiling.chunk_rows, tiling.num_rows - first_row)
@@ -103,7 +104,7 @@ def pair_keys(choice: Tensor, tiling: Tiling, chunk: int, num_kv_heads: int) -> 
 
 
 def route(keys: Tensor, tiling: Tiling, num_kv_heads: int, rows: int) -> Routes:
-    """Groups pairs by key, in tiles of `rows`; `keys` as `pair_keys` gives them, untouched."""
+    """Groups pairs by key, in tiles of `rows`; `keys` is the result of `pair_keys` and is not changed."""
     num_bins = num_kv_heads * tiling.num_blocks
     dtype, bias = key_format(num_bins)
     in_order, pairs = torch.sort(keys.reshape(-1), stable=True)
@@ -113,7 +114,7 @@ def route(keys: Tensor, tiling: Tiling, num_kv_heads: int, rows: int) -> Routes:
 
 
 def retile(routes: Routes, tiling: Tiling, rows: int) -> Routes:
-    """The same groups in tiles of `rows`."""
+    """The same groups, split into tiles of `rows`."""
     return _tiled(routes.pairs, routes.bin_begin, tiling, routes.num_bins, rows)
 
 
@@ -145,7 +146,7 @@ def _tiled(pairs: Tensor, bin_begin: Tensor, tiling: Tiling, num_bins: int, rows
 
 @triton.jit
 def _last_not_above(ptr, count, number):
-    """Per element of `number`, the last `i < count` with `ptr[i] <= number`; `ptr` rises, `ptr[0]` is 0."""
+    """For each `number`, the last `i < count` with `ptr[i] <= number`; `ptr` ascends and `ptr[0]` is 0."""
     low = tl.zeros_like(number)
     high = low + count
     while tl.max(high - low, 0) > 1:
@@ -172,7 +173,7 @@ def _tile_info_kernel(
     rows,
     BLOCK: tl.constexpr,
 ):
-    """What each of BLOCK tiles is."""
+    """Writes the descriptions of BLOCK tiles."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tile < num_tiles
     bin = _last_not_above(tile_begin_ptr, num_bins, tile)
@@ -247,7 +248,7 @@ def _pair_key_kernel(
         shifted = slot[None, :] + (slot[None, :] >= own_slot[:, None]).to(tl.int32)
         kept = mask[:, None] & (slot < TOPK - 1)[None, :]
         block = tl.load(source + shifted, mask=kept, other=-1)
-        # a block that is no earlier one has no place in memory: never let it become an address
+        # only earlier blocks are valid; anything else must never become an address
         valid = (block >= 0) & (block < own)
         key = kv_head * num_blocks + tl.load(block_offset_ptr + seq) + block
         key = tl.where(valid, key, tl.num_programs(1) // splits * num_blocks) + bias

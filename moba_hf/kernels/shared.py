@@ -2,12 +2,12 @@
 
 Legend: H query heads, HK kv heads, D and DV head dims, T tile, B block size.
 
-1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`), masses of tiles and
-   their choice as a bit mask (`shared_choose`), so many tiles at a time as a memory budget holds.
-2. attend: lists from the mask (`shared_lists`), again in chunks, and a loop over each list: `shared_hopper`
-   where it can run, `shared_attend` elsewhere.
+1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`), then masses of tiles
+   and their choice as a bit mask (`shared_choose`), with as many tiles at a time as fit a memory budget.
+2. attend: turn the mask into lists (`shared_lists`), again in chunks, and loop over each list, in
+   `shared_hopper` if the GPU supports it, otherwise in `shared_attend`.
 3. gradients: `shared_backward`.
-No result depends on a budget or on the batch, and nothing here waits for the device.
+Results depend neither on the budgets nor on the batch, and nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from moba_hf.op.numerics import part_size
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule
 
-MAX_BLOCK_SIZE = 256  # parts of a block are unrolled
+MAX_BLOCK_SIZE = 256  # loops over the parts of a block are unrolled
 
 
 def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
-    """Why the kernels cannot take a rule, or None."""
+    """Why the kernels do not support a rule, or None if they do."""
     for name in ("block_size", "tile"):
         size = getattr(rule, name)
         if size < 16 or size & (size - 1):
@@ -63,9 +63,10 @@ def select(
     """The choice, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
-        workspace: bytes that masses may take, None: `shared_tuning.MASS_WORKSPACE`.
-        mass_tile: None: by `shared_tuning.mass_tile`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        workspace: maximum bytes for the masses; None: `shared_tuning.MASS_WORKSPACE`.
+        mass_tile: tile of the mass kernel; None: by `shared_tuning.mass_tile`.
     """
     q, k = rows_contiguous(q), rows_contiguous(k)
     plan = _plan(q, k, sequences, rule.block_size, rule.tile)
@@ -105,14 +106,16 @@ def attend(
     shape: tuning.Tile | None = None,
     use_hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)` fp32, natural.
+    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)`, fp32, natural logarithm.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, DV)`.
-        block_mask: int32 `(H, num_tiles, words)`, as `select` returns it.
-        workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
-        shape: the tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
-        use_hopper: run the Gluon kernel; None: where it can.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, DV)`.
+        block_mask: int32 `(H, num_tiles, words)`, the result of `select`.
+        workspace: maximum bytes for the lists; None: `shared_tuning.LIST_WORKSPACE`.
+        shape: tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
+        use_hopper: run the Gluon kernel; None: if it supports these inputs.
     """
     q, k, v, block_mask = (
         rows_contiguous(q),
@@ -151,13 +154,14 @@ def attend_backward(
     workspace: int | None = None,
     shapes: shared_tuning.SharedBackwardTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v with the choice held, contiguous, in their dtypes; 0 where nothing attends.
+    """Gradients of q, k, v with the choice held fixed, contiguous, in their dtypes; 0 where nothing attends.
 
     Args:
-        grad_out: `(batch, q_len, H, DV)`. grad_lse: `(batch, H, q_len)` fp32. Any strides.
-        saved: what `attend` took and returned; the choice is its block mask.
-        workspace: bytes that lists may take, None: `shared_tuning.LIST_WORKSPACE`.
-        shapes: None: by `shared_tuning.backward_tiles`.
+        grad_out: `(batch, q_len, H, DV)`, any strides.
+        grad_lse: fp32 `(batch, H, q_len)`, any strides.
+        saved: the inputs and results of `attend`; the choice is the block mask.
+        workspace: maximum bytes for the lists; None: `shared_tuning.LIST_WORKSPACE`.
+        shapes: tiles of the kernels; None: by `shared_tuning.backward_tiles`.
     """
     q, k, v, out, grad_out, block_mask = (
         rows_contiguous(x) for x in (*saved[:4], grad_out, saved.block_indices)
@@ -193,7 +197,7 @@ def _plan(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, tile: int
 def _chunks_of_lists(
     block_mask: Tensor, plan: SharedPlan, workspace: int | None
 ) -> Iterator[tuple[int, Lists]]:
-    """Per chunk of tiles: its first tile, and its lists, in memory that every chunk uses anew."""
+    """Yields the first tile and the lists of each chunk of tiles; all chunks reuse the same memory."""
     num_heads = block_mask.shape[0]
     budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
     chunk = _even_chunk(plan.num_tiles, budget // Lists.tile_bytes(num_heads, plan.max_blocks), 1)
@@ -204,7 +208,7 @@ def _chunks_of_lists(
 
 
 def _even_chunk(tiles: int, most: int, multiple: int) -> int:
-    """Tiles of a chunk, about `most` at most, all chunks alike but for rounding to `multiple`."""
+    """Number of tiles per chunk: at most about `most`, even across chunks, rounded up to `multiple`."""
     chunks = -(-tiles // max(1, most))
     multiple = multiple if most >= multiple else 1
     return min(tiles, -(-tiles // (chunks * multiple)) * multiple)

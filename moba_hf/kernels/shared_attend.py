@@ -2,10 +2,11 @@
 
 Legend: T tile, B block size, D and DV head dims, H query heads, G query heads of a kv head.
 
-A program holds BLOCK_M rows of one (tile, head). It runs over the tile's list, BLOCK_N keys at a time: all
-rows see all of them, so nothing is masked; then over the keys of the blocks that the tile overlaps, masked by
-position. Programs of one kv head follow one another, so that its keys stay in the cache, the longest lists
-first, so that the short ones fill the gaps at the end. A row's result depends on its tile's list alone.
+A program holds BLOCK_M rows of one (tile, head). It loops over the tile's list, BLOCK_N keys at a time,
+without a mask, since all rows see all of these keys. Then it loops over the blocks that the tile overlaps,
+masked by position. Programs of the same kv head run one after another, so that its keys stay in the cache.
+The longest lists come first, so that short ones fill the gaps at the end. A row's result depends only on its
+tile's list.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def attend_lists(
     tile: Tile,
     left_by: int = 0,
 ) -> None:
-    """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` of the rows of the listed tiles.
+    """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` for the rows of the listed tiles.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
-        lists: of tiles from `first_tile` on.
-        left_by: only tiles whose last keys do not fill so many; 0: all tiles.
+        q: `(batch, H, q_len, D)`, last dimension contiguous.
+        k, v: `(batch, HK, kv_len, D or DV)`, last dimension contiguous.
+        lists: the lists of the tiles from `first_tile` on.
+        left_by: handle only tiles whose keys in overlapped blocks are not a multiple of this number; the
+            Hopper kernel skips these. 0: handle all tiles.
     """
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
@@ -80,10 +83,10 @@ def attend_lists(
 
 @triton.jit
 def first_blocks(list_ptr, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The listed block, or blocks `(BLOCK_N,)`, of step 0.
+    """The listed block of step 0, or its blocks `(BLOCK_N,)`.
 
-    A block is a whole number of steps, or a step a whole number of blocks. Blocks are loaded a step ahead, so
-    that the loads of keys do not wait for them.
+    Either a block is a whole number of steps, or a step is a whole number of blocks. Block numbers are loaded
+    one step ahead, so that the loads of keys do not wait for them.
     """
     if BLOCK_SIZE >= BLOCK_N:
         return tl.load(list_ptr, mask=count > 0, other=0).to(tl.int32)
@@ -94,7 +97,7 @@ def first_blocks(list_ptr, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def later_blocks(list_ptr, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What `first_blocks` returns, of the step after `step`."""
+    """Like `first_blocks`, for the step after `step`."""
     if BLOCK_SIZE >= BLOCK_N:
         per_block: tl.constexpr = BLOCK_SIZE // BLOCK_N
         return tl.load(list_ptr + tl.minimum((step + 1) // per_block, count - 1)).to(tl.int32)
@@ -106,7 +109,7 @@ def later_blocks(list_ptr, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def list_keys(block, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys `(BLOCK_N,)` of step `step` in the listed `block` or blocks, and which of them exist."""
+    """Positions `(BLOCK_N,)` of the keys of step `step` in the listed `block` or blocks, and which exist."""
     column = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE >= BLOCK_N:
         per_block: tl.constexpr = BLOCK_SIZE // BLOCK_N

@@ -1,13 +1,14 @@
-"""Gradients through the attention of tiles over their lists, with the choice held.
+"""Gradients through the attention of tiles over their lists, with the choice held fixed.
 
 Legend: T tile, B block size, D and DV head dims, H query heads, G query heads of a kv head.
 
 `scores = scale * q.k`, `p = exp2(scores - lse)`, `ds = p * (grad_out.v - delta)`; then `dv = p^T grad_out`,
-`dk = scale * ds^T q`, `dq = scale * ds k`. Two kernels, as in dense attention:
-- `_dq_kernel` holds rows of a tile and walks the tile's list of blocks, then the blocks that it overlaps.
-- `_dkv_kernel` holds keys of a block and walks the list of tiles, of all heads of its kv head, that chose the
-  block, after the tiles that overlap it. Block 0 comes first: a sink's list is the longest.
-Every sum has one order, given by the inputs: two runs agree bit for bit.
+`dk = scale * ds^T q`, `dq = scale * ds k`. There are two kernels, as in dense attention:
+- `_dq_kernel` holds rows of a tile and loops over the tile's list of blocks, then over the blocks that the
+  tile overlaps.
+- `_dkv_kernel` holds keys of a block and loops over the tiles that overlap it, then over the list of tiles,
+  of all heads of the kv head, that chose it. Block 0 comes first, since the list of a sink is the longest.
+The inputs fix the order of every sum, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from moba_hf.kernels.tuning import Tile
 def dq_of_lists(
     rows: Rows, plan: SharedPlan, lists: Lists, first_tile: int, grad_q: Tensor, tile: Tile
 ) -> None:
-    """Writes `grad_q (batch, H, q_len, D)` of the rows of the listed tiles."""
+    """Writes `grad_q (batch, H, q_len, D)` for the rows of the listed tiles."""
     q, k, v = rows.q, rows.k, rows.v
     group = q.shape[1] // k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
@@ -68,11 +69,11 @@ def dq_of_lists(
 def dkv_of_lists(
     rows: Rows, plan: SharedPlan, lists: Lists, first_block: int, grad_k: Tensor, grad_v: Tensor, tile: Tile
 ) -> None:
-    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v (..., DV)` of the keys of the listed blocks.
+    """Writes `grad_k (batch, HK, kv_len, D)` and `grad_v (batch, HK, kv_len, DV)` for the listed blocks.
 
     Args:
-        lists: as `shared_lists.tile_lists` writes them, from block number `first_block` on.
-        tile: `n` divides the block size, `m` the tile.
+        lists: the result of `shared_lists.tile_lists`, from block number `first_block` on.
+        tile: its `n` must divide the block size, its `m` the tile of queries.
     """
     q, k, v = rows.q, rows.k, rows.v
     blocks = min(lists.counts.shape[0], plan.num_blocks + plan.num_seqs - first_block)
@@ -323,7 +324,7 @@ def _dkv_kernel(
         item = number.to(tl.int64) * tl.num_programs(1) + kv_head
         list_ptr += item * list_length
         steps = tl.load(count_ptr + item) * PER_TILE
-        # loaded a step ahead, so that the queries' loads do not wait for it
+        # loaded one step ahead, so that the loads of queries do not wait for it
         next_entry = tl.load(list_ptr, mask=steps > 0, other=0).to(tl.int32)
         for step in tl.range(0, steps, num_stages=STAGES):
             entry = next_entry
@@ -384,9 +385,10 @@ def _load_queries(
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
 ):
-    """Queries, output gradients, lse and delta of rows from position `start` on, inside `[begin, end)`.
+    """Queries, output gradients, lse and delta of BLOCK_M rows from position `start` on.
 
-    Others are silenced. Offsets from the first row are int32: they save registers.
+    Rows outside `[begin, end)` get lse = inf, so that they contribute nothing. Offsets from the first row are
+    int32 to save registers.
     """
     head = tl.cast(in_group, tl.int64)
     first = (start + shift).to(tl.int64)

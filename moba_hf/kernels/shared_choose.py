@@ -1,12 +1,12 @@
-"""From masses of sampled rows to the bit mask of the blocks that each tile attends.
+"""From the masses of sampled rows to the bit mask of the blocks that each tile attends.
 
 Legend: B block size, R sampled rows of a tile, NB blocks; words of 32 blocks.
 
-One program per (tile, head). It turns what `shared_mass` stored into masses of the tile, `mean over rows of
-mass / total`, keeps them in memory of its own (fp32), and walks over them again: every block of at least
-`threshold` times the largest, the forced ones, and those that the tile overlaps. A cap on the mass (`share`)
-or on the number (`topk`) is found by bisection of the masses' bits: fp32 that is not negative sorts as int32.
-Of equal masses the lower block comes first.
+One program per (tile, head). It turns the output of `shared_mass` into masses of the tile, `mean over rows of
+mass / total`, and stores them in its part of a scratch buffer (fp32). A second pass takes every block whose
+mass is at least `threshold` times the largest, the kept blocks, and the blocks that the tile overlaps. A cap
+on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of the masses, since
+non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.op.shared import SharedRule
 
-# Columns and rows of a step, columns of a warp: each thread adds up the rows of its columns. H200, 131,072
-# tokens, 16 rows: 0.68 ms; 1,024 columns 0.81, eight rows 1.27.
+# Columns and rows per step, columns per warp: each thread adds up the rows of its columns. On an H200 with
+# 131,072 tokens and 16 rows this takes 0.68 ms; with 1,024 columns 0.81 ms, with eight rows 1.27 ms.
 _COLUMNS, _ROWS, _WARP = 512, 2, 128
 
 # Bits of the NaN that every mass becomes that is none; bisection starts at -1 and its width must fit int32.
@@ -31,10 +31,10 @@ _NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
 def choose(
     masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
 ) -> None:
-    """Writes `block_mask (H, num_tiles, words)` of the tiles whose `masses` these are, from `first_tile` on.
+    """Writes `block_mask (H, num_tiles, words)` for the tiles of `masses`, from `first_tile` on.
 
     Args:
-        scratch: fp32 `(C, H, NB)`, as `masses.mass` without its rows.
+        scratch: temporary memory, fp32 `(C, H, NB)`, like `masses.mass` without its rows.
     """
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
@@ -88,12 +88,12 @@ def _tile_masses(
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Writes the tile's masses to `scratch_ptr`; returns the largest. Rows `[first_row, last_row)` count."""
+    """Writes the tile's masses (means over `[first_row, last_row)`) to `scratch_ptr`; returns the largest."""
     STEPS: tl.constexpr = BLOCK_N // STEP
     largest = 0.0
     count = (last_row - first_row).to(tl.float32)
     for start in range(0, columns, BLOCK_N):
-        # (steps, blocks of a step): all blocks of a step refer to one unit
+        # (steps, blocks of a step): all blocks of a step share one unit
         step = start // STEP + tl.arange(0, STEPS)
         column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
         mean = tl.zeros([STEPS, STEP], tl.float32)
@@ -121,7 +121,7 @@ def _tile_masses(
 
 @triton.jit
 def _tally(scratch_ptr, columns, bound, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Over blocks with more mass than int32 bits `bound`: their mass, or (COUNT) how many are not forced."""
+    """Of the blocks with more mass than int32 bits `bound`: their mass, or (COUNT) how many are not kept."""
     result = 0.0
     for start in range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
@@ -137,7 +137,7 @@ def _tally(scratch_ptr, columns, bound, sink, local, COUNT: tl.constexpr, BLOCK_
 
 @triton.jit
 def _bound(scratch_ptr, columns, limit, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The least bits with `_tally(bits) < limit`, and that tally."""
+    """The smallest bits with `_tally(bits) < limit`, and that tally."""
     low = -1
     high = tl.cast(_NOT_A_NUMBER, tl.int32)
     while high - low > 1:
@@ -218,13 +218,13 @@ def _choose_kernel(
             BLOCK_N,
             STEP,
         )
-        tl.debug_barrier()  # what other threads wrote is read from here on
+        tl.debug_barrier()  # below, threads read what others wrote
         if THRESHOLD:
             bound = tl.minimum((largest * threshold).to(tl.int32, bitcast=True), _NOT_A_NUMBER)
         if SHARE:
             share_bits, share_before = _bound(scratch_ptr, columns, share, sink, local, False, BLOCK_N)
         if TOPK:
-            # the cap counts the blocks that pass the rest, and those are the heaviest of all that are free
+            # The cap counts blocks that pass the other tests; these are the heaviest ones not kept anyway.
             forced = sink + local - tl.maximum(0, sink + local - columns)
             room = (topk - forced).to(tl.float32)
             count_bits, count_before = _bound(scratch_ptr, columns, room, sink, local, True, BLOCK_N)

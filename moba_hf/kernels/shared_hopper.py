@@ -1,4 +1,4 @@
-"""Where the Gluon kernel of the shared choice is used, and how it is launched; see `hopper.dispatch`."""
+"""When the Gluon kernel of the shared choice is used, and how it is launched; see `hopper.dispatch`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = Tile(m=128, n=64, warps=4, stages=4)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, block_size: int, tile: int) -> bool:
-    """Whether `attend_lists` can take these `(batch, heads, length, dim)` tensors and this rule."""
+    """Whether `attend_lists` supports these `(batch, heads, length, dim)` tensors and this rule."""
     if tile != SHAPE.m or block_size % SHAPE.n:
         return False
     return dispatch.available(q, k, v)
@@ -32,7 +32,7 @@ def attend_lists(
     first_tile: int,
     softmax_scale: float,
 ) -> None:
-    """What `shared_attend.attend_lists` does, for tiles whose last keys fill `SHAPE.n`; same arguments."""
+    """`shared_attend.attend_lists` for tiles whose keys in overlapped blocks are a multiple of `SHAPE.n`."""
     from moba_hf.kernels.shared_hopper_attend import attend_lists_kernel
 
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)

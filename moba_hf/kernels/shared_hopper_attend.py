@@ -1,13 +1,13 @@
-"""Attention of tiles over their lists of blocks for Hopper, in Gluon: what `shared_attend` computes.
+"""Attention of tiles over their lists of blocks for Hopper, in Gluon; computes the same as `shared_attend`.
 
 Legend: T tile, B block size, D and DV head dims, G query heads of a kv head, S stages of the ring.
 
-Persistent programs take (tile, head) items from a queue, those of one kv head after another, the longest
-lists first. A producer warp streams the listed blocks, then those that the tile overlaps, through the ring
-of `hopper.common`; two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead, so
-that while one is attended the queries of the next and the place of the one after it are loaded. A row's
-result does not depend on who draws it. Tiles whose last keys do not fill BLOCK_N are left to
-`shared_attend`: keys behind their end must not be read.
+Persistent programs take (tile, head) items from a queue, one kv head after another, the longest lists first.
+A producer warp streams the listed blocks, then the blocks that the tile overlaps, through the ring of
+`hopper.common`. Two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead: while
+one is attended, the queries of the next and the description of the one after it are loaded. A row's result
+does not depend on which program draws it. Tiles whose last step of keys is not full are left to
+`shared_attend`, since keys past their end must not be read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier, load
 
 @gluon.jit
 def _place(item, tiles, G: gl.constexpr):
-    """Tile, kv head and head of the group of an item: kv heads outermost, the last tiles first."""
+    """Tile, kv head and head within the group of an item: kv heads outermost, the last tiles first."""
     rest = item % (tiles * G)
     return tiles - 1 - rest // G, item // (tiles * G), rest % G
 
 
 @gluon.jit
 def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
-    """What an item is: batch row, first and last + 1 query, position of the first, head, listed blocks."""
+    """An item's batch row, query range (begin, end), position of its first query, head, number of blocks."""
     tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     tile, kv_head, in_group = _place(gl.minimum(item, work - 1), tiles, G)
     info = tile_ptr + (first_tile + tile) * 8
@@ -44,7 +44,7 @@ def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
 
 @gluon.jit
 def _rows(batch, q_begin, q_end, head, row, q_strides):
-    """Element offsets int64 of the query rows of an item; those beyond it are its last one."""
+    """int64 element offsets of an item's query rows; rows past its end repeat the last one."""
     query = gl.minimum(q_begin + row, gl.maximum(q_end - 1, 0))
     offset = batch.to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
     return offset + head.to(gl.int64) * q_strides[1]
@@ -52,7 +52,7 @@ def _rows(batch, q_begin, q_end, head, row, q_strides):
 
 @gluon.jit
 def _steps(position, rows, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Key tiles of the list, all key tiles (0 if this kernel leaves the tile out), first own position."""
+    """Number of listed key tiles, of all key tiles (0 if this kernel skips the tile), first own position."""
     first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
     own = position + rows - first
     listed = count * (BLOCK_SIZE // BLOCK_N)
@@ -62,7 +62,7 @@ def _steps(position, rows, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, 
 
 @gluon.jit
 def _fill(k_desc, v_desc, ring, batch, head, key, step, STAGES: gl.constexpr):
-    """Copies the tile of keys that begins at slot `key`, and their values."""
+    """Copies the tile of keys that begins at slot `key`, and its values, into the ring."""
     keys, values, k_ready, v_ready, k_free, v_free = ring
     stage = step % STAGES
     phase = (step // STAGES & 1) ^ 1
@@ -92,7 +92,7 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Draws items, tells the consumers, and fills the ring with the keys that each item attends."""
+    """Draws items, announces them to the consumers, and fills the ring with the keys of each item."""
     items, drawn, taken = queue
     tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -149,13 +149,13 @@ def _attend(
     DV: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Attends 64 rows to `total` > 0 key tiles, the first `listed` of them unmasked.
+    """Attends `total` > 0 key tiles from 64 rows, the first `listed` tiles without a mask.
 
-    Scores of tile j + 1 and the output of tile j are issued together, and the weights of tile j + 1 computed
-    while the output of tile j still is.
+    The scores of tile j + 1 and the output of tile j are issued together; the weights of tile j + 1 are
+    computed while the output of tile j is still in flight.
 
     Args:
-        last_seen: `(64,)`, the last key that each row sees, counted from the first of the tiles.
+        last_seen: `(64,)`, the last key that each row sees, counted from the first key of the tiles.
     """
     keys, values, k_ready, v_ready, k_free, v_free = ring
     M: gl.constexpr = 64
@@ -193,7 +193,7 @@ def _attend(
         next_p, shrink, high, mass = _weights(
             s, high, mass, scale, last_seen, unmasked, i * BLOCK_N, dtype, p_layout, False
         )
-        # passes at once; a branch, it keeps the compiler from waiting for the product before the weights
+        # Returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax.
         mbarrier.wait(k_ready.index(later), later_phase)
         acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
         barrier()
@@ -255,7 +255,7 @@ def _consume(
         pointers, following, first_tile, tiles, work, num_heads, G
     )
     while item < work:
-        barrier()  # all warps have done with the queries before
+        barrier()  # all warps have finished with the previous queries
         q_smem.store(q)
         fence_async_shared()
         barrier()

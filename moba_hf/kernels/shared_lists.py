@@ -1,10 +1,11 @@
-"""Lists of block numbers from bit masks: what the attention kernels walk.
+"""Turns bit masks into lists of block numbers, over which the attention kernels loop.
 
 Legend: C tiles of a chunk, H query heads, NB blocks of the longest sequence.
 
-One program per (row of words): the places of the set bits, in order, by a running count. Attention lists hold
-the candidates of a tile; the blocks that the tile overlaps are known without a list. For the backward the
-tiles of all heads of a kv head that chose a block are listed likewise, from a column of bits.
+One program per row of words writes the positions of the set bits in order, using a running count. A list for
+attention has a tile's chosen blocks, but not the blocks that the tile overlaps, which need no list. For the
+backward, the tiles of all heads of a kv head that chose a block are listed in the same way, from a column of
+bits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from moba_hf.kernels.shared_plan import SharedPlan
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of some tiles.
+    """The lists of a chunk of tiles.
 
     Attributes:
-        blocks: int16 or int32 `(C, H, NB)`, the candidates of each (tile, head), ascending; or what
-            `tile_lists` says.
-        counts: int32 `(C, H)`.
+        blocks: int16 or int32 `(C, H, NB)`, the chosen blocks of each (tile, head), ascending; for
+            `tile_lists`, see there.
+        counts: int32 `(C, H)`, the length of each list.
     """
 
     blocks: Tensor
@@ -35,7 +36,7 @@ class Lists:
 
     @classmethod
     def empty(cls, chunk: int, num_heads: int, blocks: int, like: Tensor) -> Lists:
-        """Memory for the lists of `chunk` tiles."""
+        """Uninitialised lists for `chunk` tiles."""
         dtype = torch.int16 if blocks < 1 << 15 else torch.int32
         shape = (chunk, num_heads, max(1, blocks))
         return cls(
@@ -45,12 +46,12 @@ class Lists:
 
     @staticmethod
     def tile_bytes(num_heads: int, blocks: int) -> int:
-        """Bytes that one tile takes."""
+        """Bytes per tile."""
         return num_heads * (max(1, blocks) * (2 if blocks < 1 << 15 else 4) + 4)
 
 
 def block_lists(block_mask: Tensor, plan: SharedPlan, first_tile: int, lists: Lists) -> None:
-    """Writes `lists` of as many tiles as it holds, from `first_tile` on.
+    """Fills `lists` for the tiles from `first_tile` on, as many as it has room for.
 
     Args:
         block_mask: int32 `(H, num_tiles, words)`.
@@ -75,7 +76,7 @@ def block_lists(block_mask: Tensor, plan: SharedPlan, first_tile: int, lists: Li
 
 @triton.jit
 def _write_list(mask_ptr, list_ptr, length, BLOCK: tl.constexpr):
-    """Writes the places below `length` of the set bits at `mask_ptr`; returns how many."""
+    """Writes the positions, below `length`, of the set bits at `mask_ptr`; returns their number."""
     count = 0
     for start in range(0, length, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -114,14 +115,14 @@ def _block_lists_kernel(
 
 
 def tile_lists(block_mask: Tensor, plan: SharedPlan, group: int, first_block: int, lists: Lists) -> None:
-    """Writes per (block, kv head) which tiles of which query heads of the group chose the block.
+    """Writes, for each (block, kv head), which tiles of which query heads of the group chose the block.
 
-    An entry is `tile * group + head of the group`, tiles counted from the first one of the sequence; those
-    that overlap the block are left out. Blocks are all blocks of each sequence, incomplete ones included:
-    block `i` of sequence `s` is number `block_offset[s] + s + i`.
+    An entry is `tile * group + head in the group`, with tiles counted from the sequence's first one. Tiles
+    that overlap the block are left out. All blocks of a sequence are numbered, including an incomplete last
+    one: block `i` of sequence `s` has number `block_offset[s] + s + i`.
 
     Args:
-        lists: `blocks (C, HK, group * tiles)`, of blocks from number `first_block` on.
+        lists: `blocks (C, HK, group * tiles)`, for the blocks from number `first_block` on.
     """
     chunk, num_kv_heads, length = lists.blocks.shape
     blocks = min(chunk, plan.num_blocks + plan.num_seqs - first_block)
@@ -147,7 +148,7 @@ def tile_lists(block_mask: Tensor, plan: SharedPlan, group: int, first_block: in
 
 @triton.jit
 def find_block(table_ptr, block_offset_ptr, num_seqs, number):
-    """Sequence and block of block `number` of all blocks, incomplete ones included."""
+    """Sequence and block index of block `number`, with incomplete blocks numbered too."""
     low = 0
     high = num_seqs
     while high - low > 1:
@@ -186,7 +187,7 @@ def _tile_lists_kernel(
         position = tl.load(row + 4) - tl.load(row + 3) - tl.load(row + 2) + tl.load(row + 1)
         first_tile = tl.load(tile_offset_ptr + seq)
         tiles = tl.load(tile_offset_ptr + seq + 1) - first_tile
-        # the first tile that begins behind the block
+        # the first tile that begins after the block
         begin = tl.maximum(((block + 1) * BLOCK_SIZE + TILE - 1) // TILE - position // TILE, 0)
         list_ptr += item * length
         for in_group in range(GROUP):

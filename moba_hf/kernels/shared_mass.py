@@ -1,14 +1,14 @@
-"""How much attention mass each block has for the sampled rows of a tile: the costly half of the choice.
+"""Estimates each block's attention mass for the sampled rows of a tile: the expensive half of the choice.
 
 Legend: T tile, B block size, D head dim, G query heads of a kv head, P parts of a block, R sampled rows of a
 tile, N blocks of a step.
 
-A program holds the sampled rows of a few tiles times the heads of one kv head, so that summaries of blocks
-are read once for all, and runs over the candidates N at a time. The score of a block is, in log2 units, the
-log-sum-exp of P parts and of the smallest key (`moba_hf.op.gates`); with `high` the largest term that a row
-has met so far, `sum of exp2(term - high)` is the block's unnormalised mass: P + 1 exponentials, no logarithm.
-It is stored in fp16 with the `high` it refers to, and `shared_choose` puts rows of a tile together once
-their totals are known. What underflows has 2^-24 of the mass of the row's heaviest block.
+A program holds the sampled rows of a few tiles times the heads of one kv head, so that block summaries are
+read once for all of them, and loops over the candidates, N at a time. A block's score is the log-sum-exp, in
+log2 units, of its P parts and its smallest key (`moba_hf.op.gates`). With `high` the largest term of the row
+so far, `sum of exp2(term - high)` is the block's unnormalised mass; it takes P + 1 exponentials and no
+logarithm. The mass is stored in fp16 together with its `high`. `shared_choose` combines the rows of a tile
+once their totals are known. Masses that underflow are below 2^-24 of the row's heaviest block.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Masses:
-    """Unnormalised masses of some tiles: memory that every chunk of tiles uses anew.
+    """Unnormalised masses of a chunk of tiles; the memory is reused for each chunk.
 
     Legend: C tiles of a chunk, H query heads, R sampled rows, NB blocks, N blocks of a step.
 
     Attributes:
-        mass: fp16 `(C, H, R, NB)`, relative to `high` of its step.
-        high: fp32 `(C, H, R, NB / N)`, log2 of the unit of a step.
-        total: fp32 `(C, H, R, 2)`: the last `high`, and the sum of all masses relative to it.
+        mass: fp16 `(C, H, R, NB)`, relative to the `high` of its step.
+        high: fp32 `(C, H, R, NB / N)`, log2 of the unit of each step.
+        total: fp32 `(C, H, R, 2)`, the final `high` and the sum of all masses relative to it.
         step: N.
     """
 
@@ -50,7 +50,7 @@ class Masses:
 
     @classmethod
     def empty(cls, chunk: int, num_heads: int, rows: int, blocks: int, step: int, like: Tensor) -> Masses:
-        """Memory for `chunk` tiles."""
+        """Uninitialised masses for `chunk` tiles."""
         blocks = triton.cdiv(max(1, blocks), step) * step
         shape = (chunk, num_heads, rows)
         return cls(
@@ -62,7 +62,7 @@ class Masses:
 
     @staticmethod
     def tile_bytes(num_heads: int, rows: int, blocks: int, step: int) -> int:
-        """Bytes that one tile takes."""
+        """Bytes per tile."""
         return num_heads * rows * (2 * blocks + 4 * blocks // step + 8)
 
 
@@ -76,11 +76,11 @@ def row_masses(
     first_tile: int,
     tile: MassTile,
 ) -> None:
-    """Writes `masses` of as many tiles as it holds, from `first_tile` on; dense tiles are left out.
+    """Fills `masses` for the tiles from `first_tile` on, as many as it has room for; skips dense tiles.
 
     Args:
         q: `(batch, H, q_len, D)`, last dimension contiguous.
-        summary: what `shared_summary` returns.
+        summary: the result of `shared_summary`.
     """
     centers, spreads = summary
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], centers.shape[0]
@@ -135,7 +135,7 @@ def row_masses(
 
 @triton.jit
 def _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
-    """log2 of the estimated mass of one part `(M, N)`, from its means and variances `(D, N)`."""
+    """log2 `(M, N)` of the estimated mass of one part, from its means and variances `(D, N)`."""
     moved = dot(squares, spread) * square_scale
     far = tl.sqrt(moved * (2 * LOG2_SIZE))
     return dot(q, center) * scale + tl.where(moved <= 2 * LOG2_SIZE, moved * 0.5 + LOG2_SIZE, far)
@@ -198,7 +198,7 @@ def _row_masses_kernel(
     base = tl.load(info + 6)
     first = position // TILE * TILE
     columns = tl.where(known & (first >= dense_below), first // block_size, 0)
-    # of each group of SAMPLE positions the last row in the call
+    # the sampled row is the last one, within the call, of each group of SAMPLE positions
     end = position + q_end - q_begin
     begin = first + sampled * SAMPLE
     at = tl.minimum(begin + SAMPLE, end) - 1
@@ -226,7 +226,7 @@ def _row_masses_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         done = -1
         for i in range(TILES):
-            # tiles of one sequence share its blocks; another one's are taken in a further turn
+            # tiles of the same sequence share its blocks; each further sequence takes another pass
             here = tl.load(tile_ptr + tl.minimum(first_tile + number + i, last_tile - 1).to(tl.int64) * 8 + 6)
             seen = tl.where(base == here, columns, 0)
             if here > done:

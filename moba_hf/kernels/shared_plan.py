@@ -1,12 +1,12 @@
-"""Where the tiles of a shared choice stand: the tile table of `moba_hf.op.shared`, on the device.
+"""Where the tiles of a shared choice are: the tile table of `moba_hf.op.shared`, built on the device.
 
 Legend: S sequences, B block size, T tile.
 
-The tile table is `op.shared.tile_table` with one more column, so that a kernel finds all it needs of a tile
-in one row: `(batch, q_begin, q_end, position, k_begin, k_end, first_block, 0)`. `first_block` numbers the
-first block of the tile's sequence among the *flat blocks*: the `(k_len - 1) // B` blocks of each sequence
-that a later tile may choose, one sequence after the other. One kernel adds up tiles and blocks over the
-sequences, a second fills the rows; nothing waits for the device.
+The tile table is `op.shared.tile_table` with more columns, so that one row tells a kernel all about a tile:
+`(batch, q_begin, q_end, position, k_begin, k_end, first_block, 0)`. `first_block` is the number of the first
+block of the tile's sequence among the *flat blocks*. These are the `(k_len - 1) // B` blocks of each sequence
+that a later tile may choose, one sequence after the other. One kernel computes running totals of tiles and
+blocks over the sequences, a second fills the rows. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ class SharedPlan:
 
     Attributes:
         table: int32 `(S, 5)`, contiguous; see `moba_hf.op.sequences`.
-        tiles: int32 `(num_tiles, 8)`, see the module; rows that are not needed are zero.
+        tiles: int32 `(num_tiles, 8)`, see the module; unused rows are zero.
         tile_offset: int32 `(S + 1,)`, number of each sequence's first tile.
         block_offset: int32 `(S + 1,)`, flat number of each sequence's block 0.
-        num_seqs: S. num_tiles: rows of `tiles`, a host bound.
-        tile: T. block_size: B.
-        num_blocks: host bound on all flat blocks. max_blocks: the same for one sequence.
-        words: words of a block mask.
+        num_seqs: S.
+        num_tiles: number of rows in `tiles`, an upper bound known on the host.
+        tile: T.
+        block_size: B.
+        num_blocks: upper bound, known on the host, of the number of flat blocks.
+        max_blocks: the same for a single sequence.
+        words: number of words in a block mask.
     """
 
     table: Tensor
@@ -58,8 +61,8 @@ def make_shared_plan(
     """The plan of `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`; two kernel launches.
 
     Args:
-        table: int32 `(S, 5)`.
-        max_seqlen_q, max_seqlen_k: bounds on the queries and keys of one sequence.
+        table: int32 `(S, 5)`, see `moba_hf.op.sequences`.
+        max_seqlen_q, max_seqlen_k: upper bounds on the queries and keys of one sequence.
     """
     num_seqs = table.shape[0]
     num_tiles = tile_bound(num_seqs, max_seqlen_q, q.shape[0] * q.shape[2], tile)
@@ -97,7 +100,7 @@ def make_shared_plan(
 
 @triton.jit(do_not_specialize=["num_seqs", "block_size", "tile_size"])
 def _offsets_kernel(table_ptr, offset_ptr, num_seqs, block_size, tile_size, BLOCK_S: tl.constexpr):
-    """Running totals over sequences: of tiles, then of flat blocks."""
+    """Running totals over the sequences, of tiles and of flat blocks."""
     num_tiles = tl.zeros([], tl.int32)
     num_blocks = tl.zeros([], tl.int32)
     for start in range(0, num_seqs, BLOCK_S):

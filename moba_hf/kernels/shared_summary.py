@@ -1,12 +1,14 @@
-"""What the shared choice knows of a block: the mass gate's vectors, variances averaged over rotary pairs.
+"""Block summaries for the shared choice: the mass gate's vectors, with one variance per rotary pair.
 
 Legend: B block size, D head dim, HK kv heads, NB flat blocks (see `shared_plan`), P parts of a block.
 
-One program per (flat block, kv head). Per part of 16 keys it takes the mean and the variance in fp32, adds
-the variances of the two coordinates that a rotary embedding turns together, and keeps the key of least norm
-in the block, the first of equals. Stored so that a tile of blocks of one vector is one contiguous read:
-`centers (HK, P + 1, NB, D)` in the key dtype holds the means and then the smallest key, `spreads
-(HK, P, NB, D / 2)` in `spread_dtype` the variances. Reference: `moba_hf.op.gates.MassGate`.
+One program per (flat block, kv head) computes in fp32:
+- per part of 16 keys, the mean of the keys, and their variance, averaged over the two coordinates that the
+  rotary embedding rotates together;
+- per block, the key with the smallest norm, the first one if several are equal.
+`centers (HK, P + 1, NB, D)`, in the key dtype, holds the means and then the smallest key;
+`spreads (HK, P, NB, D / 2)`, in `spread_dtype`, holds the variances. In this layout a tile of blocks is read
+contiguously. Reference: `moba_hf.op.gates.MassGate`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from moba_hf.op.numerics import part_size, spread_dtype
 
 
 def shared_summary(k: Tensor, plan: SharedPlan, rotary_pairs: str) -> tuple[Tensor, Tensor]:
-    """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; spare rows stay unwritten."""
+    """`centers` and `spreads` of `k (batch, HK, kv_len, D)`; unused rows stay unwritten."""
     num_kv_heads, head_dim, size = k.shape[1], k.shape[3], part_size(plan.block_size)
     parts, blocks = plan.block_size // size, max(1, plan.num_blocks)
     centers = torch.empty(num_kv_heads, parts + 1, blocks, head_dim, dtype=k.dtype, device=k.device)

@@ -1,4 +1,4 @@
-"""Tile choices of the shared choice's kernels; see `tuning`, whose rules hold here too."""
+"""Launch parameters for the kernels of the shared choice; the rules of `tuning` apply here too."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ from dataclasses import dataclass
 
 from moba_hf.kernels.tuning import Tile, fits
 
-# Most memory for masses of rows, and for lists of blocks, of a chunk of tiles, in bytes.
+# Maximum memory for the row masses and for the block lists of a chunk of tiles, in bytes.
 MASS_WORKSPACE = 1 << 30
 LIST_WORKSPACE = 256 << 20
 
 
 @dataclass(frozen=True)
 class MassTile(Tile):
-    """As `Tile`: `m` sampled rows (tiles x rows x heads), `n` blocks of a step.
+    """A `Tile` with `m` sampled rows (tiles x rows x heads) and `n` blocks per step.
 
     Attributes:
-        wide: the parts of all blocks of a step are one matrix product, not one each.
+        wide: multiply all parts of the blocks of a step in one matrix product instead of one per part.
     """
 
     wide: bool = False
 
 
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
-    """The tile of `shared_mass`; `dim`: padded head dim, `parts` of a block."""
+    """The tile of `shared_mass`.
+
+    Args:
+        dim: padded head dim.
+        itemsize: bytes per element.
+        parts: number of parts in a block.
+        device_capability: compute capability.
+    """
     for tile in _MASS:
         if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
             return tile
@@ -31,20 +38,20 @@ def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int,
 
 
 def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
-    """Bytes of shared memory of `shared_mass`: queries, their squares, and vectors of `stages` steps."""
+    """Bytes of shared memory for `shared_mass`: queries, their squares, and the vectors of `stages` steps."""
     half = max(16, dim // 2)
     vectors = tile.n * ((parts + 1) * dim + parts * half)
     return (tile.m * (dim + half) + tile.stages * vectors) * itemsize + 1024
 
 
-# H200, 131,072 tokens, every 8th row, blocks of 64: 3.6 ms; 128 x 32 with 8 warps 4.2, 64 x 32 with 4 warps
-# 5.4 (one program to a processor), four stages 5.4, the parts one by one 4.8.
+# H200, 131,072 tokens, every 8th row, blocks of 64: 3.6 ms. Slower: 128 x 32 with 8 warps 4.2 ms, 64 x 32
+# with 4 warps 5.4 ms (one program per SM), four stages 5.4 ms, one product per part 4.8 ms.
 _MASS = (
     MassTile(64, 16, 4, 3, True),
     MassTile(64, 16, 4, 2, True),
     MassTile(64, 16, 4, 1),
 )
-# Query rows held, keys streamed; 128 rows halve what is read of keys.
+# These hold query rows and loop over keys; 128 rows read keys half as often as 64.
 _ATTEND = (
     Tile(128, 64, 8, 3),
     Tile(128, 64, 8, 2),
@@ -58,7 +65,7 @@ _ATTEND_WIDE = (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile
 def attend_tile(
     dims: tuple[int, int], itemsize: int, tile: int, block_size: int, device_capability: tuple[int, int]
 ) -> Tile:
-    """The tile of `shared_attend`: `m` divides `tile`, `n` is a multiple or a divisor of `block_size`."""
+    """The tile of `shared_attend`; `m` divides `tile`, `n` is a multiple or a divisor of `block_size`."""
     for shape in _ATTEND_WIDE if max(dims) > 128 else _ATTEND:
         if shape.m <= tile and fits(shape.shared_memory(dims, itemsize), device_capability):
             return shape
@@ -66,13 +73,13 @@ def attend_tile(
 
 
 _DQ = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-# H200, 131,072 tokens, 5 % of the pairs: 47 ms; 64 x 64 with two stages 59, with 8 warps and three 63.
+# H200, 131,072 tokens, 5 % of the pairs: 47 ms; 64 x 64 with two stages 59, with 8 warps and three stages 63.
 _HELD = (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 
 
 @dataclass(frozen=True)
 class SharedBackwardTiles:
-    """Shapes of the backward: `dq` holds rows and streams keys, `held` holds keys and streams rows."""
+    """Tiles of the backward: `dq` holds rows and loops over keys, `held` holds keys and loops over rows."""
 
     dq: Tile
     held: Tile

@@ -1,7 +1,7 @@
-"""The online softmax that every attention kernel runs, in base 2.
+"""The online softmax of all attention kernels, in base 2.
 
-A row keeps its largest scaled score `m_i`, the sum `l_i` of `exp2(score - m_i)`, and `acc`, the same sum
-weighted by values. `p = exp2(score * scale - m_i)` is one fused multiply-add and one exp2 per score.
+A row keeps its largest scaled score `m_i`, the sum `l_i` of `exp2(score - m_i)`, and `acc`, the sum of the
+values with these weights. `p = exp2(score * scale - m_i)` is one fused multiply-add and one exp2 per score.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ FEW_KEYS = tl.constexpr(16)
 
 @triton.jit
 def accumulate(acc, m_i, l_i, scores, values, scale, like):
-    """One step: `scores (M, N)` unscaled with -inf where masked, `values (N, D)`; `scale` > 0 in base 2.
+    """One step with unscaled `scores (M, N)`, -inf where masked, and `values (N, D)`; returns acc, m_i, l_i.
 
-    `like`: the pointer of the values; weights are rounded to its dtype.
+    `scale` is positive and includes log2(e). The weights are rounded to the dtype of the pointer `like`.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - m_new[:, None])

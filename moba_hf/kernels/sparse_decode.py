@@ -1,11 +1,11 @@
-"""Attention of a few queries to their chosen blocks, split over blocks so that the device is filled.
+"""Attention of a few queries to their chosen blocks, split over the blocks to fill the device.
 
 Legend: B block size, H query heads, K topk, D and DV head dims of keys and values, P = K x segments.
 
-One program per (query, head, slot, segment of the block) reads its keys and values once, in fp32 without
-matrix units (one query row would waste them), and writes a partial output and log-sum-exp, -inf where there
-is nothing to attend. The own block may stand in any slot: every slot is masked by the query's position. A
-second kernel (`merge_parts`) adds up the P partials of a query, in order.
+One program per (query, head, slot, segment of the block) reads its keys and values once and computes in fp32
+without matrix units, which a single query row would waste. It writes a partial output and log-sum-exp (-inf
+if there is nothing to attend). The own block may be in any slot, so every slot is masked by the query's
+position. A second kernel (`merge_parts`) merges the P partial results of a query in order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moba_hf.kernels.layout import (
 
 
 def num_segments(tuned: tuning.Choices, block_size: int, blocks: int = 0, processors: int = 0) -> int:
-    """Parts that a block is split in, where `blocks` are attended in all on so many processors."""
+    """Number of segments per block, if `blocks` blocks are attended in all on `processors` SMs."""
     shortest, longest = tuned.decode_segments
     least = int(triton.cdiv(block_size, longest))
     wanted = processors * tuned.decode_programs // max(1, blocks)
@@ -40,7 +40,7 @@ def num_segments(tuned: tuning.Choices, block_size: int, blocks: int = 0, proces
 
 
 def takes(q: Tensor, topk: int, max_seqlen_q: int, block_size: int) -> bool:
-    """Whether so few queries are better served here than by regrouping them by block."""
+    """Whether the queries are so few that this kernel is faster than regrouping them by block."""
     tuned = tuning.choices_for(q)
     partials = q.shape[0] * q.shape[2] * q.shape[1] * topk * num_segments(tuned, block_size)
     few = min(max_seqlen_q, q.shape[2]) <= tuning.DECODE_QUERIES
@@ -60,13 +60,14 @@ def decode_attention(
     by_row: bool = False,
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` fp32, natural.
+    """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)`, fp32, natural logarithm.
 
     Args:
-        q: `(batch, H, q_len, D)`. k, v: `(batch, HK, kv_len, D or DV)`; last dimensions contiguous.
-        choice: int32 `(batch, q_len, H, K)`, contiguous, own block in any slot.
+        q: `(batch, H, q_len, D)`, last dimension contiguous.
+        k, v: `(batch, HK, kv_len, D or DV)`, last dimension contiguous.
+        choice: int32 `(batch, q_len, H, K)`, contiguous, the own block in any slot.
         by_row: row r of the table is batch row r, for every r, which saves a pass over the partials.
-        segments: parts that a block is split in; None: by `num_segments`.
+        segments: number of segments per block; None: by `num_segments`.
     """
     batch, num_heads, q_len, head_dim = q.shape
     topk, v_dim, tuned = choice.shape[3], v.shape[3], tuning.choices_for(q)
@@ -76,7 +77,7 @@ def decode_attention(
     block_n = min(tuned.decode_keys, triton.next_power_of_2(block_size))
     shape, device = (batch, q_len, num_heads, topk * segments), q.device
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=device)
-    # rows that no sequence covers are never visited: only there the first value stays
+    # rows outside all sequences are not visited and must keep an initial -inf
     partial_lse = (
         torch.empty(shape, dtype=torch.float32, device=device)
         if by_row
@@ -116,11 +117,14 @@ def decode_attention(
 
 
 def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`out (batch, q_len, H, DV)` in `dtype` and `lse (batch, H, q_len)` fp32, natural, from P partials.
+    """Merges P partial results into `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)`.
+
+    `out` has dtype `dtype`; `lse` is fp32, natural logarithm. If all partials are -inf, the results are zeros
+    and -inf.
 
     Args:
-        partial: fp32 `(batch, q_len, H, P, DV)`. partial_lse: fp32 `(batch, q_len, H, P)`, base 2; where it
-            is -inf, `partial` is not read. All -inf gives zeros and -inf.
+        partial: fp32 `(batch, q_len, H, P, DV)`; not read where `partial_lse` is -inf.
+        partial_lse: fp32 `(batch, q_len, H, P)`, base 2.
     """
     batch, q_len, num_heads, parts, v_dim = partial.shape
     least, most = tuning.choices_for(partial).decode_parts
@@ -170,7 +174,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One (query, head, slot, segment)."""
+    """Handles one (query, head, slot, segment)."""
     seq = table_ptr + tl.program_id(0) // queries * SEQ_COLUMNS
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -235,7 +239,7 @@ def _decode_merge_kernel(
     PADDED_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Adds up the partial outputs of one (query, head); zeros and -inf where there are none."""
+    """Merges the partial outputs of one (query, head); writes zeros and -inf if there are none."""
     query = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = query * tl.num_programs(1) + head

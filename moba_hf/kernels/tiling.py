@@ -1,15 +1,15 @@
-"""Where the tiles of queries and the blocks of keys of each sequence are numbered, without asking the device.
+"""Numbers the tiles of queries and the blocks of keys of each sequence, without reading from the device.
 
 Legend: S sequences, B block size, T flat query rows (batch * q_len), HK kv heads, NB flat blocks.
 
-Queries are cut in *tiles* of at most TILE tokens that never cross a block, aligned to the block: tile
+Queries are split into *tiles* of at most TILE tokens that are aligned to blocks and never cross one: tile
 `block * TILES_PER_BLOCK + part` of a sequence holds positions `[part * TILE, (part + 1) * TILE)` of that
-block, so all its queries share one own block and a tile covers the same tokens in every chunk of queries.
-Blocks that can be chosen by a later query, `(k_len - 1) // B` of each sequence, are numbered through all
+block. So all queries of a tile share an own block, and a tile covers the same tokens in every chunk of
+queries. The blocks that a later query may choose, `(k_len - 1) // B` per sequence, are numbered across all
 sequences: block `i` of sequence `s` is flat block `block_offset[s] + i`.
-One small kernel writes, per chunk of rows, the running totals `tile_offset (chunks, S + 1)` and
-`block_offset (S + 1)`; other kernels find their sequence by bisection. Grids are host bounds on the totals,
-and programs beyond the device's total return at once.
+A small kernel writes the running totals `tile_offset (chunks, S + 1)`, per chunk of rows, and
+`block_offset (S + 1)`; other kernels find their sequence by bisection. Grids use upper bounds of the totals
+that the host knows; programs beyond the actual total return at once.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Tiling:
         tile_offset: int32 `(chunks, S + 1)`, number of each sequence's first tile in a chunk.
         num_seqs: S.
         block_size: B.
-        tile: tokens of a tile.
-        tiles_per_block: tiles that a block is cut in.
-        num_blocks: host bound on all flat blocks.
-        max_blocks: host bound on the flat blocks of one sequence.
+        tile: maximum number of tokens in a tile.
+        tiles_per_block: number of tiles per block.
+        num_blocks: upper bound, known on the host, of the number of flat blocks.
+        max_blocks: the same for a single sequence.
         chunk_rows: flat query rows in a chunk.
         num_rows: T.
-        max_seqlen_q: host bound on the queries of one sequence.
+        max_seqlen_q: upper bound, known on the host, of the queries of one sequence.
     """
 
     table: Tensor
@@ -78,7 +78,7 @@ class Tiling:
 
     @property
     def max_tiles(self) -> int:
-        """Host bound on a chunk's tiles: each holds a query; a run of n queries has at most n * rate + 3."""
+        """Upper bound of a chunk's tiles: each has a query; n consecutive ones need at most n * rate + 3."""
         rate = self.tiles_per_block
         whole = self.chunk_rows * rate // self.block_size + 1 + 3 * self.num_seqs
         each = self.num_seqs * (min(self.max_seqlen_q, self.chunk_rows) * rate // self.block_size + 4)
@@ -86,7 +86,7 @@ class Tiling:
 
 
 def head_split(group_size: int, rows: int) -> tuple[int, int]:
-    """Query heads of one program, and tokens of its tile, so that both fit `rows`."""
+    """Query heads per program and tokens per tile, such that heads x tokens fit `rows`."""
     heads = min(group_size, rows)
     return heads, max(1, rows // heads)
 
@@ -105,9 +105,9 @@ def make_tiling(
     """The numbering of `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`; one kernel launch.
 
     Args:
-        table: int32 `(S, 5)`.
-        tile: most tokens of a tile; shrunk so that tiles of a block are even.
-        chunk_rows: flat query rows handled at a time; None: all.
+        table: int32 `(S, 5)`, see `moba_hf.op.sequences`.
+        tile: maximum number of tokens in a tile; reduced to make the tiles of a block even.
+        chunk_rows: flat query rows per chunk; None: all.
     """
     rows, num_seqs = q.shape[0] * q.shape[2], table.shape[0]
     parts = triton.cdiv(block_size, min(tile, block_size))
@@ -149,9 +149,9 @@ def make_tiling(
 
 
 def tile_table(tiling: Tiling, chunk: int, q_len: int) -> Tensor:
-    """What each query tile of a chunk is, int32 `(max_tiles, INFO_COLUMNS)`.
+    """Description of each query tile of a chunk, int32 `(max_tiles, INFO_COLUMNS)`.
 
-    `layout` names the columns. Rows beyond the tiles stay unwritten.
+    `layout` names the columns. Rows beyond the actual number of tiles stay unwritten.
     """
     first_row = chunk * tiling.chunk_rows
     result = torch.empty(tiling.max_tiles, INFO_COLUMNS.value, dtype=torch.int32, device=tiling.table.device)
@@ -185,7 +185,7 @@ def _tiling_kernel(
     TILES_PER_BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Running totals of tiles and blocks over sequences, for the chunk of this program."""
+    """Running totals of tiles and blocks over the sequences, for one chunk."""
     chunk = tl.program_id(0)
     tile_offset_ptr += chunk.to(tl.int64) * (num_seqs + 1)
     num_tiles = tl.zeros([], tl.int32)
@@ -225,7 +225,7 @@ def clip_queries(batch, q_begin, q_end, q_len, first_row, num_rows):
 
 @triton.jit
 def bisect(offset_ptr, num_seqs, number):
-    """The last sequence whose offset is at most `number`: the one that holds it."""
+    """The sequence that contains `number`: the last one whose offset is at most `number`."""
     low = 0
     high = num_seqs
     while high - low > 1:
@@ -249,11 +249,11 @@ def find_tile(
     TILE: tl.constexpr,
     TILES_PER_BLOCK: tl.constexpr,
 ):
-    """What query tile `number` of a chunk is.
+    """Description of query tile `number` of a chunk.
 
     Returns its sequence, batch row, own block, first position, query index of position 0 (may be negative),
-    query range `[low, high)`, first key slot, and length in keys. Tokens of the tile are positions
-    `first + i`, `i < TILE`, inside the block and inside the query range.
+    query range `[low, high)`, and the sequence's first key slot and number of keys. The tile's tokens are the
+    positions `first + i`, `i < TILE`, that lie in the block and in the query range.
     """
     seq = bisect(tile_offset_ptr, num_seqs, number)
     row = table_ptr + seq * SEQ_COLUMNS
@@ -284,10 +284,10 @@ def tile_rows(
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Token of the tile, query index, head of the group, and mask `(M,)` of a program's rows.
+    """Token within the tile, query index, head within the group, and mask, each `(M,)`, of a program's rows.
 
-    A row is a token and a head; `part`: which HEADS of the group's heads the program takes. The rest is what
-    `find_tile` returns.
+    A row is a token and a head. `part` says which HEADS of the group's heads the program handles; the other
+    arguments come from `find_tile`.
     """
     row = tl.arange(0, BLOCK_M)
     token = row // HEADS

@@ -1,4 +1,4 @@
-"""The tiles of the backward's attention kernels: a part of the table in `tuning`, with its memory model."""
+"""The tiles of the backward's attention kernels, which extend the table in `tuning`, with a memory model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from moba_hf.kernels.tuning import Tile, fits
 
-# Shared memory of a backward kernel beyond its tiles: indices, lse and delta, barriers.
+# Shared memory of a backward kernel in addition to its tiles: indices, lse and delta, barriers.
 _BACKWARD_OVERHEAD = 2048
-# Keys held (n), rows streamed past them (m): the sums of dk and dv are n x (D + DV) in registers. A tile that
-# holds the whole block gives dq too; in longer blocks half as many keys are faster, since two programs then
-# share a processor (H200, 512 / 3: routed 11.4 against 12.1 ms, own 3.9 against 4.2).
+# These hold n keys and loop over m rows at a time; the sums of dk and dv, n x (D + DV), are in registers. A
+# tile that holds the whole block computes dq too. For longer blocks half as many keys are faster, since two
+# programs then fit on an SM (H200, 512 / 3: routed 11.4 against 12.1 ms, own 3.9 against 4.2 ms).
 _HELD_WHOLE = (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 128, 8, 3))
 _HELD = (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 _HELD_OWN = (Tile(32, 64, 4, 3), *_HELD[1:])
@@ -20,20 +20,22 @@ _HELD_WIDE = (
     Tile(32, 32, 4, 2),
     Tile(16, 16, 4, 1),
 )  # dims above 128
-# Rows held (m), keys streamed past them (n).
+# These hold m rows and loop over n keys at a time.
 _DQ = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
-# Columns of tensor memory on GPUs that multiply there.
+# Columns of tensor memory, on GPUs whose matrix unit uses it.
 _TENSOR_MEMORY = 512
 
 
 @dataclass(frozen=True)
 class BackwardTiles:
-    """Shapes of the backward's kernels.
+    """The tiles of the backward's kernels.
 
     Attributes:
-        held, own: keys and values held, rows streamed: routed and own blocks. If the block fits `n`, it
-            gives dq too.
-        dq, own_dq: rows held, keys streamed; for blocks longer than `held.n`, `own.n`.
+        held: for routed blocks; holds keys and values and loops over rows. If the block fits `n`, this kernel
+            computes dq too.
+        own: the same for own blocks.
+        dq: for routed blocks longer than `held.n`; holds rows and loops over keys.
+        own_dq: the same for own blocks longer than `own.n`.
     """
 
     held: Tile
@@ -63,7 +65,7 @@ def backward_tiles(
         return tile
 
     def streamed(tile: Tile) -> int:
-        """Rows and keys, those in flight too, and what the matrix unit wants copied."""
+        """Shared memory for rows, for keys (in flight too), and for copies that the matrix unit needs."""
         elements = (tile.m + (tile.stages - 1 + (kind > 8)) * tile.n) * sum(dims)
         copied = {8: tile.m * tile.n, 9: 0, 10: tile.n * dims[0]}[kind]
         return (elements + copied) * itemsize + _BACKWARD_OVERHEAD
@@ -74,7 +76,7 @@ def backward_tiles(
     routed: tuple[Tile, ...] = _HELD
     own: tuple[Tile, ...] = _HELD_OWN if max(dims) > 64 else _HELD
     if wide:
-        # 8 warps with much wider values than keys: ptxas gives up on Ampere and spills all
+        # on Ampere, with values much wider than keys, ptxas spills everything at 8 warps
         routed = _HELD_WIDE[2:] if kind == 8 and min(dims) <= 64 else _HELD_WIDE
         own = routed if len(routed) == 2 else _HELD_WIDE[1:]
     elif kind == 8:  # fewer spills
@@ -83,32 +85,32 @@ def backward_tiles(
 
 
 def _matrix_unit(device_capability: tuple[int, int]) -> int:
-    """Which generation multiplies: 8 from registers, 9 from shared memory, 10 into tensor memory."""
+    """Generation of the matrix unit: 8 reads registers, 9 shared memory, 10 writes to tensor memory."""
     return {9: 9, 10: 10, 11: 10}.get(device_capability[0], 8)
 
 
 def _held_memory(
     tile: Tile, dims: tuple[int, int], itemsize: int, whole: bool, routed: bool, kind: int
 ) -> int:
-    """Shared memory, in bytes, that Triton 3.6 gives a kernel that holds keys; the tests compare with it.
+    """Bytes of shared memory that Triton 3.6 allocates for a kernel that holds keys; a test compares.
 
-    Rows in flight: routed ones wait for their index first, so a stage brings half a tile; tensor cores that
-    read shared memory keep one more, those with tensor memory two.
+    Tiles of rows in flight: routed rows wait for their index first, so a stage counts half. Tensor cores that
+    read shared memory keep one more tile, those with tensor memory two more.
     """
     flight = max(1, (tile.stages - 1) // (2 if routed else 1)) + kind - 8
     elements = (tile.n + flight * tile.m) * sum(dims)
     if whole:
-        elements += tile.m * max(tile.n, dims[0])  # ds transposed, dq on its way out
+        elements += tile.m * max(tile.n, dims[0])  # transposed ds, outgoing dq
         if not routed:
             elements += (tile.stages - 1) * tile.m * dims[0]  # the routed dq, in flight
         if tile.m < 64 and kind > 8:
-            elements += tile.n * dims[0]  # dq of so few rows is multiplied from registers: keys once more
+            elements += tile.n * dims[0]  # with few rows, dq comes from registers: another copy of the keys
     elif kind == 8:
-        elements += tile.m * tile.n  # p and ds change threads
+        elements += tile.m * tile.n  # p and ds are exchanged between threads
     return elements * itemsize + _BACKWARD_OVERHEAD
 
 
 def _held_columns(tile: Tile, dims: tuple[int, int], whole: bool) -> int:
-    """Columns of tensor memory of the same: dk, dv, scores, dp, both narrowed, dq; 64 keys take half."""
+    """Columns of tensor memory of that kernel: dk, dv, scores, dp, narrowed p and ds, dq; half at 64 keys."""
     columns = (sum(dims) + 3 * tile.m) * min(tile.n, 128) // 128 if tile.n >= 64 else 0
     return columns + (dims[0] if whole and tile.m >= 64 else 0)

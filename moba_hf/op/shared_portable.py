@@ -3,10 +3,10 @@
 Legend: H query heads, HK kv heads, D head dim, B block size, T tile, M queries and N keys of a sequence.
 
 For each sequence:
-1. select: masses of the candidates for the sampled rows of a run of tiles, then what each tile takes.
-2. attend: the problems of `shared_problems`, a piece of their lists at a time; partial results are merged.
-Sums are taken in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is
-for CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
+1. select: masses of the candidates for the sampled rows of a run of tiles, then the blocks of each tile.
+2. attend: the problems of `shared_problems`, one piece of their lists at a time; partial results are merged.
+Sums are in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is for
+CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from moba_hf.op import shared_cpu
 from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
-from moba_hf.op.shared_problems import Problems, SequenceBlocks, budget, each_sequence, shifted_exp
+from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
 
 _MASS_BUDGET = 1 << 20  # elements that the terms of the masses of one step may hold, on a CPU
 
@@ -36,7 +35,8 @@ def select(
     """The choice of every tile, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
     """
     words = mask_words(sequences.max_seqlen_k, rule.block_size)
     shape = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
@@ -49,22 +49,24 @@ def select(
                 k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs
             )
             terms = q.shape[1] * (rule.tile // rule.sample) * blocks * gate.mean.shape[1]
-            step = max(1, budget(_MASS_BUDGET, q) // terms)
+            step, scratch = max(1, budget(_MASS_BUDGET, q) // terms), Scratch(gate.mean)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
-                chosen = _choose_tiles(q[batch], gate, part, rule)
+                chosen = _choose_tiles(q[batch], gate, part, rule, scratch)
                 place = slice(numbers.start + start, numbers.start + start + len(part))
                 result[:, place] = pack_blocks(chosen, words)
     return result
 
 
 def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
-    """Queries per row whose masses fit the budget, over blocks `kept (batch, HK, C, width)`."""
+    """Number of queries per row whose masses over `kept (batch, HK, C, width)` fit the budget."""
     parts = rule.block_size // part_size(rule.block_size)
     return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
 
-def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule) -> Tensor:
+def _choose_tiles(
+    q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule, scratch: Scratch
+) -> Tensor:
     """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
@@ -83,10 +85,11 @@ def _choose_tiles(q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rul
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
     seen = int(candidates[0])  # all rows see so many
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
-    masses = row_masses(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen).unflatten(1, at.shape)
+    weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
+    weights = weights.unflatten(1, at.shape)
     if not speaks.all():
-        masses *= speaks[:, :, None]
-    mass = masses.sum(2).div_(speaks.sum(1)[:, None])
+        weights *= speaks[:, :, None, None]
+    mass = weights.sum((2, 3)).div_(speaks.sum(1)[:, None])
     taken = take_candidates(mass, candidates, rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
     return torch.where(dense, earlier, taken) | own
@@ -100,24 +103,35 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
     Args:
         hidden: bool `(M, further blocks)`.
     """
-    kv_heads, columns = gate.mean.shape[0], seen + hidden.shape[1]
-    queries = q.to(gate.mean.dtype).reshape(kv_heads, 1, -1, q.shape[2])
-    spread = gate.squares(queries) @ gate.var[:, :, :columns].transpose(2, 3)
+    return _term_weights(q, gate, hidden, seen, Scratch(gate.mean)).sum(2)
+
+
+def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
+    """What each part of a block, then its smallest key, adds to `row_masses`: `(H, M, parts + 1, blocks)`."""
+    kv_heads, parts = gate.mean.shape[:2]
+    columns = seen + hidden.shape[1]
+    queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])
+    rows = queries.shape[1]
     # f(v) of `moba_hf.op.gates` is m (2 r - m), with r = sqrt(v / 2) and m = min(r, sqrt(log n))
-    root = spread.mul_(0.5).sqrt_()
-    least = root.clamp(max=math.sqrt(gate.log_size))
-    terms = queries @ gate.centers[:, :, :columns].transpose(2, 3)  # of parts, then of the smallest key
-    terms[:, :-1] += root.mul_(2).sub_(least).mul_(least).add_(gate.log_size)
-    terms = terms.view(kv_heads, terms.shape[1], -1, hidden.shape[0], columns)
-    terms[..., seen:].masked_fill_(hidden, -torch.inf)
-    high = terms.amax((1, 4), keepdim=True).clamp_(min=torch.finfo(terms.dtype).min)
-    mass = shifted_exp(terms, high).sum(1)
-    mass[..., seen:].masked_fill_(hidden, 0.0)
-    return mass.div_(mass.sum(3, keepdim=True).clamp_(min=torch.finfo(mass.dtype).tiny)).flatten(0, 1)
+    var = gate.var[:, :, :columns].flatten(1, 2).mul(2).transpose(1, 2)
+    twice_r = scratch.room("roots", kv_heads, rows, parts * columns)
+    torch.bmm(gate.squares(queries), var, out=twice_r).sqrt_()
+    twice_m = scratch.room("least", kv_heads, rows, parts * columns)
+    torch.clamp(twice_r, max=2 * math.sqrt(gate.log_size), out=twice_m)
+    terms = scratch.room("terms", kv_heads, rows, (parts + 1) * columns)
+    torch.bmm(queries, gate.centers[:, :, :columns].flatten(1, 2).transpose(1, 2), out=terms)
+    terms[..., : parts * columns].addcmul_(twice_r.sub_(twice_m, alpha=0.5), twice_m, value=0.5)
+    terms[..., parts * columns :].sub_(gate.log_size)  # instead of adding it to the parts
+    split = terms.view(q.shape[0], q.shape[1], parts + 1, columns)
+    split[..., seen:].masked_fill_(hidden[:, None], -torch.inf)
+    torch.softmax(terms, 2, out=terms)
+    if seen == 0:
+        split.masked_fill_(hidden.all(1)[:, None, None], 0.0)
+    return split
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-    """Positions `(tiles, groups)` of the rows that speak for tiles, and which of these there are."""
+    """Positions `(tiles, groups)` of the sampled rows of tiles, and which of them exist."""
     end = begin + count
     first = begin // sample
     groups = (end - 1) // sample + 1 - first
@@ -127,7 +141,7 @@ def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Te
 
 
 def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
-    """Candidates that tiles attend, bool `(H, tiles, columns)`, from their masses of the same shape."""
+    """Candidates that tiles attend to, bool `(H, tiles, columns)`, from masses of the same shape."""
     block = torch.arange(mass.shape[2], device=mass.device)
     earlier = block < candidates[:, None]
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
@@ -160,51 +174,70 @@ def attend(
     """Attention over chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, Dv)`.
         block_mask: see `moba_hf.op.shared`.
     """
     batch, num_heads, q_len, _ = q.shape
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
-    dtype, fast = accumulate_dtype(q.dtype), shared_cpu.fused(q, v)
+    dtype = accumulate_dtype(q.dtype)
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
-            outs = seq.q.new_empty(len(seq.q), v.shape[3])
-            lses = seq.q.new_empty(len(seq.q))
-            for problems in seq.batches(alike=fast):
-                part, part_lse = (shared_cpu.attend_batch if fast else _attend_batch)(seq, problems)
+            outs = seq.q.new_empty(len(seq.order), seq.tile, v.shape[3])
+            lses = seq.q.new_empty(len(seq.order), seq.tile)
+            for problems in seq.batches():
+                part, part_lse = outs[problems.place], lses[problems.place]
+                _attend_batch(seq, problems, part, part_lse)
                 if not all_finite(part):  # a weight of 0 may have met a NaN
-                    part, part_lse = _attend_batch(seq, problems, finite=False)
-                outs.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
-                lses.index_copy_(0, problems.row.flatten(), part_lse.flatten())
-            at = seq.batch, seq.queries
-            out[at] = outs[:-1].unflatten(0, (num_heads, -1)).transpose(0, 1).to(out.dtype)
-            lse[seq.batch, :, seq.queries] = lses[:-1].unflatten(0, (num_heads, -1))
+                    _attend_not_finite(seq, problems, part, part_lse)
+            place = seq.places()
+            rows = out[seq.batch, seq.queries].flatten(0, 1)
+            _take(outs.flatten(0, 1), place.t().flatten(), rows)
+            lse[seq.batch, :, seq.queries] = lses.flatten()[place]
     return out, lse
 
 
-def _attend_batch(seq: SequenceBlocks, problems: Problems, *, finite: bool = True) -> tuple[Tensor, Tensor]:
-    """Outputs `(P, T, Dv)` and log denominators `(P, T)`.
+def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Writes the rows `index` of `x` to `out`, rounded to its dtype."""
+    if x.dtype == out.dtype:
+        torch.index_select(x, 0, index, out=out)
+    else:
+        out.copy_(x.index_select(0, index))
 
-    Args:
-        finite: there is nothing but finite numbers, so that a weight of 0 hides a value.
-    """
-    lowest = torch.finfo(seq.dtype).min
-    so_far: tuple[Tensor, Tensor, Tensor] | None = None
+
+def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
+    """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
+    first = True
     for piece in seq.pieces(problems):
-        top = piece.scores.amax(2, keepdim=True).clamp_(min=lowest)  # all may be -inf
-        if so_far is not None:
-            top = torch.maximum(top, so_far[0])
-        weights = piece.weights(top)
-        part = masked_product(weights, piece.values, None if finite else piece.hidden())
-        mass = weights.sum(2, keepdim=True)
-        if so_far is not None:
-            high, total, out = so_far
-            shrink = torch.exp(high - top)
-            mass, part = mass + total * shrink, part + out * shrink
-        so_far = (top, mass, part)
-    assert so_far is not None
-    high, total, out = so_far
-    nothing = high == lowest
-    lse = (high + total.log()).masked_fill_(nothing, -torch.inf)
-    return out.div_(total.masked_fill_(nothing, torch.nan)), lse[:, :, 0]
+        top = piece.scores.amax(2)
+        weights = torch.softmax(piece.scores, 2, out=piece.scores)
+        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
+        if first:
+            torch.bmm(weights, piece.values, out=out)
+            lse.copy_(log)
+        else:
+            total = torch.logaddexp(lse, log)
+            out.mul_((lse - total).exp_()[..., None])
+            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
+            lse.copy_(total)
+        first = False
+
+
+def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
+    """As `_attend_batch`, but numbers may be NaN or infinite: what a row may not attend stays out of it."""
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for piece in seq.pieces(problems):
+        top = piece.scores.amax(2)
+        nothing = top == -torch.inf  # every score of the row
+        weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)
+        part = masked_product(weights, piece.values, piece.hidden())
+        log = (top - weights.amax(2).log_()).masked_fill_(nothing, -torch.inf)
+        total = torch.logaddexp(lse, log)
+        base = total.clamp(min=torch.finfo(seq.dtype).min)
+        out.mul_((lse - base).exp_()[..., None])
+        out += part.mul_((log - base).exp_()[..., None])
+        lse.copy_(total)
+    out.masked_fill_((lse == -torch.inf)[..., None], torch.nan)

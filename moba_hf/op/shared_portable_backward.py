@@ -1,4 +1,4 @@
-"""Gradients of attention under a shared choice of blocks, in pure torch; see `shared_problems`."""
+"""Gradients of attention with a shared choice of blocks, in pure torch; see `shared_problems`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def attend_backward(
     tile: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_mask = saved
     dtype, finite = accumulate_dtype(q.dtype), all_finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -30,8 +30,9 @@ def attend_backward(
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
             d_out = seq.flat(grad_out[seq.batch, seq.queries].transpose(0, 1))
             d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
-            lse_row = seq.with_none(lse[seq.batch, :, seq.queries].reshape(-1, 1), fill=torch.inf)
-            d_q, d_keys, d_values = (torch.zeros_like(x) for x in (seq.q, seq.keys, seq.values))
+            lse_row = seq.flat(lse[seq.batch, :, seq.queries, None], fill=torch.inf)
+            d_q, d_values = torch.zeros_like(seq.q), torch.zeros_like(seq.values)
+            d_keys = d_values.new_zeros(len(d_values), seq.block_size * k.shape[3])
             for problems in seq.batches():
                 d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
                 queries = seq.gather(seq.q, problems.row)
@@ -41,7 +42,7 @@ def attend_backward(
                     d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
                     hidden = None if finite else piece.hidden()
                     turned = None if hidden is None else hidden.transpose(1, 2)
-                    part += masked_product(d_scores, piece.keys, hidden)
+                    part += masked_product(d_scores, piece.keys.transpose(1, 2), hidden)
                     grads = (
                         masked_product(d_scores.transpose(1, 2), queries, turned),
                         masked_product(weights.transpose(1, 2), d_tile, turned),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moba_hf import kernels
@@ -14,7 +15,7 @@ from moba_hf.op.shared import SharedRule
 
 
 class TritonCacheKernels:
-    """Triton's kernels beside caches."""
+    """The Triton kernels for caches."""
 
     min_block_size = kernels.MIN_BLOCK_SIZE
     max_append_rows = kernels.MAX_APPENDED_ROWS
@@ -36,6 +37,12 @@ class TritonCacheKernels:
     ) -> None:
         kernels.update_block_means(means, keys, kv_start, length, behind, block_size)
 
+    def takes(self, device: torch.device) -> bool:
+        return kernels.unsupported_device(device) is None
+
+    def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.row_bounds(given, q_offset, q_len)
+
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -43,7 +50,7 @@ class TritonCacheKernels:
 
 
 class TritonShared:
-    """Triton's kernels of the shared choice."""
+    """The Triton kernels for the shared choice."""
 
     differentiable = False
     decodes = False
@@ -87,7 +94,7 @@ class TritonShared:
 
 
 class TritonBackend:
-    """Triton's kernels; block means of prefills are taken again, in the layout that the gate kernels read."""
+    """The Triton kernels. A prefill recomputes block means, in the layout that the gate kernels need."""
 
     max_decode_queries = kernels.MAX_DECODE_QUERIES
     decode_gates = ("mean",)

@@ -1,4 +1,4 @@
-"""Training with MoBA: recipes and their callback, stages of a context extension, rows, the loss in pieces."""
+"""Training with MoBA: recipes and their callback, context-extension stages, data rows, the chunked loss."""
 
 from moba_hf.evaluate.repositories import Repository, read_repository
 from moba_hf.training.callback import (

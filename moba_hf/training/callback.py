@@ -1,9 +1,9 @@
-"""Training with MoBA: recipes, and the callback that carries them out in transformers' Trainer.
+"""Training with MoBA: recipes, and the callback that applies them in transformers' Trainer.
 
     Trainer(model=model, args=args, train_dataset=data, callbacks=[MobaCallback("hybrid-time")]).train()
 
-Everything else of training (gradients, checkpointing, mixed precision, packing, PEFT, TRL, compile) needs no
-code: the attention function is differentiable as it stands.
+Nothing else in training (gradients, checkpointing, mixed precision, packing, PEFT, TRL, compile) needs code
+of ours: the attention function is differentiable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
 from moba_hf.hf.patching import patch_model, suspend_moba
 
-_ROWS = 512  # rows of logits turned to fp32 at a time
+_ROWS = 512  # rows of logits converted to fp32 at a time
 
 logger = logging.get_logger(__name__)
 
@@ -37,13 +37,13 @@ class Recipe:
     """How MoBA and full attention share a training run (arXiv 2502.13189, section 3.2).
 
     Attributes:
-        full_share: share of the optimizer steps, the last ones, that run full attention in every layer, from
-            0 (none) up to but without 1.
-        full_layers: indices of layers that run full attention all the time, negative ones from the last
-            layer; None: as the model's settings say.
+        full_share: share of the optimizer steps, at the end of training, that run full attention in every
+            layer; at least 0 (none) and below 1.
+        full_layers: indices of the layers that always run full attention; negative ones count from the last
+            layer. None: use the model's settings.
 
     Raises:
-        ValueError: a share out of range.
+        ValueError: `full_share` out of range.
     """
 
     full_share: float = 0.0
@@ -56,21 +56,22 @@ class Recipe:
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
 
     def switch_step(self, max_steps: int) -> int:
-        """Optimizer steps done with MoBA before full attention begins; `max_steps` where it never does.
+        """Number of optimizer steps with MoBA before full attention begins; `max_steps` if it never does.
 
-        A share above zero is at least one step, and a share of a step counts as a whole one.
+        The steps with full attention are rounded up, so a share above zero gives at least one.
         """
         full = math.ceil(round(self.full_share * max_steps, 6))  # 0.1 * 30 is 3.0000000000000004
         return max_steps - min(full, max_steps)
 
     def settings(self, config: MobaConfig) -> MobaConfig:
-        """`config` with the layers of this recipe."""
+        """`config` with this recipe's full-attention layers."""
         if self.full_layers is None:
             return config
         return dataclasses.replace(config, full_attention_layers=self.full_layers)
 
 
-# The paper's: 90 % of the tokens with MoBA and the rest full (3.2); the last three layers full (3.3).
+# From the paper: 90 % of the tokens with MoBA, the rest with full attention (3.2); full attention in the
+# last three layers (3.3).
 RECIPES: dict[str, Recipe] = {
     "moba": Recipe(),
     "hybrid-time": Recipe(full_share=0.1),
@@ -80,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(recipe: Recipe | str) -> Recipe:
-    """`recipe`, looked up in `RECIPES` by its name. Raises ValueError for an unknown one."""
+    """`recipe`, looked up in `RECIPES` if it is a name. Raises ValueError for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
@@ -89,32 +90,33 @@ def recipe_of(recipe: Recipe | str) -> Recipe:
 
 
 class MobaCallback(TrainerCallback):
-    """Carries out a `Recipe` in transformers' Trainer, or one made from it (TRL's).
+    """Applies a `Recipe` in transformers' Trainer or a subclass of it (TRL's).
 
-    At the start of training MoBA is turned on in the model and noted in its config, so that every checkpoint
-    has `config.moba` and loads with MoBA. Which attention a step runs follows from its number alone, so a
-    resumed run switches where an uninterrupted one does. Full attention of the last steps is a state of the
-    loaded model, not of its config; after training the model runs MoBA again, as its checkpoint does. A
-    training that an exception or interrupt ends leaves it as it ran (`suspend_moba(model, False)` helps).
-    Adapters of PEFT are saved without a config: load their base model with MoBA.
+    When training starts, the callback turns MoBA on in the model and writes it to the config, so every
+    checkpoint has `config.moba` and loads with MoBA. The step number alone decides which attention a step
+    runs, so a resumed run switches at the same step as an uninterrupted one. Full attention in the last steps
+    changes the loaded model, not its config: after training, the model runs MoBA again, as checkpoints do.
+    If training is interrupted, the model stays in its current mode; `suspend_moba(model, False)` turns MoBA
+    back on. PEFT saves adapters without a config, so load their base model with MoBA.
 
     Adds to each training log line, and to `state.log_history`:
-        moba_key_budget: the key budget (see `moba_hf.checkpoints.inspection`) at the mean length of the rows
-            since the last line; 1 in full attention. Packed documents attend a larger share.
-        moba_full: 1.0 for full attention, else 0.0; like the budget of the last step before the line.
-        trailing_loss: mean loss in nats of the last `trailing_tokens` positions of each row that have
-            labels, of this process. Evaluations during training log `eval_trailing_loss`. Where a fused loss
-            makes no logits (TRL), they are made for these positions. Missing where the model is not given
+        moba_key_budget: the key budget (see `moba_hf.checkpoints.inspection`) at the mean row length since
+            the last line; 1 under full attention. Packed documents attend a larger share.
+        moba_full: 1.0 for full attention, else 0.0. Like the budget, it describes the last step before the
+            line.
+        trailing_loss: mean loss in nats over the labelled positions among the last `trailing_tokens` of each
+            row, in this process. Evaluations during training log `eval_trailing_loss`. If a fused loss (TRL)
+            computes no logits, the callback computes them for these positions. Missing if the model gets no
             labels.
 
-    Callbacks that stand before this one, such as reporters named by `report_to`, have seen the line without
-    these; `trainer.callback_handler.callbacks.insert(0, callback)` instead of `callbacks=[callback]` puts it
-    first.
+    Callbacks that come before this one, such as the reporters in `report_to`, see the line without these
+    values. To put this callback first, use `trainer.callback_handler.callbacks.insert(0, callback)` instead
+    of `callbacks=[callback]`.
 
     Args:
-        recipe: a `Recipe`, or a name of `RECIPES`.
-        config: the MoBA settings; None: the model's own, else the preset "default".
-        trailing_tokens: positions at the end of each row that `trailing_loss` covers.
+        recipe: a `Recipe`, or a name from `RECIPES`.
+        config: the MoBA settings; None: the model's own, or the preset "default" if it has none.
+        trailing_tokens: number of positions at the end of each row that `trailing_loss` covers.
     """
 
     def __init__(
@@ -130,10 +132,10 @@ class MobaCallback(TrainerCallback):
         self._full = False
         self._meters: dict[bool, _Meter] = {}
         self._hooks: list[Any] = []
-        self._hidden: Tensor | None = None  # at the end of the rows in flight
+        self._hidden: Tensor | None = None  # for the trailing positions of the current batch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Turns MoBA on, and full attention where a resumed run stands behind the switch."""
+        """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
         self._model = _inner(model)
         turn_on(self._model, self.recipe, self.config)
@@ -149,7 +151,7 @@ class MobaCallback(TrainerCallback):
         self._follow(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Adds what this callback measured to a line of losses."""
+        """Adds this callback's measurements to a log line that has a loss."""
         if not logs or not self._hooks:
             return
         if "loss" in logs:
@@ -164,11 +166,11 @@ class MobaCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the model as its checkpoint is: running MoBA."""
+        """Leaves the model running MoBA, as its checkpoint does."""
         self._detach()
 
     def _follow(self, step: int) -> None:
-        """Runs full attention from step `self._switch` on, MoBA before it."""
+        """Selects MoBA before step `self._switch`, full attention from it on."""
         full = step >= self._switch
         if full != self._full:
             logger.info(f"step {step}: {'full attention' if full else 'MoBA'} from here on")
@@ -196,13 +198,13 @@ class MobaCallback(TrainerCallback):
         return {"moba_key_budget": budget, "moba_full": float(self._full), "trailing_loss": loss}
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:
-        """Forward hook of the decoder: keeps the hidden states that trailing positions are predicted from."""
+        """Forward hook of the decoder: keeps the hidden states that predict the trailing positions."""
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is not None and not torch.compiler.is_compiling():
             self._hidden = hidden.detach()[:, -self.trailing_tokens - 1 :]
 
     def _measure(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook: adds a batch to the meter of its mode, without waiting for the device."""
+        """Forward hook: adds a batch to the meter of its mode (training or not) without a device sync."""
         ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         labels, logits = kwargs.get("labels"), getattr(output, "logits", None)
         hidden, self._hidden = self._hidden, None
@@ -219,7 +221,7 @@ class MobaCallback(TrainerCallback):
 
 
 class _Meter:
-    """Sums on the device: losses, the tokens they are of, lengths of rows, their number."""
+    """Sums kept on the device: losses, number of labelled tokens, row lengths, number of batches."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float32, device=device)
@@ -233,7 +235,7 @@ class _Meter:
         self.sums[1].add_(count.to(self.sums.device))
 
     def read(self) -> tuple[float | None, int]:
-        """Mean loss (None: no token) and mean length (0: none seen) since the last reading."""
+        """Mean loss (None without tokens) and mean row length (0 without batches) since the last call."""
         loss, tokens, lengths, batches = self.sums.tolist()
         self.sums.zero_()
         return (loss / tokens if tokens else None), (round(lengths / batches) if batches else 0)
@@ -243,11 +245,13 @@ class _Meter:
 def trailing_loss(
     logits: Tensor, labels: Tensor, count: int, head: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of the last `count` positions of each row, fp32 nats, and how many have labels.
+    """Sum of the losses at the last `count` positions of each row in fp32 nats, and how many have labels.
 
     Args:
-        logits: `(batch, length, vocabulary)`, or with `head` what it makes them from.
-        labels: `(batch, length)`, not shifted; -100: none.
+        logits: `(batch, length, vocabulary)`; with `head`, its input `(batch, length, width)`.
+        labels: `(batch, length)`, not shifted; -100 means no label.
+        count: number of positions at the end of each row.
+        head: computes logits from hidden states; None: `logits` are logits.
     """
     head = head or (lambda given: given)
     count = min(count, labels.shape[1] - 1)
@@ -264,10 +268,10 @@ def trailing_loss(
 
 
 def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> None:
-    """MoBA on in `model`, in place, with the settings of `recipe`, and in what it saves.
+    """Turns MoBA on in `model`, in place, with the settings of `recipe`; saved checkpoints load with MoBA.
 
     Args:
-        config: the settings; None: the model's own, else the preset "default".
+        config: the MoBA settings; None: the model's own, or the preset "default" if it has none.
     """
     adapter = find_adapter(model.config.model_type)
     text = adapter.text_config(model.config)
@@ -278,13 +282,13 @@ def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> Non
         backend = getattr(modules[0], "moba_backend", "auto") if modules else "auto"
         config = dataclasses.replace(moba_config(text), backend=backend)
     patch_model(model, recipe.settings(config))
-    # transformers writes this public field, and reads it on a plain load; its own private one is not saved
+    # transformers saves this public field and reads it in a plain load; it does not save its private one
     key = adapter.nested_key(model.config)
     model.config.attn_implementation = NAME if key is None else {key: NAME}
 
 
 def _inner(model: Any) -> Any:
-    """The transformers model inside what a Trainer trains: PEFT's, a compiled one, a wrapped one."""
+    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
     for _ in range(4):
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()

@@ -1,7 +1,7 @@
-"""The loss of long rows in pieces: the logits of a whole row never exist.
+"""The loss of long rows, computed in pieces so that the logits of a whole row never exist.
 
-A row of 1,048,576 tokens and a vocabulary of 49,152 would need 206 GB of logits in fp32. Here the output
-embeddings and the cross entropy run on a few thousand positions at a time, and again in the backward pass.
+For a row of 1,048,576 tokens and a vocabulary of 49,152, fp32 logits would take 206 GB. Here the output
+embeddings and the cross entropy run on a few thousand positions at a time; the backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
-PIECE = 8192  # positions whose logits exist at a time
+PIECE = 8192  # positions whose logits exist at the same time
 
 
 def loss_in_pieces(
     hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, piece: int = PIECE
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of next tokens in nats, fp32, and how many tokens it is of.
+    """Sum of the next-token losses in nats, fp32, and the number of tokens it covers.
 
     Args:
-        hidden: `(batch, length, width)`, what the output embeddings are applied to.
-        labels: `(batch, length)`, not shifted; -100: none.
-        head: `(positions, width)` to logits `(positions, vocabulary)`.
-        piece: positions of a row taken at a time.
+        hidden: `(batch, length, width)`, the input of the output embeddings.
+        labels: `(batch, length)`, not shifted; -100 means no label.
+        head: maps `(positions, width)` to logits `(positions, vocabulary)`.
+        piece: number of positions processed at a time.
     """
 
     def one(states: Tensor, targets: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ def loss_in_pieces(
 
 
 class LongRowTrainer(Trainer):
-    """transformers' Trainer with the loss in pieces, and optionally activations kept in the host's memory.
+    """transformers' Trainer with the loss computed in pieces and, optionally, activations in host memory.
 
     Args:
-        piece: positions whose logits exist at a time.
-        offload: keep what the backward pass needs in pinned host memory. With gradient checkpointing that
-            is the input of every layer.
+        piece: positions whose logits exist at the same time.
+        offload: keep tensors saved for the backward pass in pinned host memory. With gradient checkpointing
+            these are the inputs of the layers.
     """
 
     def __init__(self, *args: Any, piece: int = PIECE, offload: bool = False, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class LongRowTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss of the labels in `inputs`; with `num_items_in_batch` their sum over that."""
+        """The mean loss over the labels in `inputs`; with `num_items_in_batch`, their sum divided by that."""
         inputs = dict(inputs)
         labels, kept = inputs.pop("labels"), []
         inner = self.accelerator.unwrap_model(model)
@@ -72,7 +72,7 @@ class LongRowTrainer(Trainer):
                 outputs = model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             hook.remove()
-        # modules outside of the model's forward run without the autocast that Trainer wraps it in
+        # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
             total, count = loss_in_pieces(
                 kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece

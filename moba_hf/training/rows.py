@@ -1,8 +1,8 @@
-"""Rows of tokens for training on long contexts: repositories kept whole, files in a sensible order.
+"""Rows of tokens for long-context training, made of whole repositories with files in a sensible order.
 
-A row is a function of the seed and its number alone, so that a resumed run sees what an uninterrupted one
-does. Documents of a row are told apart by `position_ids`, which start again at 0; MoBA and transformers'
-attention functions keep them apart.
+A row depends on the seed and its index alone, so a resumed run sees the same rows as an uninterrupted one.
+`position_ids` restart at 0 for each document of a row; MoBA and transformers' attention functions use this to
+keep documents from attending each other.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ IGNORED = -100
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Rows of `length` tokens with `position_ids` and `labels`.
+    """Rows of `length` tokens with `input_ids`, `labels` and `position_ids`, each int64 `(length,)`.
 
-    A row takes a repository, longer ones more often, and as much of it as fits, from the start of a file on;
-    where that leaves room, further ones follow. Every so many rows are made of single files instead, so that
-    short texts stay in the training.
+    A long row draws a repository with probability proportional to its length and takes as much of it as fits,
+    starting at the beginning of a file; other repositories fill the remaining room. A share of the rows holds
+    single files instead, so that the model keeps training on short texts.
 
     Args:
-        repositories: what is read.
-        length: tokens of a row.
-        count: rows.
-        seed: of all choices.
-        short_share: share of rows that hold short texts, from 0 to 1.
-        short_length: the most tokens of such a text.
-        lookups: definitions put into the longest repository of each long row, and looked up later in it.
-        tokenizer: needed for `lookups`.
+        repositories: the texts to draw from.
+        length: tokens in a row.
+        count: number of rows.
+        seed: seed of all random choices.
+        short_share: probability that a row holds short texts, from 0 to 1.
+        short_length: maximum number of tokens in a short text.
+        lookups: number of definitions inserted into the longest piece of each long row, each of which is
+            looked up later in that piece.
+        tokenizer: required if `lookups` is above 0.
 
     Raises:
-        ValueError: nothing to read, or values out of range.
+        ValueError: no repositories, or values out of range.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         else:
             pieces, labels = self._long_pieces(rng)
         for label in labels:
-            label[0] = IGNORED  # nothing before it says what it is
+            label[0] = IGNORED  # a document's first token has no context to predict it from
         positions = [np.arange(len(piece)) for piece in pieces]
         row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
@@ -120,7 +121,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     def _with_lookups(
         self, rng: np.random.Generator, text: Ids, made: Sequence[Definition]
     ) -> tuple[Ids, Ids]:
-        """`text` with every definition twice; the answer of the first is no label: it cannot be known."""
+        """`text` with each definition inserted twice; the first is unpredictable, so it gets no labels."""
         order = rng.permutation(2 * len(made)) % len(made)
         places = np.sort(rng.integers(0, len(text), len(order)))
         at = snap(places, np.flatnonzero(self.newlines[text]))

@@ -1,11 +1,11 @@
-"""A context extension as data: stages of rising length, each with its attention, its rotary base, its tokens.
+"""Context extension as a list of stages of rising length, each with its own attention and rotary base.
 
     schedule = Schedule((Stage(32768, MobaConfig(128, 8), tokens=13_000_000, theta=1e6), ...))
     model = load_stage(schedule, 0, "out/model")   # fp32 weights, config rewritten, MoBA on
     ...                                            # any Trainer
-    save_stage(schedule, 0, model, "out/stage0")   # bf16 weights, and where in the schedule they stand
+    save_stage(schedule, 0, model, "out/stage0")   # bf16 weights and the position in the schedule
 
-`examples/extend.py` carries out a whole schedule.
+`examples/extend.py` runs a whole schedule.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ POSITION = "moba_schedule.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One length of a context extension.
+    """One stage of a context extension: training at one length.
 
     Attributes:
-        length: tokens of a row.
-        moba: the attention of this stage, with its block size, topk and full layers.
-        tokens: tokens to train on; rounded up to whole optimizer steps. 0: only the config changes.
-        learning_rate: its peak, after `warmup_steps`; a cosine leads from there to a twentieth of it.
-        warmup_steps: optimizer steps in which the learning rate rises.
-        rows: rows of an optimizer step.
-        rope: how positions reach a length above the model's, see `ContextLength`.
-        theta: the new rotary base, with `rope="theta"` only; None: as `ContextLength` chooses it.
+        length: tokens in a row.
+        moba: the attention of this stage: block size, topk, full-attention layers and so on.
+        tokens: number of training tokens, rounded up to whole optimizer steps. 0: only the config changes.
+        learning_rate: the peak learning rate, reached after `warmup_steps`; it then decays along a cosine to
+            a twentieth of the peak.
+        warmup_steps: number of optimizer steps in which the learning rate rises.
+        rows: rows per optimizer step.
+        rope: how RoPE is extended if `length` exceeds the model's, see `ContextLength`.
+        theta: the new rotary base, only with `rope="theta"`; None: `ContextLength` chooses it.
 
     Raises:
-        ValueError, TypeError: values out of range or of the wrong type.
+        ValueError: a value out of range.
+        TypeError: a value of the wrong type.
     """
 
     length: int
@@ -70,7 +72,7 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps."""
         return -(-self.tokens // (self.rows * self.length))
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,10 +82,10 @@ class Stage:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Stage:
-        """A stage from JSON-like values. Raises ValueError for unknown or missing ones."""
+        """A stage from JSON-like values. Raises ValueError for unknown or missing keys."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown values of a stage: {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(f"unknown keys in a stage: {', '.join(unknown)}; known are {', '.join(known)}")
         if missing := sorted({"length", "moba", "tokens"} - set(values)):
             raise ValueError(f"a stage needs {', '.join(missing)}")
         return cls(**{**values, "moba": MobaConfig.from_dict(values["moba"])})
@@ -91,10 +93,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in the order in which they are carried out.
+    """The stages of a context extension, in order.
 
     Raises:
-        ValueError: no stage, lengths that do not rise, or block sizes that fall.
+        ValueError: no stages, lengths that do not rise, or block sizes that fall.
     """
 
     stages: tuple[Stage, ...]
@@ -120,9 +122,9 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
-        """A schedule from JSON-like values. Raises ValueError where they are none."""
+        """A schedule from JSON-like values. Raises ValueError if they do not describe one."""
         if set(values) != {"stages"} or not isinstance(values["stages"], list):
-            raise ValueError("a schedule is an object with one list, 'stages'")
+            raise ValueError("a schedule must be an object with exactly one key, 'stages', that holds a list")
         return cls(tuple(Stage.from_dict(stage) for stage in values["stages"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -131,21 +133,21 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Reads what `save` wrote. Raises ValueError, which names the file, where it is no schedule."""
+        """Reads a file written by `save`. Raises a ValueError that names the file if it holds no schedule."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: no schedule ({error})") from error
+            raise ValueError(f"{path}: not a schedule ({error})") from error
 
 
 def load_stage(schedule: Schedule, index: int, source: str | os.PathLike[str]) -> Any:
-    """The model that stage `index` trains: weights of `source` in fp32, longer context, MoBA on.
+    """The model to train in stage `index`: weights of `source` in fp32, extended context, MoBA on.
 
     Args:
-        source: the folder that the stage before wrote, or for the first stage the checkpoint to extend.
+        source: the folder that the previous stage wrote; for the first stage, the checkpoint to extend.
 
     Raises:
-        ValueError: `source` stands elsewhere in the schedule or in another one, or its context cannot be
+        ValueError: `source` is at another stage or belongs to another schedule, or its context cannot be
             extended as the stage says.
     """
     check_source(schedule, index, source)
@@ -159,8 +161,9 @@ def load_stage(schedule: Schedule, index: int, source: str | os.PathLike[str]) -
         text.max_position_embeddings = stage.length
     elif stage.theta is not None:
         raise ValueError(
-            f"stage {index} has theta={stage.theta}, but the model reads {text.max_position_embeddings} "
-            f"tokens already, so that its rotary base stays for {stage.length}"
+            f"stage {index} has theta={stage.theta}, but the model already reads "
+            f"{text.max_position_embeddings} tokens, so its rotary base does not change for {stage.length}; "
+            f"leave theta out"
         )
     text.moba = stage.moba.to_dict()
     model = AutoModelForCausalLM.from_pretrained(
@@ -177,22 +180,22 @@ def check_source(schedule: Schedule, index: int, source: str | os.PathLike[str])
         return
     if not position.exists():
         raise ValueError(
-            f"{source}: holds no {POSITION}: stage {index} starts from what the one before saved"
+            f"{source}: no {POSITION} found; stage {index} must start from the folder of the previous stage"
         )
     known = json.loads(position.read_text(encoding="utf-8"))
     if known["done"] != index or known["schedule"] != schedule.to_dict():
         other = known["schedule"] != schedule.to_dict()
-        reason = "is another one" if other else f"stage {index} does not follow"
-        raise ValueError(f"{source}: stands after {known['done']} stages of its schedule, which {reason}")
+        reason = "another schedule" if other else f"this schedule, so stage {index} cannot follow"
+        raise ValueError(f"{source}: this checkpoint has completed {known['done']} stages of {reason}")
 
 
 def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes the weights in bf16, the config under old and new names, and the position in the schedule.
+    """Writes the weights in bf16, the config with old and new RoPE names, and the position in the schedule.
 
-    The position is written last: a folder without it is not finished.
+    The position is written last, so a folder without it is incomplete.
 
     Args:
-        model: what `load_stage` gave, trained. Its weights are rounded in place.
+        model: the model from `load_stage`, after training. Its weights are rounded to bf16 in place.
     """
     target = Path(folder)
     model.to(torch.bfloat16).save_pretrained(target)
@@ -200,7 +203,7 @@ def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.Path
     values = json.loads(path.read_text(encoding="utf-8"))
     text = find_adapter(model.config.model_type).text_config(model.config)
     rope = text.rope_parameters
-    if text is model.config and "rope_theta" in rope:  # names of earlier releases, which other engines read
+    if text is model.config and "rope_theta" in rope:  # other engines still read the older names
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         plain = rope.get("rope_type", "default") == "default" and set(scaling) <= {"rope_type"}
         values |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
@@ -210,6 +213,6 @@ def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.Path
 
 
 def stages_done(folder: str | os.PathLike[str]) -> int:
-    """How many stages the checkpoint in `folder` has behind it."""
+    """Number of stages that the checkpoint in `folder` has completed."""
     path = Path(folder) / POSITION
     return int(json.loads(path.read_text(encoding="utf-8"))["done"]) if path.exists() else 0

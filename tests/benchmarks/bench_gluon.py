@@ -1,8 +1,8 @@
-"""What the Gluon kernels gain with the Triton that is installed: a table of milliseconds, and how far apart.
+"""The gain of the Gluon kernels with the installed Triton: a table of times and differences.
 
     python tests/benchmarks/bench_gluon.py [--length 131072] [--repeats 30]
 
-One sequence in bf16 with 32 query and 8 kv heads of dim 128; blocks are chosen once, attention is timed.
+One bf16 sequence with 32 query and 8 kv heads of dim 128; blocks are chosen once, then attention is timed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a mask of ones costs: prefill and decode steps with it and without a mask, in turn, in one process.
+"""The cost of a mask of ones: prefill and decode steps with and without it, alternating in one process.
 
 Run: python tests/benchmarks/bench_masks.py [--lengths 8192 32768] [--layers 4] [--steps 16] [--rounds 5]
      [--compile] [--full]
 
-The model has random weights and the shape of an 8B Llama on a GPU (a small one on the CPU). `--full` lets
-every layer attend all keys, else the last one does; `--compile` compiles the forward without a cache and
-measures that alone. Prints the median time of a forward in ms, with a mask and without, and their ratio.
+The model has random weights and the shape of an 8B Llama on a GPU (a small one on the CPU). With `--full`,
+every layer attends all keys, otherwise only the last one. `--compile` compiles the forward without a cache
+and measures only that. Prints the median time of a forward in ms, with and without a mask, and their ratio.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def build(layers: int, full: bool) -> Any:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call, the device's work included."""
+    """Milliseconds of one call, including the device's work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     begin = perf_counter()
@@ -57,9 +57,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def one_round(model: Any, ids: Tensor, steps: int, order: tuple[bool, bool]) -> dict[str, dict[bool, float]]:
-    """Times of a prefill and of a decode step (the median of `steps`), with a mask of ones and without.
+    """Times of a prefill and of a decode step (median of `steps`), with and without a mask of ones.
 
-    Both take turns, step by step, so that whatever else the machine does meets both.
+    The two alternate step by step, so that other load on the machine affects both.
     """
     length, ones = ids.shape[1] - steps, torch.ones_like(ids)
     name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
@@ -78,7 +78,7 @@ def one_round(model: Any, ids: Tensor, steps: int, order: tuple[bool, bool]) -> 
 
 
 def compare(model: Any, length: int, steps: int, rounds: int, compiled: bool) -> None:
-    """Prints one line per stage: ms with a mask of ones, ms without, ratio."""
+    """Prints one line per stage: ms with a mask of ones, ms without, and their ratio."""
     ids = torch.randint(2, 1000, (1, length + steps), device=DEVICE)
     times: dict[str, dict[bool, list[float]]] = {}
     for turn in range(rounds + 1):
@@ -91,7 +91,7 @@ def compare(model: Any, length: int, steps: int, rounds: int, compiled: bool) ->
             found = one_round(model, ids, steps, order)
         for stage, each in found.items():
             for masked, took_ms in each.items():
-                if turn:  # the first round warms up
+                if turn:  # the first round is a warm-up
                     times.setdefault(stage, {True: [], False: []})[masked].append(took_ms)
     for stage, both in times.items():
         with_mask, without = median(both[True]), median(both[False])

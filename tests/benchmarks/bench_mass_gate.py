@@ -1,14 +1,15 @@
-"""Times the mass gate beside the mean gate, and the operator under both, after proving the choice right.
+"""Times the mass gate next to the mean gate, and the operator with both, after checking the choice.
 
     python tests/benchmarks/bench_mass_gate.py --out DIR      # about 60 s on a GPU, most of it compiling
     TRITON_INTERPRET=1 python tests/benchmarks/bench_mass_gate.py --tiny     # the code runs, on a CPU
 
 Rows: 131,072 tokens of a model with 32 query and 8 kv heads of 128 dims, 8,192 of one with 9 and 3 of 64
-(SmolLM2), bf16, random normal, a sink and a local block. Gates are timed with what they need of the blocks
-(`means`: block means or summaries) and without; the tiles of the mass gate are tried one by one, each
-compiled in a process of its own before anything is timed; what does not fit the shared memory is named and
-left out. Then one layer's attention under both gates, and dense (`scaled_dot_product_attention`). Nothing is
-printed as a time when the choice is wrong. A table on stdout, mass_gate.csv and mass_gate.md in --out.
+(SmolLM2), bf16, random normal, a sink and a local block. Gates are timed with and without the block means or
+summaries that they need (`means`). The tiles of the mass gate are tried one by one, each compiled in a
+separate process before anything is timed; a tile that does not fit shared memory is named and left out. Then
+one layer's attention is timed with both gates and dense (`scaled_dot_product_attention`). If a choice is
+wrong, its time is not printed. The results are a table on stdout, and mass_gate.csv and mass_gate.md in
+--out.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ TILES = {
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, rule, heads (of queries, of keys) and head dim of one line."""
+    """Tokens, rule, heads (query, kv) and head dim of one line."""
 
     name: str
     length: int
@@ -83,16 +84,16 @@ def too_large(row: Row, tile: Tile) -> str | None:
     memory = tuning.mass_gate_memory(tile, row.head_dim, 2, parts)
     if tuning.fits(memory, tuning.capability(torch.device(DEVICE))):
         return None
-    return f"{memory} bytes of shared memory are more than there are"
+    return f"needs {memory} bytes of shared memory, more than this GPU has"
 
 
 def using(tile: Tile) -> Any:
-    """A context in which the mass gate takes `tile`."""
+    """A context in which the mass gate uses `tile`."""
     return mock.patch.object(tuning, "gate_tile", return_value=tile)
 
 
 def prove(row: Row, tile: Tile) -> str | None:
-    """None if the mass gate of `row` holds the tests' rule at a small length, else what failed."""
+    """None if the mass gate of `row` passes the tests' check at a small length, else what failed."""
     length = min(row.length, 3 * row.topk * row.block_size)
     case = Case(
         [(min(length, 200), length), (40, 333)],
@@ -134,7 +135,7 @@ def median_ms(call: Callable[[], Any], repeats: int, budget: float = 3.0) -> flo
 
 
 class Inputs:
-    """Random q, k, v of a row, and the calls that are timed."""
+    """Random q, k, v of a row, and the calls to time."""
 
     def __init__(self, row: Row):
         torch.manual_seed(0)
@@ -153,13 +154,13 @@ class Inputs:
         return make_tiling(q, k, table, self.row.length, self.row.length, **sizes)
 
     def mean_gate(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """What takes the means, and the gate alone."""
+        """A call that computes the means, and a call of the gate alone."""
         (q, k), tiling = self.batched, self.tiling(tuning.choices_for(self.q).mean_gate.m)
         means = summarize_means(k, tiling)
         return lambda: block_mean(k, tiling), lambda: gate(q, means, tiling, self.choice, SINK, LOCAL)
 
     def mass_gate(self, tile: Tile) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """What takes the summaries, and the gate alone."""
+        """A call that computes the summaries, and a call of the gate alone."""
         (q, k), tiling, scale = self.batched, self.tiling(tile.m), self.q.shape[2] ** -0.5
         summary = summarize_mass(k, tiling, scale)
 
@@ -182,7 +183,7 @@ class Inputs:
 
 
 def compile_all(rows: Sequence[Row], tiles: Sequence[str]) -> None:
-    """Runs every kernel once in processes of their own, all at once, so that Triton's cache holds them."""
+    """Fills Triton's cache by running every kernel once, in parallel processes."""
     fitting = [(row.name, name) for row in rows for name in tiles if not too_large(row, TILES[name])]
     jobs = [*((row.name, "mean") for row in rows), *fitting]
     running = [
@@ -194,7 +195,7 @@ def compile_all(rows: Sequence[Row], tiles: Sequence[str]) -> None:
 
 
 def measure(row: Row, repeats: int, tiles: Sequence[str]) -> list[dict[str, Any]]:
-    """Lines of one row: both gates, the mass gate's tiles, the whole operator under both, dense."""
+    """Results of one row: both gates, the mass gate's tiles, the whole operator with both gates, dense."""
     inputs, lines = Inputs(row), []
 
     def line(what: str, means: float | None, ms: float) -> None:
@@ -222,13 +223,13 @@ def measure(row: Row, repeats: int, tiles: Sequence[str]) -> list[dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15, help="most runs of a median")
-    parser.add_argument("--out", type=Path, default=Path("out/mass_gate"), help="folder of the results")
+    parser.add_argument("--repeats", type=int, default=15, help="maximum runs per median")
+    parser.add_argument("--out", type=Path, default=Path("out/mass_gate"), help="folder for the results")
     parser.add_argument("--tiny", action="store_true", help="run everything once on a small case")
     parser.add_argument("--rows", nargs="*", choices=[r.name for r in ROWS], help="default: all")
-    parser.add_argument("--tiles", nargs="*", choices=list(TILES), default=list(TILES), help="to be tried")
+    parser.add_argument("--tiles", nargs="*", choices=list(TILES), default=list(TILES), help="tiles to try")
     parser.add_argument("--compile-only", action="store_true", help="only fill Triton's cache")
-    parser.add_argument("--compiled", action="store_true", help="the cache is full: time at once")
+    parser.add_argument("--compiled", action="store_true", help="Triton's cache is filled: time at once")
     parser.add_argument("--compile", nargs=2, metavar=("ROW", "TILE"), help="only compile this")
     args = parser.parse_args()
     if args.compile is not None:

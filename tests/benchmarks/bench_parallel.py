@@ -1,21 +1,22 @@
-"""Many GPUs: prefill, decoding and training of MoBA models spread over the ranks of `torchrun`.
+"""Many GPUs: prefill, decoding and training of MoBA models sharded over the ranks of `torchrun`.
 
     torchrun --standalone --nproc-per-node=4 tests/benchmarks/bench_parallel.py --seconds 190
     torchrun --standalone --nproc-per-node=4 tests/benchmarks/bench_parallel.py --parts d
     torchrun --standalone --nproc-per-node=2 tests/benchmarks/bench_parallel.py --tiny    # on a CPU
 
-Parts, in the order given; each prints a line as soon as it is measured:
+Parts, which run in the order of `--parts`; each prints its lines as soon as they are measured:
     b        a model of Llama-3.1-8B's shape, bf16, tensor parallel, reads prompts in chunks: MoBA 128/8
              ("fine"), the shared choice at 2 % of the pairs, dense cuDNN attention in one call; then one GPU
     e        64 tokens after the longest prompt of b, ms per token, decode full and sparse
-    c-layer  attention of one 32/8-head layer at 10M tokens, 64 blocks and top-3, beside dense attention
+    c-layer  attention of one 32/8-head layer at 10M tokens, 64 blocks and top-3, next to dense attention
     a        tensor parallel against one GPU: logits and choices, fp32 and bf16
-    c-10m    a model of Llama-3.2-1B's shape reads 10M tokens, as far as memory and time go
-    d        training steps of the 1B shape under DeepSpeed Ulysses, MoBA against dense
+    c-10m    a model of Llama-3.2-1B's shape reads 10M tokens, as far as memory and time allow
+    d        training steps of the 1B shape with DeepSpeed Ulysses, MoBA against dense
 
-Weights are random (`parallel_model`). A piece that does not fit into memory or the seconds left is skipped
-and says so. `of linear` is the time of one GPU, divided by the number of GPUs and by the time on them. Blocks
-of the shared choice are chosen as always, then replaced by random causal ones: random weights have flat mass.
+Weights are random (`parallel_model`). Whatever does not fit into memory or the remaining time is skipped with
+a message. `of linear` is the time on one GPU, divided by the number of GPUs and by the time on all of them.
+The shared choice is computed as usual, then replaced by a random causal one, since random weights have flat
+mass.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, ti
 K = 1024
 PARTS = ("b", "e", "c-layer", "a", "c-10m", "d")
 SHARE = 0.02
-# Dense attention that would take longer is left out.
+# Dense attention that would take longer than this is left out.
 DENSE_LIMIT = 60.0
 
 
 class RandomLists:
-    """While entered, a shared choice is made and then replaced by a random one of `SHARE` of the pairs."""
+    """While active, replaces each computed shared choice by a random one with `SHARE` of the pairs."""
 
     def __init__(self) -> None:
         self.key: Any = None
@@ -73,7 +74,7 @@ class RandomLists:
     def __call__(self, q: Tensor, k: Tensor, sequences: Any, rule: SharedRule, **kwargs: Any) -> Tensor:
         chosen = self.original(q, k, sequences, rule, **kwargs)
         key = (q.shape, k.shape[2])
-        if key != self.key:  # the layers of a chunk share one
+        if key != self.key:  # the layers of a chunk share one mask
             if q.shape[2] == k.shape[2]:
                 self.attended = self.pairs = 0.0
             self.key = key
@@ -84,9 +85,9 @@ class RandomLists:
 
 
 def _random_mask(q: Tensor, kv_len: int, sequences: Any, rule: SharedRule) -> tuple[Tensor, float, float]:
-    """A `block_mask` of one unpadded sequence whose queries attend `SHARE` of their pairs in the mean.
+    """A `block_mask` for one unpadded sequence whose queries attend `SHARE` of their pairs on average.
 
-    Returns it, the pairs that a head attends, and all causal pairs.
+    Returns the mask, the number of pairs that a head attends, and the number of causal pairs.
     """
     tile, block = rule.tile, rule.block_size
     bound = num_tiles(sequences, q, tile)
@@ -110,7 +111,7 @@ def _random_mask(q: Tensor, kv_len: int, sequences: Any, rule: SharedRule) -> tu
 
 
 def read(model: Any, ids: Tensor, cache: MobaCache, chunk: int, **kwargs: Any) -> None:
-    """Reads a prompt into an emptied cache, in chunks, every token by the rule (`dense_tail=0`)."""
+    """Reads a prompt into an empty cache in chunks, every token under the rule (`dense_tail=0`)."""
     cache.reset()
     kwargs = {"dense_tail": 0, "progress": False, **cache_kwargs(moba_hf.prefill, cache), **kwargs}
     moba_hf.prefill(model, ids, chunk, **kwargs)
@@ -125,7 +126,7 @@ def rates(length: int, seconds: float, peak: float) -> dict[str, str]:
 
 
 def fitting(config: Any, ranks: Ranks, shared_by: int) -> int:
-    """Tokens whose cache fits beside what is allocated now."""
+    """Number of tokens whose cache fits next to the memory allocated now."""
     heads = config.num_key_value_heads // shared_by
     return (ranks.free() - RESERVE) // (4 * config.num_hidden_layers * heads * config.head_dim)
 
@@ -185,7 +186,7 @@ class Prefills:
 
     @torch.no_grad()
     def steps(self, model: Any, cache: MobaCache) -> None:
-        """Part e: tokens one after the other on top of the cache."""
+        """Part e: decodes tokens one by one on top of the cache."""
         fine = self.rules["fine"]
         token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
         for decode in ("full", "sparse"):
@@ -206,7 +207,7 @@ class Prefills:
 
     @torch.no_grad()
     def dense(self, model: Any, lengths: list[int]) -> None:
-        """The stock attention by cuDNN, a prompt in one call, its cache kept."""
+        """Stock attention with cuDNN, the prompt in one call, with its cache kept."""
         name = "dense cuDNN, one call"
         model.set_attn_implementation("bench_dense")
         for length in lengths:
@@ -230,7 +231,7 @@ class Prefills:
         model.set_attn_implementation("moba")
 
     def one_gpu(self, lengths: list[int]) -> None:
-        """The same prefills by rank 0 alone, while the others wait."""
+        """The same prefills on rank 0 alone, while the other ranks wait."""
         known = [s for (name, n), s in self.seconds.items() if n in lengths and name in self.rules]
         need = 1.5 * self.ranks.count * sum(known) + 8
         fits = fitting(self.config, self.ranks, 1) - (0 if self.tiny else (16 << 30) // (128 << 10))
@@ -263,7 +264,7 @@ class Prefills:
 
 
 class Stop(Exception):
-    """The seconds are over."""
+    """The time is up."""
 
 
 def ten_million(ranks: Ranks, tiny: bool) -> None:
@@ -309,7 +310,9 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[128 * K, 256 * K, 512 * K, 1024 * K])
-    parser.add_argument("--seconds", type=float, default=600.0, help="start nothing that would end later")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="start nothing that would end after this time"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -333,7 +336,7 @@ def main() -> None:
         if ranks.room(2.0 if args.tiny else 15.0, f"part {part}"):
             try:
                 work[part]()
-            except torch.OutOfMemoryError as error:  # as many bytes are asked for on every rank
+            except torch.OutOfMemoryError as error:  # every rank asks for as many bytes
                 print(f"| {part} | rank {ranks.rank}: {str(error).splitlines()[0]}", flush=True)
             ranks.free()
     ranks.say(f"ends after {time.monotonic() - ranks.start:.0f} s")

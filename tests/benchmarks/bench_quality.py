@@ -1,16 +1,17 @@
-"""What each setting costs a model never trained with MoBA: loss from 5 % to 100 % of the keys, and tasks.
+"""The cost of each setting for a model never trained with MoBA: loss at 5 % to 100 % of the keys, and tasks.
 
     python tests/benchmarks/quality_texts.py .carry/texts --genesis genesis.txt
     python tests/benchmarks/bench_quality.py --model DIR --texts .carry/texts --out out/quality --limit 180
-    python tests/benchmarks/bench_quality.py --out out/quality --report     # again, from the numbers alone
+    python tests/benchmarks/bench_quality.py --out out/quality --report     # only rewrites the report
 
-Parts, in this order, each kept in OUT/quality.json as it is made, so that a stopped run goes on:
+Parts, in this order. Each result is saved to OUT/quality.json at once, so that an interrupted run resumes:
 1. calibrate: layer-local costs on three texts, from one dense pass each; topk by layer at every budget.
 2. loss: rise of the loss over dense on texts that calibration did not read, 8,192 tokens, first at 25 % and
-   12.5 % of the keys, with other ways to calibrate, then on the whole curve; with its 95 % interval, from the
+   12.5 % of the keys, with other ways to calibrate, then on the whole curve, with a 95 % interval from the
    spread of 64-token stretches.
-3. tasks: RULER-like needles and key-value pairs at 8K, 4K, 2K tokens, 128 questions a cell.
-Then OUT/quality.md, loss.png and tasks.png. All in fp32 with the portable backend: no Triton kernel compiles.
+3. tasks: RULER-like needles and key-value pairs at 8K, 4K, 2K tokens, 128 questions per cell.
+Then it writes OUT/quality.md, loss.png and tasks.png. Everything runs in fp32 with the portable backend, so
+that no Triton kernel is compiled.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moba_hf.evaluate.passes import family_of
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store, format_table
 from moba_hf.evaluate.run import read_ids
-from moba_hf.evaluate.tasks import run_task
+from moba_hf.evaluate.tasks import SampleSize, run_task
 
 LENGTH, TAIL, STRETCH, COPIED = 8192, 2048, 64, 256
 BUDGETS = (0.25, 0.125, 0.0625, 0.5, 0.05, 0.18, 0.09, 0.35, 0.7, 1.0)
@@ -50,9 +51,9 @@ TEXTS = (
     "validate-copy",
 )
 CALIBRATION = ("calibrate-prose", "calibrate-code", "calibrate-copy")
-# name -> block size, and the keys in a part of a block
+# name -> block size, keys in a part of a block
 RULES = {"32": (32, 16), "32 parts of 8": (32, 8), "16": (16, 16)}
-# name -> rule, and how often each text of CALIBRATION counts
+# name -> rule, weight of each text of CALIBRATION
 CALIBRATED = {
     "calibrated": ("32", (1, 1, 1)),
     "copies x4": ("32", (1, 1, 4)),
@@ -86,7 +87,7 @@ def parts_of(size: int) -> Iterator[None]:
 
 
 class Runner:
-    """The model, the texts, and the answers so far."""
+    """The model, the texts, and the results so far."""
 
     def __init__(self, args: argparse.Namespace):
         self.end = time.monotonic() + args.limit
@@ -105,7 +106,7 @@ class Runner:
         self.dense: dict[str, Tensor] = {}
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The answer for `key`; TimeIsUp when it would have to be computed after the end."""
+        """The result for `key`; raises TimeIsUp if it would have to be computed after the time limit."""
         if key not in self.store.answers and time.monotonic() > self.end:
             raise TimeIsUp
         return self.store.get(key, compute)
@@ -133,7 +134,7 @@ class Runner:
         return {rule: {name: by_text[name][rule] for name in CALIBRATION} for rule in RULES}
 
     def loss(self, text: str, setting: str, config: MobaConfig) -> None:
-        """Rises of `text` under `config`."""
+        """Measures how much the loss on `text` rises under `config`."""
         if text not in self.dense:
 
             def read() -> list[float]:
@@ -160,18 +161,18 @@ class Runner:
         self.get(f"loss/{text}/{setting}/{config.key_budget(self.length, self.layers):.4f}", measure)
 
     def task(self, task: str, length: int, setting: str, config: MobaConfig | None, context: int) -> None:
-        """The questions about one context."""
+        """Asks the questions about one context."""
 
         def one() -> list[list[float]]:
-            size = {"contexts": 1, "questions": QUESTIONS, "seed": context}
-            score = run_task(self.model, self.tokenizer, task, length - ROOM, config, **size)
+            size = SampleSize(1, QUESTIONS, seed=context)
+            score = run_task(self.model, self.tokenizer, task, length - ROOM, config, size)
             return [list(mark) for mark in score.by_depth]
 
         self.get(f"task/{task}/{length}/{setting}/{context}", one)
 
 
 def settings(costs: dict[str, dict[str, Any]], layers: int, length: int) -> dict[str, Setting]:
-    """Name -> the setting at a key budget."""
+    """Name -> function that gives the setting at a key budget."""
 
     def even(**changes: Any) -> Setting:
         return lambda budget: MobaConfig(32, max(3, round(budget * length / 32)), **changes)
@@ -191,7 +192,7 @@ def settings(costs: dict[str, dict[str, Any]], layers: int, length: int) -> dict
 
 
 def steps(run: Runner) -> Iterator[Callable[[], None]]:
-    """What is to be done, the most important first."""
+    """The steps to run, the most important first."""
     made = settings(json.loads(json.dumps(run.costs())), run.layers, run.length)
 
     def losses(
@@ -204,7 +205,7 @@ def steps(run: Runner) -> Iterator[Callable[[], None]]:
                         yield lambda b=budget, n=name, t=text: run.loss(t, n, made[n](b))
 
     def tasks(lengths: tuple[int, ...], asked: tuple[tuple[str, float], ...]) -> Iterator[Callable[[], None]]:
-        # all settings on a context before the next one, so that a stopped run compares like with like
+        # all settings on one context before the next context, so that an interrupted run stays comparable
         for length, context, (name, budget) in product(lengths, range(run.contexts), asked):
             config = None if name == "dense" else made[name](budget).scaled(run.length, length)
             label = name if name == "dense" else f"{name}, {budget:.1%}"
@@ -223,7 +224,7 @@ def steps(run: Runner) -> Iterator[Callable[[], None]]:
 
 
 def report(folder: Path) -> None:
-    """Tables and pictures from the numbers in `folder`."""
+    """Makes tables and pictures from the numbers in `folder`."""
     answers = json.loads((folder / "quality.json").read_text())["answers"]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     head = ["text", "setting", "keys", "rise, last quarter", "before its last 256", "all"]
@@ -252,7 +253,7 @@ def report(folder: Path) -> None:
 
 
 def _task_table(scores: Sequence[tuple[str, plots.TaskScore]]) -> str:
-    """A row per task and length, a column per setting: score, 95 % interval, questions."""
+    """A row per task and length, a column per setting: score, 95 % interval, number of questions."""
     names = list(dict.fromkeys(name for name, _ in scores))
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for name, one in sorted(scores, key=lambda pair: (pair[1].task, pair[1].length)):
@@ -281,13 +282,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of the checkpoint")
     parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the model's")
-    parser.add_argument("--texts", default=".carry/texts", help="what quality_texts.py wrote")
+    parser.add_argument("--texts", default=".carry/texts", help="folder written by quality_texts.py")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new step begins")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new step starts")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each text")
     parser.add_argument("--task-lengths", type=int, nargs="*", default=[8192, 4096, 2048])
-    parser.add_argument("--contexts", type=int, default=CONTEXTS, help="of each task and length")
-    parser.add_argument("--tasks-only", action="store_true", help="with calibrated settings made before")
+    parser.add_argument("--contexts", type=int, default=CONTEXTS, help="contexts per task and length")
+    parser.add_argument("--tasks-only", action="store_true", help="reuse earlier calibrated settings")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--report", action="store_true", help="only tables and pictures")
     args = parser.parse_args()
@@ -298,7 +299,7 @@ def main() -> None:
             for step in steps(run):
                 step()
         except TimeIsUp:
-            print("the time limit came first; the same command goes on from here")
+            print("the time limit has passed; run the same command to continue")
         print(f"{time.monotonic() - started:.0f} s, {len(run.store.answers)} answers")
     report(args.out)
 

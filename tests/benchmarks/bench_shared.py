@@ -1,15 +1,14 @@
-"""Times the kernels of the shared choice, stage by stage and whole, beside dense attention, after a gate.
+"""Times the kernels of the shared choice, by stage and as a whole, next to dense attention, after a check.
 
     python tests/benchmarks/bench_shared.py                         # every row, on one GPU
     python tests/benchmarks/bench_shared.py --rows 8K-25 32K-10 --backward
     python tests/benchmarks/bench_shared.py --tile 64 --sample 4
 
-Every stage of the choice runs on random normal inputs, whose masses are flat; what it chose is then replaced
-by a random causal choice of the stated share of the (query, key) pairs, forced blocks included
-(`shared_masks`). `whole` is the operator: the choice and the attention under the replaced mask, timed behind
-work that keeps the GPU busy, so that the host's launches are not counted; `eager` is the same with them.
-Times are medians of CUDA events, bf16, head_dim 128, causal. TFLOP/s count pairs really attended. Without a
-green gate nothing is timed.
+All stages of the choice run on random normal inputs, whose masses are flat. The choice is then replaced by a
+random causal one with the stated share of the (query, key) pairs, kept blocks included (`shared_masks`).
+`whole` is the operator: the choice, and the attention under the replaced mask, queued behind work that keeps
+the GPU busy, so that launch overhead is not counted; `eager` includes it. Times are medians of CUDA events,
+bf16, head_dim 128, causal. TFLOP/s count attended pairs. Nothing is timed unless the gate is green.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ HEAD_DIM, K = 128, 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: share of the pairs, and milliseconds to reach and to aim for."""
+    """One line of the table: share of the pairs, and the goals to reach and to aim for, in milliseconds."""
 
     name: str
     length: int
@@ -71,7 +70,7 @@ ROWS = (
 
 
 def gate(rule: SharedRule) -> None:
-    """The tests' own checks, at lengths that fill tiles and at ragged ones, and two runs bit for bit."""
+    """The tests' own checks, at lengths that fill tiles and at ragged ones; two runs must be identical."""
     for lengths in ([(512, 1024), (640, 640), (192, 320)], [(300, 1000), (1, 513), (129, 129)]):
         case = Case(
             lengths,
@@ -89,7 +88,7 @@ def gate(rule: SharedRule) -> None:
 
 
 class Call:
-    """Inputs of one row, and its stages as calls without arguments."""
+    """The inputs of one row, and its stages as calls without arguments."""
 
     def __init__(self, row: Row, rule: SharedRule):
         torch.manual_seed(0)
@@ -119,7 +118,7 @@ class Call:
         shared.attend_backward(grad_out, grad_lse, saved, self.sequences, *limits)
 
     def stages(self) -> dict[str, Callable[[], Any]]:
-        """What `shared.select` and `shared.attend` launch, one stage each."""
+        """The launches of `shared.select` and `shared.attend`, stage by stage."""
         q, k, rule = self.q, self.k, self.rule
         table, n = self.sequences.table, self.row.length
         make = partial(make_shared_plan, q, k, table, n, n, block_size=rule.block_size, tile=rule.tile)
@@ -227,8 +226,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], help=", ".join(row.name for row in ROWS))
     parser.add_argument("--tile", type=int, default=128, help="queries that share a choice")
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--sample", type=int, default=8, help="one row in so many is scored")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of a median")
+    parser.add_argument("--sample", type=int, default=8, help="score every N-th row")
+    parser.add_argument("--repeats", type=int, default=7, help="runs per median")
     parser.add_argument("--backward", action="store_true", help="time the gradients too")
     parser.add_argument("--no-dense", dest="dense", action="store_false", help="leave out dense attention")
     parser.add_argument("--dense-limit", type=int, default=128 * K, help="longest dense baseline, tokens")

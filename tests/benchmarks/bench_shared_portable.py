@@ -1,10 +1,10 @@
-"""One layer's attention on a CPU under a shared choice of blocks, beside torch's own dense attention.
+"""One layer's attention on a CPU with a shared choice of blocks, next to torch's own dense attention.
 
     python tests/benchmarks/bench_shared_portable.py --lengths 2048 8192 32768 --share 0.25 0.1
 
-9 query and 3 kv heads of 64, fp32, random q, k, v; the best of `--runs`. Every stage runs; attention is then
-timed over random causal lists of the stated share of candidates, forced blocks included, since random keys
-have flat mass. `pairs` is what these lists hold of the causal (query, key) pairs.
+9 query and 3 kv heads of 64, fp32, random q, k, v; the best of `--runs`. All stages run. Since random keys
+have flat mass, attention is then timed over random causal lists with the stated share of candidates, kept
+blocks included. `pairs` is the share of the causal (query, key) pairs in these lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS, KV_HEADS, DIM = 9, 3, 64
 
 
 def best(run: Callable[[], Any], runs: int) -> float:
-    """Seconds of the fastest of `runs`, after one that is not counted."""
+    """Seconds of the fastest of `runs` runs, after a warm-up."""
     run()
     times = []
     for _ in range(runs):
@@ -37,7 +37,7 @@ def best(run: Callable[[], Any], runs: int) -> float:
 
 
 def random_lists(where: Sequences, q: Tensor, tile: int, block: int, share: float) -> tuple[Tensor, float]:
-    """A block mask with that share of the candidates, and the share of causal pairs that it holds."""
+    """A block mask with `share` of the candidates, and its share of the causal pairs."""
     length = q.shape[2]
     rows = tile_table(where.table, tile, num_tiles(where, q, tile))
     position, used = rows[:, 3, None], (rows[:, 2] > rows[:, 1])[:, None]
@@ -46,7 +46,7 @@ def random_lists(where: Sequences, q: Tensor, tile: int, block: int, share: floa
     own = (number >= first) & (number * block < position + tile)
     chosen = (own | ((number < first) & (torch.rand(HEADS, len(rows), len(number)) < share))) & used
     tiles = torch.arange(length) // tile
-    later = HEADS * (length * (max(tile, block) - 1) // 2)  # keys of own blocks after their row
+    later = HEADS * (length * (max(tile, block) - 1) // 2)  # keys in own blocks that come after their row
     kept = chosen[:, tiles].sum() * block - later
     return pack_blocks(chosen, mask_words(length, block)), float(kept) / (HEADS * length * (length + 1) / 2)
 

@@ -1,4 +1,4 @@
-"""What rules that choose blocks cost a model that was never trained with them, on a GPU, in fp32.
+"""The cost of block-choosing rules for a model that was never trained with them, on a GPU, in fp32.
 
     python tests/benchmarks/shared_texts.py packages texts.npz
     python tests/benchmarks/bench_shared_quality.py --check     # the rules against loops, on the CPU
@@ -6,11 +6,12 @@
     python tests/benchmarks/bench_shared_quality.py --model DIR --texts texts.npz --out OUT --suite curves
     python tests/benchmarks/bench_shared_quality.py --out OUT --report
 
-Every layer that attends everything goes through `shared_rules.attend`; layers with a window keep it. For each
-rule and text: rise of the mean loss of the last quarter over dense, and the share of causal pairs attended,
-over all rows, heads and layers. Means over texts come with a 95 % interval from the spread of 64-token
-stretches of the rise, rule and dense compared token by token. "causal" is the loss with lists that a row
-could have had. Answers are kept in OUT/shared.json as they are made, so that a stopped run goes on.
+All full-attention layers go through `shared_rules.attend`; window layers keep their windows. For each rule
+and text, the results are the rise over dense of the mean loss in the last quarter, and the share of causal
+pairs attended over all rows, heads and layers. Means over texts have a 95 % interval from the spread of
+64-token stretches of the rise, comparing rule and dense token by token. "causal" is the loss with lists that
+each row could have computed from earlier rows. Results are saved to OUT/shared.json at once, so that an
+interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PLAIN, COPIES, RECURRING = "test/", "test-copies/", "test-recurring/"
 
 
 class Attention:
-    """The attention function of the model: one rule at a time, and the pairs that it attended."""
+    """The model's attention function: runs one rule at a time and counts the pairs that it attends."""
 
     def __init__(self) -> None:
         self.rule = DENSE
@@ -72,7 +73,7 @@ def load(folder: str, device: str) -> Any:
 
 @torch.no_grad()
 def tail_losses(model: Any, ids: Tensor, rule: Rule, tail: int) -> tuple[Tensor, Tensor]:
-    """Losses of the last `tail` tokens of `ids (N,)`, and the share of causal pairs by `(layer, head)`."""
+    """Losses on the last `tail` tokens of `ids (N,)`, and the share of causal pairs by `(layer, head)`."""
     ATTENTION.rule, ATTENTION.pairs = rule, []
     logits = model(input_ids=ids[None], logits_to_keep=tail + 1, use_cache=False).logits[0, :-1].float()
     losses = F.cross_entropy(logits, ids[-tail:], reduction="none")
@@ -80,12 +81,12 @@ def tail_losses(model: Any, ids: Tensor, rule: Rule, tail: int) -> tuple[Tensor,
 
 
 def with_causal(rules: Sequence[Rule]) -> list[Rule]:
-    """Each rule in both readings, the causal one first."""
+    """Each rule in both variants, the causal one first."""
     return [one for rule in rules for one in (rule.read_causally(), rule)]
 
 
 def questions() -> Iterator[Rule]:
-    """What is asked of the development texts, the most important first."""
+    """The rules to compare on the development texts, the most important first."""
     p, a = Rule(share=0.95), Rule(alpha=0.01)
     causal = [p, a, replace(p, means=True), replace(a, means=True)]
     causal += [replace(p, own=True), replace(p, own=True, share=0.98), replace(p, own=True, means=True)]
@@ -95,7 +96,7 @@ def questions() -> Iterator[Rule]:
     causal += [Rule(own=True, floor=0.001, means=True), Rule(own=True, share=0.95, alpha=0.02, means=True)]
     yield from (r.read_causally() for r in causal)
     yield from (p, a, replace(p, means=True), replace(a, means=True))
-    # a choice per query, with the variance of rotary pairs and of single dimensions
+    # a choice per query, with the variance per rotary pair and per dimension
     for gate in ("mass", "unpaired"):
         yield Rule(tile=1, block=32, topk=64, gate=gate)
         yield Rule(tile=1, block=32, topk=32, gate=gate)
@@ -119,7 +120,7 @@ def questions() -> Iterator[Rule]:
 
 
 def curves() -> Iterator[Rule]:
-    """What is measured on the test texts, the most important first."""
+    """The rules to measure on the test texts, the most important first."""
     alphas = (0.01, 0.03, 0.005, 0.002, 0.1, 0.3, 0.0005)
     for alpha in alphas[:3]:
         yield from with_causal([Rule(alpha=alpha, means=True)])
@@ -148,7 +149,7 @@ def curves() -> Iterator[Rule]:
 
 
 def cheaper() -> Iterator[Rule]:
-    """What keeps the loss when fewer rows vote, on the development texts; then blocks and thresholds."""
+    """Which rules keep the loss with fewer sampled rows, on development texts; then blocks, thresholds."""
     base = Rule(tile=64, block=32, alpha=0.01, means=True, causal=True)
     yield base
     for changes in (
@@ -182,13 +183,13 @@ def cheaper() -> Iterator[Rule]:
 
 
 def chosen() -> Iterator[Rule]:
-    """The whole curve of the rule that ships, on the test texts, in both readings."""
+    """The whole curve of the shipped rule, on the test texts, in both variants."""
     for alpha in (0.01, 0.008, 0.002, 0.003, 0.02, 0.04, 0.1, 0.3, 0.001):
         yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
 
 
 def kernel() -> Iterator[Rule]:
-    """Tiles, blocks and sampled rows that a kernel likes, on the test texts, causal; some as run."""
+    """Tiles, blocks and sampled rows that suit a kernel, on the test texts, causal; some as run."""
     base = Rule(tile=128, block=32, alpha=0.01, means=True, causal=True)
     for changes in (
         {},
@@ -210,7 +211,7 @@ def kernel() -> Iterator[Rule]:
 
 
 def long() -> Iterator[Rule]:
-    """16K and 32K, on the test texts: the rule that ships, choices per query, the published rules."""
+    """16K and 32K, on the test texts: the shipped rule, per-query choices, the published rules."""
     for alpha in (0.01, 0.03, 0.1, 0.003):
         yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
     yield from (Rule(tile=1, block=32, topk=k, gate=g) for k in (64, 128) for g in ("mean", "mass"))
@@ -230,7 +231,7 @@ SUITES = {
 
 
 class Runner:
-    """Texts and the answers so far: label -> text -> numbers."""
+    """Texts and the results so far: label -> text -> numbers."""
 
     def __init__(self, args: argparse.Namespace):
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,7 +246,7 @@ class Runner:
         self.dense: dict[str, Tensor] = {}
 
     def measure(self, rule: Rule, names: Sequence[str]) -> bool:
-        """Measures `rule` on texts; False when the time is up."""
+        """Measures `rule` on texts; returns False if the time is up."""
         found = self.answers.setdefault(rule.label(), {})
         for name in names:
             if time.monotonic() > self.end:
@@ -271,7 +272,7 @@ class Runner:
 
 
 def summary(found: dict[str, Any], prefix: str) -> tuple[int, float, float, float] | None:
-    """Texts, mean rise, half of its 95 % interval, and share of pairs over texts whose name has `prefix`."""
+    """Number of texts with `prefix`, mean rise, half of its 95 % interval, and share of pairs."""
     rows = [one for name, one in found.items() if name.startswith(prefix)]
     if not rows:
         return None
@@ -281,7 +282,7 @@ def summary(found: dict[str, Any], prefix: str) -> tuple[int, float, float, floa
 
 
 def report(answers: dict[str, Any]) -> None:
-    """One line for each rule: pairs, mean rise and interval on plain texts, then on copying texts."""
+    """One line per rule: pairs, mean rise and interval on plain texts, then on texts with copies."""
     for label, found in answers.items():
         cells = []
         for prefix in ("dev/", "dev-copies/", PLAIN, COPIES, RECURRING):
@@ -293,7 +294,7 @@ def report(answers: dict[str, Any]) -> None:
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> tuple[Tensor, Tensor]:
-    """`attend` for the kind "shared" as loops over heads and rows, in fp64."""
+    """`attend` for the kind "shared", written as loops over heads and rows, in fp64."""
     heads, length, _ = q.shape
     out = torch.zeros(heads, length, v.shape[2], dtype=torch.float64)
     pairs = torch.zeros(heads, dtype=torch.float64)
@@ -367,7 +368,7 @@ def chosen_blocks(q: Tensor, k: Tensor, rule: Rule, scale: float, row: int) -> s
 
 
 def check() -> None:
-    """Compares every part of the shared rule with loops, and the published rules in their limits."""
+    """Compares every part of the shared rule with loops, and the published rules in their limiting cases."""
     torch.manual_seed(0)
     length, scale = 96, 0.35
     q, k, v = (torch.randn(h, length, 8) * 2.0 for h in (2, 1, 1))
@@ -426,7 +427,7 @@ def check() -> None:
         later[:, 50:] = 5
         moved = attend(later, k, v, one, scale)[0][:, :50]
         assert torch.allclose(moved, attend(q, k, v, one, scale)[0][:, :50], atol=1e-6), kind
-    print("as it should be")
+    print("all checks passed")
 
 
 def main() -> None:
@@ -434,14 +435,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder of the checkpoint")
-    parser.add_argument("--texts", help="what shared_texts.py wrote")
+    parser.add_argument("--texts", help="file written by shared_texts.py")
     parser.add_argument("--out", type=Path, default=Path("out/shared"))
     parser.add_argument("--suite", nargs="*", default=["questions"], choices=SUITES)
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new text begins")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new text starts")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--report", action="store_true", help="only the table")
-    parser.add_argument("--check", action="store_true", help="compares with loops on the CPU, and ends")
+    parser.add_argument("--check", action="store_true", help="compare with loops on the CPU, and exit")
     args = parser.parse_args()
     if args.check:
         check()

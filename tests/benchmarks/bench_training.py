@@ -1,14 +1,14 @@
-"""Training throughput of a Llama-1B-shaped random model with gradient checkpointing, MoBA beside sdpa.
+"""Training throughput of a random model of Llama-1B's shape with gradient checkpointing, MoBA against sdpa.
 
     python tests/benchmarks/bench_training.py --out out/bench          # 64K and 128K tokens, on one GPU
-    python tests/benchmarks/bench_training.py --tiny                   # the code alone, on a CPU
+    python tests/benchmarks/bench_training.py --tiny                   # only runs the code, on a CPU
 
-One step: forward, backward and a fused AdamW step of one sequence, bf16 weights, every decoder layer
-checkpointed (non-reentrant), the loss computed over 4,096 tokens at a time for both. First the gradients of
-the attention operator are proved against fp64 under the same choice of blocks; without that no speed is
-printed. sdpa runs the faster of torch's flash and cuDNN backends on this machine, chosen by timing one layer.
-Seconds are of whole steps between device synchronisations, the median of `--steps` (dense: one at 128K).
-Results go to a CSV and a Markdown file.
+A step is the forward, the backward and a fused AdamW step for one sequence, with bf16 weights, every decoder
+layer checkpointed (non-reentrant), and the loss computed over 4,096 tokens at a time. The gradients of the
+attention operator are first checked against fp64 under the same choice of blocks; if they are wrong, no speed
+is printed. sdpa uses the faster of torch's flash and cuDNN backends on this machine, chosen by timing one
+layer. Seconds are those of whole steps between device synchronisations, the median of `--steps` (dense: one
+at 128K). Results go to a CSV and a Markdown file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TINY = {
 
 
 def prove(moba: MobaConfig, heads: tuple[int, int, int]) -> str | None:
-    """None if the operator's gradients hold the tolerance rule on this machine, else what failed."""
+    """None if the operator's gradients pass the tolerance rule on this machine, else what failed."""
     num_heads, num_kv_heads, head_dim = heads
     length = min(4096, 12 * moba.block_size + 37)
     make = torch.Generator(DEVICE).manual_seed(0)
@@ -114,7 +114,7 @@ def best_sdpa(heads: tuple[int, int, int], length: int) -> SDPBackend | None:
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Next-token loss with logits of `LOSS_CHUNK` tokens at a time, made again in the backward pass."""
+    """Next-token loss with logits of `LOSS_CHUNK` tokens at a time, recomputed in the backward pass."""
     hidden = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
 
     def part(x: Tensor, target: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def step(model: Any, optimizer: Any, ids: Tensor) -> tuple[float, float]:
 
 
 def measure(name: str, shape: dict[str, int], moba: MobaConfig, length: int, steps: int) -> dict[str, Any]:
-    """One row: a fresh model, a warm-up, `steps` timed steps."""
+    """One row of results: a new model, a warm-up, `steps` timed steps."""
     config = LlamaConfig(**shape, max_position_embeddings=2 * length, tie_word_embeddings=True)
     config.rope_parameters = {**(config.rope_parameters or {}), "rope_theta": 500000.0}
     torch.manual_seed(0)
@@ -154,7 +154,7 @@ def measure(name: str, shape: dict[str, int], moba: MobaConfig, length: int, ste
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=CUDA)
     ids = torch.randint(0, shape["vocab_size"], (1, length), device=DEVICE)
-    # kernels of MoBA may depend on the length; dense ones are warmed up on a short text
+    # MoBA's kernels may depend on the length; dense ones are warmed up on a short text
     step(model, optimizer, ids if name == "moba" else ids[:, : min(length, 4096)])
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 131072])
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of MoBA, and of sdpa up to 64K")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps for MoBA, and for sdpa up to 64K")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny model: the code runs, nothing is measured"
@@ -213,7 +213,7 @@ def main() -> None:
     heads = (shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"])
     if (problem := prove(moba, heads)) is not None:
         raise SystemExit(f"the gate is red, nothing is timed: {problem}")
-    print("gate: gradients hold the tolerance rule")
+    print("gate: gradients pass the tolerance rule")
     backend = best_sdpa(heads, min(lengths))
     rows = []
     args.out.mkdir(parents=True, exist_ok=True)

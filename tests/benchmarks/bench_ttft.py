@@ -1,13 +1,13 @@
-"""Time to the first token of a model of Llama-3.1-8B's shape: MoBA, dense attention, and none at all.
+"""Time to first token for a model of Llama-3.1-8B's shape: MoBA, dense attention, and no attention.
 
     python tests/benchmarks/bench_ttft.py                          # about two minutes on an H200
     python tests/benchmarks/bench_ttft.py --sdpa-limit 131072      # 40 seconds less
     python tests/benchmarks/bench_ttft.py --tiny                   # toy size, on a CPU
 
-One prompt of random ids in one call, bf16, random weights drawn on the GPU, logits of the last position only,
-until its argmax is on the host. MoBA is 128/8 in every layer; dense attention is torch's cuDNN; "none" gives
-the queries back as the output. The cache is kept where it fits. No time is printed before the operator has
-passed the correctness gate. `attention` is the time inside the attention functions, by CUDA events.
+One prompt of random ids in one call, bf16, random weights drawn on the GPU, logits of the last position only;
+the time ends when its argmax is on the host. MoBA is 128/8 in every layer; dense attention is torch's cuDNN;
+"none" returns the queries as the output. The cache is kept if it fits. No time is printed before the operator
+has passed the correctness gate. `attention` is the time inside the attention functions, by CUDA events.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from moba_hf.bench.measure import prove
 from moba_hf.bench.rows import ROWS
 from moba_hf.bench.timing import GIB
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
 CUDA = torch.cuda.is_available()
 WARM_UP = 4096
-# Bytes per token that a forward without a cache holds at its peak, the projections of the MLP above all.
+# Peak bytes per token of a forward without a cache, mostly for the projections of the MLP.
 ACTIVATIONS = 170 << 10
 _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -49,7 +49,7 @@ def no_attention(module: Any, query: Tensor, *_args: Any, **_kwargs: Any) -> tup
 
 
 def timed(function: Any) -> Any:
-    """`function` between two CUDA events."""
+    """`function`, timed by two CUDA events."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not CUDA:
@@ -65,7 +65,7 @@ def timed(function: Any) -> Any:
 
 
 def register() -> None:
-    """The three attention functions under names of their own; their masks are those of each kind."""
+    """Registers the three attention functions under separate names, each with its own kind of mask."""
     no_mask = lambda *_args, **_kwargs: None  # noqa: E731
     for name, function, mask in (
         ("timed_moba", moba_attention_forward, moba_mask),
@@ -106,7 +106,7 @@ def build(tiny: bool) -> Any:
 
 
 def cache_fits(model: Any, length: int) -> bool:
-    """Whether weights, cache and activations of a prompt stay within nine tenths of the GPU's memory."""
+    """Whether weights, cache and activations of a prompt fit into nine tenths of the GPU's memory."""
     config = model.config
     if not CUDA:
         return True
@@ -117,7 +117,7 @@ def cache_fits(model: Any, length: int) -> bool:
 
 
 def reserve() -> None:
-    """Lets torch take the GPU's memory once, so that no run pays for growing into it."""
+    """Makes torch allocate the GPU's memory once, so that no run pays for growing the pool."""
     if CUDA:
         free, _ = torch.cuda.mem_get_info()
         torch.empty(max(0, free - 6 * GIB), dtype=torch.uint8, device="cuda")
@@ -125,7 +125,7 @@ def reserve() -> None:
 
 @torch.no_grad()
 def first_token(model: Any, ids: Tensor, name: str, use_cache: bool) -> tuple[float, float]:
-    """Seconds until the first new token is on the host, and seconds of them in attention."""
+    """Seconds until the first new token is on the host, and how many of them are spent in attention."""
     model.set_attn_implementation(f"timed_{name}")
     _events.clear()
     if CUDA:
@@ -140,7 +140,7 @@ def first_token(model: Any, ids: Tensor, name: str, use_cache: bool) -> tuple[fl
 
 @torch.no_grad()
 def warm_up(model: Any, args: argparse.Namespace) -> None:
-    """A short forward of each kind; then attention alone at each length, for which kernels are chosen."""
+    """Runs a short forward of each kind, then attention alone at each length, which selects its kernels."""
     short = torch.randint(model.config.vocab_size, (1, min(WARM_UP, max(args.lengths))), device=model.device)
     for name in ("none", "moba", "sdpa"):
         first_token(model, short, name, True)
@@ -219,10 +219,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072, 262_144, 524_288])
     parser.add_argument("--sdpa-limit", type=int, default=262_144, help="longest dense prompt")
     parser.add_argument("--none-limit", type=int, default=131_072, help="longest prompt without attention")
-    parser.add_argument("--runs", type=int, default=2, help="runs of MoBA, the best counts")
-    parser.add_argument("--repeat-limit", type=int, default=131_072, help="longest prompt that runs so often")
+    parser.add_argument("--runs", type=int, default=2, help="runs of MoBA; the best one counts")
+    parser.add_argument(
+        "--repeat-limit", type=int, default=131_072, help="longest prompt with this many runs"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes; the code runs, nothing is measured")
-    parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("bench_results"), help="folder for the results")
     return parser.parse_args()
 
 

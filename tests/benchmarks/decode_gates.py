@@ -18,13 +18,13 @@ from moba_hf.op.sequences import batched_table
 
 
 def check(name: str, got: Tensor, expected: Tensor, share: float = 2**-6) -> None:
-    """Correctness gate: bf16 rounding of the output and of the softmax weights, no more."""
+    """Correctness gate: allows bf16 rounding of the output and of the softmax weights, no more."""
     error, size = (got.float() - expected.float()).abs().max(), expected.float().abs().max()
     assert error <= share * size, f"{name}: wrong by {error:.2e} where values reach {size:.2e}"
 
 
 def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> None:
-    """Decode rows against prefill rows, the reference and torch's dense attention, on cached keys."""
+    """Compares decode rows with prefill rows, the reference and torch's dense attention, on cached keys."""
     first = cache.layers[0]
     length = min(8 * args.block_size * args.topk + 77, max(args.lengths))
     keys, values = first.keys[:, :, :length], first.values[:, :, :length]
@@ -53,7 +53,7 @@ def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> Non
 
 
 def gate_model(model: Any, cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> None:
-    """The attention function on the longest cache, through the layer, against the reference."""
+    """Compares the attention function on the longest cache, called through the layer, with the reference."""
     first, module = cache.layers[0], model.model.layers[0].self_attn
     length = int(first.cumulative_length)
     dtype, device = first.keys.dtype, first.keys.device

@@ -1,6 +1,6 @@
 """The GPU half of `bench_decode.py`: stages of a decode step, then a whole model, all in CUDA graphs.
 
-One static cache of the longest length is filled with random keys and values; shorter lengths use its first
+A static cache of the longest length is filled with random keys and values; shorter lengths use its first
 slots.
 """
 
@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 
 def write(out: str | None, name: str, rows: list[Row]) -> None:
-    """Rows as CSV and as a Markdown table."""
+    """Writes the rows as CSV and as a Markdown table."""
     if out is None or not rows:
         return
     folder = Path(out)
@@ -35,7 +35,7 @@ def write(out: str | None, name: str, rows: list[Row]) -> None:
 
 @torch.no_grad()
 def bench(args: argparse.Namespace) -> None:
-    """Gate, stages, model; see the module."""
+    """Runs the gate, the stages and the model; see the module docstring."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
@@ -61,7 +61,7 @@ def bench(args: argparse.Namespace) -> None:
         if args.profile and device == "cuda":
             profile(model, cache)
     take_means(cache, config, max(args.lengths))
-    gate_model(model, cache, config, args)  # still right after everything was written over and over
+    gate_model(model, cache, config, args)  # still right after all the overwriting
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, block {args.block_size}"
     print(f"{shape}, topk {args.topk}, bf16, batch 1, CUDA graphs")
     for row in results:

@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model, one CUDA graph per step, and where the time of a step goes."""
+"""Tokens per second of a whole model, one CUDA graph per step, and how a step spends its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moba_hf.hf.cache_names import cache_kwargs
 
 @contextmanager
 def fused_elementwise(enabled: bool) -> Iterator[None]:
-    """Norms, rotary embedding and MLP of Llama compiled, alike for every variant."""
+    """Compiles Llama's norms, rotary embedding and MLP, in the same way for every variant."""
     norm, mlp = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
     before = (norm.forward, mlp.forward, modeling_llama.apply_rotary_pos_emb)
     if enabled:
@@ -55,7 +55,7 @@ def bench_model(
     args: argparse.Namespace,
     clock: Clock,
 ) -> list[Row]:
-    """Tokens per second of the whole model: sparse, dense by our kernel, dense by the best of sdpa."""
+    """Tokens per second of the whole model: sparse, dense with our kernel, dense with the best sdpa."""
     device = cache.layers[0].keys.device
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed" not in n)
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
@@ -107,7 +107,7 @@ def bench_model(
 
 
 def profile(model: Any, cache: MobaCache) -> None:
-    """Prints where the device's time goes in one replayed sparse step, by kernel."""
+    """Prints the device time of one replayed sparse step, by kernel."""
     token = torch.ones(1, 1, dtype=torch.int64, device=cache.layers[0].keys.device)
 
     def step() -> Tensor:

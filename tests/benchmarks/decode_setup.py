@@ -1,4 +1,4 @@
-"""What the decode benchmarks share: reference rows; the model's shape, one long static cache, the clock."""
+"""Shared by the decode benchmarks: reference rows, the model's shape, one long static cache, the clock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.op.reference import moba_attention_ref
 
-SPARE = 2048  # slots for the tokens that are decoded
+SPARE = 2048  # slots for decoded tokens
 Row = dict[str, Any]
 
 
 def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> Tensor:
-    """The sparse rows `(queries, heads, dim)` by the reference, one group of heads at a time."""
+    """The sparse rows `(queries, heads, dim)` from the reference, one group of heads at a time."""
     group = q.shape[1] // k.shape[1]
     rows = []
     for h in range(k.shape[1]):
@@ -30,7 +30,7 @@ def reference_row(q: Tensor, k: Tensor, v: Tensor, args: argparse.Namespace) -> 
 
 
 def model_config(args: argparse.Namespace) -> LlamaConfig:
-    """Llama-3.1-8B's shape, or a toy of it."""
+    """Llama-3.1-8B's shape, or a toy version of it."""
     shape: dict[str, int] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -48,7 +48,7 @@ def model_config(args: argparse.Namespace) -> LlamaConfig:
 
 
 class Clock:
-    """Times work as CUDA graphs; without a GPU it runs the work once, to show that it runs."""
+    """Times work as CUDA graphs; without a GPU, only runs it once."""
 
     def __init__(self, device: str, replays: int):
         self.device, self.replays = device, replays
@@ -85,7 +85,7 @@ class Clock:
 
 
 def filled_cache(config: LlamaConfig, length: int, device: str) -> MobaCache:
-    """A static cache whose every slot holds random numbers, and the means of its blocks."""
+    """A static cache with random numbers in every slot, and the means of its blocks."""
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     cache = MobaCache(config, static=True, max_cache_len=length + SPARE)
     for index, layer in enumerate(cache.layers):
@@ -98,13 +98,13 @@ def filled_cache(config: LlamaConfig, length: int, device: str) -> MobaCache:
 
 
 def set_length(cache: MobaCache, length: int) -> None:
-    """Says that `length` slots are written; the means of their complete blocks are there already."""
+    """Marks `length` slots as filled; the means of their complete blocks already exist."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(length)
 
 
 def take_means(cache: MobaCache, config: LlamaConfig, length: int) -> None:
-    """Takes the means of `length` slots anew: what was timed at a shorter length wrote over later slots."""
+    """Recomputes the means of `length` slots, since timing a shorter length overwrote later slots."""
     set_length(cache, length)
     for layer in cache.layers:
         layer.backend = "triton"

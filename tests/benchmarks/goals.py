@@ -1,4 +1,4 @@
-"""Compares a run of `moba-hf bench` on one H200 with what the kernels are meant to reach.
+"""Compares a run of `moba-hf bench` on one H200 with the goals for the kernels.
 
 moba-hf bench --out results && python tests/benchmarks/goals.py results/bench_kernels.csv
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# Milliseconds of the whole operator by row: those to reach, and those to aim for.
+# Milliseconds of the whole operator by row: the goal to reach, and the goal to aim for.
 GOALS = {
     "32K-128/8": (5.0, 3.3),
     "131K-128/8": (16.0, 11.5),

@@ -1,14 +1,14 @@
-"""A model that answers lookups in 32,768 tokens when it reads densely, and how many it answers under a rule.
+"""Trains a model to answer lookups in 32,768 tokens, and counts its answers with dense attention and rules.
 
     python tests/benchmarks/adapt_inputs.py tokens inputs
     python tests/benchmarks/lookup_fixture.py --model DIR --tokens inputs/part1 --out OUT --seconds 170
 
-SmolLM2-135M is trained further on rows of Python sources, plain MoBA with blocks of 128 and topk 8 in every
-layer, rotary base 1e6. Each row holds 64 definitions (three fixed and three random tokens, `=`, four random
-tokens) and later repeats each of them. Then rows of packages it has not seen hold 64 definitions at even
-depths and ask for 24 of them at their end, one after another, under each rule of `rules`. A lookup counts if
-all four tokens are predicted from the true tokens before them; lists are causal, so this is what asking token
-by token gives. Without `--seconds` the model is evaluated as it is.
+SmolLM2-135M is trained further on rows of Python sources, with plain MoBA (blocks of 128, topk 8) in every
+layer and rotary base 1e6. Each row contains 64 definitions (three fixed and three random tokens, `=`, four
+random tokens) and later repeats each of them. Then rows of unseen packages contain 64 definitions at even
+depths and ask for 24 of them at the end, one after another, under each rule of `rules`. A lookup counts if
+all four tokens are predicted from the true tokens before them; since lists are causal, this equals asking
+token by token. Without `--seconds`, the model is evaluated without training.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BASE, STEPS, RATE, WARMUP = 1e6, 400, 6e-4, 20
 
 
 def facts(rng: np.random.Generator, count: int, vocabulary: int) -> np.ndarray[Any, Any]:
-    """Definitions `(count, SIZE)`: what is looked up stands in the last `VALUE` tokens."""
+    """Definitions `(count, SIZE)`; the value to look up is in the last `VALUE` tokens."""
     made = rng.integers(min(1000, vocabulary // 2), vocabulary, (count, SIZE))
     made[:, : len(FIXED)] = [x % vocabulary for x in FIXED]
     made[:, len(FIXED) + KEY] = EQUALS
@@ -50,7 +50,7 @@ def facts(rng: np.random.Generator, count: int, vocabulary: int) -> np.ndarray[A
 
 
 def training_row(rng: np.random.Generator, ids: np.ndarray[Any, Any], length: int, vocabulary: int) -> Tensor:
-    """A row of text with definitions and later lookups of each of them."""
+    """A row of text with definitions and a later lookup of each of them."""
     count = min(PAIRS, length // (8 * SIZE))
     size = length - 2 * count * SIZE
     begin = int(rng.integers(len(ids) - size))
@@ -63,7 +63,7 @@ def training_row(rng: np.random.Generator, ids: np.ndarray[Any, Any], length: in
 def asking_row(
     rng: np.random.Generator, ids: np.ndarray[Any, Any], length: int, vocabulary: int
 ) -> tuple[Tensor, int]:
-    """A row whose last tokens look up definitions at even depths, and how many it asks for."""
+    """A row whose last tokens look up definitions at even depths, and the number of lookups."""
     asked = min(ASKED, length // (8 * SIZE))
     count = max(asked, min(PAIRS, length // (8 * SIZE)))
     size = length - (count + asked) * SIZE
@@ -106,7 +106,7 @@ def train(model: Any, ids: np.ndarray[Any, Any], length: int, seconds: float) ->
 
 @torch.no_grad()
 def lookups(model: Any, rows: list[tuple[Tensor, int]], rule: Rule) -> dict[str, float]:
-    """Share of lookups answered, mean loss of their tokens, and share of causal pairs attended."""
+    """Share of lookups answered, mean loss on their tokens, and share of causal pairs attended."""
     right = asked = 0
     losses, pairs = [], []
     for row, count in rows:
@@ -126,7 +126,7 @@ def lookups(model: Any, rows: list[tuple[Tensor, int]], rule: Rule) -> dict[str,
 
 
 def rules() -> Iterator[Rule]:
-    """The rules asked, the most important first; all lists causal."""
+    """The rules to test, the most important first; all lists are causal."""
     base = Rule(tile=64, block=32, alpha=0.01, means=True, causal=True)
     yield DENSE
     yield base
@@ -156,11 +156,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder with train.npz and held_out.npy")
     parser.add_argument("--out", type=Path, default=Path("out/lookups"))
     parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--seconds", type=float, help="trains for at most so long")
-    parser.add_argument("--attention", choices=("moba", "sdpa"), default="moba", help="while it is trained")
-    parser.add_argument("--save", type=Path, help="keeps the trained model, in bf16")
+    parser.add_argument("--seconds", type=float, help="train for at most this long")
+    parser.add_argument(
+        "--attention", choices=("moba", "sdpa"), default="moba", help="attention used in training"
+    )
+    parser.add_argument("--save", type=Path, help="save the trained model, in bf16")
     parser.add_argument("--rows", type=int, default=4, help="rows of questions")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new rule begins")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new rule starts")
     args = parser.parse_args()
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,7 @@ def main() -> None:
             learner.to(torch.bfloat16).save_pretrained(args.save)
         del learner
     model.eval()
-    torch.set_float32_matmul_precision("high")  # TF32: the lookups are no matter of the fourth digit
+    torch.set_float32_matmul_precision("high")  # TF32 is precise enough for lookups
     held_out = np.load(args.tokens / "held_out.npy")
     rng = np.random.default_rng(1)
     starts = range(0, len(held_out) - args.length + 1, args.length)
@@ -196,7 +198,7 @@ def main() -> None:
     answers = {}
     for rule in rules():
         if time.monotonic() - started > args.limit:
-            print("the limit came first")
+            print("the time limit has passed")
             break
         one = answers[rule.label()] = lookups(model, rows, rule)
         (args.out / "lookups.json").write_text(json.dumps(answers))

@@ -1,8 +1,8 @@
-"""Llama models with random weights over the ranks of `torchrun`, and what the parts of bench_parallel share.
+"""Llama models with random weights over the ranks of `torchrun`, and helpers for the parts of bench_parallel.
 
-Transformers spreads a model only while it loads one. So rank 0 writes a checkpoint that is a hole in a file:
-it takes no space and reads as zeros. Then every rank draws the weights, each from a seed of its name, and
-keeps its part: they are the same for any number of ranks.
+transformers shards a model only while loading it. So rank 0 writes the checkpoint as a sparse file, which
+takes no space and reads as zeros. Then every rank draws each weight, with a seed derived from its name, and
+keeps its part, so that the weights are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from moba_hf import MobaConfig
 CUDA = torch.cuda.is_available()
 GIB = 1 << 30
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-# Bytes on a GPU beside weights and cache: activations of a chunk, workspaces, the library's own.
+# Bytes on a GPU in addition to weights and cache: activations of a chunk, workspaces, libraries.
 RESERVE = 12 * GIB
 
 
 class Ranks:
-    """This process among those of `torchrun`, and the time that is left to all of them."""
+    """This process among those of `torchrun`, and their remaining time."""
 
     def __init__(self, seconds: float):
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -48,7 +48,7 @@ class Ranks:
         dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(minutes=10))
 
     def say(self, *words: Any) -> None:
-        """Prints on rank 0, at once."""
+        """Prints on rank 0, without buffering."""
         if self.rank == 0:
             print(*words, flush=True)
 
@@ -59,13 +59,13 @@ class Ranks:
         self.say(f"| {part} | {what} | {self.count} GPUs | {length} | {values} |")
 
     def agreed(self, value: float, operation: Any = dist.ReduceOp.MAX) -> float:
-        """The largest `value` of all ranks."""
+        """The largest `value` of all ranks, or another reduction of it."""
         held = torch.tensor([value], device=self.device)
         dist.all_reduce(held, operation)
         return float(held)
 
     def room(self, needed: float, what: str) -> bool:
-        """Whether `needed` seconds are left, the same on all ranks; says so where not."""
+        """Whether `needed` seconds are left, agreed by all ranks; prints a message if not."""
         left = self.seconds - (time.monotonic() - self.start)
         fits = self.agreed(left, dist.ReduceOp.MIN) >= needed
         if not fits:
@@ -95,7 +95,7 @@ class Ranks:
 
 
 def llama(size: str, tiny: bool, **values: Any) -> LlamaConfig:
-    """The config of Llama-3.1-8B ("8B") or Llama-3.2-1B ("1B"), or of a toy with as many kinds of layer."""
+    """The config of Llama-3.1-8B ("8B") or Llama-3.2-1B ("1B"), or of a toy model of the same kind."""
     shape: dict[str, Any] = {
         "8B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128},
         "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
@@ -119,14 +119,14 @@ def llama(size: str, tiny: bool, **values: Any) -> LlamaConfig:
 
 
 def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every parameter, by name."""
+    """Parameter name -> its full shape."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def write_hole(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
-    """A checkpoint of zeros that takes no space on the disk."""
+    """Writes a checkpoint of zeros that takes no disk space."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in _shapes(config).items():
@@ -142,14 +142,14 @@ def write_hole(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
 
 
 def _roomy_folder(size: int) -> str:
-    """A folder on a disk that could hold `size` bytes: reading a hole takes memory of a disk in memory."""
+    """A folder on a disk with room for `size` bytes; on a RAM disk, reading a sparse file uses memory."""
     places = [tempfile.gettempdir(), str(Path.cwd()), "/dev/shm"]
     return next((x for x in places if os.path.isdir(x) and shutil.disk_usage(x).free > size), places[0])
 
 
 @torch.no_grad()
 def draw_weights(model: Any, config: LlamaConfig, ranks: Ranks) -> None:
-    """Fills every parameter with this rank's part of normal values; norms are ones."""
+    """Fills every parameter with this rank's part of random normal values; norms are ones."""
     whole = _shapes(config)
     for name, parameter in model.named_parameters():
         local = parameter.data
@@ -168,7 +168,7 @@ def draw_weights(model: Any, config: LlamaConfig, ranks: Ranks) -> None:
 
 
 def spread(config: LlamaConfig, ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model over all ranks, by transformers' tensor parallelism; on one rank, the whole model."""
+    """The model sharded over all ranks by transformers' tensor parallelism; the whole model on one rank."""
     if ranks.count == 1:
         return alone(config, ranks, dtype)
     names: list[str | None] = [None]

@@ -1,4 +1,4 @@
-"""Parts of bench_parallel that are no plain prefill: equality, one layer of 10M tokens, Ulysses training."""
+"""Parts of bench_parallel other than prefill: equality, one layer at 10M tokens, Ulysses training."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ import moba_hf
 from moba_hf import MobaConfig, moba_attention, select_blocks
 from moba_hf.bench import peers
 from moba_hf.hf.attention import moba_attention_forward
-from moba_hf.hf.rows import moba_mask
+from moba_hf.hf.mask import moba_mask
 
-# What the attention functions below keep or are given, by layer.
+# What the attention functions below record or receive, by layer.
 _kept: list[tuple[Tensor, Tensor]] = []
 _given: list[Tensor] = []
 
 
 def _keeping(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """MoBA that keeps the queries and keys of every layer."""
+    """MoBA that records the queries and keys of every layer."""
     _kept.append((query, key))
     return moba_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 def _told(module: Any, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-    """MoBA whose choice is given."""
+    """MoBA with a given choice."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     rule = MobaConfig.from_dict(module.config.moba)
     out = moba_attention(
@@ -49,7 +49,7 @@ def _logits(model: Any, ids: Tensor, name: str) -> Tensor:
 
 
 def _choices(rule: MobaConfig) -> list[Tensor]:
-    """The blocks `(tokens, heads, topk)` that each layer of the last forward chose."""
+    """The choice `(tokens, heads, topk)` of each layer in the last forward."""
     sizes = {"block_size": rule.block_size, "topk": rule.topk}
     found = [select_blocks(q[0].transpose(0, 1), k[0].transpose(0, 1), **sizes) for q, k in _kept]
     _kept.clear()
@@ -57,16 +57,16 @@ def _choices(rule: MobaConfig) -> list[Tensor]:
 
 
 def _in_common(ours: Tensor, others: Tensor) -> float:
-    """Share of the chosen earlier blocks (slot 0 is the own one) that both chose."""
+    """Share of the chosen earlier blocks that both chose (slot 0 is the own block)."""
     ours, others = ours[..., 1:], others[..., 1:]
     found = (ours[..., :, None] == others[..., None, :]).any(-1) & (ours >= 0)
     return float(found.sum() / (ours >= 0).sum())
 
 
 def equality(ranks: Ranks, tiny: bool) -> None:
-    """Part a: logits and choices over all ranks and on rank 0 alone, 4 layers of 8B width.
+    """Part a: compares logits and choices of all ranks with those of rank 0 alone, 4 layers of 8B width.
 
-    Also dense attention, and MoBA with the choices of rank 0 given: what is left is rounding.
+    Also compares dense attention, and MoBA with the choices of rank 0, where only rounding differs.
     """
     for name, function in (("bench_keep", _keeping), ("bench_told", _told)):
         AttentionInterface.register(name, function)
@@ -114,7 +114,7 @@ def equality(ranks: Ranks, tiny: bool) -> None:
 
 
 def _gathered(choice: Tensor, ranks: Ranks) -> Tensor:
-    """The choices of all ranks' heads."""
+    """The choices of the heads of all ranks."""
     parts = [torch.empty_like(choice) for _ in range(ranks.count)]
     dist.all_gather(parts, choice.contiguous())
     return torch.cat(parts, dim=1)
@@ -122,12 +122,12 @@ def _gathered(choice: Tensor, ranks: Ranks) -> Tensor:
 
 @torch.no_grad()
 def one_layer(ranks: Ranks, tiny: bool) -> None:
-    """Part c-layer: attention of one layer of 32/8 heads, heads over the ranks, 64 blocks and top-3."""
+    """Part c-layer: attention of one layer with 32/8 heads, sharded over the ranks, 64 blocks and top-3."""
     length = 4096 if tiny else 10 << 20
     block, parts = length // 64, 64 if tiny else 512
     heads, kv_heads = 32 // ranks.count, max(1, 8 // ranks.count)
     per_head = length * 128 * 2
-    # all heads at once where they fit with the workspaces, else one group of heads after the other
+    # all heads at once if they fit together with the workspaces, else one group of heads after another
     groups = 1 if ranks.free() > 4 * heads * per_head else kv_heads
     shape = (length, heads // groups, kv_heads // groups)
     dtype = torch.bfloat16 if CUDA else torch.float32
@@ -139,7 +139,7 @@ def one_layer(ranks: Ranks, tiny: bool) -> None:
     moba_attention(q[: 5 * block], k[: 5 * block], v[: 5 * block], block_size=block, topk=3)  # compiles
 
     def run() -> None:
-        for _ in range(groups):  # the same inputs again: time does not depend on them
+        for _ in range(groups):  # reuses the same inputs, since time does not depend on them
             moba_attention(q, k, v, block_size=block, topk=3)
 
     seconds, peak = ranks.timed(run)
@@ -156,7 +156,7 @@ def one_layer(ranks: Ranks, tiny: bool) -> None:
 
 
 def _loss(model: Any, hidden: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Sum of the loss over this rank's tokens divided by `count`, a piece of the tokens at a time."""
+    """Sum of the loss over this rank's tokens, divided by `count`; computed in pieces."""
 
     def piece(part: Tensor, wanted: Tensor) -> Tensor:
         logits = model.lm_head(part).float()
@@ -170,7 +170,7 @@ def _loss(model: Any, hidden: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def training(ranks: Ranks, tiny: bool, lengths: list[int]) -> None:
-    """Part d: a step of Ulysses training, 1B shape: forward, backward, sum of gradients, AdamW."""
+    """Part d: a step of Ulysses training of the 1B shape: forward, backward, gradient reduction, AdamW."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
@@ -203,7 +203,7 @@ def training(ranks: Ranks, tiny: bool, lengths: list[int]) -> None:
 
     for length in lengths:
         for name in before:
-            # one block that holds everything is full attention, by torch's own function
+            # a single block that covers everything is full attention, computed by torch's own function
             rule = fine if name == "MoBA fine" else MobaConfig(length, 1)
             needed = before[name] * (2.2 if rule is fine else 4.0) + 2
             if not ranks.room(needed, f"d, {name}, {length:,}"):

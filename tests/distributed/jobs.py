@@ -1,7 +1,7 @@
-"""What one rank does: loads a tiny checkpoint in parallel and alone, and compares. Started by `ranks.py`.
+"""The work of one rank: it loads a tiny checkpoint in parallel and alone, and compares. Run by `ranks.py`.
 
-Each step is `job=folder`, a job of this file and an fp32 checkpoint. Results agree to rounding: sums
-over ranks are taken in another order.
+Each step is `job=folder`: a job of this file and an fp32 checkpoint. Results agree up to rounding, since sums
+over ranks have another order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LENGTH = 61
 
 
 def alone(folder: str, **kwargs: Any) -> Any:
-    """The model as one process loads it."""
+    """The model loaded by one process alone."""
     return (
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="moba", **kwargs).to(DEVICE).eval()
     )
 
 
 def in_parallel(folder: str, **sizes: Any) -> Any:
-    """The model spread over the ranks by transformers."""
+    """The model sharded over the ranks by transformers."""
     config = DistributedConfig(**sizes)
     return AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="moba", distributed_config=config
@@ -48,7 +48,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def gradients(model: Any, ids: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the loss of `ids` by parameter name."""
+    """Parameter name -> gradient of the loss on `ids`."""
     model.train()
     model.zero_grad()
     model(ids, labels=ids, use_cache=False, **kwargs).loss.backward()
@@ -59,7 +59,7 @@ def gradients(model: Any, ids: torch.Tensor, **kwargs: Any) -> dict[str, torch.T
 
 @torch.no_grad()
 def tensor_parallel(folder: str) -> None:
-    """Logits, chunks into a cache per rank, dense and sparse decode, generated tokens."""
+    """Logits, chunked prefill into one cache per rank, dense and sparse decode, generated tokens."""
     ids = tokens(2, LENGTH).to(DEVICE)
     model, expected = in_parallel(folder, tp_size=dist.get_world_size()), alone(folder)
     close(model(ids).logits, expected(ids).logits, "logits")
@@ -110,7 +110,7 @@ def tensor_parallel_gradients(folder: str) -> None:
 
 
 def fsdp(folder: str) -> None:
-    """Rows of the batch are split over ranks, parameters too; gradients are means over ranks."""
+    """The batch and the parameters are sharded over the ranks; gradients are means over the ranks."""
     ids = tokens(dist.get_world_size(), LENGTH).to(DEVICE)
     mine = ids[dist.get_rank()][None]
     model, expected = in_parallel(folder, fsdp_size=dist.get_world_size()), alone(folder)
@@ -122,7 +122,7 @@ def fsdp(folder: str) -> None:
 
 
 def ulysses(folder: str) -> None:
-    """Each rank holds a part of every sequence; attention sees whole sequences of a part of the heads."""
+    """Each rank holds a part of every sequence; attention sees whole sequences for a part of the heads."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
@@ -149,7 +149,7 @@ def ulysses(folder: str) -> None:
         logits, grads = before[name]
         got = model(ids[:, part], position_ids=positions[:, part], use_cache=False).logits
         close(got.detach(), logits[:, part], name)
-        # the loss of a row is a sum over the ranks' parts
+        # the loss of a row is the sum of the ranks' parts
         labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)[:, part]
         model.zero_grad()
         model.train()
@@ -169,20 +169,22 @@ def ulysses(folder: str) -> None:
     real = mask[0, part].bool()
     close(got.logits[:, real].detach(), before["one document"][0][:, part][:, real], "padding on the right")
     mask = mask.flip(1)
-    mask[:, : length // ranks + 3] = 0  # rank 0 has nothing but padding, the next one begins with it
+    mask[:, : length // ranks + 3] = 0  # rank 0 has only padding, rank 1 begins with some
     if rank < 2:
         with pytest.raises(ValueError, match="padding on the left of rows"):
             model(ids[:, part], attention_mask=mask[:, part], position_ids=plain[:, part], use_cache=False)
 
 
 def through_accelerate(folder: str) -> None:
-    """Ulysses as users of accelerate get it: its data loader cuts the rows, DeepSpeed keeps the weights."""
+    """Ulysses as used through accelerate: its data loader splits the rows, DeepSpeed holds the weights."""
     from accelerate import Accelerator, ParallelismConfig
     from accelerate.utils import DeepSpeedPlugin, DeepSpeedSequenceParallelConfig
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
     with pytest.raises(ValueError, match="sp_attn_implementation"):
-        DeepSpeedSequenceParallelConfig(sp_attn_implementation="moba")  # if not, the docs can be simpler
+        DeepSpeedSequenceParallelConfig(
+            sp_attn_implementation="moba"
+        )  # once this is accepted, the docs can be simpler
     handler = DeepSpeedSequenceParallelConfig()
     handler.sp_attn_implementation = "moba"
     accelerator = Accelerator(
@@ -216,7 +218,7 @@ def through_accelerate(folder: str) -> None:
     out = model(**batch, use_cache=False).logits
     part = slice(rank * length // ranks, (rank + 1) * length // ranks)
     close(out.detach(), logits[:, part], "logits")
-    # gradients are sums over the ranks that share a row
+    # gradients are summed over the ranks that share a row
     loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), labels, reduction="sum")
     accelerator.backward(loss / (length - 1))
     optimizer.step()
@@ -225,14 +227,14 @@ def through_accelerate(folder: str) -> None:
 
 
 def fails(folder: str) -> None:
-    """Rank 1 ends with an error while the others wait for it."""
+    """Rank 1 fails while the others wait for it."""
     if dist.get_rank() == 1:
         raise ValueError("the error of rank 1")
     dist.barrier()
 
 
 def uneven_heads(folder: str) -> None:
-    """Key-value heads that do not divide by the ranks are refused before the weights are read."""
+    """A number of key-value heads not divisible by the ranks is refused before the weights are read."""
     ranks = dist.get_world_size()
     for sizes in ({"tp_size": ranks}, {"tp_plan": "auto"}):
         with pytest.raises(ValueError, match=f"3 key-value heads cannot be divided among {ranks} ranks"):

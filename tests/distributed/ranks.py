@@ -11,12 +11,12 @@ HERE = Path(__file__).parent
 
 
 def run_ranks(*steps: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """The finished run of `jobs.py STEPS...` on `ranks` processes; its exit status is not looked at."""
+    """Runs `jobs.py STEPS...` on `ranks` processes to the end, without checking the exit status."""
     return launch(str(HERE / "jobs.py"), *steps, ranks=ranks, timeout=timeout)
 
 
 def launch(*program: str, ranks: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """The finished run of a program with its arguments under `torchrun`."""
+    """Runs a program with its arguments under `torchrun` to the end."""
     paths = (HERE.parents[1], HERE.parent, os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),

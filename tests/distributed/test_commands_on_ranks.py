@@ -1,4 +1,4 @@
-"""`moba-hf generate` and `moba-hf eval` under torchrun: what one process prints, once."""
+"""`moba-hf generate` and `moba-hf eval` under torchrun print once what a single process prints."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def _assert_close(one: object, two: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "MODEL", "--text", "TEXT", "--measure", "recall"], "recall looks at all heads"),
-        (["eval", "MODEL", "--text", "TEXT", "--store", "STORE"], "leave out --store"),
-        (["generate", "GGUF", "--prompt", "%%"], "cannot be spread over 2 ranks"),
+        (["eval", "MODEL", "--text", "TEXT", "--measure", "recall"], "recall needs all heads"),
+        (["eval", "MODEL", "--text", "TEXT", "--store", "STORE"], "omit --store"),
+        (["generate", "GGUF", "--prompt", "%%"], "cannot be sharded over 2 ranks"),
     ],
 )
 def test_what_ranks_cannot_do_is_refused(
@@ -97,5 +97,5 @@ def test_what_ranks_cannot_do_is_refused(
         cli.main([str(names.get(x, x)) for x in arguments])
     assert caught.value.code == 2
     captured = capsys.readouterr()
-    assert message in captured.err  # a rank that fails says why, whichever it is
+    assert message in captured.err  # whichever rank fails says why
     assert captured.out == ""

@@ -1,4 +1,4 @@
-"""Two processes compute what one does: tensor parallel, FSDP2 and Ulysses, by the engines that users have."""
+"""Two processes compute the same as one: tensor parallel, FSDP2 and Ulysses, run by the usual engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moba_hf.hf.parallel import check_tensor_parallel
 GPUS = torch.cuda.device_count()
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None or not (is_ninja_available() and which("c++")),
-    reason="needs DeepSpeed, and ninja and a C++ compiler, with which it builds its communication on a CPU",
+    reason="needs DeepSpeed, with ninja and a C++ compiler to build its CPU communication",
 )
 
 
@@ -85,7 +85,7 @@ class TestHeads:
         check_tensor_parallel(tiny_config("llama"), 2)
 
     @pytest.mark.parametrize(("heads", "ranks"), [((6, 3), 2), ((4, 2), 4)])
-    def test_others_are_refused_with_the_numbers(self, heads: tuple[int, int], ranks: int) -> None:
+    def test_other_numbers_are_refused_by_name(self, heads: tuple[int, int], ranks: int) -> None:
         config = tiny_config(
             "llama", hidden_size=48, num_attention_heads=heads[0], num_key_value_heads=heads[1]
         )
@@ -108,9 +108,9 @@ class TestRingAttention:
         with pytest.raises(ValueError, match=r"ring attention .*cp_size=2"):
             model(ids)
         model.set_attn_implementation("sdpa")
-        model(ids)  # the error is MoBA's alone
+        model(ids)  # only MoBA refuses it
 
-    def test_sequence_parallelism_is_not(self) -> None:
+    def test_sequence_parallelism_is_not_refused(self) -> None:
         Accelerator(cpu=True)
         AcceleratorState().parallelism_config = ParallelismConfig(sp_size=2)
         tiny_model("llama")(tokens(1, 20))

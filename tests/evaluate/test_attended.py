@@ -1,4 +1,4 @@
-"""Pairs that are attended, counted against the reference's choices."""
+"""Counts of attended pairs, compared with the reference's choices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED = {"block_size": 8, "tile": 16, "threshold": 0.3, "sample": 2, "sink_bloc
 
 
 def brute_force(call, rule: SharedRule) -> list[float]:
-    """Share of the causal pairs by head, from masks of every pair."""
+    """Share of the causal pairs by head, counted in full masks."""
     q, k = call.query[0].transpose(0, 1), call.key[0].transpose(0, 1)
     chosen = select_shared_ref(q, k, rule, call.scaling)
     n = len(q)
@@ -76,6 +76,7 @@ def test_eval_reports_the_share_and_recall_of_shared_choices() -> None:
     assert result["keys"]["text"]["shared"] == [None, found.share()]
     assert result["attended"]["text"]["own"]["share"] == pytest.approx(result["keys"]["text"]["own"][1])
     assert "attended" not in result["perplexity"]["text"]["shared"]
+    assert {name: one and MobaConfig.from_dict(one) for name, one in result["settings"].items()} == settings
     shown = run.tables(result)
     assert f"| shared | - | {100 * found.share():.1f} % |" in " ".join(shown.split())
     assert "pairs attended by layers and heads" in shown

@@ -1,4 +1,4 @@
-"""Calibration finds planted answers, keeps its budget, and a stopped run goes on."""
+"""Calibration finds planted answers, keeps its budget, and resumes after an interruption."""
 
 import json
 import math
@@ -13,14 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moba_hf import MobaConfig, use_moba
 from moba_hf import calibrate as calibration
 from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
+from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
 from moba_hf.op.reference import attend_ref, select_blocks_ref
 
 
 def planted_model() -> Any:
-    """Layers 0 and 2 hardly write to the residual stream, so only layer 1 is worth keys."""
+    """Layers 0 and 2 hardly write to the residual stream, so only layer 1 needs keys."""
     model = tiny_model()
     for layer in (0, 2):
         model.model.layers[layer].self_attn.o_proj.weight.data *= 1e-3
@@ -59,7 +61,7 @@ def test_allocation_is_optimal_on_a_small_table() -> None:
     assert total == pytest.approx(1.1)
     config = config_of(costs, picked, 4)
     assert config.for_layer(2, 4) is None
-    assert config.for_layer(3, 4) is None  # not measured: it stays full
+    assert config.for_layer(3, 4) is None  # not measured, so it keeps full attention
     assert config.for_layer(0, 4) == LayerConfig(8, 4)
     assert allocate(costs, 1.0)[0] == {0: 8, 1: 8, 2: 8}
     assert allocate(costs, 0.01)[0] == {0: 2, 1: 2, 2: 2}
@@ -123,7 +125,7 @@ def test_a_stopped_run_goes_on_without_repeating_a_pass(
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, texts, keys=0.5, **settings)
     again = calibrate(model, texts, keys=0.5, **settings)
-    assert len(passes) == 3  # dense, the one that was stopped, the same again
+    assert len(passes) == 3  # dense, the interrupted one, and that one again
     monkeypatch.undo()
     assert again == calibrate(model, texts, keys=0.5, **{**settings, "store": None})
     with pytest.raises(ValueError, match="other settings"):
@@ -152,6 +154,22 @@ def test_bad_arguments_are_refused() -> None:
         calibrate(model, [ids, tiny_ids(32)], keys=0.5)
 
 
+def test_the_model_card_names_the_settings_that_are_written(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "src")
+    made = convert_checkpoint(tmp_path / "src", tmp_path / "dst", MobaConfig(8, 2))
+    write_settings(made, MobaConfig(16, 3))
+    card = (made / "README.md").read_text()
+    assert "at most 3 blocks of 16 tokens" in card
+    assert "at most 2 blocks of 8 tokens" not in card
+    first, second = (
+        card.index("convert_checkpoint('src', 'dst', MobaConfig(block_size=8"),
+        card.index("write_settings(folder, MobaConfig(block_size=16, topk=3))"),
+    )
+    assert first < second
+    report = verify_checkpoint(made, tmp_path / "src")
+    assert report.passed, report
+
+
 def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -168,7 +186,7 @@ def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_how_the_model_was_loaded_does_not_matter() -> None:
-    """A checkpoint that holds MoBA settings already is looked at dense."""
+    """A checkpoint that already has MoBA settings is measured dense."""
     model, texts = tiny_model(), [tiny_ids(128)]
     given: dict[str, Any] = {"keys": 0.4, "block_sizes": (8,), "trailing": 64, "samples": 8}
     stock = calibrate(model, texts, **given)
@@ -192,7 +210,7 @@ def test_a_store_goes_on_with_what_it_was_made_of_only(tmp_path: Path, change: s
 
 
 def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks of 8 (own, first, neighbour) of 128 tokens are 18.75 %."""
+    """Three blocks of 8 tokens (own, first, neighbour) are 18.75 % of 128 tokens."""
     model, texts = tiny_model(), [tiny_ids(128)]
     given: dict[str, Any] = {"trailing": 64, "samples": 8}
     with monkeypatch.context() as patch:
@@ -200,7 +218,7 @@ def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=r"18\.8% of the keys is the least"):
             calibrate(model, texts, keys=0.18, block_sizes=(8, 16), **given)
     found = calibrate(model, texts, keys=0.19, block_sizes=(16, 8), **given)
-    assert found.config.block_size == 8  # 16 cannot keep it
+    assert found.config.block_size == 8  # 16 would exceed the budget
     assert found.chosen.keys == 0.1875 == min(p.keys for p in found.curve)
     assert len({p.keys for p in found.curve}) == len(found.curve)
 

@@ -1,4 +1,4 @@
-"""Lookups in codebases: what is asked, where it stands, and that an answer counts when it comes out."""
+"""Lookups in codebases: the questions, where their answers lie, and which answers count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model
 
 from moba_hf import MobaConfig
-from moba_hf.evaluate import code_lookup
+from moba_hf.evaluate import SampleSize, code_lookup
 from moba_hf.evaluate.code_lookup import answers_right, make_context, run_code_lookup, sliding_window
 from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
 from moba_hf.evaluate.passes import attention
@@ -21,7 +21,7 @@ from moba_hf.evaluate.results import Store
 
 
 class Letters:
-    """A tokenizer of the 128 bytes."""
+    """A tokenizer with one token for each of 128 bytes."""
 
     def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
         class Output:
@@ -98,16 +98,18 @@ def test_an_answer_counts_when_the_model_gives_it(rule: MobaConfig | None) -> No
     answers = [greedy(question, 3) for question in questions]
     given = [Definition("string", q, a) for q, a in zip(questions, answers, strict=True)]
     given.append(Definition("string", questions[0], (*answers[0][:2], (answers[0][2] + 1) % 97)))
-    given.append(Definition("string", questions[1], answers[1][:2]))  # right as far as it goes
+    given.append(
+        Definition("string", questions[1], answers[1][:2])
+    )  # only part of the answer, but that part is right
     assert answers_right(model, context, given, rule, dense_question=False) == [True, True, True, False, True]
 
 
 def test_a_dense_question_attends_every_key() -> None:
-    """With a context of one block and no other, only a dense question sees what stands before it."""
+    """If a query attends one block, only a dense question sees what comes before it."""
     model, rng = tiny_model(), np.random.default_rng(0)
     context = rng.integers(0, 97, 208)
     question = tuple(rng.integers(0, 97, 4).tolist())
-    rule = MobaConfig(16, 1)  # a query of the question sees the question alone
+    rule = MobaConfig(16, 1)  # the question's queries see only the question
     ids = torch.tensor([[*context.tolist(), *question]])
 
     def first(dense: bool) -> int:
@@ -132,19 +134,19 @@ def test_the_task_is_scored_by_kind_and_context(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(code_lookup, "answers_right", right)
     store = Store(tmp_path / "store.json", {})
-    found = run_code_lookup(None, Letters(), [source()], 1500, None, contexts=3, questions=8, store=store)
+    found = run_code_lookup(None, Letters(), [source()], 1500, None, SampleSize(3, 8), store=store)
     assert (found.samples, found.score) == (24, 0.75)
     assert found.by_kind == {"signature": 1.0, "string": 1.0, "number": 0.0}
     assert found.by_context == (0.75, 0.75, 0.75)
     assert found.low < 0.75 < found.high
-    monkeypatch.setattr(code_lookup, "answers_right", None)  # answered already
-    assert run_code_lookup(None, Letters(), [source()], 1500, contexts=3, questions=8, store=store) == found
-    # contexts that differ leave a wider interval than questions that do
+    monkeypatch.setattr(code_lookup, "answers_right", None)  # the store has the answers
+    assert run_code_lookup(None, Letters(), [source()], 1500, size=SampleSize(3, 8), store=store) == found
+    # differences between contexts widen the interval more than differences between questions
     alike = code_lookup._score(64, [[["string", 0.5, 1.0], ["string", 0.5, 0.0]]] * 8)
     apart = code_lookup._score(64, [[["string", 0.5, float(i % 2)]] * 2 for i in range(8)])
     assert alike.score == apart.score == 0.5
     assert apart.high - apart.low > 1.2 * (alike.high - alike.low)
-    with pytest.raises(ValueError, match="needs sources: give --sources FOLDER"):
+    with pytest.raises(ValueError, match="needs source files: pass --sources FOLDER"):
         run_code_lookup(None, Letters(), [], 1500)
 
 
@@ -155,7 +157,7 @@ def test_a_window_attends_as_many_blocks() -> None:
 
 
 def test_losses_by_position() -> None:
-    losses = torch.arange(1.0, 40.0)  # entry i is that of token i + 1
+    losses = torch.arange(1.0, 40.0)  # entry i belongs to token i + 1
     found = by_position(losses, first=8)
     assert [(begin, end) for begin, end, _ in found.ranges] == [(1, 8), (8, 16), (16, 32), (32, 40)]
     assert [loss for *_, loss in found.ranges] == [4.0, 11.5, 23.5, 35.5]

@@ -19,7 +19,7 @@ from moba_hf_cli import main
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose tokens are bytes, and a text beside it."""
+    """A tiny model whose tokens are bytes, with a text file in the same folder."""
     folder = tmp_path_factory.mktemp("model")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -86,7 +86,7 @@ def test_calibrate_writes_the_checkpoint(
 def test_lm_eval_gets_its_arguments_and_finds_moba(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for the harness: what reaches its command line, and what is registered by then."""
+    """With a stand-in for the harness: the arguments it gets, and what is registered by then."""
     harness, seen = types.ModuleType("lm_eval.__main__"), []
 
     def cli_evaluate() -> None:
@@ -121,7 +121,7 @@ def test_errors_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str
 def test_lm_eval_runs_a_local_task_under_moba(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The real harness: a local multiple-choice task, whose likelihoods are those that we count."""
+    """The real harness on a local multiple-choice task gives the likelihoods that we compute."""
     pytest.importorskip("lm_eval", reason='needs the extra "eval"')
     questions = [
         {"text": "The grass is green and the sky is" * n, "a": " blue", "b": " red"} for n in (3, 5, 7)
@@ -144,7 +144,7 @@ metric_list: [{{metric: acc}}]
     model = tmp_path / "model"
     run(capsys, "convert", checkpoint, model, "--block-size", 16, "--topk", 2)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # the harness wants one
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # the harness needs one
     tokenizer.save_pretrained(model)
     found = {}
     for name in ("moba", "sdpa"):

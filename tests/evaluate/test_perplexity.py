@@ -1,4 +1,4 @@
-"""Losses against a count by hand."""
+"""Losses compared with values computed by hand."""
 
 import math
 

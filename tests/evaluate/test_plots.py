@@ -1,4 +1,4 @@
-"""Figures hold the numbers they were given, and the commands draw them from JSON."""
+"""Figures show the numbers they were given, and the commands draw them from JSON."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_the_other_pictures_hold_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_figure_names_the_setting_it_is_of(tmp_path: Path) -> None:
-    """The last one measured, or the one asked for."""
+    """The last setting measured, or the requested one."""
     model, ids, file = tiny_model(), tiny_ids(64), tmp_path / "eval.json"
     found = {n: recall(model, ids, MobaConfig(8, n), samples=8).to_dict() for n in (2, 4)}
     scores = [

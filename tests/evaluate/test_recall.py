@@ -1,4 +1,4 @@
-"""Recall against brute force over every block and head."""
+"""Recall compared with brute force over all blocks and heads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`evaluate` as a whole: what a store goes on with, what is refused before any pass, what is shown."""
+"""`evaluate` as a whole: when a store is reused, what is refused before any pass, what is shown."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.evaluate import passes, run
 from moba_hf.evaluate.passes import attention, watch
 from moba_hf.evaluate.results import Store
-from moba_hf.evaluate.run import evaluate, tables
+from moba_hf.evaluate.run import Tasks, evaluate, tables
 
 SETTINGS = {"dense": None, "moba": MobaConfig(8, 3)}
 ALL = ("perplexity", "agreement", "recall")
@@ -29,7 +29,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids, store = tiny_model(), tiny_ids(96), tmp_path / "store.json"
-    given = {"measures": ALL, "tasks": ["multi-needle"], "task_lengths": [700], "contexts": 2}
+    given = {"measures": ALL, "tasks": Tasks(["multi-needle"], [700], contexts=2)}
 
     def whole(kept: Path | None) -> dict[str, Any]:
         return evaluate(model, Bytes(), {"text": ids}, SETTINGS, store=kept, **given)
@@ -70,7 +70,9 @@ def test_a_store_goes_on_with_what_it_was_made_of_only(tmp_path: Path, change: s
     with pytest.raises(ValueError, match="other settings"):
         measured(model, ids, store=store, **given)
     if change == "model":
-        with attention(tiny_model(), SETTINGS["moba"]) as same:  # how it runs is no part of it
+        with attention(
+            tiny_model(), SETTINGS["moba"]
+        ) as same:  # the current attention is not part of the identity
             assert measured(same, ids, store=store) == measured(tiny_model(), ids)
 
 
@@ -79,9 +81,9 @@ def test_what_cannot_be_measured_is_refused_before_a_pass(monkeypatch: pytest.Mo
     model, ids = tiny_model(), tiny_ids(64)
     for given, message in (
         ({"measures": ["perplexity", "perplexty"]}, "unknown measure 'perplexty'"),
-        ({"tasks": ["poem"], "task_lengths": [100]}, "unknown task 'poem'"),
-        ({"tasks": ["needle"], "task_lengths": [100], "contexts": 0}, "contexts must be at least 1"),
-        ({"tasks": ["needle"]}, "task_lengths"),
+        ({"tasks": Tasks(["poem"], [100])}, "unknown task 'poem'"),
+        ({"tasks": Tasks(["needle"], [100], contexts=0)}, "contexts must be at least 1"),
+        ({"tasks": Tasks(["needle"])}, "tasks need lengths"),
     ):
         with pytest.raises(ValueError, match=message):
             measured(model, ids, **given)
@@ -105,7 +107,7 @@ def test_every_measure_is_shown_alone() -> None:
 
 
 def hybrid() -> Any:
-    """Three linear-attention layers and one of full attention; far from uniform attention there."""
+    """Three linear-attention layers and one full-attention layer, whose attention is far from uniform."""
     config = AutoConfig.for_model(
         "qwen3_next",
         vocab_size=97,
@@ -129,7 +131,7 @@ def hybrid() -> Any:
 
 
 def test_the_key_budget_is_that_of_inspect() -> None:
-    """Layers without keys do not count, and windows count what they see."""
+    """Layers without keys do not count; window layers count the keys in the window."""
     model, ids = hybrid(), tiny_ids(64)
     config = MobaConfig(8, 3, full_attention_layers=(0,))
     result = evaluate(model, None, {"text": ids}, {"moba": config})

@@ -1,4 +1,4 @@
-"""Every measure can fail: a model whose blocks are chosen at random must score worse."""
+"""Every measure can fail: a model with randomly chosen blocks must score worse."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from tiny import tiny_ids, tiny_model
 
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
-from moba_hf.evaluate import agreement, local, make_sample, perplexity, recall, run_task, tasks
+from moba_hf.evaluate import SampleSize, agreement, local, make_sample, perplexity, recall, run_task, tasks
 from moba_hf.evaluate.local import output_errors
 from moba_hf.op import portable
 
@@ -20,7 +20,7 @@ CONFIG = MobaConfig(8, 8, 1, 1)
 
 @contextmanager
 def shuffled() -> Iterator[None]:
-    """Scores of candidate blocks are random numbers; forced and later blocks stay what they are."""
+    """Replaces the scores of candidate blocks by random numbers; kept and future blocks do not change."""
     real = portable._stable_topk
 
     def choose(scores: torch.Tensor, excluded: torch.Tensor, count: int, free: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def model():
 
 @torch.no_grad()
 def written_by(model, length: int) -> torch.Tensor:
-    """`(1, length)` ids that the dense model itself draws, so that its own predictions fit best."""
+    """`(1, length)` ids sampled from the dense model, so that its own predictions fit best."""
     ids, generator = tiny_ids(8), torch.Generator().manual_seed(0)
     while ids.shape[1] < length:
         chances = model(ids).logits[0, -1].softmax(0)
@@ -92,7 +92,7 @@ def test_local_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tasks(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No random model finds a needle, so what the dense model answers is what is expected."""
+    """A random model finds no needle, so the dense model's answers serve as the expected ones."""
     tokenizer = Bytes()
     config = MobaConfig(16, 14, 1, 1)
 
@@ -104,9 +104,9 @@ def test_tasks(model, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tasks, "make_sample", made)
     monkeypatch.setitem(tasks.TASKS, "multi-needle", (tasks.TASKS["multi-needle"][0], 2))
-    size = {"contexts": 6, "questions": 4}
-    assert run_task(model, tokenizer, "multi-needle", 500, None, **size).score == 1.0
-    good = run_task(model, tokenizer, "multi-needle", 500, config, **size).score
+    size = SampleSize(contexts=6, questions=4)
+    assert run_task(model, tokenizer, "multi-needle", 500, None, size).score == 1.0
+    good = run_task(model, tokenizer, "multi-needle", 500, config, size).score
     with shuffled():
-        bad = run_task(model, tokenizer, "multi-needle", 500, config, **size).score
+        bad = run_task(model, tokenizer, "multi-needle", 500, config, size).score
     assert bad < good < 1.0

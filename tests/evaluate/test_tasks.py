@@ -1,4 +1,4 @@
-"""Tasks are the same for the same seed, hold what they ask for, and are scored as RULER scores."""
+"""Tasks are reproducible, contain the answers to their questions, and are scored like RULER's."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from tiny import tiny_model
 
 from moba_hf import MobaConfig, prefill, use_moba
-from moba_hf.evaluate import TASKS, Store, make_sample, run_task, score_answer, tasks
+from moba_hf.evaluate import TASKS, SampleSize, Store, make_sample, run_task, score_answer, tasks
 from moba_hf.evaluate.tasks import answer_questions, wilson
 from moba_hf.hf.cache_names import cache_kwargs
 
 
 class Bytes:
-    """A tokenizer of bytes, folded into 97 ids."""
+    """A byte tokenizer with ids taken modulo 97."""
 
     eos_token_id = None
 
@@ -60,7 +60,7 @@ def test_answers_are_those_of_reading_context_and_question_at_once() -> None:
     answers = answer_questions(model, tokenizer, sample, 3, None)
     for (question, _, _), answer in zip(sample.questions, answers, strict=True):
         ids = tokenizer(sample.context + question, return_tensors="pt").input_ids
-        mask = torch.ones_like(ids)  # id 0 is a byte like any other
+        mask = torch.ones_like(ids)  # id 0 is an ordinary byte, not padding
         new = model.generate(
             ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
         )
@@ -68,7 +68,7 @@ def test_answers_are_those_of_reading_context_and_question_at_once() -> None:
 
 
 @pytest.mark.parametrize("config", [None, MobaConfig(16, 3, 1, 1), MobaConfig(16, 3, gate="mass")])
-def test_questions_asked_together_are_answered_as_alone(
+def test_batched_questions_get_the_same_answers_as_single_ones(
     config: MobaConfig | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny_model(), Bytes()
@@ -81,7 +81,7 @@ def test_questions_asked_together_are_answered_as_alone(
 
 
 def test_the_end_of_context_and_question_attends_every_key() -> None:
-    """As `prefill` does it, and not without a tail; rules of one query and of a tile."""
+    """As in `prefill`, and only with a tail; for per-query and shared rules."""
     model, tokenizer = tiny_model(), Bytes()
     sample = make_sample("needle", tokenizer, 600, questions=1)
     ids = tokenizer(sample.context + sample.questions[0][0], return_tensors="pt").input_ids
@@ -98,7 +98,7 @@ def test_the_end_of_context_and_question_attends_every_key() -> None:
         assert len({str(answer) for answer in answers}) > 1
 
 
-def test_tasks_see_moba_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+def test_tasks_run_moba_and_resume_from_the_store(tmp_path: Path) -> None:
     model, tokenizer, config = tiny_model(), Bytes(), MobaConfig(16, 2)
     sample = make_sample("needle", tokenizer, 600)
     answer = answer_questions(model, tokenizer, sample, 4, config)
@@ -107,9 +107,9 @@ def test_tasks_see_moba_and_go_on_where_they_stopped(tmp_path: Path) -> None:
         ids = tokenizer(sample.context, return_tensors="pt").input_ids
         assert model(ids).logits.shape[1] == ids.shape[1]
     store = Store(tmp_path / "tasks.json", {"model": "tiny"})
-    first = run_task(model, tokenizer, "needle", 600, config, contexts=2, store=store)
+    first = run_task(model, tokenizer, "needle", 600, config, SampleSize(2), store=store)
     kept = Store(tmp_path / "tasks.json", {"model": "tiny"})
-    assert run_task(None, tokenizer, "needle", 600, config, contexts=2, store=kept) == first
+    assert run_task(None, tokenizer, "needle", 600, config, SampleSize(2), store=kept) == first
     assert first.samples == 2
 
 
@@ -122,7 +122,7 @@ def test_unknown_tasks_and_too_short_lengths_are_refused() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_long_contexts_are_as_long_as_asked(task: str) -> None:
-    """Beyond the names of two words too: 60,000 bytes hold some 1,600 lines of key and value."""
+    """Also with more names than two words give: 60,000 bytes hold about 1,600 lines of key and value."""
     sample = make_sample(task, Bytes(), 60_000, questions=4)
     assert 59_000 < len(sample.context.encode()) <= 60_000
     if task == "key-value":
@@ -132,12 +132,12 @@ def test_long_contexts_are_as_long_as_asked(task: str) -> None:
         assert sample.context.find(sample.questions[3][1][0]) > 45_000
 
 
-def test_answers_stand_at_the_depths_that_are_asked_for() -> None:
-    """In a whole run: every context asks at each of them, and the score knows where."""
+def test_answers_lie_at_the_requested_depths() -> None:
+    """In a whole run: every context has a question at each depth, and the score lists the depths."""
     model, tokenizer = tiny_model(), Bytes()
-    found = run_task(model, tokenizer, "needle", 600, None, contexts=2, depths=(0.0, 0.5, 1.0))
+    found = run_task(model, tokenizer, "needle", 600, None, SampleSize(2, depths=(0.0, 0.5, 1.0)))
     assert [depth for depth, _ in found.by_depth] == [0.0, 0.5, 1.0] * 2
-    many = run_task(model, tokenizer, "multi-needle", 900, None, contexts=1, depths=(0.2, 0.8))
+    many = run_task(model, tokenizer, "multi-needle", 900, None, SampleSize(1, depths=(0.2, 0.8)))
     assert [depth for depth, _ in many.by_depth] == [0.2, 0.8]
     sample = make_sample("multi-needle", tokenizer, 3000, depths=(0.2, 0.8))
     for _, expected, depth in sample.questions:
@@ -147,6 +147,6 @@ def test_answers_stand_at_the_depths_that_are_asked_for() -> None:
         with pytest.raises(ValueError, match="depths must be"):
             make_sample("multi-needle", tokenizer, 900, depths=depths)
     with pytest.raises(ValueError, match="contexts must be"):
-        run_task(model, tokenizer, "needle", 600, contexts=0)
+        run_task(model, tokenizer, "needle", 600, size=SampleSize(0))
     with pytest.raises(ValueError, match="questions must be"):
         make_sample("multi-needle", tokenizer, 900, questions=0)

@@ -1,4 +1,4 @@
-"""The commands of evaluation on a vision-language checkpoint: they read its text model."""
+"""The evaluation commands on a vision-language checkpoint use its text model."""
 
 import json
 import sys

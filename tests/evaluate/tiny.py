@@ -1,4 +1,4 @@
-"""Tiny models and ids for the tests of evaluation."""
+"""Tiny models and ids for the evaluation tests."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def tiny_model(seed: int = 0, **changes: Any) -> Any:
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **changes}), dtype=torch.float32)
-    for name, parameter in model.named_parameters():  # far from uniform attention
+    for name, parameter in model.named_parameters():  # makes attention far from uniform
         if parameter.ndim == 2:
             parameter.data *= 12 if "q_proj" in name or "k_proj" in name else 4
     return model.eval()

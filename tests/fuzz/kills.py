@@ -1,4 +1,4 @@
-"""Conversions that are killed at every event of the file system below their output folder."""
+"""Conversions killed at every file-system event below their output folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD, NEW = MobaConfig(8, 2), MobaConfig(8, 3)
 
 
 def kill_at(src: Path, target: Path, event: int, *, overwrite: bool, exchange: bool) -> bool:
-    """Converts in a child that SIGKILLs itself at an event, counted from 0; False: it ended before."""
+    """Converts in a child process that kills itself at event `event`, from 0; False if it finished before."""
     child = os.fork()
     if child == 0:
         seen = 0
@@ -34,7 +34,7 @@ def kill_at(src: Path, target: Path, event: int, *, overwrite: bool, exchange: b
 
         code = 1
         try:
-            convert.check_complete = lambda *_: None  # makes a model, and writes nothing
+            convert.check_complete = lambda *_: None  # it builds a model but writes nothing
             if not exchange:
                 folders._rename = lambda *_: False
             sys.addaudithook(hook)
@@ -52,12 +52,13 @@ def kill_at(src: Path, target: Path, event: int, *, overwrite: bool, exchange: b
 def kill_everywhere(
     src: Path, out: Path, *, overwrite: bool, exchange: bool = True, step: int = 1
 ) -> dict[str, int]:
-    """Kills a conversion at every `step`th event; counts what must never be.
+    """Kills a conversion at every `step`th event and counts the faults.
 
     Returns:
-        `kills`; `damaged`: those after which the target was neither the old one nor the new one, each whole
-        (without `overwrite`: nor absent); `missing`: with an exchange, those that left no target where there
-        was one; `leftovers`: those after which the next run left anything but the target.
+        `kills`: number of kills; `damaged`: kills after which the target was neither the complete old one nor
+        the complete new one (nor, without `overwrite`, absent); `missing`: with an exchange, kills after
+        which an existing target was gone; `leftovers`: kills after which the next run left anything but the
+        target.
     """
     counts = {"kills": 0, "damaged": 0, "missing": 0, "leftovers": 0}
     target = out / "dst"

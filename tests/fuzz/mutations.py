@@ -1,4 +1,4 @@
-"""Files made wrong at random, and the command line run on them in this process."""
+"""Damages files at random and runs the command line on them in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MORE = (
 
 
 def mutate_json(values: Any, rng: random.Random) -> Any:
-    """A copy of JSON values with one to three changes at any depth."""
+    """A copy of JSON values with one to three random changes at any depth."""
     values = json.loads(json.dumps(values))
     for _ in range(rng.randint(1, 3)):
         place = values
@@ -49,7 +49,7 @@ def mutate_json(values: Any, rng: random.Random) -> Any:
 
 
 def mutate_bytes(data: bytes, rng: random.Random, first: int = 0, last: int | None = None) -> bytes:
-    """A copy with one to three bytes changed, put in or taken out, or a cut, between two positions."""
+    """A copy with one to three bytes changed, inserted or removed, or truncated, between two positions."""
     changed, end = bytearray(data), len(data) if last is None else last
     for _ in range(rng.randint(1, 3)):
         position = rng.randrange(first, max(first + 1, min(end, len(changed))))
@@ -67,7 +67,7 @@ def mutate_bytes(data: bytes, rng: random.Random, first: int = 0, last: int | No
 
 
 def mutate_text_json(path: Path, rng: random.Random) -> None:
-    """Changes a JSON file: its values four times in five, else its bytes."""
+    """Changes a JSON file: its values with probability 4/5, otherwise its bytes."""
     if rng.random() < 0.8:
         path.write_text(json.dumps(mutate_json(json.loads(path.read_bytes()), rng)))
     else:
@@ -79,7 +79,7 @@ class _Slow(BaseException):
 
 
 def end_of(arguments: list[str], limit: float = 10.0) -> str:
-    """How a command line ends: "done" or "told" (one plain line, code 2); all else is a fault, described."""
+    """How a command line ends: "done", "told" (one plain line, code 2), or the description of a fault."""
     out, err = io.StringIO(), io.StringIO()
 
     def late(*_: object) -> None:
@@ -114,7 +114,7 @@ def end_of(arguments: list[str], limit: float = 10.0) -> str:
 def fuzz(
     count: int, damage: Callable[[random.Random], list[list[str]]], seed: int = 0
 ) -> tuple[Counter[str], float]:
-    """How the command lines that `damage` gives ended, over `count` damages, and the longest time of one."""
+    """Runs the commands of `count` damages; returns how often each ending occurred and the longest time."""
     ends: Counter[str] = Counter()
     longest = 0.0
     for number in range(count):

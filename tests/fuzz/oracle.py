@@ -1,7 +1,7 @@
-"""MoBA in float64, one query at a time, written from the rule and apart from `moba_hf.op.reference`.
+"""MoBA in float64, one query at a time, written from the rule and independent of `moba_hf.op.reference`.
 
-Arrays are numpy, of one sequence and one head: `q (M, D)`, `k (N, D)`, `v (N, DV)`, the last query standing
-at the last key.
+Arrays are numpy, for one sequence and one head: `q (M, D)`, `k (N, D)`, `v (N, DV)`. The last query is at the
+position of the last key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Rule:
-    """The numbers of the rule, and the softmax scale."""
+    """The settings of the rule, and the softmax scale."""
 
     block_size: int
     topk: int
@@ -37,7 +37,7 @@ def score(q: Array, block: Array, rule: Rule) -> float:
         part = block[start : start + size]
         mean = part.sum(0) / size
         variance = ((part - mean) ** 2).sum(0) / size
-        half = len(q) // 2  # a rotary embedding turns d and d + half together: both get the mean of the two
+        half = len(q) // 2  # the rotary embedding rotates d and d + half together, so both get the mean
         variance = np.tile((variance[:half] + variance[half:]) / 2, 2)
         spread = rule.scale**2 * float((q * q) @ variance)
         reach = 2 * math.log(size)
@@ -48,7 +48,7 @@ def score(q: Array, block: Array, rule: Rule) -> float:
 
 
 def scores_of(q: Array, k: Array, position: int, rule: Rule) -> dict[int, float]:
-    """Scores of the candidates of a query at `position`: earlier blocks that are not forced."""
+    """Scores of the candidates of a query at `position`: earlier blocks that are not kept anyway."""
     own, size = position // rule.block_size, rule.block_size
     free = range(rule.sink_blocks, own - rule.local_blocks)
     return {i: score(q, k[i * size : (i + 1) * size], rule) for i in free}
@@ -83,7 +83,7 @@ def gradients(
     d_lse: float,
     into: tuple[Array, Array],
 ) -> Array:
-    """`dq (D,)` of one query; its parts of dk and dv are added `into` those."""
+    """`dq (D,)` of one query; its contributions to dk and dv are added to `into`."""
     weights, _, _ = _softmax(q, k, position, blocks, rule)
     out, _ = attend(q, k, v, position, blocks, rule)
     d_q = np.zeros_like(q)
@@ -98,7 +98,7 @@ def gradients(
 def _softmax(
     q: Array, k: Array, position: int, blocks: set[int], rule: Rule
 ) -> tuple[dict[int, float], float, float]:
-    """Weights by key, the largest score, and the log-sum-exp."""
+    """The weight of each key, the largest score, and the log-sum-exp."""
     keys = [i for i in range(position + 1) if i // rule.block_size in blocks]
     scores = [rule.scale * float(q @ k[i]) for i in keys]
     most = max(scores)

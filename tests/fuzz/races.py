@@ -1,4 +1,4 @@
-"""Pairs of threads that convert onto one target."""
+"""Pairs of threads that convert to the same target."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moba_hf.checkpoints.verify import _check_files, _check_settings, _check_wei
 
 
 def race_threads(src: Path, out: Path, pairs: int) -> dict[str, int]:
-    """Two threads at a time, every second pair with `overwrite`; counts what must never be.
+    """Runs pairs of threads, every second pair with `overwrite`, and counts the faults.
 
     Returns:
-        `pairs`; `incomplete`: those where a conversion was reported as done and the target was not whole;
-        `leftovers`: those that left anything but the target.
+        `pairs`: number of pairs; `incomplete`: pairs in which a conversion reported success but the target
+        was incomplete; `leftovers`: pairs that left anything but the target.
     """
     counts = {"pairs": 0, "incomplete": 0, "leftovers": 0}
     for number in range(pairs):

@@ -1,6 +1,6 @@
-"""Damaged files, kills, races: every end is success or one line and code 2, and nothing is ever half there.
+"""Damaged files, kills, races: every run succeeds or prints one line with code 2; nothing is left half done.
 
-Seconds by default; with --slow the counts that are worth reporting (pytest -s prints them).
+Takes seconds by default; --slow runs enough cases to be worth reporting (pytest -s prints the counts).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded llama with a tokenizer, and a text beside it."""
+    """A sharded llama with a tokenizer, and a text file."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "text.txt").write_text("abcdefghij" * 40)
     return save_tokenizer(save_tiny(folder / "src", max_shard_size="20KB"))

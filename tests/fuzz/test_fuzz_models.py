@@ -1,7 +1,7 @@
 """Random models and texts in float64 against the oracle: padding, packing, chunks, decode steps.
 
-The same weights run once with MoBA and once with attention by the oracle, each text alone and in one call.
-Seconds by default; with --slow a thousand draws (pytest -s prints the counts).
+The same weights run once with MoBA and once with the oracle's attention, which gets each text alone in one
+call. Takes seconds by default; --slow runs a thousand draws (pytest -s prints the counts).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ORACLE = "fuzz_oracle"
 
 
 class Draw:
-    """A model, its settings, and texts."""
+    """A random model, its settings, and texts."""
 
     def __init__(self, seed: int):
         self.seed, self.random = seed, random.Random(seed)
@@ -66,7 +66,7 @@ class Draw:
 
     @torch.no_grad()
     def expected(self, text: Tensor, prompt: int | None = None) -> Tensor:
-        """Logits of one text by the oracle; rows from `prompt` on are decode steps."""
+        """Logits of one text with the oracle's attention; rows from `prompt` on are decode steps."""
         full = self.config.decode == "full" and prompt is not None
 
         def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, scaling: float, **__: Any) -> Any:
@@ -94,7 +94,7 @@ class Draw:
 
 def check(draw: Draw, ours: Tensor, exact: Tensor, how: str) -> int:
     error = float((ours - exact).abs().max()) / float(exact.abs().max())
-    assert error < 1e-5, f"{how}: {error:.2e}, {draw}"  # rotary angles and norms are taken in fp32
+    assert error < 1e-5, f"{how}: {error:.2e}, {draw}"  # rotary angles and norms are computed in fp32
     return len(ours)
 
 
@@ -118,7 +118,7 @@ def check_packed(draw: Draw) -> int:
 
 @torch.no_grad()
 def check_steps(draw: Draw) -> int:
-    """A prefill in chunks by hand, then one token at a time."""
+    """A prefill in manual chunks, then one token at a time."""
     text = max(draw.texts, key=len)
     prompt = draw.random.randint(2, len(text))
     cut = prompt if prompt < 5 else draw.random.choice([prompt, draw.random.randint(2, prompt - 2)])
@@ -133,7 +133,7 @@ def check_steps(draw: Draw) -> int:
 
 @torch.no_grad()
 def check_prefill(draw: Draw) -> int:
-    """`prefill`, then what `generate` would read: the last token of the prompt, and more."""
+    """`prefill`, then the tokens that `generate` would read: the prompt's last one, and more."""
     text = max(draw.texts, key=len)
     prompt = draw.random.randint(2, len(text))
     cache = prefill(

@@ -1,6 +1,6 @@
 """Random calls of the operator against the oracle: choices, outputs, log-sum-exps, gradients.
 
-Seconds by default; with --slow thousands of draws (pytest -s prints the counts).
+Takes seconds by default; --slow runs thousands of draws (pytest -s prints the counts).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COUNTS = [60, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(36
 
 
 class Draw:
-    """One random call: sequences, heads, rule, numbers."""
+    """One random call: sequences, heads, rule, values."""
 
     def __init__(self, seed: int):
         self.seed, self.random = seed, random.Random(seed)
@@ -38,7 +38,7 @@ class Draw:
         self.kind = pick(["normal", "normal", "ties", "constant", "large"])
         self.dtype = torch.float64 if self.kind != "ties" else pick([torch.float64, torch.float32])
         sink, local = pick([0, 0, 1, 3]), pick([0, 0, 1, 2])
-        # means of ties are exact in fp32
+        # the means of tied blocks are exact in fp32
         size = pick([1, 2, 4, 8, 16, 1024] if self.kind == "ties" else [1, 2, 3, 5, 8, 16, 32, 50, 10**6])
         self.settings = {
             "block_size": size,
@@ -54,7 +54,7 @@ class Draw:
         self.rule = oracle.Rule(**self.settings, scale=scale)
 
     def lengths(self, count: int) -> list[tuple[int, int]]:
-        """(queries, keys) of sequences; some have none, or fewer queries than keys."""
+        """(queries, keys) of each sequence; some are empty or have fewer queries than keys."""
         result = []
         for _ in range(count):
             keys = self.random.choice([0, 1, self.random.randint(1, 12), self.random.randint(1, 40)])
@@ -75,7 +75,7 @@ class Draw:
 
 
 def close(ours: Any, exact: Any, draw: Draw) -> bool:
-    """Equal within the rounding of the draw; the operator returns log-sum-exps in fp32."""
+    """Equal up to the rounding of the draw's dtype; the operator returns log-sum-exps in fp32."""
     single = draw.dtype == torch.float32 or getattr(ours, "dtype", None) == torch.float32
     ours, exact = np.asarray(ours, dtype=np.float64), np.asarray(exact, dtype=np.float64)
     room = 3e-5 if single else 1e-9
@@ -83,7 +83,7 @@ def close(ours: Any, exact: Any, draw: Draw) -> bool:
 
 
 def check_choice(blocks: set[int], q: Any, k: Any, position: int, draw: Draw) -> None:
-    """The oracle's blocks, or others with the same scores where rounding decides."""
+    """The oracle's blocks, or others with the same scores if rounding decides."""
     expected = oracle.blocks_of(q, k, position, draw.rule)
     if blocks == expected:
         return
@@ -95,7 +95,7 @@ def check_choice(blocks: set[int], q: Any, k: Any, position: int, draw: Draw) ->
 
 
 def check_packed(draw: Draw) -> int:
-    """A packed call with its gradients; the number of (query, head) pairs compared."""
+    """Checks a packed call with its gradients; returns the number of (query, head) pairs compared."""
     lengths = draw.lengths(draw.random.randint(1, 4))
     totals = [sum(x[i] for x in lengths) for i in (0, 1)]
     q = draw.tensor(totals[0], draw.heads, draw.dim).requires_grad_()
@@ -138,7 +138,7 @@ def check_packed(draw: Draw) -> int:
 
 @torch.no_grad()
 def check_rows(draw: Draw) -> int:
-    """Rows with padding, chunks and decode steps over a cache's slots; what lies outside is NaN."""
+    """Checks rows with padding, chunks and decode steps in a cache whose other slots are NaN."""
     rows, slots = draw.random.randint(1, 3), draw.random.randint(1, 40)
     begin = [draw.random.randint(0, slots - 1) for _ in range(rows)]
     end = [draw.random.randint(b, slots) for b in begin]
@@ -148,7 +148,7 @@ def check_rows(draw: Draw) -> int:
     q = draw.tensor(rows, draw.heads, queries, draw.dim)
     k = draw.tensor(rows, draw.kv_heads, slots, draw.dim)
     v = draw.tensor(rows, draw.kv_heads, slots, draw.v_dim)
-    end = [max(b, min(e, offset + queries)) for b, e in zip(begin, end, strict=True)]  # the last one written
+    end = [max(b, min(e, offset + queries)) for b, e in zip(begin, end, strict=True)]  # the last slot written
     for r in range(rows):
         for x in (k, v):
             x[r, :, : begin[r]] = torch.nan

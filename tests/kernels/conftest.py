@@ -1,8 +1,8 @@
-"""Kernel tests: under the interpreter in a process of their own, on a GPU, and compiled ahead of time.
+"""Kernel tests: under the interpreter in a separate process, on a GPU, and compiled ahead of time.
 
-`TRITON_INTERPRET=1` counts only when it is set before Triton is imported, and then holds for the whole
-process, so `interpreted/` is collected only in a process started that way; `test_interpreted.py` starts one.
-`TRITON_INTERPRET=1 pytest tests/kernels/interpreted` shows the tests one by one.
+`TRITON_INTERPRET=1` must be set before Triton is imported and then applies to the whole process. So
+`interpreted/` is collected only in a process that was started with it; `test_interpreted.py` starts one.
+`TRITON_INTERPRET=1 pytest tests/kernels/interpreted` shows these tests one by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the kernels of a decode step are held to, on any device: prefill's choice and means, bit for bit."""
+"""Checks of the decode kernels for any device: they give prefill's choice and means bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moba_hf.op.sequences import Sequences, batched_table
 
 
 def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Tensor:
-    """Means `(batch, HK, blocks, D)` of `k`, as a cache takes them that grows by `steps`; NaN elsewhere."""
+    """Means `(batch, HK, blocks, D)` of `k` in a cache that grows by `steps`; NaN elsewhere."""
     batch, heads, length, dim = k.shape
     means = torch.full(
         (batch, heads, length // block_size + 1, dim), torch.nan, dtype=k.dtype, device=k.device
@@ -29,7 +29,7 @@ def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Te
 
 
 def assert_means_are_prefill_means(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> None:
-    """Bit for bit, for complete blocks a later query can choose; others stay unwritten."""
+    """Bit for bit, for the complete blocks that a later query can choose; others stay unwritten."""
     batch, _, length, _ = k.shape
     means = means_of(k, starts, block_size, steps)
     table = batched_table(batch, length, length, k.device, kv_start=starts)
@@ -50,7 +50,7 @@ def assert_means_are_prefill_means(k: Tensor, starts: Tensor, block_size: int, s
 def assert_choice_is_prefill_choice(
     q: Tensor, k: Tensor, starts: Tensor, rule: tuple[int, int, int, int], count: int
 ) -> None:
-    """The last `count` queries choose from cached means the blocks that a prefill of all chooses."""
+    """With cached means, the last `count` queries choose the same blocks as in a prefill of everything."""
     batch, _, q_len, _ = q.shape
     length = k.shape[2]
     table = batched_table(batch, q_len, length, k.device, kv_start=starts)
@@ -64,7 +64,7 @@ def assert_choice_is_prefill_choice(
 
 
 def assert_dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, tile: Tile | None = None) -> None:
-    """Within twice the error of plain attention in the same precision; slots out of bounds are not read."""
+    """Error at most twice that of plain attention in the same precision; slots out of bounds are not read."""
     group = q.shape[1] // k.shape[1]
     scale = q.shape[3] ** -0.5
     mask = causal_mask(Sequences(table, q.shape[2], k.shape[2]), 0, q.shape[2], k.shape[2])
@@ -97,7 +97,7 @@ def assert_dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, tile: Tile | No
 
 
 def assert_append(dtype: torch.dtype, device: str, batch: int, count: int, dims: tuple[int, int]) -> None:
-    """What torch's operators write, from strided states, and nothing else; the length rises."""
+    """Writes the same as torch's operators, from strided states, and nothing else; the length increases."""
     heads, slots, before = 3, 40, 17
     states = [torch.randn(batch, count, heads, d, device=device).to(dtype).transpose(1, 2) for d in dims]
     expected = [torch.randn(batch, heads, slots, d, device=device).to(dtype) for d in dims]

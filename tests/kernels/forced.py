@@ -1,4 +1,4 @@
-"""Choices forced on the kernels, so that small inputs reach rare paths."""
+"""Forces launch parameters, so that small inputs reach rare paths of the kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moba_hf.kernels import tuning
 
 
 def fewer_levels(levels: int) -> AbstractContextManager[object]:
-    """The gates keep so many entries per class, so that more rows need the second kernel."""
+    """Makes the gates keep `levels` entries per class, so that more rows need the second kernel."""
 
     def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
         return levels, levels >= min(count, triton.cdiv(max_blocks, width))
@@ -22,6 +22,6 @@ def fewer_levels(levels: int) -> AbstractContextManager[object]:
 
 
 def with_choices(**changes: Any) -> AbstractContextManager[object]:
-    """Fields of `tuning.Choices` take other values on every GPU."""
+    """Changes fields of `tuning.Choices` for every GPU."""
     original = tuning.choices
     return mock.patch.object(tuning, "choices", lambda one: replace(original(one), **changes))

@@ -1,8 +1,8 @@
 """Compiles the kernels that a call would launch, for any GPU, on a machine without one.
 
-`compiled(call, capability)` runs the host code on CPU tensors with launches recorded instead of done, and
-compiles each distinct kernel with the arguments it was given. What comes back are registers, spills and
-shared memory as `ptxas` reports them. `python tests/kernels/kernel_aot.py` prints the table of main variants.
+`compiled(call, capability)` runs the host code on CPU tensors, records the launches instead of executing
+them, and compiles each distinct kernel with its arguments. It returns registers, spills and shared memory as
+reported by `ptxas`. `python tests/kernels/kernel_aot.py` prints a table of the main variants.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from moba_hf.kernels import (
     attend_backward,
     choose_blocks,
     dense_decode_attention,
+    row_bounds,
     select_blocks,
     tuning,
     update_block_means,
@@ -47,6 +48,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -55,7 +57,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What `ptxas` says of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes,
+    """The `ptxas` report of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes,
     columns of tensor memory (compute capability 10)."""
 
     kernel: str
@@ -71,7 +73,7 @@ def recorded(
     call: Callable[[], object], *, only_compiled: bool = False
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(kernel, arguments, keywords) of the launches that `call` makes, or of those that it only compiles;
-    none is done."""
+    none is executed."""
     launches = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -84,14 +86,14 @@ def recorded(
 
 
 def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """A launch as Triton would specialise it: dtypes, divisibility by 16, ones as constants."""
+    """A launch, specialised as Triton would do: dtypes, divisibility by 16, ones as constants."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
 
     def typed(place: tuple[int, ...], value: Any, constant: bool, special: bool) -> Any:
-        """The type of an argument at `place`; notes what Triton knows of its value."""
+        """The type of the argument at `place`; records what Triton knows about its value."""
         if isinstance(value, tuple) and not constant:
             return tuple(typed((*place, j), x, False, special) for j, x in enumerate(value))
         if constant or value is None or (special and type(value) is int and value == 1):
@@ -125,7 +127,7 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capabili
 
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers per thread and bytes spilled, from the `ptxas` that triton bundles."""
+    """Registers per thread and spilled bytes, from the `ptxas` bundled with triton."""
     binary = get_ptxas(capability).path
     target = re.search(r"\.target (\S+)", ptx).group(1).rstrip(",")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
@@ -230,6 +232,7 @@ def decode_call(
         new = [tensor(num_kv_heads, queries, x.shape[3]) for x in (k, v)]
         means, at = tensor(num_kv_heads, length // block_size, head_dim), torch.tensor(length)
         table, start = batched_table(1, queries, length, q.device), torch.zeros(1, dtype=torch.int64)
+        row_bounds(torch.ones(1, length, dtype=torch.bool), length - queries, queries)
         append(k, v, at, *new)
         update_block_means(means, k, start, at, queries, block_size)
         choice = choose_blocks(q, means, table, length, block_size, topk, 0, 0)
@@ -249,7 +252,7 @@ def recorded_for(
 
 
 def compiled(call: Callable[[], object], capability: int, named: str = "") -> list[Report]:
-    """A report per distinct kernel that `call` launches and whose name holds `named`."""
+    """One report per distinct kernel that `call` launches and whose name contains `named`."""
     launches = recorded_for(call, capability)
     return [compile_launch(launch, capability) for launch in launches if named in launch[0].__name__]
 

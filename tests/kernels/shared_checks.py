@@ -1,7 +1,8 @@
-"""What the kernels of the shared choice are held to, on any device; tests and the benchmark use the same.
+"""Checks of the shared choice's kernels for any device, used by the tests and the benchmark.
 
-The choice: that of the reference, except for blocks whose mass lies within 1 % of what decides. Attention and
-gradients: those of the reference in fp32 under the kernel's own choice, by `norm(error) / norm(reference)`.
+The choice must equal the reference's, except for blocks whose mass is within 1 % of a decision. Attention and
+gradients must equal those of the fp32 reference under the kernel's own choice, measured by
+`norm(error) / norm(reference)`.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def each_sequence(case: Case, tile: int) -> Iterator[tuple[slice, slice, list[Te
 
 
 def assert_plan(case: Case, rule: SharedRule) -> None:
-    """The tile table of the kernels is that of the definition."""
+    """The kernels' tile table equals that of the definition."""
     limits = {"block_size": rule.block_size, "tile": rule.tile}
     plan = make_shared_plan(case.q, case.k, case.table, *case.longest, **limits)
     assert torch.equal(plan.tiles[:, :6], tile_table(case.table, rule.tile, plan.num_tiles))
 
 
 def checked_choice(case: Case, rule: SharedRule, **kwargs: object) -> Tensor:
-    """The kernels' choice, after comparing it with the reference; keywords are those of `shared.select`."""
+    """The kernels' choice, compared with the reference; keywords go to `shared.select`."""
     mask = shared.select(case.q, case.k, sequences_of(case), rule, case.scale, **kwargs)
     last = 0
     for tiles, _, (q, k, _v) in each_sequence(case, rule.tile):
@@ -69,7 +70,7 @@ def checked_choice(case: Case, rule: SharedRule, **kwargs: object) -> Tensor:
 
 
 def assert_attention(case: Case, rule: SharedRule, mask: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` of the kernels under `mask`, after comparing; keywords are those of `shared.attend`."""
+    """The kernels' `(out, lse)` under `mask`, compared with the reference; keywords go to `shared.attend`."""
     limits = (sequences_of(case), rule.block_size, rule.tile, case.scale)
     out, lse = shared.attend(case.q, case.k, case.v, mask, *limits, **kwargs)
     error = size = 0.0
@@ -89,7 +90,7 @@ def assert_attention(case: Case, rule: SharedRule, mask: Tensor, **kwargs: objec
 
 
 def assert_gradients(case: Case, rule: SharedRule, mask: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
-    """Gradients of the kernels under `mask`, after comparing; keywords: of `shared.attend_backward`."""
+    """The kernels' gradients under `mask`, compared; keywords go to `shared.attend_backward`."""
     limits = (sequences_of(case), rule.block_size, rule.tile, case.scale)
     out, lse = shared.attend(case.q, case.k, case.v, mask, *limits)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)

@@ -1,4 +1,4 @@
-"""Gradients on a GPU: every dtype and head dim, long and skewed inputs, and what only size can show."""
+"""Gradients on a GPU: every dtype and head dim, long and skewed inputs, and faults that only size reveals."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 BF16 = torch.bfloat16
 RAGGED = [(500, 700), (0, 5), (333, 333), (0, 0), (1, 777), (64, 2048), (129, 129)]
-# blocks of more than 16 keys take the kernels for long blocks
+# blocks of more than 16 keys use the kernels for long blocks
 SPLIT = BackwardTiles(*[Tile(32, 16, 4, 2)] * 4)
 
 
 def case_of(lengths: list[tuple[int, int]], **kwargs: object) -> Case:
-    """A bf16 case on the GPU, 4 query heads on 2 kv heads, head_dim 64, unless told otherwise."""
+    """A bf16 case on the GPU, by default with 4 query heads, 2 kv heads and head_dim 64."""
     rule = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": BF16, "device": "cuda", **kwargs}
     return Case(lengths, **rule)  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_structured_inputs(kind: str, block_size: int) -> None:
 
 @pytest.mark.parametrize("block_size", [64, 128, 512])
 def test_all_queries_on_one_block(block_size: int) -> None:
-    """Bins of very different lengths, cut in segments; the sums stay exact and the same."""
+    """Bins of very different lengths, split into segments; the sums stay exact and reproducible."""
     case = case_of([(6000, 6000)], num_heads=8, head_dim=128, block_size=block_size, topk=2, sink=1)
     assert budgets.segment_rows(block_size, 128, 128, 64) < 4 * 5000
     check(case)
@@ -168,7 +168,7 @@ def test_compiled_training_is_one_graph() -> None:
 
 
 def test_memory_at_131k() -> None:
-    """Under 4 GiB beyond inputs and gradients at 32 / 8 heads, 128 / 8."""
+    """Less than 4 GiB in addition to inputs and gradients, at 32 / 8 heads and 128 / 8."""
     torch.use_deterministic_algorithms(False)
     length = 128 << 10
     q, k, v = (torch.randn(length, h, 128, dtype=BF16, device="cuda").requires_grad_() for h in (32, 8, 8))
@@ -184,7 +184,7 @@ def test_memory_at_131k() -> None:
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """Queries, keys and gradients of 2.2e9 elements: the last sequence's equal those of a call of its own."""
+    """With 2.2e9 elements of q, k and gradients, the last sequence's equal those of a separate call."""
     length, part, heads, dim = 540_672, 8192, 32, 128
     q, k, v = (torch.randn(length, heads, dim, dtype=BF16, device="cuda") for _ in range(3))
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Kernels of a decode step on a GPU: prefill's means and choice to the last bit, rows, graphs."""
+"""Decode kernels on a GPU: prefill's means and choice to the last bit, rows, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TestMeans:
 
     @pytest.mark.parametrize("block_size", [128, 4096])
     def test_at_length(self, block_size: int) -> None:
-        """A cache of 131,072 tokens filled by the layer's own routine, against the prefill kernel."""
+        """A cache with 131,072 tokens filled by the layer's own routine, compared with the prefill kernel."""
         k = rand(1, 8, 131072, 128)
         means, before = BlockMeans(), 0
         for length in (100_000, 100_001, 131_072):
@@ -59,7 +59,7 @@ class TestMeans:
         assert torch.equal(got[0, :, : prefill.shape[1]], prefill)
 
     def test_gathered_path_agrees(self) -> None:
-        """The path of dtypes without a kernel, to rounding."""
+        """The path for dtypes without a kernel agrees up to rounding."""
         k, starts = rand(2, 2, 1000, 64), torch.tensor([0, 77], device="cuda")
         by_kernel = block_means_of(k, starts, 64, "triton")
         by_torch = block_means_of(k.float(), starts, 64, "portable")
@@ -78,7 +78,7 @@ class TestChoice:
     @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
     @pytest.mark.parametrize("shift", [-40.0, 0.0, 40.0])
     def test_at_any_distance_below_the_largest_score(self, spread: float, shift: float) -> None:
-        """The search starts near the largest score: clustered, spread out, negative, and with outliers."""
+        """The search starts near the largest score: clustered, spread-out, negative scores, outliers."""
         q, k = rand(1, 8, 30, 128), rand(1, 2, 100_000, 128)
         keys = k * spread + shift * q[:, ::4, :1] / q[0, 0, 0].norm()
         keys[:, :, 320:352] *= 100
@@ -110,7 +110,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("blocks", [4097, 8190, 8200, 20000])
     def test_many_blocks(self, blocks: int) -> None:
-        """Up to 8,192 blocks near ties fall alike in calls of any length; beyond, in calls of one length."""
+        """Up to 8,192 blocks, near-ties break alike in calls of any length; beyond, only at equal lengths."""
         q, k = rand(1, 4, 20, 64), rand(1, 1, 16 * blocks, 64)
         assert_choice_is_prefill_choice(q, k, torch.tensor([0], device="cuda"), (16, 16, 0, 0), 3)
 
@@ -139,14 +139,14 @@ class TestRows:
                 assert_dense(q, k, v, table, tile)
 
     def test_dense_is_what_decode_takes(self) -> None:
-        """`dense_attention` of a few queries equals torch's, which the same call in fp32 takes."""
+        """`dense_attention` of a few queries equals torch's, which the same call uses in fp32."""
         q, k, v = rand(1, 8, 3, 64), rand(1, 2, 3000, 64), rand(1, 2, 3000, 64)
         expected = dense_attention(q.float(), k.float(), v.float(), 0.125)
         assert torch.allclose(dense_attention(q, k, v, 0.125).float(), expected, atol=2e-2)
 
     @pytest.mark.parametrize("block_size", [64, 600, 4096])
     def test_sparse_by_row(self, block_size: int) -> None:
-        """Every row written by the kernel itself: bit for bit what the general launch gives."""
+        """If the kernel itself writes every row, the result equals that of the general launch bit for bit."""
         case = Case(
             [(3, 9000)], num_heads=8, num_kv_heads=2, head_dim=128, block_size=block_size, topk=3,
             dtype=BF16, device="cuda",
@@ -167,7 +167,7 @@ class TestRows:
 
     @pytest.mark.parametrize("q_len", [1, 16])
     def test_sparse_rows_equal_prefill_rows(self, q_len: int) -> None:
-        """The last rows of one prefill call, and a decode call from cached means: one choice, one answer."""
+        """The last rows of a prefill call and a decode call with cached means choose and output the same."""
         q, k, v = rand(2, 8, 300, 128), rand(2, 2, 8000, 128), rand(2, 2, 8000, 128)
         rule = {"block_size": 64, "topk": 8, "kv_start": torch.tensor([0, 1000], device="cuda")}
         expected, expected_lse = batched_moba_attention(q, k, v, **rule)
@@ -178,7 +178,7 @@ class TestRows:
 
 
 def test_a_step_never_waits_and_is_captured() -> None:
-    """Means, choice and attention with what only the device knows; replays follow new contents."""
+    """Means, choice and attention with sizes known only on the device; graph replays follow new contents."""
     torch.use_deterministic_algorithms(False)
     k, v = rand(1, 2, 4096, 64), rand(1, 2, 4096, 64)
     q, length = rand(1, 4, 1, 64), torch.tensor(2049, device="cuda")

@@ -1,4 +1,4 @@
-"""Runs `interpreted/` in a process in which Triton was imported with its interpreter on."""
+"""Runs `interpreted/` in a process that imports Triton with its interpreter on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_interpreted(*arguments: str) -> str:
-    """What a Python process with Triton's interpreter on prints."""
+    """The output of a Python process with Triton's interpreter on."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -25,7 +25,7 @@ def run_interpreted(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(1800)  # 409 seconds were seen for all files on a busy machine
+@pytest.mark.timeout(1800)  # all files took 409 s on a busy machine
 @pytest.mark.parametrize(
     "file", sorted(x.name for x in (TESTS / "kernels" / "interpreted").glob("test_*.py"))
 )

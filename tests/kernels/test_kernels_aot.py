@@ -20,7 +20,7 @@ def test_one_variant(gate: str, capability: int) -> None:
 
 
 class TestGluon:
-    """The kernels for Hopper, with the Triton that is installed."""
+    """The kernels for Hopper, with the installed Triton."""
 
     @pytest.mark.parametrize("dim", [64, 128])
     @pytest.mark.parametrize(("block_size", "topk", "routed"), [(128, 8, "resident"), (512, 3, "stream")])
@@ -35,7 +35,7 @@ class TestGluon:
             assert report.spills <= 256, report  # 0 with Triton 3.6, up to 236 with 3.8
 
     def test_what_is_tried_before_the_first_use(self) -> None:
-        """The arguments that `compiles` makes up are those of a launch: each kernel compiles with them."""
+        """The arguments made up by `compiles` are like those of a launch: each kernel compiles with them."""
         import torch
 
         from moba_hf.kernels.hopper import dispatch as hopper
@@ -53,7 +53,7 @@ class TestGluon:
             assert kernel_aot.compile_launch(launch, 90).registers >= 8
 
     def test_a_triton_that_does_not_compile_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Plain kernels run instead; one warning says so, with the release and the reason."""
+        """Plain Triton kernels run instead; one warning names the release and the reason."""
         from moba_hf.kernels.hopper import dispatch as hopper
 
         def fails(*args: object) -> None:
@@ -76,7 +76,7 @@ class TestGluon:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", list(kernel_aot.MAIN))
 def test_main_variants(name: str, capability: int) -> None:
-    # the mass gate with 4 warps spills 132 bytes at topk 64 and is faster than with 8, which do not
+    # with 4 warps the mass gate spills 132 bytes at topk 64, but is faster than with 8, which do not spill
     least = 160 if name.startswith("mass") else 64
     _check(kernel_aot.forward_call(**kernel_aot.MAIN[name]), capability, least if capability == 90 else 800)
 
@@ -93,7 +93,7 @@ def test_a_tile_of_the_mass_gate_fits_every_gpu(capability: int) -> None:
         assert tuning.fits(tuning.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
 
 
-def test_a_gpu_can_have_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_can_have_its_own_table_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from moba_hf.kernels import tuning
@@ -109,7 +109,7 @@ def test_a_gpu_can_have_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
         for call in (kernel_aot.forward_call(), kernel_aot.decode_call())
         for kernel, _, keywords in kernel_aot.recorded_for(call, 80)
     }
-    # a decode step scores blocks in the gate's tile, whatever that is
+    # a decode step scores blocks with the gate's tile
     for name in ("gate_fwd_kernel", "_score_kernel"):
         assert (launched[name]["BLOCK_M"], launched[name]["BLOCK_N"]) == (32, 32)
 
@@ -119,7 +119,7 @@ def test_a_gpu_can_have_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("block_size", "parts"), [(16, 1), (32, 2), (64, 4), (128, 8)])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_memory_of_the_mass_gate(head_dim: int, block_size: int, parts: int, capability: int) -> None:
-    """What `tuning.mass_gate_memory` foretells is never less than what the compiled kernels take."""
+    """`tuning.mass_gate_memory` never predicts less than the compiled kernels use."""
     from moba_hf.kernels import tuning
 
     tile = tuning.gate_tile(head_dim, 2, parts, divmod(capability, 10))
@@ -163,7 +163,9 @@ def _check(call: object, capability: int, most_spills: int) -> None:
     for report in reports:
         assert report.shared <= _SHARED[capability], report
         assert report.columns <= _TENSOR_COLUMNS, report
-        assert report.registers >= 8, report  # fewer: a kernel that was given up is compiled empty
+        assert report.registers >= 8, (
+            report
+        )  # fewer means that the compiler gave up and emitted an empty kernel
         assert report.spills <= most_spills, report
 
 

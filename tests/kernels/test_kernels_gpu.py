@@ -1,4 +1,4 @@
-"""Kernels on a GPU: every dtype and head dim, long and skewed inputs, and what only size can show."""
+"""Kernels on a GPU: every dtype and head dim, long and skewed inputs, and faults that only size reveals."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RAGGED = [(500, 700), (0, 5), (333, 333), (0, 0), (1, 777), (64, 2048), (129, 12
 
 
 def case_of(lengths: list[tuple[int, int]], **kwargs: object) -> Case:
-    """A bf16 case on the GPU, 4 query heads on 2 kv heads, head_dim 64, unless told otherwise."""
+    """A bf16 case on the GPU, by default with 4 query heads, 2 kv heads and head_dim 64."""
     rule = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": BF16, "device": "cuda", **kwargs}
     return Case(lengths, **rule)  # type: ignore[arg-type]
 
 
 def check(case: Case, **kwargs: object) -> None:
-    """The gate, then attention under the reference's choice and under its own."""
+    """Checks the gate, then attention under the reference's choice and under its own."""
     choice = case.select()
     assert_choice(case, choice)
     assert_attention(case, case.expected_choice(), **kwargs)
@@ -108,7 +108,7 @@ def test_rows_that_need_the_second_kernel(levels: int) -> None:
 def test_mass_gate(block_size: int, sharp: float) -> None:
     lengths = [(200, 12 * block_size + 33), (100, 100)]
     case = case_of(lengths, block_size=block_size, topk=4, gate="mass")
-    case.q.mul_(sharp)  # both branches of the spread's estimate
+    case.q.mul_(sharp)  # both branches of the spread estimate
     check(case)
 
 
@@ -214,7 +214,7 @@ def test_captured_in_a_graph() -> None:
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """Queries, keys, outputs of 2.2e9 elements and int32 keys; the last rows equal a call of their own."""
+    """With 2.2e9 elements of q, k and outputs, and int32 pair keys, the last rows equal a separate call."""
     length, heads, dim = 540_672, 32, 128
     q, k, v = (torch.randn(length, heads, dim, dtype=BF16, device="cuda") for _ in range(3))
     torch.use_deterministic_algorithms(False)
@@ -229,7 +229,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 @pytest.mark.slow
 def test_a_strided_view_far_into_memory() -> None:
-    """Rows beyond 2**31 elements from the start of their storage, as a large preallocated cache has them."""
+    """Rows beyond 2**31 elements from the start of their storage, as in a large preallocated cache."""
     store = torch.zeros(1, 2, 9_000_000, 128, dtype=BF16, device="cuda")
     case = case_of([(300, 2000)], num_heads=2, head_dim=128, block_size=64, topk=4)
     k = store[:, :, -2000:]
@@ -245,7 +245,7 @@ def test_a_strided_view_far_into_memory() -> None:
     ("length", "topk", "most"), [(1 << 17, 8, 4.5), (1 << 20, 12, 12.0)], ids=["131K-128/8", "1M-128/12"]
 )
 def test_peak_memory(length: int, topk: int, most: float) -> None:
-    """The operator's own peak, GiB beyond q, k, v and out, at 32 query and 8 kv heads of 128."""
+    """The operator's peak in GiB, in addition to q, k, v and out, with 32 query and 8 kv heads of 128."""
     q, k, v = (torch.randn(length, heads, 128, dtype=BF16, device="cuda") for heads in (32, 8, 8))
     torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The kernels of the shared choice compile for every generation, fit its memory, and hardly spill."""
+"""The kernels of the shared choice compile for every GPU generation, fit its memory, and hardly spill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VARIANTS = {
 
 
 def _call(rule: SharedRule, head_dim: int, v_dim: int) -> Callable[[], object]:
-    """A call that chooses, attends and takes gradients; values are never computed."""
+    """A call that chooses, attends and computes gradients; no values are computed."""
     length, heads = 4096, 8
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""The shared choice on a GPU: shapes of heads and blocks, Gluon against Triton, two runs, long inputs."""
+"""The shared choice on a GPU: head and block shapes, Gluon against Triton, repeated runs, long inputs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.slow
 def test_a_million_tokens() -> None:
-    """Offsets beyond 2**31 elements: the last tile alone equals the same tile of the whole call."""
+    """Offsets beyond 2**31 elements: the last tile computed alone equals the same tile of the whole call."""
     length, heads, kv_heads, dim = 1 << 20, 32, 2, 128
     rule = SharedRule(64, 128, threshold=0.5, sample=8)
     q = torch.randn(1, heads, length, dim, device="cuda", dtype=torch.bfloat16)

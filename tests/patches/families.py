@@ -1,4 +1,4 @@
-"""Tiny configs of every family, built in memory; the layer patterns of the real models, short."""
+"""Tiny configs of every family, built in memory, with shortened layer patterns of the real models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MROPE = {
     "hidden_size": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
 }
-# Ids of image tokens lie outside of the ids that tests draw.
+# Image token ids lie outside the range from which tests draw ids.
 _IMAGE_IDS = {
     "image_token_id": 90,
     "video_token_id": 91,
@@ -94,7 +94,7 @@ def _text(model_type: str, **values: Any) -> Any:
 
 
 def tiny_config(family: str) -> Any:
-    """A fresh tiny config; `family` is a model_type, with "-window" where some layers have windows."""
+    """A new tiny config; `family` is a model_type, with the suffix "-window" for some window layers."""
     return _MAKERS[family]()
 
 
@@ -144,7 +144,7 @@ VISION = [f for f in FAMILIES if "_vl" in f or f.startswith("mistral3") or f in 
 
 
 def vision_inputs(family: str, length: int) -> dict[str, Any]:
-    """Inputs of a prompt of `length` tokens with one image of 4 x 4 patches (8 x 8 for Mistral3)."""
+    """Inputs for a prompt of `length` tokens with one image of 4 x 4 patches (8 x 8 for Mistral3)."""
     pixtral = family.startswith("mistral3")
     size = 16 if pixtral else 4
     ids = torch.randint(1, 90, (1, length))

@@ -1,4 +1,4 @@
-"""What every family's models must do; a test file per family subclasses `FamilyContract`."""
+"""What the models of every family must do; each family's test file subclasses `FamilyContract`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moba_hf.hf.cache_names import cache_kwargs, cache_of
 
 
 class FamilyContract:
-    """Attributes: model_type; values: of the config; eligible: layers in which MoBA runs."""
+    """Subclasses set model_type, values (of the config) and eligible (the layers in which MoBA runs)."""
 
     model_type: ClassVar[str]
     values: ClassVar[dict[str, Any]] = {}
@@ -53,7 +53,7 @@ class FamilyContract:
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_each_layer_equals_the_reference_by_hand(self, model: Any, side: str) -> None:
-        """From the queries, keys and values that the layer was given, per row, layer rules included."""
+        """Computed from the queries, keys and values of the layer, per row, with the layer's own rule."""
         moba = MobaConfig(8, 3, sink_blocks=1, full_attention_layers=[-1], layers={0: {"topk": 2}})
         ids, mask = padded([tokens(LENGTH), tokens(37)], side)
         spans = [(0, 50), (13, 50) if side == "left" else (0, 37)]
@@ -85,7 +85,7 @@ class FamilyContract:
             kwargs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
             kwargs |= {"max_length_q": 50, "max_length_k": 50}
         ids = torch.cat(rows)[None]
-        if use_cache and len(self.eligible) < 3:  # transformers' window mask then joins the documents
+        if use_cache and len(self.eligible) < 3:  # transformers' window mask then mixes the documents
             with pytest.raises(ValueError, match="packed sequences reach a layer that keeps the stock"):
                 logits(model, ids, **kwargs)
             return
@@ -96,7 +96,7 @@ class FamilyContract:
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     @pytest.mark.parametrize("chunk", [7, 20, 49])
     def test_prefill_in_chunks_equals_one_shot(self, model: Any, kind: str, chunk: int) -> None:
-        """Left padding included; a last chunk of one token is decoding and not compared."""
+        """With left padding too; a last chunk of one token counts as decoding and is not compared."""
         ids, mask = padded([tokens(LENGTH), tokens(37)], "left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         whole = logits(model, ids, attention_mask=mask, position_ids=positions)

@@ -1,4 +1,4 @@
-"""check_adapter: it accepts a stranger's adapter, installed or not, and catches what is wrong."""
+"""check_adapter accepts a third-party adapter, installed or not, and catches faulty ones."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_foreign_adapter_found_by_its_entry_point(model_type: str) -> None:
 
 @pytest.mark.slow
 def test_a_foreign_adapter_in_its_own_wheel(tmp_path: Path) -> None:
-    """Built, installed, and found by a new process."""
+    """The wheel is built, installed, and found by a new process."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"
     source.mkdir()
@@ -145,14 +145,16 @@ def test_wrong_facts_are_caught(wrong: type[Adapter], family: str, message: str)
 
 
 def test_an_adapter_that_is_not_installed_says_how() -> None:
-    with pytest.raises(AssertionError, match=r"lookup: 'llama' gives LlamaAdapter; name _NoLayer as 'llama'"):
+    with pytest.raises(
+        AssertionError, match=r"lookup: 'llama' gives LlamaAdapter; register _NoLayer as 'llama'"
+    ):
         check_adapter(_NoLayer, tiny_config("llama"), installed=True)
     with pytest.raises(AssertionError, match="lookup: raised ValueError: no MoBA adapter"):
         check_adapter(Adapter, tiny_foreign("olmo2"), installed=True)
 
 
 def test_wrong_numbers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attention function that counts the own block twice, and one that loses the padding."""
+    """An attention function that counts the own block twice, and one that ignores padding."""
     from moba_hf.hf import attention
 
     right = attention.attention

@@ -1,4 +1,4 @@
-"""Checkpoints of the further families through `convert` and `verify`."""
+"""`convert` and `verify` on checkpoints of the other families."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_convert_and_verify(family: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_vision_language_config_published_flat(tmp_path: Path) -> None:
-    """Qwen2.5-VL on the Hub keeps the text model's values at the top level; none may be lost."""
+    """Qwen2.5-VL on the Hub has the text model's values at the top level; none may be lost."""
     model = build_model(tiny_config("qwen2_5_vl"))
     src, dst = tmp_path / "src", tmp_path / "dst"
     model.save_pretrained(src)

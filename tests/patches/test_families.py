@@ -1,4 +1,4 @@
-"""Every family passes the contract; what a family cannot do it says."""
+"""Every family passes the contract or says what it cannot do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.testing import COVERING, LENGTH, SMALL, build_model, check_adapter
 
 HYBRID = "linear-attention layers"
-HIDDEN = "start again inside a row"
+HIDDEN = "restart inside a row"
 PACKING = {
     "qwen2_vl": HIDDEN,
     "qwen2_5_vl": HIDDEN,
@@ -67,7 +67,7 @@ def test_eligible_layers_are_the_full_ones() -> None:
 @pytest.mark.parametrize("choice", ["moba", {"text_config": "moba"}])
 @torch.no_grad()
 def test_the_vision_tower_stays_stock(family: str, choice: Any) -> None:
-    """Logits of a prompt with an image: those of sdpa where topk covers all, and others where it does not."""
+    """With an image in the prompt, logits equal sdpa's if topk covers all blocks, and differ otherwise."""
     config = tiny_config(family)
     config.get_text_config().moba = COVERING.to_dict()
     stock = build_model(tiny_config(family))
@@ -89,8 +89,8 @@ def test_the_vision_tower_stays_stock(family: str, choice: Any) -> None:
 
 
 @torch.no_grad()
-def test_qwen25_vl_takes_packing_that_it_can_hold() -> None:
-    """Position ids of four axes, or cu_seq_lens_q: each document comes out as alone."""
+def test_qwen25_vl_packs_with_four_axes_or_cu_seq_lens() -> None:
+    """With position ids of four axes or cu_seq_lens_q, each document gives the same as alone."""
     model = build_model(tiny_config("qwen2_5_vl"))
     ids = torch.randint(1, 90, (1, LENGTH))
     positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
@@ -108,8 +108,8 @@ def test_qwen25_vl_takes_packing_that_it_can_hold() -> None:
 
 
 @torch.no_grad()
-def test_an_overlay_that_is_no_packing_is_refused() -> None:
-    """Tokens of one image that see each other: the dense mask of transformers arrives, and MoBA says no."""
+def test_a_mask_overlay_that_is_not_packing_is_refused() -> None:
+    """Image tokens that see each other need transformers' dense mask, which MoBA refuses."""
     from transformers.masking_utils import create_causal_mask
 
     model = build_model(tiny_config("llama"))
@@ -128,15 +128,15 @@ def test_an_overlay_that_is_no_packing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gemma3", "load the text model alone"),
+        ("gemma3", "load only the text model"),
         ("mistral4", "latent attention"),
-        ("mistral_large4", "sparse already"),
-        ("mistral_large4_text", "sparse already"),
-        ("qwen4_exp", "sparse already"),
-        ("qwen4_exp_text", "sparse already"),
+        ("mistral_large4", "already sparse"),
+        ("mistral_large4_text", "already sparse"),
+        ("qwen4_exp", "already sparse"),
+        ("qwen4_exp_text", "already sparse"),
     ],
 )
-def test_families_that_cannot_are_refused_with_the_reason(model_type: str, reason: str) -> None:
+def test_unsupported_families_are_refused_with_the_reason(model_type: str, reason: str) -> None:
     assert model_type not in known_families()
     with pytest.raises(ValueError, match=reason):
         find_adapter(model_type)
@@ -151,7 +151,7 @@ def test_a_mistral3_around_latent_attention_is_refused() -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @torch.no_grad()
 def test_text_after_a_video_is_no_new_document(family: str) -> None:
-    """Its positions step back behind the last frames: the same with a mask of ones and without a mask."""
+    """Its positions start before those of the last frames; a mask of ones and no mask give the same."""
     model = build_model(tiny_config(family))
     ids = torch.randint(1, 90, (2, LENGTH))
     time = torch.cat(

@@ -1,4 +1,4 @@
-"""Further text families: the tests of the first ones, experts and window layers included."""
+"""The family contract for further text families, with experts and window layers."""
 
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ class TestMinistral(FamilyContract):
 
 
 class TestGemma3(FamilyContract):
-    """Window layers with a rotary base of their own, normed queries and keys, a scale of its own."""
+    """Window layers with their own rotary base, normalised queries and keys, another softmax scale."""
 
     model_type = "gemma3_text"
     values: ClassVar[dict[str, Any]] = {
@@ -51,7 +51,7 @@ class TestGemma3(FamilyContract):
 
 
 class TestQwen2Moe(FamilyContract):
-    """The window is known to the module alone."""
+    """Only the module knows the window, not the config."""
 
     model_type = "qwen2_moe"
     values: ClassVar[dict[str, Any]] = {

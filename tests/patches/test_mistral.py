@@ -1,4 +1,4 @@
-"""Mistral: all layers without a window, none with one."""
+"""Mistral: MoBA runs in all layers without a sliding window, in none with one."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class TestMistral(FamilyContract):
 
 
 class TestMistralWithWindow:
-    """As v0.1: the stock implementation does everything, and says so."""
+    """Like v0.1: the stock implementation runs every layer, and the reason says so."""
 
     @pytest.fixture
     def model(self) -> Any:

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3, and Qwen with window layers above the first."""
+"""Qwen2 and Qwen3, also with window layers after the first."""
 
 from typing import Any, ClassVar
 

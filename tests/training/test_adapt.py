@@ -70,9 +70,9 @@ def test_text_is_read_and_too_little_is_refused(adapt: Any, tmp_path: Path) -> N
     (tmp_path / "a" / "x.py").write_text("x = 1\n")
     (tmp_path / "a" / "y.txt").write_text("no\n")
     assert adapt.read_text([tmp_path / "a"], ".py") == "# a/x.py\nx = 1\n\n"
-    with pytest.raises(SystemExit, match="no file ending in"):
+    with pytest.raises(SystemExit, match="a folder without files that end in"):
         adapt.read_text([tmp_path / "a"], ".md")
-    with pytest.raises(SystemExit, match="less than one row of 8"):
+    with pytest.raises(SystemExit, match="do not fill one row of 8"):
         adapt.TokenBlocks(np.arange(7), 8)
     with pytest.raises(SystemExit):
         adapt.parse(["m", "--text", "t", "--held-out", "h", "--setting", "a=3/2/1"])
@@ -85,7 +85,7 @@ def test_the_notebook_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.M
     path = ROOT / "examples" / "notebooks" / "adapt.ipynb"
     notebook = nbformat.read(path, as_version=4)
     shown = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
-    for run in json.loads((path.parent / "adapt_smollm2.json").read_text())["runs"]:  # the run beside it
+    for run in json.loads((path.parent / "adapt_smollm2.json").read_text())["runs"]:  # the published run
         assert f"{run['before']:.3f} -> {run['after']:.3f}, run dense {run['after_dense']:.3f}" in shown
     monkeypatch.setenv("MOBA_NOTEBOOK_RESULTS", str(tmp_path / "results.json"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""examples/adapt.py compares like with like, or does not compare."""
+"""examples/adapt.py compares only what is comparable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_models import tiny
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
-    """A tiny checkpoint and token files, as arguments, of a short run."""
+    """Arguments for a short run: a tiny checkpoint and token files."""
     tiny().save_pretrained(tmp_path / "model")
     np.save(tmp_path / "train.npy", learnable(32, 64, 1))
     np.save(tmp_path / "held.npy", learnable(2, 64, 2))
@@ -29,7 +29,7 @@ def test_runs_cut_short_by_the_clock_are_compared_at_equal_steps_only(
     monkeypatch: pytest.MonkeyPatch,
     slow: str,
 ) -> None:
-    """A clock on which the slow run has time for three steps, the other for all."""
+    """With a fake clock, the slow run has time for three steps, the other one for all."""
 
     def seconds(self: Any) -> float:
         self.asked = getattr(self, "asked", -1) + 1
@@ -42,7 +42,7 @@ def test_runs_cut_short_by_the_clock_are_compared_at_equal_steps_only(
         assert dense["steps"] == moba["steps"] < 8
         assert "gap_after" in moba
         assert moba["curve"][-1]["step"] == moba["steps"]
-    else:  # it had fewer steps than the control: nothing to compare
+    else:  # it had fewer steps than the control, so there is no comparison
         assert moba["steps"] < dense["steps"] == 8
         assert "gap_after" not in moba
         assert "closed" not in moba
@@ -50,7 +50,7 @@ def test_runs_cut_short_by_the_clock_are_compared_at_equal_steps_only(
 
 
 def test_a_share_of_no_gap_is_not_printed(adapt: Any, inputs: list[str]) -> None:  # noqa: F811
-    """Blocks that hold the whole row: MoBA is dense attention, and there is no gap to close."""
+    """With blocks as long as the row, MoBA is dense attention, and there is no gap to close."""
     results = adapt.main([*inputs, "--setting", "whole=64/1", "--steps", "2"])
     whole = results["runs"][1]
     assert whole["gap_before"] == 0
@@ -58,7 +58,7 @@ def test_a_share_of_no_gap_is_not_printed(adapt: Any, inputs: list[str]) -> None
     assert "whole" in adapt.table(results)
 
 
-def test_arguments_that_cannot_be_carried_out_are_refused(
+def test_invalid_arguments_are_refused(
     adapt: Any,  # noqa: F811
     inputs: list[str],
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""examples/extend.py: two tiny stages, ended and taken up again, give the weights of an uninterrupted run."""
+"""examples/extend.py: two tiny stages, stopped and resumed, give the weights of an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages of a context extension: their data, what loading one changes, and the loss in pieces."""
+"""Stages of a context extension: their data, what loading a stage changes, and the loss in pieces."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ TWO = Schedule(
 def test_json_round_trip(tmp_path: Path) -> None:
     TWO.save(tmp_path / "schedule.json")
     assert Schedule.load(tmp_path / "schedule.json") == TWO
-    assert TWO.stages[0].steps == 3  # 3,000 tokens begin a third row
+    assert TWO.stages[0].steps == 3  # 3,000 tokens reach into a third row
     (tmp_path / "broken.json").write_text('{"stages": [{"length": 8}]}')
-    with pytest.raises(ValueError, match=r"broken.json: no schedule \(a stage needs moba, tokens"):
+    with pytest.raises(ValueError, match=r"broken.json: not a schedule \(a stage needs moba, tokens"):
         Schedule.load(tmp_path / "broken.json")
 
 
@@ -51,7 +51,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"rope": "none"}, "rope must be one of"),
-        ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 goes with"),
+        ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 needs rope="),
     ],
 )
 def test_a_bad_stage_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -93,22 +93,20 @@ def test_a_stage_changes_the_config_and_no_weight(tmp_path: Path) -> None:
         torch.testing.assert_close(x, before[name], rtol=0, atol=0)
 
 
-def test_a_folder_that_stands_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_stage_or_schedule_is_refused(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"holds no moba_schedule\.json: stage 1 starts"):
+    with pytest.raises(ValueError, match=r"no moba_schedule\.json found; stage 1 must start"):
         load_stage(TWO, 1, tmp_path / "source")
     save_stage(TWO, 1, model, tmp_path / "done")
-    with pytest.raises(
-        ValueError, match="stands after 2 stages of its schedule, which stage 1 does not follow"
-    ):
+    with pytest.raises(ValueError, match="has completed 2 stages of this schedule, so stage 1 cannot follow"):
         load_stage(TWO, 1, tmp_path / "done")
     other = Schedule(TWO.stages[:1])
     save_stage(other, 0, model, tmp_path / "other")
-    with pytest.raises(ValueError, match="which is another one"):
+    with pytest.raises(ValueError, match="stages of another schedule"):
         load_stage(TWO, 1, tmp_path / "other")
     tight = Schedule((Stage(256, MobaConfig(8, 2), tokens=1, theta=2e4),))
-    with pytest.raises(ValueError, match="the model reads 512 tokens already"):
+    with pytest.raises(ValueError, match="the model already reads 512 tokens"):
         load_stage(tight, 0, tmp_path / "source")
 
 
@@ -175,7 +173,7 @@ def test_rows_are_whole_bounded_and_repeatable() -> None:
             piece = row["input_ids"][begin : begin + size].numpy()
             assert any(
                 np.array_equal(one.ids[f : f + size], piece) for one in repositories for f in one.files
-            )  # begins where a file does
+            )  # begins at the start of a file
     assert 4 <= short <= 16
 
 
@@ -213,7 +211,7 @@ def test_files_come_after_what_they_import(tmp_path: Path) -> None:
     order = [line[2:] for line in text.splitlines() if line.startswith("# package")]
     assert order == [f"package/{x}.py" for x in ("inner/c", "b", "a", "inner/broken")]
     assert [text[i:].splitlines()[0] for i in read.files] == [f"# {x}" for x in order]
-    with pytest.raises(ValueError, match=r"holds no file that ends in \.rs"):
+    with pytest.raises(ValueError, match=r"found no file that ends in \.rs"):
         read_repository(package, Letters(), ".rs")
 
 
@@ -233,5 +231,5 @@ def test_rows_with_lookups() -> None:
         for line in lines:
             first, second = written.index(line), written.rindex(line)
             assert first < second
-            assert labelled[first : first + len(line)] == "\0" * len(line)  # cannot be known
+            assert labelled[first : first + len(line)] == "\0" * len(line)  # unpredictable
             assert labelled[second : second + len(line)] == line

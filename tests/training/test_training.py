@@ -22,7 +22,7 @@ from moba_hf.training import RECIPES, MobaCallback, Recipe, recipe_of, trailing_
 
 
 class Watch(TrainerCallback):
-    """Rules of every layer, as the forward pass of each step sees them, by the steps done before."""
+    """Number of completed steps -> the rule of every layer in the next step's forward pass."""
 
     def __init__(self) -> None:
         self.rules: dict[int, set[Any]] = {}
@@ -115,7 +115,7 @@ class TestSwitch:
         assert {layer_plan(layer.self_attn).rule for layer in trainer.model.model.layers} == {rule}
 
     def test_full_attention_is_that_of_sdpa(self, tmp_path: Path) -> None:
-        """A run whose every step is behind the switch, against stock attention: the same weights."""
+        """A run that switches before its first step gives the same weights as stock attention."""
         moba = train(tmp_path / "moba", Recipe(full_share=0.9), steps=3)
         stock = tiny(attention="sdpa")
         Trainer(model=stock, args=arguments(tmp_path / "stock", 3), train_dataset=Blocks()).train()
@@ -128,7 +128,7 @@ class TestSwitch:
         assert trainer.model.config.moba["full_attention_layers"] == [0]
 
     def test_an_evaluation_under_another_rule_sees_it(self, tmp_path: Path) -> None:
-        """`use_moba` inside the full phase runs its own rule, and gives the phase back."""
+        """`use_moba` inside the full-attention phase runs its own rule, then restores the phase."""
         seen = []
 
         class Evaluate(TrainerCallback):
@@ -190,7 +190,7 @@ class TestLogs:
         assert evaluated[-1]["eval_trailing_loss"] != pytest.approx(evaluated[-1]["eval_loss"], rel=1e-3)
 
     def test_first_line_is_the_loss_of_the_untrained_model(self, tmp_path: Path) -> None:
-        """Two rows, one step: the logged value against one computed from the batch the Trainer takes."""
+        """With two rows and one step, the logged value equals one computed from the Trainer's batch."""
         seen: list[Tensor] = []
         model = tiny()
         model.register_forward_pre_hook(lambda _m, _a, k: seen.append(k["input_ids"]), with_kwargs=True)
@@ -212,7 +212,7 @@ class TestLogs:
 
 class TestCheckpoints:
     def test_keep_moba_and_load_with_it(self, tmp_path: Path) -> None:
-        """From the last, full phase too, and from `save_model`."""
+        """Also those of the final full-attention phase, and those of `save_model`."""
         trainer = train(tmp_path, Recipe(full_share=0.5), steps=2, save_strategy="steps", save_steps=1)
         trainer.save_model(str(tmp_path / "last"))
         ids = tokens(1, 64)
@@ -231,7 +231,7 @@ class TestCheckpoints:
         from transformers.utils import logging
 
         tiny().save_pretrained(tmp_path / "moba")
-        config = tmp_path / "moba" / "config.json"  # as saved where moba_hf was not imported
+        config = tmp_path / "moba" / "config.json"  # as saved without moba_hf imported
         values = json.loads(config.read_text())
         del values["attn_implementation"]
         config.write_text(json.dumps(values))
@@ -274,7 +274,7 @@ class TestTrainerOptions:
             torch.testing.assert_close(value, weights(two.model)[name], rtol=1e-3, atol=1e-4)
 
     def test_bf16(self, tmp_path: Path) -> None:
-        """fp32 weights, and a loss near that of fp32."""
+        """Weights stay fp32, and the loss is close to that of fp32."""
         losses = [
             train(tmp_path, Recipe(full_share=0.5), steps=4, bf16=bf16).state.log_history
             for bf16 in (False, True)

@@ -16,7 +16,7 @@ from transformers import Trainer
 from moba_hf.config import LayerConfig
 from moba_hf.training import MobaCallback, Recipe
 
-# What these libraries use of transformers is theirs to keep up to date.
+# Deprecated uses of transformers in these libraries are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 RULES = {"moba": (LayerConfig(8, 2),) * 2, "full": (None, None)}
@@ -31,7 +31,7 @@ class TestPeft:
         return peft.get_peft_model(model, config)
 
     def test_lora(self, tmp_path: Path) -> None:
-        """Adapters learn, the base does not, the switch happens; reloaded onto the base the logits agree."""
+        """Adapters learn, the base does not, the switch happens; reloading onto the base keeps the logits."""
         peft = pytest.importorskip("peft")
         model, base, watch = self.lora(tiny()), weights(tiny()), Watch()
         before = weights(model)
@@ -60,7 +60,9 @@ class TestPeft:
     def test_resumes_bit_identically(self, tmp_path: Path) -> None:
         trained = []
         for resume in (None, str(tmp_path / "checkpoint-2")):
-            model = self.lora(tiny(), seed=len(trained))  # another start, which resuming overwrites
+            model = self.lora(
+                tiny(), seed=len(trained)
+            )  # a different initialisation, which resuming overwrites
             trainer = Trainer(
                 model=model,
                 args=arguments(tmp_path, 4, save_strategy="steps", save_steps=2),
@@ -73,7 +75,7 @@ class TestPeft:
 
 
 def tokenizer() -> Any:
-    """A tokenizer of the tiny vocabulary, for TRL to pad and to save."""
+    """A tokenizer with the tiny vocabulary, which TRL needs for padding and saving."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -142,7 +144,7 @@ class TestTrl:
 
     @torch.no_grad()
     def first_batch(self, model: Any, given: Any, alone: bool) -> torch.Tensor:
-        """Logits of the untrained model on the first batch; `alone`: on each document by itself."""
+        """Logits of the untrained model on the first batch, or with `alone` on each document by itself."""
         ids = given["input_ids"]
         if not alone:
             return model(ids, attention_mask=given.get("attention_mask")).logits

@@ -1,4 +1,4 @@
-"""One training step, in each of the ways that training is done: gradients against a plain step."""
+"""One training step in each common way to train; gradients are compared with a plain step."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def assert_same(got: Any, expected: Any, **tolerance: float) -> None:
 
 
 def packed(flash: bool, documents: tuple[int, ...] = DOCUMENTS) -> dict[str, Any]:
-    """One packed batch as transformers' collator makes it."""
+    """One packed batch from transformers' collator."""
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
     ids = tokens(sum(documents))
     return collate([{"input_ids": part} for part in ids.split(list(documents))])
 
 
 def each_alone(model: Any, documents: tuple[int, ...] = DOCUMENTS) -> Any:
-    """Loss and gradients that a packed batch must give: those of its documents, weighted by their tokens."""
+    """The expected loss and gradients of a packed batch: those of its documents, weighted by tokens."""
     total, parts = sum(documents) - len(documents), tokens(sum(documents)).split(list(documents))
     losses = [
         model(part[None], labels=part[None], use_cache=False).loss * (len(part) - 1) / total for part in parts
@@ -88,7 +88,7 @@ def test_gradient_checkpointing(rule: Any, reentrant: bool, padded: bool) -> Non
 @RULES
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_autocast(rule: Any, reentrant: bool | None) -> None:
-    """fp32 weights under bf16 autocast: fp32 gradients that point where those of fp32 point."""
+    """fp32 weights under bf16 autocast give fp32 gradients in nearly the same direction as without it."""
     model, ids = tiny(rule), tokens(2, 80)
     expected = backward(model, input_ids=ids, labels=ids)
     if reentrant is not None:
@@ -127,7 +127,7 @@ def test_compiled_packed_step_is_one_graph(use_cache: bool) -> None:
 
 
 def test_compiled_packed_steps_under_the_callback() -> None:
-    """Other documents and lengths, and the switch: compiled a few times, never broken, and right."""
+    """Across documents, lengths and the switch: few compilations, no graph breaks, equal results."""
     model, callback = tiny(HYBRID), MobaCallback(Recipe(full_share=0.3), trailing_tokens=16)
     state = SimpleNamespace(max_steps=3, global_step=0, log_history=[])
     callback.on_train_begin(None, state, None, model=model)
@@ -145,7 +145,7 @@ def test_compiled_packed_steps_under_the_callback() -> None:
 
 
 def test_compiled_packing_without_offsets_is_refused() -> None:
-    """Position ids alone cannot be looked at in a graph: no silent mixing of documents."""
+    """A graph cannot read position ids, so the call is refused instead of mixing documents silently."""
     model = tiny()
     model.compile(fullgraph=True, backend="aot_eager")
     whole = packed(False) | {"position_ids": torch.arange(sum(DOCUMENTS))[None]}
@@ -155,7 +155,7 @@ def test_compiled_packing_without_offsets_is_refused() -> None:
 
 
 def test_a_future_token_gets_no_gradient() -> None:
-    """The loss of the first tokens, differentiated by what stands after them."""
+    """Differentiates the loss of the first tokens with respect to later ones."""
     model = tiny()
     embedded = model.get_input_embeddings()(tokens(1, 80)).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Tiny models and token data for the tests of training."""
+"""Tiny models and token data for the training tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 97
 
 
 def tiny(rule: MobaConfig | None = RULE, model_type: str = "llama", attention: str = "moba") -> Any:
-    """A random model of two layers in training mode, the same at every call."""
+    """A random model with two layers in training mode, the same in every call."""
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "eos_token_id": 2}
     return tiny_model(model_type, rule, attention, **sizes).train()
 
@@ -27,7 +27,7 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """`count` rows of `length` tokens, labels included."""
+    """`count` rows of `length` tokens with labels."""
 
     def __init__(self, count: int = 64, length: int = 64) -> None:
         self.rows = tokens(count, length)
@@ -40,7 +40,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 def grads(model: Any) -> dict[str, Tensor]:
-    """Gradients by parameter name, then cleared."""
+    """Parameter name -> gradient; clears the gradients."""
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
@@ -54,7 +54,7 @@ def backward(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def checkpointed(model: Any, reentrant: bool) -> Any:
-    """`model` with gradient checkpointing, by the name that its release of transformers gives it."""
+    """`model` with gradient checkpointing, under the name used by this release of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     return model

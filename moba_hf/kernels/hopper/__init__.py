@@ -1,1 +1,1 @@
-"""The Gluon kernels for Hopper. Only `dispatch` may be imported without Gluon; it says where they run."""
+"""The Gluon kernels for Hopper. Only `dispatch`, which decides when to use them, imports without Gluon."""

@@ -1,8 +1,8 @@
-"""What the Gluon kernels for Hopper share: finding rows, and attending a ring of key tiles.
+"""Shared by the Gluon kernels for Hopper: finding rows, and attending a ring of key tiles.
 
-A *ring* holds STAGES tiles of BLOCK_N keys and of their values in shared memory. A producer warp fills it by
-TMA, in the order in which the consumers ask for tiles; `ready` barriers say that a tile has come, `free`
-barriers that every consumer has done with it. Both sides count tiles in `step`, on through all their work.
+A *ring* holds STAGES tiles of BLOCK_N keys and their values in shared memory. A producer warp fills it by
+TMA, in the order in which the consumers use the tiles. A `ready` barrier signals that a tile has arrived, a
+`free` barrier that all consumers have finished with it. Both sides count tiles in `step`, across all work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ load_rows = (
 
 @gluon.jit
 def run_of_tiles(total):
-    """The tiles `[first, last)` of this program: neighbours, as many for every program but for one."""
+    """The consecutive tiles `[first, last)` of this program; counts differ by at most one across programs."""
     each = total // gl.num_programs(0)
     rest = total % gl.num_programs(0)
     first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), rest)
@@ -39,14 +39,14 @@ def run_of_tiles(total):
 
 @gluon.jit
 def tile_rows(info_ptr, tile, total):
-    """Range of pairs of a tile of `routing`; beyond the end, that of the last one."""
+    """The range of pairs of a tile of `routing`; past the end, that of the last tile."""
     info = info_ptr + gl.minimum(tile, total - 1) * INFO_COLUMNS
     return gl.load(info + RUN_BEGIN), gl.load(info + RUN_END)
 
 
 @gluon.jit
 def load_pairs(pair_ptr, row, begin, end):
-    """The pairs int32 of rows `begin + row`; beyond the end of the tile, its last one."""
+    """The pairs, int32, of rows `begin + row`; past the end of the tile, its last pair."""
     return gl.load(pair_ptr + gl.minimum(begin + row, end - 1)).to(gl.int32)
 
 
@@ -60,7 +60,7 @@ def query_offsets(
     HEADS: gl.constexpr,
     ONE_BATCH: gl.constexpr,
 ):
-    """Element offsets int64 of the pairs' query rows."""
+    """int64 element offsets of the pairs' query rows."""
     row_head = pair // SLOTS
     row = first_row + row_head // HEADS
     offset = (row_head % HEADS).to(gl.int64) * q_strides[1]
@@ -73,7 +73,7 @@ def query_offsets(
 
 @gluon.jit
 def allocate_ring(k_desc, v_desc, dtype: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Shared memory and barriers of a ring: keys, values, then ready and free of each."""
+    """Shared memory and barriers of a ring: keys, values, then the ready and free barriers of each."""
     keys = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     values = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -93,7 +93,7 @@ def allocate_ring(k_desc, v_desc, dtype: gl.constexpr, STAGES: gl.constexpr, CON
 def fill_ring(
     k_desc, v_desc, ring, batch, head, first, num_keys, step, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Copies tiles of keys `first` to `first + num_keys` and their values; returns the next step."""
+    """Copies the tiles of keys `first` to `first + num_keys`, and their values; returns the next step."""
     keys, values, k_ready, v_ready, k_free, v_free = ring
     for start in range(0, num_keys, BLOCK_N):
         stage = step % STAGES
@@ -121,7 +121,7 @@ def _weights(
     p_layout: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Softmax weights of the scores of a tile, the factor of what came before, new `m_i` and `l_i`."""
+    """Softmax weights of a tile's scores, the factor that rescales earlier tiles, and new `m_i` and `l_i`."""
     if MASKED:
         if seen_by_all < start + s.shape[1]:
             column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
@@ -149,17 +149,18 @@ def attend_ring(
     MASKED: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """Attends 64 query rows to `num_keys` > 0 keys of the ring, of which the first is seen by every row.
+    """Attends `num_keys` > 0 keys of the ring from 64 query rows; every row must see the first key.
 
-    Scores of tile j + 1 and the output of tile j are issued together. With OVERLAP the weights of
-    tile j + 1 are computed while the output of tile j still is: routed blocks gain, masked own blocks do not.
+    The scores of tile j + 1 and the output of tile j are issued together. With OVERLAP, the weights of tile
+    j + 1 are computed while the output of tile j is still in flight; this helps routed blocks but not masked
+    own blocks.
 
     Args:
-        last_seen: `(64,)`, the last key that each row sees; heeded (MASKED) in tiles that reach beyond
+        last_seen: `(64,)`, the last key that each row sees; with MASKED, applied to tiles that extend beyond
             `seen_by_all`.
 
     Returns:
-        `acc (64, DV)` fp32, not normalised, `m_i` and `l_i` `(64,)` in base 2, and the next step.
+        `acc (64, DV)`, fp32, not normalised; `m_i` and `l_i`, `(64,)`, in base 2; the next step.
     """
     keys, values, k_ready, v_ready, k_free, v_free = ring
     M: gl.constexpr = 64

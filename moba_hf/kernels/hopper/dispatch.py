@@ -1,9 +1,9 @@
-"""Where the Gluon kernels for Hopper are used, and how they are launched.
+"""When the Gluon kernels for Hopper are used, and how they are launched.
 
-They need warpgroup matrix units and the tensor memory accelerator of compute capability 9.0. Gluon's API is
-young and changes from release to release, so the first use on a device compiles one variant of each kernel to
-see whether the installed Triton takes them. Where it does not, and wherever `takes_*` say no, `own` and
-`routed` compute the same in plain Triton.
+They need the warpgroup matrix units and the tensor memory accelerator of compute capability 9.0. Gluon's API
+is young and changes between releases, so the first use on a device compiles one variant of each kernel to
+check that the installed Triton accepts them. If it does not, or if the sizes do not fit, `own` and `routed`
+compute the same in plain Triton.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _DIMS = (64, 128)
 
 @cache
 def _kernels(name: str) -> Any:
-    """A module of Gluon kernels."""
+    """Imports a module of Gluon kernels on first use."""
     return import_module(f"moba_hf.kernels.hopper.{name}")
 
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these `(batch, heads, length, dim)` tensors, and this machine, suit the Gluon kernels."""
+    """Whether the Gluon kernels support these `(batch, heads, length, dim)` tensors on this machine."""
     if INTERPRETED or tuning.capability(q.device) != (9, 0):
         return False
     if q.shape[3] not in _DIMS or v.shape[3] not in _DIMS or 128 % (q.shape[1] // k.shape[1]):
@@ -46,11 +46,11 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @cache
 def compiles(device: torch.device) -> bool:
-    """Whether the installed Triton compiles the Gluon kernels for `device`; says once what is lost if not."""
+    """Whether the installed Triton compiles the Gluon kernels for `device`; warns once if it does not."""
     try:
         for block_size in (tuning.HOPPER.resident.n, 4 * tuning.HOPPER.resident.n):
             _compile(device, block_size)
-    except Exception as error:  # whatever a foreign compiler, of a release not known yet, may raise
+    except Exception as error:  # a future release of the compiler may raise anything
         warnings.warn(
             f"Triton {triton.__version__} does not compile the Gluon kernels of moba_hf "
             f"({type(error).__name__}: {_first_cause(error)}): plain Triton kernels run instead, with the "
@@ -63,14 +63,14 @@ def compiles(device: torch.device) -> bool:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The last line of the error that started it all: Triton wraps one around each function."""
+    """The last line of the root error; Triton wraps another error around it for each function."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _compile(device: torch.device, block_size: int) -> None:
-    """Compiles the kernels of own and of routed blocks for `block_size`; launches neither."""
+    """Compiles the kernels for own and routed blocks of `block_size`, without launching them."""
     length, group, dim = 2 * block_size, 4, 128
     q = torch.empty(1, group, length, dim, dtype=torch.bfloat16, device=device)
     k = q[:, :1]
@@ -98,13 +98,13 @@ def _start(kernel: Any, q: Tensor, args: tuple[Any, ...], compile_only: bool, **
 
 
 def _addressable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read `x`: 16-byte steps, last dimension contiguous."""
+    """Whether the tensor memory accelerator can read `x`: 16-byte strides, last dimension contiguous."""
     steps = [x.stride(i) for i in range(3)]
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps)
 
 
 def takes_own(block_size: int) -> bool:
-    """Whether blocks of this size go to `own`."""
+    """Whether `own_attention` supports blocks of this size."""
     return block_size % tuning.HOPPER.own.n == 0
 
 
@@ -128,7 +128,7 @@ def own_attention(
     final: bool,
     compile_only: bool = False,
 ) -> None:
-    """What `own.own_attention` does, for complete blocks only; arguments as there."""
+    """`own.own_attention` for complete blocks only, with the same arguments."""
     q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     tile = tuning.HOPPER.own
     args = (
@@ -172,7 +172,7 @@ def routed_attention(
     resident: bool,
     compile_only: bool = False,
 ) -> None:
-    """What `routed.routed_attention` does; arguments as there, `tile` and `resident` of `routed_tile`."""
+    """`routed.routed_attention` with the same arguments; `tile` and `resident` come from `routed_tile`."""
     q, k, v, block_size = inputs.q, inputs.k, inputs.v, inputs.tiling.block_size
     keys = block_size if resident else tile.n
     constants: dict[str, Any] = {
@@ -207,7 +207,7 @@ def routed_attention(
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    """`x (batch, heads, length, dim)` as the tensor memory accelerator reads it, `rows` tokens at a time."""
+    """Tensor descriptor for TMA to read `x (batch, heads, length, dim)`, `rows` tokens at a time."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

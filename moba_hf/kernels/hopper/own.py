@@ -1,11 +1,12 @@
-"""Attention of queries to their own blocks for Hopper, in Gluon: what `own` computes, for complete blocks.
+"""Attention of queries to their own blocks for Hopper, in Gluon; like `own`, but for complete blocks only.
 
 Legend: D and DV head dims of keys and values, G query heads of a kv head, S stages of the ring.
 
-A persistent program takes every n-th (query tile, kv head): up to 128 / G tokens of one block times G heads
-(see `tiling`). A producer warp streams the block's keys and values, up to the tile's last token, through the
-ring (`common`); two consumer warpgroups hold 64 rows each. Key tiles that reach beyond the first
-token are masked by position. Incomplete blocks are left to `own`: keys behind their end must not be read.
+With n persistent programs, each takes every n-th (query tile, kv head): up to 128 / G tokens of one block
+times G heads (see `tiling`). A producer warp streams the block's keys and values, up to the tile's last
+token, through the ring (`common`). Two consumer warpgroups hold 64 rows each. Key tiles that extend beyond
+the tile's first token are masked by position. Incomplete blocks are left to `own`, since keys past their end
+must not be read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Fills the ring with the keys that each tile can see."""
+    """Fills the ring with the keys that each tile sees."""
     step = 0
     for item in range(gl.program_id(0), work, gl.num_programs(0)):
         info = info_ptr + item % tiles * INFO_COLUMNS
@@ -55,7 +56,7 @@ def _produce(
 
 @gluon.jit
 def _tile(info_ptr, item, tiles, work):
-    """Batch row, keys of its block before it, query index of its first token, query range, completeness."""
+    """A tile's batch row, number of keys before it in its block, first query, query range, completeness."""
     info = info_ptr + gl.minimum(item, work - 1) % tiles * INFO_COLUMNS
     whole = gl.load(info + TILE_COMPLETE)
     return (
@@ -70,7 +71,7 @@ def _tile(info_ptr, item, tiles, work):
 
 @gluon.jit
 def _rows(batch, origin, low, high, head, row, q_strides, G: gl.constexpr):
-    """Element offsets int64 of the query rows of a tile; those beyond it are some row inside."""
+    """int64 element offsets of a tile's query rows; rows past its end repeat a row inside."""
     query = gl.minimum(gl.maximum(origin + row // G, low), high - 1)
     offset = batch.to(gl.int64) * q_strides[0] + query.to(gl.int64) * q_strides[2]
     return offset + (head * G + row % G).to(gl.int64) * q_strides[1]
@@ -114,7 +115,7 @@ def _consume(
         info_ptr, first + each, tiles, work
     )
     for item in range(first, work, each):
-        barrier()  # all warps have done with the queries before
+        barrier()  # all warps have finished with the previous queries
         q_smem.store(q)
         fence_async_shared()
         barrier()

@@ -1,13 +1,13 @@
-"""Routed attention for Hopper, in Gluon, for blocks of at most 128 keys: bound by memory, so waits overlap.
+"""Routed attention for Hopper, in Gluon, for blocks of at most 128 keys; memory-bound, so it overlaps waits.
 
 Legend: D head dim of keys and values, C consumer warpgroups.
 
-A persistent program takes a run of neighbouring tiles of 64 * C pairs (see `routing`). A producer warp copies
-the keys and values of a block by TMA when the run comes to it, one block ahead. Each consumer warpgroup
-handles 64 rows of every tile:
+A persistent program takes a run of consecutive tiles of 64 * C pairs (see `routing`). A producer warp copies
+the keys and values of each block in the run by TMA, one block ahead. Each consumer warpgroup handles 64 rows
+of every tile:
 1. query rows of the tile after next are gathered into shared memory by asynchronous copies;
-2. scores, softmax and output of a tile are one step each: the block is one tile of keys;
-3. the output goes through the tile's own query buffer, so that rows are stored 16 bytes a thread.
+2. scores, softmax and output of a tile take one step each, since the block is a single tile of keys;
+3. the output goes through the tile's own query buffer, so that each thread stores 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _produce(
     info_ptr,
     total,
 ):
-    """Copies the block of each tile that begins a new one."""
+    """Copies the block of each tile whose block differs from the previous tile's."""
     k_ring, v_ring, ready, free = shared
     first, last = run_of_tiles(total)
     step = 0
@@ -134,7 +134,7 @@ def _consume(
         acc = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
-        barrier()  # the scores of all warps are done: their queries make room
+        barrier()  # all warps have computed their scores, so the query buffer can be reused
         q_smem.store(out.to(dtype))
         gl.store(lse_ptr + s_pair, m_i + gl.log2(l_i), mask=begin + s_row < end)
         barrier()

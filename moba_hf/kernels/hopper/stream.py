@@ -1,12 +1,12 @@
-"""Routed attention for Hopper, in Gluon, for long blocks: what `routed` computes, bound by matrix units.
+"""Routed attention for Hopper, in Gluon, for long blocks; computes the same as `routed` and is compute-bound.
 
 Legend: D and DV head dims of keys and values, S stages of the ring (see `common`).
 
-A persistent program takes every n-th tile of 128 pairs that chose one block (see `routing`). A producer warp
-streams the block's keys and values through the ring; two consumer warpgroups hold 64 rows each, so that one's
-softmax runs beside the other's matrix products. The next tile's query rows are gathered into registers, and
-the pairs of the one after it loaded, while the present tile is attended. Outputs, normalised and in q's
-dtype, and base-2 log-sum-exps are scattered to the pairs' own places.
+With n persistent programs, each takes every n-th tile of 128 pairs that chose one block (see `routing`). A
+producer warp streams the block's keys and values through the ring. Two consumer warpgroups hold 64 rows each,
+so that the softmax of one overlaps the matrix products of the other. While a tile is attended, the query rows
+of the next tile are gathered into registers and the pairs of the one after it are loaded. The normalised
+outputs in q's dtype and the base-2 log-sum-exps are scattered to the places of their pairs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _consume(
     next_begin, next_end = tile_rows(info_ptr, first + each, total)
     pair = load_pairs(pair_ptr, q_row, next_begin, next_end)
     for tile in range(first, total, each):
-        barrier()  # all warps have done with the queries before
+        barrier()  # all warps have finished with the previous queries
         q_smem.store(q)
         fence_async_shared()
         barrier()

@@ -1,4 +1,4 @@
-"""Attention over chosen blocks under the interpreter, each kernel forced, and the whole operator."""
+"""Attention over chosen blocks under the interpreter: each kernel on its own, and the whole operator."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_own_block_in_any_slot(slot: int) -> None:
         assert torch.allclose(out, again, atol=2e-6)
 
 
-def test_no_result_depends_on_the_chunk() -> None:
+def test_results_do_not_depend_on_the_chunk() -> None:
     case = Case(RAGGED, num_heads=4, num_kv_heads=2, topk=4, dtype=torch.bfloat16, spare=1)
     choice = case.expected_choice()
     whole = case.attend(choice, use_decode=False)
@@ -191,7 +191,7 @@ def test_empty_inputs() -> None:
         assert lse.shape[2] == 0
 
 
-def test_what_the_backend_refuses() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     case, rule = Case([(20, 60)]), LayerConfig(16, 3)
     assert choose_backend("triton", case.q, case.k, case.v, rule) == "triton"
     assert choose_backend("auto", case.q, case.k, case.v, rule) == "portable"

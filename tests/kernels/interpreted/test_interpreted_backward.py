@@ -1,4 +1,4 @@
-"""Gradients under the interpreter: every shape class, each kernel forced, against fp64 autograd."""
+"""Gradients under the interpreter, against fp64 autograd: every class of shapes, each kernel on its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moba_hf.op.checks import Case, assert_gradients
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 RAGGED = [(50, 70), (0, 5), (33, 33), (0, 0), (1, 77)]
-# a block of 16 is whole in one tile, and in two: dq by the kernels for longer blocks
+# a block of 16 in one tile, and in two, which makes the kernels for longer blocks compute dq
 WHOLE = BackwardTiles(*[Tile(16, 16, 4, 1)] * 4)
 SPLIT = BackwardTiles(*[Tile(16, 8, 4, 1)] * 4)
 
@@ -49,7 +49,7 @@ def test_own_block_in_any_slot(slot: int) -> None:
     assert_gradients(case, turned)
 
 
-def test_missing_slots_stand_anywhere() -> None:
+def test_missing_slots_may_be_anywhere() -> None:
     case = Case([(40, 90)], topk=5)
     choice = case.expected_choice()
     choice[:, ::2, :, 2] = -1
@@ -63,7 +63,7 @@ def test_any_scale(scale: float) -> None:
 
 
 def test_a_block_that_everyone_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pairs are cut in segments, the last one not full."""
+    """Its pairs are split into segments, the last of which is not full."""
     monkeypatch.setattr(budgets, "segment_rows", lambda *_: 16)
     case = Case([(49, 90), (20, 20)], topk=2, sink=1, block_size=16, num_heads=3)
     choice = case.expected_choice()
@@ -90,7 +90,7 @@ def test_groups_of_heads_and_chunks_of_queries(tiles: BackwardTiles, monkeypatch
         torch.manual_seed(0)
         grads = assert_gradients(case, choice, tiles=tiles, workspace=workspace)
         assert torch.equal(grads[0], whole[0])
-        if splits[workspace][1] == case.q.shape[2]:  # sums over chunks have another order
+        if splits[workspace][1] == case.q.shape[2]:  # sums over chunks have a different order
             assert torch.equal(grads[1], whole[1])
             assert torch.equal(grads[2], whole[2])
     assert [heads for heads, _ in splits.values()] == [3, 2, 1, 1]
@@ -108,7 +108,7 @@ def test_two_runs_are_bit_identical() -> None:
 
 
 def test_future_tokens_get_no_gradient() -> None:
-    """Only queries before token 40 matter to the loss: keys from 40 on get exact zeros."""
+    """Only queries before token 40 contribute to the loss, so keys from 40 on get exact zeros."""
     case = Case([(90, 90)], num_heads=4, num_kv_heads=2, topk=3)
     choice = case.expected_choice()
     args = (choice, case.table, *case.longest, case.block_size, case.scale)
@@ -122,7 +122,7 @@ def test_future_tokens_get_no_gradient() -> None:
 
 
 def test_padded_batch_of_strided_views() -> None:
-    """NaN stands in every row that is no token; gradients come as expanded and as strided views."""
+    """Every row that is not a token is NaN; gradients come as expanded and as strided views."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 70, heads, 24)[..., :16].transpose(1, 2) for heads in (4, 2, 2))
     start, end = torch.tensor([0, 21]), torch.tensor([58, 70])

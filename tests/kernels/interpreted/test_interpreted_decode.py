@@ -1,4 +1,4 @@
-"""Decode steps on the Triton backend: prefill's means and choice bit for bit, rows equal to the reference."""
+"""Decode steps on the Triton backend: the bits of prefill's means and choice, rows equal to the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_rows_equal_the_reference() -> None:
 
 
 def test_only_chosen_blocks_are_read() -> None:
-    """Keys and values of all others are NaN once their means are taken."""
+    """The keys and values of all other blocks become NaN once their means are computed."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 2, 16), *(torch.randn(2, 2, 250, 16) for _ in range(2))
     starts, rule = torch.tensor([0, 37]), (16, 3, 1, 0)
@@ -67,8 +67,8 @@ def test_only_chosen_blocks_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_model_decodes_by_it_as_by_the_portable_path(kind: str) -> None:
-    """Padded rows, then steps that complete a block: the logits of both backends, and of one call."""
+def test_a_model_decodes_as_with_the_portable_backend(kind: str) -> None:
+    """Padded rows, then steps that complete a block: both backends and a single call give the same logits."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 1}
     config = LlamaConfig(
@@ -95,7 +95,7 @@ def test_a_model_decodes_by_it_as_by_the_portable_path(kind: str) -> None:
 
 
 def test_padding_rows_are_zero() -> None:
-    """Queries before a row's first token and after its last one, in one call of five."""
+    """Queries before a row's first token and after its last one, in a call with five queries."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 2, 5, 16), *(torch.randn(2, 1, 60, 16) for _ in range(2))
     limits = {"kv_start": torch.tensor([0, 57]), "kv_end": torch.tensor([58, 60])}
@@ -130,7 +130,7 @@ def test_append(batch: int, count: int, dims: tuple[int, int]) -> None:
 def test_choice(heads: tuple[int, int], rule: tuple[int, int, int, int], count: int, kind: str) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, heads[0], 20, 16), torch.randn(2, heads[1], 230, 16)
-    if kind == "integer":  # exact scores, many ties, of both signs
+    if kind == "integer":  # exact scores of both signs with many ties
         q = torch.randint(-1, 2, q.shape).float()
         k = torch.randint(-1, 2, k.shape).float()[:, :, torch.arange(230) // rule[0]]
     assert_choice_is_prefill_choice(q.bfloat16(), k.bfloat16(), torch.tensor([0, 226]), rule, count)
@@ -138,7 +138,7 @@ def test_choice(heads: tuple[int, int], rule: tuple[int, int, int, int], count: 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
 def test_choice_at_any_distance_below_the_largest_score(spread: float) -> None:
-    """The search starts near the largest score: clustered, spread out, negative, and with outliers."""
+    """The search starts near the largest score: clustered, spread-out and negative scores, and outliers."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 16 * 150, 16)
     for shift in (-40.0, 0.0, 40.0):
@@ -168,7 +168,7 @@ def test_dense(heads: tuple[int, int], q_len: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("segments", [1, 2, 5])
 def test_segments_of_a_block(segments: int) -> None:
-    """However a block is split between programs, the rows are those of the reference."""
+    """Rows equal the reference however a block is split among programs."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 24)
     table = batched_table(2, 3, 300, q.device, kv_start=torch.tensor([0, 170]))
@@ -181,8 +181,8 @@ def test_segments_of_a_block(segments: int) -> None:
 
 
 @pytest.mark.parametrize("starts", [None, (0, 21)])
-def test_dense_of_more_queries_than_the_kernel_takes(starts: tuple[int, int] | None) -> None:
-    """The end of a prompt, read dense: pieces of the call equal torch's own attention, padding rows too."""
+def test_dense_with_more_queries_than_the_kernel_takes(starts: tuple[int, int] | None) -> None:
+    """The end of a prompt, read dense in pieces, equals torch's own attention, padding rows included."""
     q = torch.randn(2, 4, 40, 16)
     k, v = (torch.randn(2, 2, 70, 16) for _ in range(2))
     sequences = None

@@ -28,7 +28,7 @@ def test_block_mean(block_size: int) -> None:
         expected.append(block_mean_ref(keys, block_size)[: max(0, k_end - k_begin - 1) // block_size])
     expected = torch.cat(expected).transpose(0, 1)
     assert int(tiling.block_offset[-1]) == expected.shape[1] <= tiling.num_blocks
-    # sums in another order may round the other way
+    # a different order of summation may round differently
     assert torch.allclose(means[:, : expected.shape[1]].float(), expected.float(), rtol=2**-8, atol=1e-7)
 
 
@@ -81,7 +81,7 @@ def test_rows_that_need_the_second_kernel(kind: str) -> None:
     assert_choice(case, again)
 
 
-def test_host_bounds_hold() -> None:
+def test_bounds_known_on_the_host_hold() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(25):
         count, block_size, tile = (int(torch.randint(1, x, (), generator=generator)) for x in (6, 90, 40))

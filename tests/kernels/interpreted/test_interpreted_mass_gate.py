@@ -1,4 +1,4 @@
-"""The mass gate under the interpreter: summaries of blocks, the rule, ties, second kernel, backend."""
+"""The mass gate under the interpreter: block summaries, the rule, ties, the second kernel, the backend."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_summaries(block_size: int, parts: int, dtype: torch.dtype, pairs: str) 
     ids=["ragged", "odd", "forced", "bf16", "fp16", "six_parts", "topk1", "all_forced", "wide_group"],
 )
 def test_choice(case: Case) -> None:
-    case.q.mul_(4)  # spreads on both sides of what a part of 16 reaches
+    case.q.mul_(4)  # spreads on both branches of the estimate for a part of 16
     try:
         assert_choice(case, case.select())
     finally:
         case.q.div_(4)
 
 
-def test_it_is_another_choice_than_the_mean() -> None:
+def test_it_chooses_differently_from_the_mean_gate() -> None:
     case = Case([(60, 900)], topk=4, block_size=32, gate="mass")
     case.q.mul_(4)
     by_mass = case.select()

@@ -47,9 +47,9 @@ def test_choice_and_attention(name: str) -> None:
     ("limit", "taken"),
     [({"topk": 5}, [3] * 4), ({"share": 0.45}, [3, 4, 4, 5]), ({"threshold": 0.5, "topk": 4}, [2] * 4)],
 )
-def test_of_equal_masses_the_lower_block_comes_first(limit: dict[str, float], taken: list[int]) -> None:
+def test_ties_go_to_the_lower_block(limit: dict[str, float], taken: list[int]) -> None:
     case = Case([(64, 160)], head_dim=16)
-    case.q.zero_()  # every candidate has the same score; the reference's mean over rows rounds by position
+    case.q.zero_()  # all candidates score the same; only the rounding of the reference's mean differs
     rule = SharedRule(16, 16, sample=2, sink_blocks=0, **limit)
     mask = shared.select(case.q, case.k, sequences_of(case), rule, case.scale)
     for tile, (candidates, count) in enumerate(zip(range(6, 10), taken, strict=True)):
@@ -64,7 +64,7 @@ def test_gradients(name: str) -> None:
     assert_gradients(case, rule, checked_choice(case, rule))
 
 
-def test_memory_changes_nothing() -> None:
+def test_memory_budgets_change_nothing() -> None:
     case, rule = CASES["tile of two blocks"]
     mask = checked_choice(case, rule)
     assert torch.equal(mask, checked_choice(case, rule, workspace=1))

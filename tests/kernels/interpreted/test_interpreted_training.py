@@ -89,7 +89,7 @@ def test_a_model_trains_as_with_the_portable_backend(recompute: bool) -> None:
 
 
 def test_autocast() -> None:
-    """bf16 inside, fp32 parameters and gradients; rounding may change choices, so only the whole is held."""
+    """bf16 inside, fp32 parameters and gradients; rounding may change choices, so the check is coarse."""
     ours, theirs = (
         torch.cat([x.flatten() for x in parameter_gradients("triton", dtype, True)])
         for dtype in (torch.bfloat16, None)

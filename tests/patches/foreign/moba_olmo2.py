@@ -4,4 +4,4 @@ from moba_hf.hf.adapter import Adapter
 
 
 class Olmo2Adapter(Adapter):
-    """OLMo 2 has full layers only; of OLMo 3 `layer_types` names three window layers in four."""
+    """OLMo 2 has only full layers; in OLMo 3 `layer_types` marks three layers in four as window layers."""
