@@ -97,6 +97,14 @@ class Piece:
         if self.later is not None:
             self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
 
+    def hidden(self) -> Tensor | None:
+        """Where a row may not attend, bool `(P, T, n B)`; None: nowhere."""
+        if self.later is None:
+            return None
+        hidden = torch.zeros_like(self.scores, dtype=torch.bool)
+        hidden[:, :, -self.later.shape[2] :] = self.later
+        return hidden
+
     def weights(self, shift: Tensor) -> Tensor:
         """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
         shifted_exp(self.scores, shift)
@@ -108,6 +116,7 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, laid out for gathers, in the dtype that sums are held in.
 
     Attributes:
+        tile, block_size: no more than the sequence is long.
         q: `(H * M + 1, D)`, scaled, then a row of zeros for rows that are none.
         keys: `(D, HK * NB, B)`, zero past the end: products with keys laid out so are a quarter faster.
         values: `(HK * NB, B * Dv)`, likewise.
@@ -127,16 +136,18 @@ class SequenceBlocks:
         block_size: int,
         scale: float,
     ):
-        self.dtype, self.tile, self.block_size = accumulate_dtype(q.dtype), tile, block_size
+        self.dtype = accumulate_dtype(q.dtype)
         self.batch, first = rows[0][0], rows[0][1]
         self.queries = slice(first, rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
+        # a short sequence costs what its own queries and keys cost
+        self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
-        self.count = -(-self.length // block_size)
+        self.count = -(-self.length // self.block_size)
         self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
-        self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
+        self.keys = across.view(-1, self.num_kv_heads * self.count, self.block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
         self.chosen = chosen.flatten(0, 1)
         self.scratch = Scratch(self.q)
@@ -178,7 +189,7 @@ class SequenceBlocks:
         queries, end = self.queries.stop - self.queries.start, 0
         lane = torch.arange(self.tile, device=self.order.device)
         whole = (self.size == self.tile).tolist()
-        alike = lane > lane[:, None] if self.tile >= self.block_size else None
+        alike = lane > lane[:, None] if self.tile % self.block_size == 0 else None
         while end < len(self.counts):
             begin, count = end, self.counts[end]
             keys = min(count * self.block_size, _PIECE_KEYS)
@@ -199,7 +210,7 @@ class SequenceBlocks:
 
     def _later(self, blocks: Tensor, position: Tensor) -> Tensor:
         """Which keys of a tile's own blocks, the last of `blocks (P, n)`, are after `position (P, T)`."""
-        own = blocks[:, -max(1, self.tile // self.block_size) :, None]
+        own = blocks[:, self.tile // -self.block_size :, None]  # as many as a tile overlaps
         key = (own * self.block_size + torch.arange(self.block_size, device=own.device)).flatten(1)
         return key[:, None, :] > position[:, :, None]
 
