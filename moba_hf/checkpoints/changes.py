@@ -135,7 +135,7 @@ def _class_names(config: PreTrainedConfig) -> tuple[str, str | None, str | None]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     auto = auto_class(config).__name__
-    tables = {
+    tables: dict[str, Any] = {
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
         "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }

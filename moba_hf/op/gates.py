@@ -257,7 +257,7 @@ def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str) -> tuple[Tensor,
     keys = k[..., : count * block_size, :].to(accumulate_dtype(k.dtype))
     parts = keys.unflatten(-2, (count, block_size // size, size))
     mean = parts.mean(-2)
-    var = (parts - mean[..., None, :]).square_().mean(-2)  # `Tensor.var` takes ten times as long on a CPU
+    var = (parts - mean[..., None, :]).square_().mean(-2)  # `Tensor.var` is slow on a CPU
     var = pair_sums(var, rotary_pairs) / 2
     blocks = keys.unflatten(-2, (count, block_size))
     least = blocks.square().sum(-1).argmin(-1)[..., None, None].expand(*blocks.shape[:-2], 1, k.shape[-1])

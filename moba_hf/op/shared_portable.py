@@ -190,28 +190,33 @@ def attend(
             for problems in seq.batches():
                 _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
             place = seq.places()
-            rows = outs.flatten(0, 1).index_select(0, place.t().flatten())
-            out[seq.batch, seq.queries] = rows.view(-1, num_heads, v.shape[3]).to(out.dtype)
+            rows = out[seq.batch, seq.queries].flatten(0, 1)
+            _take(outs.flatten(0, 1), place.t().flatten(), rows)
             lse[seq.batch, :, seq.queries] = lses.flatten()[place]
     return out, lse
 
 
+def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Writes the rows `index` of `x` to `out`, rounded to its dtype."""
+    if x.dtype == out.dtype:
+        torch.index_select(x, 0, index, out=out)
+    else:
+        out.copy_(x.index_select(0, index))
+
+
 def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
     """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
-    high = total = None
+    first = True
     for piece in seq.pieces(problems):
-        top = piece.scores.amax(2, keepdim=True)
-        if high is None or total is None:
-            weights = piece.weights(top)
-            total = weights.sum(2, keepdim=True)
+        top = piece.scores.amax(2)
+        weights = torch.softmax(piece.scores, 2, out=piece.scores)
+        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
+        if first:
             torch.bmm(weights, piece.values, out=out)
+            lse.copy_(log)
         else:
-            top = torch.maximum(top, high)
-            weights, shrink = piece.weights(top), torch.exp(high - top)
-            total = weights.sum(2, keepdim=True).addcmul_(total, shrink)
-            out.mul_(shrink).baddbmm_(weights, piece.values)
-        high = top
-    assert high is not None
-    assert total is not None
-    out.div_(total)
-    lse.copy_((high + total.log())[:, :, 0])
+            total = torch.logaddexp(lse, log)
+            out.mul_((lse - total).exp_()[..., None])
+            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
+            lse.copy_(total)
+        first = False

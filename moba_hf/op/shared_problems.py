@@ -134,8 +134,7 @@ class SequenceBlocks:
         self.length = self.slots.stop - self.slots.start
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
         self.count = -(-self.length // block_size)
-        self.q = self.flat(q[self.batch, :, self.queries])
-        self.q *= scale
+        self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
         self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
@@ -151,11 +150,11 @@ class SequenceBlocks:
         self.order = counts.argsort(stable=True)
         self.counts: list[int] = counts[self.order].tolist()
 
-    def flat(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """`x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
+    def flat(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
+        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
         rows = x.shape[0] * x.shape[1]
         result = x.new_empty((rows + 1, *x.shape[2:]), dtype=self.dtype)
-        result[:rows].view(x.shape).copy_(x)
+        torch.mul(x.to(self.dtype), factor, out=result[:rows].view(x.shape))
         result[rows] = fill
         return result
 
