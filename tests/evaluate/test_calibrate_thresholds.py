@@ -129,7 +129,7 @@ def test_the_thresholds_of_layers_are_the_best_of_the_table(monkeypatch: pytest.
 
 def test_what_cannot_be_kept_is_refused_or_left_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     construct(monkeypatch, (1e4, 1e4, 1e4))
-    with pytest.raises(ValueError, match=r"keys=0.3 was not kept: the least that was found is 55.0%"):
+    with pytest.raises(ValueError, match=r"keys=0.3 was not reached: the smallest share found is 55.0%"):
         calibrate(tiny_model(), [tiny_ids(64)], Options(keys=0.3, setting=SETTING))
     found = calibrate(tiny_model(), [tiny_ids(64)], Options(max_loss=0.1, setting=SETTING))
     assert found.chosen.dense
@@ -251,12 +251,12 @@ def test_layers_without_a_shared_choice_are_counted_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"block_sizes": (8,)}, "block sizes are tried for a choice per query only.*tile=16"),
-        ({}, {"confirmations": 0}, "known from whole passes only"),
+        ({}, {"block_sizes": (8,)}, "block sizes are tried only if every query chooses.*tile=16"),
+        ({}, {"confirmations": 0}, "only be counted in whole passes"),
         ({"layers": {1: {"tile": 1, "topk": 4}}}, {}, "layer 1 has tile=1"),
         ({"full_attention_layers": (0, 1, 2)}, {}, "no layer of this llama model"),
         ({"full_attention_layers": (7,)}, {}, "layer 7"),
-        ({"dense_below": 128}, {}, "attends texts of 128 tokens in full"),
+        ({"dense_below": 128}, {}, "gives full attention up to 128 tokens"),
     ],
 )
 def test_senseless_combinations_are_refused_before_any_pass(
@@ -349,7 +349,7 @@ def test_the_command_refuses_what_does_not_fit(shared: Path, capsys: pytest.Capt
 
     text = ("--text", shared / "text.txt", "--length", 128, "--keys", 0.5)
     for args, message in (
-        (("--block-size", 8), "block sizes are tried for a choice per query only"),
+        (("--block-size", 8), "block sizes are tried only if every query chooses"),
         (("--gate", "mean"), "needs gate='mass'"),
         (("--preset", "poem"), "poem"),
         (("--max-loss", 0.1), "one of max_loss and keys"),
