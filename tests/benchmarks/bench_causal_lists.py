@@ -156,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Setting, sc
 
 
 def batches(counts: Tensor, pairs: int) -> Iterator[tuple[Tensor, int]]:
-    """Yields batches of problems with equally many blocks, up to `pairs` (row, key) pairs, and that number."""
+    """Yields batches of problems with equally many blocks, up to `pairs` (row, key) pairs, and the number."""
     order = counts.argsort(stable=True)
     sizes = counts[order]
     for count, number in zip(
@@ -213,7 +213,7 @@ def measure(model: Any, ids: Tensor, setting: Setting) -> dict[str, Any]:
 
 
 def report(answers: dict[str, dict[str, Any]]) -> None:
-    """Prints number of texts, pairs, and mean increase over dense with its 95% interval, by setting and kind."""
+    """Prints number of texts, pairs, and mean increase over dense with its 95% interval."""
     dense = answers.get("dense", {})
     for label, found in answers.items():
         for kind in KINDS:

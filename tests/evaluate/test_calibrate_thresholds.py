@@ -1,4 +1,4 @@
-"""Calibration of a shared choice: counted shares meet the goal; layers get their own threshold if it helps."""
+"""Calibration of a shared choice: counted shares meet the goal; layers get their own if it helps."""
 
 import json
 from dataclasses import replace
