@@ -127,7 +127,7 @@ class TestImports:
             return
         for name in ours(imports(path)) - {here, "configs", "patches"}:
             same_line = layer(name) == layer(here)
-            assert layer(name) > layer(here) or same_line, f"{here} imports {name}, which stands above it"
+            assert layer(name) > layer(here) or same_line, f"{here} imports {name}, which is above it"
 
     def test_transformers_and_typer_stay_above(self, path: Path) -> None:
         packages = {name.split(".")[0] for name in imports(path)}

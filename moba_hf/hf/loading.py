@@ -1,6 +1,6 @@
 """Makes MoBA stay on when transformers saves and loads a model.
 
-A checkpoint has its MoBA settings in `config.moba`, but every load decides anew which attention runs: the
+A checkpoint has its MoBA settings in `config.moba`, but every load decides again which attention runs: the
 argument `attn_implementation`, else the field of that name in config.json, else dense attention. transformers
 does not save that field. So `from_pretrained` and `save_pretrained` of its models are wrapped. The first
 warns if a model with MoBA settings runs dense attention. The second saves the field for a model that uses

@@ -67,7 +67,7 @@ def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
 def _choose_tiles(
     q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule, scratch: Scratch
 ) -> Tensor:
-    """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
+    """Blocks that a run of tiles attends to, bool `(H, tiles, blocks up to the last)`; q: `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
     begin, count = table[:, 3], table[:, 2] - table[:, 1]
@@ -83,7 +83,7 @@ def _choose_tiles(
         return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
     sampled, speaks = _sampled_rows(begin, count, rule.sample)
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    seen = int(candidates[0])  # all rows see so many
+    seen = int(candidates[0])  # number of candidates of all tiles
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
     weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
     weights = weights.unflatten(1, at.shape)
@@ -96,9 +96,9 @@ def _choose_tiles(
 
 
 def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
-    """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
+    """The softmax of the scores of `q (H, M, D)` over the first `seen` blocks and later ones not in `hidden`.
 
-    A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
+    A row without blocks gets zeros. Equals `gate.scores` and a softmax, but needs no logarithm per block.
 
     Args:
         hidden: bool `(M, further blocks)`.
@@ -107,7 +107,7 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
 
 
 def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
-    """What each part of a block, then its smallest key, adds to `row_masses`: `(H, M, parts + 1, blocks)`."""
+    """The terms of `row_masses` of each part and smallest key of blocks: `(H, M, parts + 1, blocks)`."""
     kv_heads, parts = gate.mean.shape[:2]
     columns = seen + hidden.shape[1]
     queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])

@@ -36,22 +36,22 @@ def budget(elements: int, x: Tensor) -> int:
 
 
 def shifted_exp(scores: Tensor, shift: Tensor) -> Tensor:
-    """`exp(scores - shift)` in place, never so small that its products leave the normal numbers.
+    """`exp(scores - shift)` in place, limited from below so that its products are not subnormal.
 
-    CPUs are slow at the numbers below them.
+    CPUs compute slowly with subnormal numbers.
     """
     least = math.ceil(math.log(torch.finfo(scores.dtype).tiny)) + 20
     return scores.sub_(shift).clamp_(min=least).exp_()
 
 
 class Scratch:
-    """Memory of one dtype that steps use again, by name: touching new pages is slow."""
+    """Named buffers of one dtype that steps reuse, because touching new pages is slow."""
 
     def __init__(self, like: Tensor):
         self.like, self.space = like, dict[str, Tensor]()
 
     def room(self, name: str, *shape: int) -> Tensor:
-        """Memory `name` as an uninitialized tensor of this shape."""
+        """The buffer `name` as an uninitialised tensor of this shape."""
         size = math.prod(shape)
         if name not in self.space or self.space[name].numel() < size:
             self.space[name] = self.like.new_empty(size)
@@ -77,13 +77,14 @@ class Problems:
 
 @dataclass
 class Piece:
-    """A piece of the lists of a batch.
+    """A piece of the block lists of a batch.
 
     Attributes:
         index: `(P, n)` rows of the sequence's blocks.
-        keys, values: `(P, D, n B)` and `(P, n B, Dv)`.
+        keys: `(P, D, n B)`.
+        values: `(P, n B, Dv)`.
         scores: `(P, T, n B)`, scaled, -inf where a row may not attend.
-        later: as in `Problems`, of the last keys; None: every row attends all.
+        later: as in `Problems`, for the last keys; None: every row attends to all keys.
     """
 
     index: Tensor
@@ -113,16 +114,17 @@ class Piece:
 
 
 class SequenceBlocks:
-    """One sequence's queries, keys and values, laid out for gathers, in the dtype that sums are held in.
+    """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     Attributes:
-        tile, block_size: no more than the sequence is long.
-        q: `(H * M + 1, D)`, scaled, then a row of zeros for rows that are none.
-        keys: `(D, HK * NB, B)`, zero past the end: products with keys laid out so are a quarter faster.
-        values: `(HK * NB, B * Dv)`, likewise.
+        tile, block_size: at most the length of the sequence.
+        q: `(H * M + 1, D)`, scaled; the last row is zero, for "no row".
+        keys: `(D, HK * NB, B)`, zero after the end; products with this layout are a quarter faster.
+        values: `(HK * NB, B * Dv)`, zero after the end.
         chosen: bool `(H * tiles, NB)`.
-        begin, size, position: `(tiles,)`, of a tile's rows in this call: the first among the sequence's
-            queries, how many, the position of the first.
+        begin: `(tiles,)`, index of a tile's first row in this call among the sequence's queries.
+        size: `(tiles,)`, number of a tile's rows in this call.
+        position: `(tiles,)`, position of a tile's first row in this call.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class SequenceBlocks:
         self.counts: list[int] = counts[self.order].tolist()
 
     def flat(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
-        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
+        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a last row of `fill` for "no row"."""
         rows = x.shape[0] * x.shape[1]
         result = x.new_empty((rows + 1, *x.shape[2:]), dtype=self.dtype)
         torch.mul(x.to(self.dtype), factor, out=result[:rows].view(x.shape))
