@@ -1,4 +1,4 @@
-"""Commands about quality: eval, calibrate, plot, lm-eval."""
+"""The commands for quality: eval, calibrate, plot, lm-eval."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from moba_hf_cli.options import (
 )
 from moba_hf_cli.preset_files import check_preset
 
-_Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
-_Length = Annotated[int, typer.Option(min=1, help="Tokens of each text that are read.")]
+_Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; repeatable.")]
+_Length = Annotated[int, typer.Option(min=1, help="Number of tokens to read of each text.")]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
     text: _Texts = None,
     length: _Length = 8192,
-    preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; repeatable.")] = None,
     block_size: BlockSize = None,
     topk: Topk = None,
     tile: Tile = None,
@@ -50,7 +50,7 @@ def evaluate(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; may be given again.")
+        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; repeatable.")
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -58,20 +58,23 @@ def evaluate(
     ] = None,
     sources: Annotated[
         list[str] | None,
-        typer.Option(help="code-lookup: a folder of Python sources, whole repositories; may be given again."),
+        typer.Option(help="code-lookup: a folder with a repository of Python code; repeatable."),
     ] = None,
-    task_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a task's context.")] = None,
-    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
+    task_length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a task's context; repeatable.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(help="Number of contexts per task and length.")] = 4,
     depth: Annotated[
-        list[float] | None, typer.Option(help="Where answers stand, 0 to 1; may be given again (spread).")
+        list[float] | None,
+        typer.Option(help="Position of answers, 0 to 1; repeatable (default: spread evenly)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of tasks and samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of tasks and samples.")] = 0,
     out: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
-    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file for resuming an interrupted run.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
+    """Measure the quality of MoBA compared with dense attention, on your texts and on generated tasks."""
     for name in preset or ():
         check_preset(name)
     _check_folder(out, store)
@@ -174,14 +177,14 @@ def calibrate(
 
 def plot(
     kind: Annotated[str, typer.Argument(help="routing, recall, needles, budget or positions.")],
-    source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing a checkpoint.")],
-    out: Annotated[str, typer.Option(help="PNG, SVG or PDF file.")],
-    text: Annotated[str | None, typer.Option(help="routing: the text file that is read.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="routing: tokens of it.")] = 8192,
+    source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing, a checkpoint.")],
+    out: Annotated[str, typer.Option(help="PNG, SVG or PDF file to write.")],
+    text: Annotated[str | None, typer.Option(help="routing: the text file to read.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="routing: number of tokens to read.")] = 8192,
     layer: Annotated[int, typer.Option(min=0, help="routing: layer.")] = 0,
     head: Annotated[int, typer.Option(min=0, help="routing: query head.")] = 0,
     setting: Annotated[
-        str | None, typer.Option(help="recall, needles: which setting of the file (the last).")
+        str | None, typer.Option(help="recall, needles: name of a setting in the file (default: the last).")
     ] = None,
 ) -> None:
     """Draw results (needs matplotlib: extra 'plot')."""
@@ -200,7 +203,7 @@ def plot(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with "moba" registered; all arguments go to it (extra 'eval')."""
+    """Run lm-evaluation-harness with "moba" registered; all arguments are passed to it (extra 'eval')."""
     load_package()
     from moba_hf.evaluate.harness import run_lm_eval
 
@@ -208,13 +211,13 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _check_folder(*paths: str | None) -> None:
-    """Raises ValueError where a file cannot be written: before the work, not after."""
+    """Raises ValueError if a file cannot be written, before the work is done."""
     for path in paths:
         if path is None:
             continue
         folder = Path(path).absolute().parent
         if not folder.is_dir():
-            raise ValueError(f"{path}: there is no folder {folder}; make it first")
+            raise ValueError(f"{path}: the folder {folder} does not exist; create it first")
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -226,7 +229,7 @@ def _check_folder(*paths: str | None) -> None:
 
 
 def _write_json(path: str | None, values: Any) -> None:
-    """Writes `values` to a file; where that fails after all, they are printed, so that no work is lost."""
+    """Writes `values` to a file; if that fails, prints them, so that no work is lost."""
     if path is None or os.environ.get("RANK", "0") != "0":
         return
     text = json.dumps(values, indent=1)

@@ -137,7 +137,7 @@ class TestHugeSettings:
         expected = select_blocks_ref(q, k, block_size=4, topk=1000)
         assert torch.equal(choice.sort(2).values, expected.sort(2).values)
         with pytest.raises(
-            ValueError, match=r"topk=1000000000 makes a choice of 522 GiB for 70 queries and 2 "
+            ValueError, match=r"with topk=1000000000 the choice takes 522 GiB for 70 queries and 2 "
         ):
             select_blocks(q, k, block_size=4, topk=10**9)
 
@@ -395,7 +395,7 @@ class TestPrefillOfRotaryEmbeddings:
         cache = prefill(model, ids[:, :21], dense_tail=0, progress=False)
         prefill(model, ids[:, :30], cache=cache, dense_tail=0, progress=False)
         with pytest.raises(
-            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the cache holds 29 tokens'
+            ValueError, match=rf'type "{kind}" change beyond 32 tokens: the 29 tokens in the cache'
         ):
             prefill(model, ids, cache=cache, dense_tail=0, progress=False)
 

@@ -3,10 +3,10 @@
 Legend: H query heads, HK kv heads, D head dim, B block size, T tile, M queries and N keys of a sequence.
 
 For each sequence:
-1. select: masses of the candidates for the sampled rows of a run of tiles, then what each tile takes.
-2. attend: the problems of `shared_problems`, a piece of their lists at a time; partial results are merged.
-Sums are taken in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is
-for CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
+1. select: masses of the candidates for the sampled rows of a run of tiles, then the blocks of each tile.
+2. attend: the problems of `shared_problems`, one piece of their lists at a time; partial results are merged.
+Sums are in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is for
+CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def select(
     """The choice of every tile, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
     """
     words = mask_words(sequences.max_seqlen_k, rule.block_size)
     shape = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
@@ -58,7 +59,7 @@ def select(
 
 
 def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
-    """Queries per row whose masses fit the budget, over blocks `kept (batch, HK, C, width)`."""
+    """Number of queries per row whose masses over `kept (batch, HK, C, width)` fit the budget."""
     parts = rule.block_size // part_size(rule.block_size)
     return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
@@ -130,7 +131,7 @@ def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int,
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-    """Positions `(tiles, groups)` of the rows that speak for tiles, and which of these there are."""
+    """Positions `(tiles, groups)` of the sampled rows of tiles, and which of them exist."""
     end = begin + count
     first = begin // sample
     groups = (end - 1) // sample + 1 - first
@@ -140,7 +141,7 @@ def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Te
 
 
 def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
-    """Candidates that tiles attend, bool `(H, tiles, columns)`, from their masses of the same shape."""
+    """Candidates that tiles attend to, bool `(H, tiles, columns)`, from masses of the same shape."""
     block = torch.arange(mass.shape[2], device=mass.device)
     earlier = block < candidates[:, None]
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
@@ -173,7 +174,9 @@ def attend(
     """Attention over chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, Dv)`.
         block_mask: see `moba_hf.op.shared`.
     """
     batch, num_heads, q_len, _ = q.shape
@@ -187,28 +190,33 @@ def attend(
             for problems in seq.batches():
                 _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
             place = seq.places()
-            rows = outs.flatten(0, 1).index_select(0, place.t().flatten())
-            out[seq.batch, seq.queries] = rows.view(-1, num_heads, v.shape[3]).to(out.dtype)
+            rows = out[seq.batch, seq.queries].flatten(0, 1)
+            _take(outs.flatten(0, 1), place.t().flatten(), rows)
             lse[seq.batch, :, seq.queries] = lses.flatten()[place]
     return out, lse
 
 
+def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Writes the rows `index` of `x` to `out`, rounded to its dtype."""
+    if x.dtype == out.dtype:
+        torch.index_select(x, 0, index, out=out)
+    else:
+        out.copy_(x.index_select(0, index))
+
+
 def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
     """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
-    high = total = None
+    first = True
     for piece in seq.pieces(problems):
-        top = piece.scores.amax(2, keepdim=True)
-        if high is None or total is None:
-            weights = piece.weights(top)
-            total = weights.sum(2, keepdim=True)
+        top = piece.scores.amax(2)
+        weights = torch.softmax(piece.scores, 2, out=piece.scores)
+        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
+        if first:
             torch.bmm(weights, piece.values, out=out)
+            lse.copy_(log)
         else:
-            top = torch.maximum(top, high)
-            weights, shrink = piece.weights(top), torch.exp(high - top)
-            total = weights.sum(2, keepdim=True).addcmul_(total, shrink)
-            out.mul_(shrink).baddbmm_(weights, piece.values)
-        high = top
-    assert high is not None
-    assert total is not None
-    out.div_(total)
-    lse.copy_((high + total.log())[:, :, 0])
+            total = torch.logaddexp(lse, log)
+            out.mul_((lse - total).exp_()[..., None])
+            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
+            lse.copy_(total)
+        first = False

@@ -1,4 +1,4 @@
-"""Gradients of attention under a shared choice of blocks, in pure torch; see `shared_problems`."""
+"""Gradients of attention with a shared choice of blocks, in pure torch; see `shared_problems`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def attend_backward(
     tile: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_mask = saved
     dtype = accumulate_dtype(q.dtype)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)

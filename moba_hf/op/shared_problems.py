@@ -1,12 +1,12 @@
-"""The problems of the shared choice in pure torch: what each tile attends, laid out for batched matmuls.
+"""The attention problems of the shared choice in pure torch, arranged for batched matmuls.
 
 Legend: H query heads, HK kv heads, NB blocks, D head dim, B block size, T tile, M queries of a sequence, P
 problems.
 
-Every (head, tile) is one dense problem, its T rows against the keys of its blocks. Problems with equally many
-blocks are batched, their keys gathered block by block, and long lists are cut in pieces, so that scores stay
-in a CPU's cache. The forward (`shared_portable`) and the backward (`shared_portable_backward`) share this
-layout.
+Every (head, tile) is one dense problem: its T rows attend to the keys of its blocks. Problems with equally
+many blocks are batched and their keys gathered block by block. Long lists of blocks are split into pieces, so
+that scores stay in a CPU's cache. The forward (`shared_portable`) and the backward
+(`shared_portable_backward`) both use this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEVICE_FACTOR = 64
 
 
 def budget(elements: int, x: Tensor) -> int:
-    """`elements`, or more of them where `x` is not on a CPU."""
+    """`elements`, or more if `x` is not on a CPU."""
     return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
 
 
@@ -63,10 +63,10 @@ class Problems:
     """Some (head, tile) problems of one sequence that are computed together.
 
     Attributes:
-        place: where they stand among all problems in the order of `SequenceBlocks.batches`.
-        row: `(P, T)` rows of the flattened `(H * M)` queries; `H * M` stands for none.
-        blocks: `(P, n)` rows of the sequence's blocks, ascending, a tile's own last.
-        later: bool `(P or 1, T, last keys)`, which of the last keys come after a row.
+        place: their slice of all problems in the order of `SequenceBlocks.batches`.
+        row: `(P, T)` rows of the flattened `(H * M)` queries; `H * M` means no row.
+        blocks: `(P, n)` rows of the sequence's blocks, ascending, with a tile's own blocks last.
+        later: bool `(P or 1, T, last keys)`, which of the last keys are after a row.
     """
 
     place: slice
@@ -134,8 +134,7 @@ class SequenceBlocks:
         self.length = self.slots.stop - self.slots.start
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
         self.count = -(-self.length // block_size)
-        self.q = self.flat(q[self.batch, :, self.queries])
-        self.q *= scale
+        self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
         self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
@@ -151,11 +150,11 @@ class SequenceBlocks:
         self.order = counts.argsort(stable=True)
         self.counts: list[int] = counts[self.order].tolist()
 
-    def flat(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """`x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
+    def flat(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
+        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
         rows = x.shape[0] * x.shape[1]
         result = x.new_empty((rows + 1, *x.shape[2:]), dtype=self.dtype)
-        result[:rows].view(x.shape).copy_(x)
+        torch.mul(x.to(self.dtype), factor, out=result[:rows].view(x.shape))
         result[rows] = fill
         return result
 
@@ -166,7 +165,7 @@ class SequenceBlocks:
         return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
 
     def places(self) -> Tensor:
-        """Where each query's row stands among those of all problems, `(H, M)`, in the order of `batches`."""
+        """Index of each query's row among the rows of all problems, `(H, M)`, in the order of `batches`."""
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(self.order), device=place.device)
         tile = torch.arange(len(self.size), device=place.device).repeat_interleave(self.size)
@@ -174,7 +173,7 @@ class SequenceBlocks:
         return place.view(self.num_heads, -1)[:, tile] * self.tile + lane
 
     def batches(self) -> Iterator[Problems]:
-        """All problems, those with equally many blocks together."""
+        """Yields all problems, grouped by their number of blocks."""
         tiles, group = len(self.begin), self.num_heads // self.num_kv_heads
         queries, end = self.queries.stop - self.queries.start, 0
         lane = torch.arange(self.tile, device=self.order.device)
@@ -199,13 +198,13 @@ class SequenceBlocks:
             yield Problems(slice(begin, end), row, index, later)
 
     def _later(self, blocks: Tensor, position: Tensor) -> Tensor:
-        """Which keys of a tile's own blocks, the last of `blocks (P, n)`, come after `position (P, T)`."""
+        """Which keys of a tile's own blocks, the last of `blocks (P, n)`, are after `position (P, T)`."""
         own = blocks[:, -max(1, self.tile // self.block_size) :, None]
         key = (own * self.block_size + torch.arange(self.block_size, device=own.device)).flatten(1)
         return key[:, None, :] > position[:, :, None]
 
     def pieces(self, problems: Problems) -> Iterator[Piece]:
-        """Cuts lists in pieces, the last first: it holds a key for every row."""
+        """Splits lists into pieces, starting with the last one, which has a key for every row."""
         most = max(1, problems.later.shape[2] // self.block_size, _PIECE_KEYS // self.block_size)
         queries = self.gather(self.q, problems.row)
         total = problems.blocks.shape[1]

@@ -15,7 +15,7 @@ from moba_hf.op.shared import SharedRule
 
 
 class TritonCacheKernels:
-    """Triton's kernels beside caches."""
+    """The Triton kernels for caches."""
 
     min_block_size = kernels.MIN_BLOCK_SIZE
     max_append_rows = kernels.MAX_APPENDED_ROWS
@@ -50,7 +50,7 @@ class TritonCacheKernels:
 
 
 class TritonShared:
-    """Triton's kernels of the shared choice."""
+    """The Triton kernels for the shared choice."""
 
     differentiable = False
     decodes = False
@@ -94,7 +94,7 @@ class TritonShared:
 
 
 class TritonBackend:
-    """Triton's kernels; block means of prefills are taken again, in the layout that the gate kernels read."""
+    """The Triton kernels. A prefill recomputes block means, in the layout that the gate kernels need."""
 
     max_decode_queries = kernels.MAX_DECODE_QUERIES
     decode_gates = ("mean",)
