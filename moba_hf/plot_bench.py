@@ -1,4 +1,4 @@
-"""Pictures of what `moba-hf bench` timed; each function returns a matplotlib figure (extra `plot`)."""
+"""Figures of `moba-hf bench`; each function returns a matplotlib figure (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plot_bench_rows(results: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def plot_bench_figures(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Any:
-    """Time against tokens, one panel per title; open markers where dense attention was scaled up."""
+    """Time against tokens, one panel per title; open markers show dense times extrapolated from a part."""
     figure, axes = new_figure(4.9 * len(panels), 4.2, columns=len(panels))
     series = {"ms": "MoBA", "fa2_ms": _DENSE["fa2_ms"], "cudnn_ms": _DENSE["cudnn_ms"]}
     for ax, (title, lines) in zip([axes] if len(panels) == 1 else axes, panels, strict=True):
@@ -63,7 +63,7 @@ def plot_bench_figures(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
         ax.set_xticks(ticks, labels, fontsize=9)
         ax.minorticks_off()
         scaled = any(line.get("dense", "whole") != "whole" for line in lines)
-        ax.set_xlabel("tokens (open markers: measured on a part, scaled)" if scaled else "tokens")
+        ax.set_xlabel("tokens (open markers: extrapolated from a part)" if scaled else "tokens")
         ax.set_ylabel("seconds")
         ax.set_title(title, fontsize=10)
         if lines[-1].get("over_fa2"):

@@ -1,4 +1,4 @@
-"""The look of every figure: no background of its own and mid-tone colours, for light and for dark pages."""
+"""The style of all figures: transparent background and mid-tone colours, for light and dark pages."""
 
 from __future__ import annotations
 

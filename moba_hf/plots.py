@@ -1,4 +1,4 @@
-"""Pictures of what MoBA does: chosen blocks, recall, needles, loss against key budget, loss by position.
+"""Figures of what MoBA does: chosen blocks, recall, needles, loss against key budget, loss by position.
 
 Each function takes results and returns a matplotlib figure (extra `plot`), in the style of `plot_style`.
 """
@@ -27,10 +27,14 @@ from moba_hf.plot_style import COLORS, INK, MARKERS, colorbar, legend, new_figur
 
 
 def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = "") -> Any:
-    """Which blocks each query of one head attends; forced blocks, own block and chosen ones in own colours.
+    """The blocks that each query of one head attends to; kept, own and chosen blocks have different colours.
 
     Args:
-        q: `(H, N, D)`, k: `(HK, N, D)` of one layer, as `moba_hf.evaluate.passes.watch` shows them.
+        q: `(H, N, D)` of one layer, as from `moba_hf.evaluate.passes.watch`.
+        k: `(HK, N, D)` of the same layer.
+        rule: the rule of the layer.
+        head: index of the query head.
+        title: title of the figure.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -46,7 +50,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     row, column = torch.arange(q.shape[1])[:, None], torch.arange(blocks)
     if isinstance(rule, SharedRule):
         chosen = unpack_blocks(choice[0].cpu(), blocks)[row[:, 0] // rule.tile]
-        first = row // rule.tile * rule.tile // rule.block_size  # of the blocks that the tile overlaps
+        first = row // rule.tile * rule.tile // rule.block_size  # first block that the tile overlaps
         chosen &= column <= row // rule.block_size
     else:
         chosen = chosen_mask(choice, blocks)[0].cpu()
@@ -54,7 +58,7 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     kind = chosen.int()
     kind[chosen & rule.forces(column, first)] = 2
     kind[chosen & (column >= first)] = 3
-    rows = max(1, q.shape[1] // 512)  # every pixel row is one query
+    rows = max(1, q.shape[1] // 512)  # draw every `rows`-th query
     figure, ax = new_figure(6.6, 5.2)
     colors = ("#80889018", COLORS[0], COLORS[1], COLORS[2])
     extent = (-0.5, blocks - 0.5, q.shape[1], 0)
@@ -72,24 +76,24 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
     title = title or f"Blocks attended by head {head}"
     covered = f"\n(all: {rule.topk} blocks of {rule.block_size} cover these {q.shape[1]:,} tokens)"
     if isinstance(rule, SharedRule):
-        covered = f"\n(all: rows below {rule.dense_len:,} attend everything)"
+        covered = f"\n(all: queries below {rule.dense_len:,} attend to every key)"
     ax.set_title(title + (covered if rule.dense_len >= q.shape[1] else ""))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(-0.5, blocks - 0.5)
-    names = {1: "chosen by score", 2: "first and neighbour", 3: "own"}
+    names = {1: "chosen by score", 2: "sink and local", 3: "own"}
     handles = [Patch(color=colors[i], label=name) for i, name in names.items() if (kind == i).any()]
     ax.legend(handles=handles, frameon=False, labelcolor=INK, loc="upper right")
     return figure
 
 
 def plot_recall(result: Recall, *, title: str = "") -> Any:
-    """Attention mass reached by layer and head, and the part of the oracle's that is missing."""
+    """Attention mass of the chosen blocks by layer and head, and how much less that is than the oracle's."""
     mass, oracle = torch.tensor(result.mass), torch.tensor(result.oracle)
     height = max(3.2, 0.17 * len(result.layers) + 1.2)
     figure, (left, right) = new_figure(8.4, height, columns=2)
     for ax, values, what, cmap in (
         (left, mass, "mass of the chosen blocks", "viridis"),
-        (right, oracle - mass, "missing to the oracle", "magma"),
+        (right, oracle - mass, "oracle minus chosen", "magma"),
     ):
         image = ax.imshow(values.numpy(), aspect="auto", cmap=cmap, vmin=0, vmax=1 if ax is left else None)
         ax.set_title(what)
@@ -105,7 +109,7 @@ def plot_recall(result: Recall, *, title: str = "") -> Any:
 
 
 def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "") -> Any:
-    """Scores by length and depth; empty cells had no question."""
+    """Scores by length and depth; cells without questions are empty."""
     lengths = sorted({s.length for s in scores})
     sums, counts = torch.zeros(bins, len(lengths)), torch.zeros(bins, len(lengths))
     for score in scores:
@@ -113,7 +117,7 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "")
             row = min(bins - 1, int(depth * bins))
             sums[row, lengths.index(score.length)] += mark
             counts[row, lengths.index(score.length)] += 1
-    means = sums / counts  # NaN where nothing was asked
+    means = sums / counts  # NaN if there are no questions
     figure, ax = new_figure(1.2 * len(lengths) + 3.2, 3.8)
     image = ax.imshow(means.numpy(), aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
@@ -133,15 +137,15 @@ def plot_needles(scores: Sequence[TaskScore], *, bins: int = 5, title: str = "")
 
 
 def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets: Sequence[float] = ()) -> Any:
-    """Rise of the loss against the key budget, one line per name.
+    """Increase of the loss against the key budget, one line per name.
 
     Args:
-        curves: name -> `(key budget, rise in nats)`.
-        targets: rises to mark with a thin line.
+        curves: name -> `(key budget, increase in nats)`.
+        targets: increases to mark with a thin line.
     """
     figure, ax = new_figure()
     _draw_budget(ax, curves, targets)
-    ax.set_ylabel("rise of the loss (nats)")
+    ax.set_ylabel("increase of the loss (nats)")
     legend(ax)
     return figure
 
@@ -149,10 +153,10 @@ def plot_budget(curves: Mapping[str, Sequence[tuple[float, float]]], *, targets:
 def plot_budgets(
     texts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, targets: Sequence[float] = ()
 ) -> Any:
-    """`plot_budget` of several texts, side by side on one scale, with one legend.
+    """`plot_budget` for several texts side by side, with the same scale and one legend.
 
     Args:
-        texts: text -> name -> `(key budget, rise in nats)`.
+        texts: text -> name -> `(key budget, increase in nats)`.
     """
     columns = min(4, len(texts))
     rows = -(-len(texts) // columns)
@@ -164,7 +168,7 @@ def plot_budgets(
         ax.set_title(text, fontsize=10)
     for ax in spare[len(texts) :]:
         ax.set_visible(False)
-    figure.supylabel("rise of the loss (nats)", color=INK, fontsize=10)
+    figure.supylabel("increase of the loss (nats)", color=INK, fontsize=10)
     names = {h.get_label(): h for ax in spare[: len(texts)] for h in ax.lines if h.get_label()[0] != "_"}
     figure.legend(names.values(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return figure
@@ -176,7 +180,7 @@ def _draw_budget(
     targets: Sequence[float],
     values: Sequence[float] = (),
 ) -> None:
-    """The lines and scales of `plot_budget`; `values` that the vertical scale must show besides."""
+    """Draws lines and scales of `plot_budget`; the vertical scale also covers `values`."""
     for i, (name, points) in enumerate(curves.items()):
         x, y = zip(*sorted(points), strict=True)
         style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
@@ -199,7 +203,7 @@ def _draw_budget(
 
 
 def plot_tasks(scores: Sequence[tuple[str, TaskScore]]) -> Any:
-    """Scores of tasks by length with their 95 % intervals: a panel per task, a colour per setting.
+    """Scores of tasks by length with their 95% intervals: one panel per task, one colour per setting.
 
     Args:
         scores: `(setting, score)` pairs.
@@ -242,7 +246,7 @@ def plot_positions(results: Mapping[str, Perplexity]) -> Any:
 
 
 def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -> Any:
-    """`plot_routing` of one head of a checkpoint on the start of a text file, by its own settings."""
+    """`plot_routing` for one head of a checkpoint, with its own settings, on the start of a text file."""
     from moba_hf.hf.layer_plan import moba_config
 
     model, tokenizer = load(checkpoint)
@@ -259,18 +263,20 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
     with passes_bar(model, "reading the text", 1):
         watch(model, read_ids(tokenizer, text, length), probe)
     if not seen or not 0 <= head < seen[0].shape[0]:
-        raise ValueError(f"layer {layer} with head {head} does not run MoBA in this model")
+        raise ValueError(f"this model has no layer {layer} with head {head} that uses MoBA")
     return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
 
 
 def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
-    """The figure `kind` from a JSON file that `moba-hf eval` or `calibrate` wrote.
+    """The figure `kind` from a JSON file of `moba-hf eval` or `moba-hf calibrate`.
 
     Args:
-        setting: for recall and needles, which setting; None: the last one. The figure names it.
+        kind: "recall", "needles", "budget" or "positions".
+        path: the file.
+        setting: for recall and needles, which setting to show; None: the last one.
 
     Raises:
-        ValueError: unknown kind or setting, or a file without such results.
+        ValueError: the kind or the setting is unknown, or the file has no such results.
     """
     if kind not in _FROM_JSON:
         raise ValueError(f"unknown kind {kind!r}; known are routing, {', '.join(_FROM_JSON)}")
@@ -278,15 +284,23 @@ def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
     try:
         return _FROM_JSON[kind](values, setting)
     except (KeyError, StopIteration, IndexError, TypeError, AttributeError):
-        raise ValueError(f"{path} holds no results for {kind!r}") from None
+        raise ValueError(f"{path} contains no results for {kind!r}") from None
 
 
-def _budget_from(values: Any, _: str | None) -> Any:
-    curve = {
-        "local cost (ranks settings, predicts nothing)": [(p["keys"], p["cost"]) for p in values["curve"]]
-    }
-    measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
-    return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
+def plot_calibration(values: Mapping[str, Any]) -> Any:
+    """The trade-off curve of `Calibration.to_dict()`: local costs, and rises on the worst text."""
+    local, measured = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
+    for point in values["curve"]:
+        by_layer = any("threshold" in layer for layer in point["config"]["layers"].values())
+        kind = ", a threshold for each layer" if by_layer else ""
+        name = f"local cost{kind} (ranks settings, predicts nothing)"
+        local.setdefault(name, []).append((point["keys"], point["cost"]))
+        if point["rise"]:
+            name = f"measured, worst text{kind}"
+            measured.setdefault(name, []).append((point["keys"], max(point["rise"])))
+    figure = plot_budget(local | measured)
+    figure.axes[0].set_xlabel(f"{values['counts']} (%)")
+    return figure
 
 
 def _positions_from(values: Any, _: str | None) -> Any:
@@ -317,6 +331,6 @@ def _pick(setting: str | None, known: Sequence[str]) -> str:
 _FROM_JSON = {
     "recall": _recall_from,
     "needles": _needles_from,
-    "budget": _budget_from,
+    "budget": lambda values, _: plot_calibration(values),
     "positions": _positions_from,
 }

@@ -1,4 +1,4 @@
-"""Progress bars: what a long step does, and how long is left."""
+"""Progress bars for long steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ T = TypeVar("T")
 
 
 def progress_bar(what: str, total: int, unit: str, *, begin: int = 0, shown: bool | None = None) -> Any:
-    """A bar of tqdm on stderr, to be closed or used in `with`; of several ranks only the first shows it.
+    """A tqdm bar on stderr, shown only on the first rank; close it or use it in a `with` statement.
 
     Args:
-        what: what is being done.
-        total: how many of `unit` the whole takes; "B" is counted in kilo, mega and gigabytes.
-        begin: how many are done already.
-        shown: True: always, and it stays when it is complete. False: never. None: while it runs, where
-            stderr is a terminal.
+        what: label of the bar.
+        total: number of units of the whole step.
+        unit: name of the unit; "B" is shown as kB, MB and GB.
+        begin: number of units that are already done.
+        shown: True: always show the bar, and keep it when it is complete. False: never. None: show it while
+            it runs, if stderr is a terminal.
     """
     hidden = None if shown is None else not shown
     return tqdm(
@@ -40,7 +41,7 @@ def progress_bar(what: str, total: int, unit: str, *, begin: int = 0, shown: boo
 
 
 def progress(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
-    """`items`, counted by a `progress_bar`."""
+    """Iterates over `items` with a `progress_bar`."""
     with progress_bar(what, len(items), unit) as bar:
         for item in items:
             yield item
@@ -49,7 +50,7 @@ def progress(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
 
 @contextmanager
 def advanced_by(bar: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block every forward call of one of `modules` advances `bar` by one."""
+    """Inside the block, each forward call of any of `modules` advances `bar` by one."""
 
     def advance(_module: nn.Module, _args: Any, _output: Any) -> None:
         bar.update(1)
@@ -63,6 +64,6 @@ def advanced_by(bar: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def print_beside(bar: Any, line: str) -> None:
-    """Prints a line on stdout without breaking `bar`, which may stand in the same terminal."""
+    """Prints a line to stdout without garbling `bar`, which may be in the same terminal."""
     bar.write(line, file=sys.stdout)
     sys.stdout.flush()

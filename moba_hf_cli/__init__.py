@@ -1,9 +1,10 @@
-"""The command `moba-hf`: parses and prints, decides nothing.
+"""The command `moba-hf`: it parses options and prints results; all logic is in `moba_hf`.
 
-It stands beside `moba_hf`, whose import registers with transformers and takes seconds: `--help`, `presets`
-and errors of usage need neither. A command calls `options.load_package` before it imports from `moba_hf`.
-Every error is one plain line on stderr and exit code 2. `checkpoints`, `quality` and `speed` hold the
-commands, `options` what several of them take, `signals` how they end, `app` the whole.
+It is a separate package because importing `moba_hf` registers with transformers and takes seconds, which
+`--help`, `presets` and usage errors do not need. A command calls `options.load_package` before it imports
+from `moba_hf`. Every error is one plain line on stderr, with exit code 2. The commands are in `checkpoints`,
+`quality` and `speed`; `options` has their shared options, `signals` handles signals, and `app` combines
+everything.
 """
 
 import atexit
@@ -14,8 +15,8 @@ from moba_hf_cli.signals import exiting, ignore
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line `args` (default: the program's own) and exits."""
-    atexit.register(ignore)  # the status is decided then: a late signal must not replace it
+    """Runs the command line `args` (default: `sys.argv`) and exits."""
+    atexit.register(ignore)  # the exit status is final then: a late signal must not change it
     with exiting():
         from moba_hf_cli.app import main as run
     run(args)

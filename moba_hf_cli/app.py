@@ -1,4 +1,4 @@
-"""The commands of `moba-hf` put together, and how it ends."""
+"""Combines the commands of `moba-hf`, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moba_hf_cli import checkpoints, quality, speed
 from moba_hf_cli.options import shown
 from moba_hf_cli.signals import Ended, raising
 
-# typer carries its own copy of click in newer versions; this is its base class of usage errors in all.
+# The base class of usage errors in every version of typer; newer ones have their own copy of click.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unkno
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line `args` (default: the program's own) and exits."""
+    """Runs the command line `args` (default: `sys.argv`) and exits."""
     warnings.showwarning = _warn
     try:
         with raising(), _first_rank_alone():
@@ -53,19 +53,19 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _fail("interrupted", code=130)
     except Ended as error:
         _fail("interrupted", code=128 + error.number)
-    except Exception as error:  # files can be wrong in ways that nobody has listed
+    except Exception as error:  # files can be wrong in many ways
         if os.environ.get("MOBA_HF_TRACEBACK"):
             raise
         known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and str(error)
         _fail(str(error) if known else f"{type(error).__name__}: {error}".removesuffix(": "))
-    if code == 130:  # what typer makes of KeyboardInterrupt
+    if code == 130:  # typer returns this for KeyboardInterrupt
         _fail("interrupted", code=130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
 def _first_rank_alone() -> Iterator[None]:
-    """Under `torchrun`, ranks but the first print nothing inside the block; errors are told behind it."""
+    """Under `torchrun`, only the first rank prints inside the block; errors are printed after it."""
     try:
         if os.environ.get("RANK", "0") == "0":
             yield
@@ -86,7 +86,7 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows our own warnings as one line; those of the libraries say nothing to who types a command."""
+    """Prints our own warnings as one line; warnings of libraries would not help users of the command."""
     if "moba_hf" in Path(filename).parts:
         print(f"moba-hf: {shown(' '.join(str(message).split()))}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, presets, verify, inspect, generate."""
+"""The commands for checkpoints: convert, presets, verify, inspect, generate."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from moba_hf_cli.preset_files import preset_rows, presets_as_json, table_lines
 
 
 class LoadDtype(str, Enum):
-    """What a model may be loaded as; "auto" is the checkpoint's own."""
+    """The dtypes to load a model in; "auto" is that of the checkpoint."""
 
     auto = "auto"
     float32 = "float32"
@@ -47,7 +47,7 @@ class LoadDtype(str, Enum):
 
 
 class Dtype(str, Enum):
-    """What a GGUF file may be saved as."""
+    """The dtypes in which a GGUF file can be saved."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -57,7 +57,7 @@ class Dtype(str, Enum):
 def convert(
     called: typer.Context,
     src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
-    dst: Annotated[str, typer.Argument(help="Folder to make.")],
+    dst: Annotated[str, typer.Argument(help="Folder to create.")],
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
@@ -78,37 +78,40 @@ def convert(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="GGUF only: what to save as. float32 (default) is exact; the others take half the size."
+            help="GGUF only: dtype to save in. float32 (default) is exact; the others take half the space."
         ),
     ] = None,
     context_length: Annotated[
-        int | None, typer.Option(help="Write a longer context into the config: so many tokens.")
+        int | None, typer.Option(help="Extend the context in the config to this many tokens.")
     ] = None,
-    rope: Annotated[str, typer.Option(help="How positions reach it: theta, linear or yarn.")] = "theta",
+    rope: Annotated[
+        str, typer.Option(help="How rotary positions are extended: theta, linear or yarn.")
+    ] = "theta",
     rope_theta: Annotated[
-        float | None, typer.Option(help="theta only: the new base (by default as interpolation would).")
+        float | None, typer.Option(help="theta only: the new base (default: computed from the length).")
     ] = None,
     rescale: Annotated[
-        bool, typer.Option("--rescale", help="Extend a source whose rotary embedding is scaled already.")
+        bool,
+        typer.Option("--rescale", help="Extend a source even if its rotary embedding is already scaled."),
     ] = False,
     remote_code: Annotated[
         bool,
         typer.Option(
             "--remote-code",
-            help="Write the module by which trust_remote_code=True loads DST without 'import moba_hf'.",
+            help="Write the module that lets trust_remote_code=True load DST without 'import moba_hf'.",
         ),
     ] = False,
     eval_results: Annotated[
         str | None,
-        typer.Option(help="JSON of 'eval' about these settings: the model card then says what they cost."),
+        typer.Option(help="JSON of 'eval' with these settings, to show what they cost in the model card."),
     ] = None,
 ) -> None:
-    """Copy a checkpoint and turn MoBA on in its config; the weights stay byte for byte as they are.
+    """Copy a checkpoint and turn MoBA on in its config; the weights are not changed.
 
-    README.md of DST, the model card, says how it was made and how it is loaded.
+    The model card, README.md of DST, says how the checkpoint was made and how to load it.
     """
     if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
-        raise typer.BadParameter("--rope, --rope-theta and --rescale go with --context-length")
+        raise typer.BadParameter("--rope, --rope-theta and --rescale need --context-length")
     config = settings(
         preset,
         full_attention_layers,
@@ -129,7 +132,7 @@ def convert(
 
     given: list[str] = []
     if config is None:
-        print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is taken", file=sys.stderr)
+        print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is used", file=sys.stderr)
         config, given = MobaConfig.from_preset(DEFAULT_PRESET), ["--preset", DEFAULT_PRESET]
     chosen = None if dtype is None else dtype.value
     context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
@@ -148,17 +151,18 @@ def convert(
     print(f"{shown(made)}: converted; {config.in_words()}")
     if context is not None:
         print(
-            f"Context {context.length:,} tokens by {context.rope}; untrained, so measure it: 'moba-hf eval'"
+            f"Context extended to {context.length:,} tokens ({context.rope}) without training, so measure it "
+            "with 'moba-hf eval'"
         )
     print(f"Load it with 'import moba_hf' and AutoModelForCausalLM.from_pretrained({str(made)!a})")
     if remote_code:
-        print("or, where moba-hf is installed, with trust_remote_code=True and without that import")
+        print("or, if moba-hf is installed, with trust_remote_code=True and without that import")
 
 
 def _command_line(called: typer.Context, *more: str) -> str:
-    """The command line of `convert`, as the model card names it, with `more` options.
+    """The command line of `convert` for the model card, with `more` options.
 
-    Files and folders go by their names alone: where they lie is nobody else's business.
+    Paths are reduced to the names of files and folders, because a public card should not show local paths.
     """
     words = ["moba-hf", "convert"]
     for option in called.command.params:
@@ -181,8 +185,8 @@ def presets(as_json: AsJson = False) -> None:
 
 
 def verify(
-    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made.")],
-    source: Annotated[str, typer.Option(help="What it was made from: the folder or the .gguf file.")],
+    dst: Annotated[str, typer.Argument(help="Folder created by 'convert'.")],
+    source: Annotated[str, typer.Option(help="The source of the conversion: the folder or the .gguf file.")],
     as_json: AsJson = False,
 ) -> None:
     """Check a converted checkpoint against its source: weights, settings, loading, logits."""
@@ -202,7 +206,7 @@ def verify(
 
 
 def inspect_model(
-    src: Annotated[str, typer.Argument(help="Folder with config.json, or that file; no weights are read.")],
+    src: Annotated[str, typer.Argument(help="Folder with config.json, or config.json; no weights are read.")],
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
@@ -216,7 +220,7 @@ def inspect_model(
     full_attention_layers: FullLayers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each layer would do and cost; settings from the config unless options give others."""
+    """Show what each layer would do and cost, with the settings of the config or of the options."""
     config = settings(
         preset,
         full_attention_layers,
@@ -239,10 +243,12 @@ def inspect_model(
 
 
 def generate(
-    dst: Annotated[str, typer.Argument(help="Folder that 'convert' made, or any checkpoint.")],
-    prompt_file: Annotated[str | None, typer.Option(help="Text file to read.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to read, after that of --prompt-file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    dst: Annotated[str, typer.Argument(help="Folder created by 'convert', or any checkpoint.")],
+    prompt_file: Annotated[str | None, typer.Option(help="Text file with the prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text of the prompt, after that of --prompt-file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
     preset: Preset = None,
     block_size: BlockSize = None,
     topk: Topk = None,
@@ -255,18 +261,18 @@ def generate(
     gate: Gate = None,
     full_attention_layers: FullLayers = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text into the model's chat template, as a question.")
+        bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Run dense attention as well.")] = False,
-    dtype: Annotated[LoadDtype, typer.Option(help="What to load the weights as.")] = LoadDtype.auto,
-    chunk: Annotated[int, typer.Option(help="Tokens of the prompt to read at a time.")] = 2048,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run dense attention and compare.")] = False,
+    dtype: Annotated[LoadDtype, typer.Option(help="Dtype to load the weights in.")] = LoadDtype.auto,
+    chunk: Annotated[int, typer.Option(help="Number of prompt tokens to read at a time.")] = 2048,
     dense_tail: Annotated[
-        int, typer.Option(min=0, help="Tokens at the end of the prompt that attend every key.")
+        int, typer.Option(min=0, help="Tokens at the end of the prompt that attend to every key.")
     ] = 128,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue a long prompt greedily: tokens on stdout as they come, progress on stderr."""
+    """Continue a long prompt greedily; tokens go to stdout as they are generated, progress to stderr."""
     load_package()
     from moba_hf.hf import generation
 
@@ -288,7 +294,7 @@ def generate(
     model, tokenizer = generation.load(dst, dtype.value, config, trust_remote_code=trust_remote_code)
     ids = generation.encode(model, tokenizer, text, chat=chat)
     if not chat and getattr(tokenizer, "chat_template", None):
-        print("moba-hf: the model has a chat template, which --chat puts the text into", file=sys.stderr)
+        print("moba-hf: the model has a chat template; pass --chat to apply it", file=sys.stderr)
     runs = {"MoBA": generation.generate, **({"dense": generation.generate_dense} if compare else {})}
     results = []
     for name, function in runs.items():
@@ -310,7 +316,7 @@ def generate(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of a prefill on stderr, where that is a terminal; gives the function to advance it."""
+    """Shows a progress bar of a prefill if stderr is a terminal; yields the function that advances it."""
     from moba_hf.progress import progress_bar
 
     with progress_bar("prefill", total, " tokens") as bar:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean together."""
+"""Options that several commands share, and the settings that they define."""
 
 from __future__ import annotations
 
@@ -16,52 +16,55 @@ if TYPE_CHECKING:
     from moba_hf.config import MobaConfig
 
 Preset = Annotated[str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
 Topk = Annotated[
-    int | None, typer.Option(help="Blocks a query attends, its own included; with --tile the most.")
+    int | None, typer.Option(help="Blocks per query, including its own; with --tile the maximum.")
 ]
 SinkBlocks = Annotated[
-    int | None, typer.Option(help="First blocks that are always attended; they count in topk.")
+    int | None, typer.Option(help="First blocks that are always attended; they count towards topk.")
 ]
 LocalBlocks = Annotated[
-    int | None, typer.Option(help="Blocks just before one's own, always attended; they count in topk.")
+    int | None, typer.Option(help="Blocks before the own block, always attended; they count towards topk.")
 ]
 Gate = Annotated[
-    str | None, typer.Option(help="How blocks are scored: mean (MoBA), or mass (not MoBA; better untrained).")
+    str | None,
+    typer.Option(help="How blocks are scored: mean (MoBA) or mass (not MoBA; better without training)."),
 ]
 Tile = Annotated[
-    int | None, typer.Option(help="Queries that share a choice of blocks (not MoBA; better untrained).")
+    int | None,
+    typer.Option(help="Queries that share a choice of blocks (not MoBA; better without training)."),
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="With --tile: take blocks of at least so many times the largest mass.")
+    float | None,
+    typer.Option(help="With --tile: attend to blocks of at least this fraction of the largest mass."),
 ]
 SampleRows = Annotated[
-    int | None, typer.Option("--sample", help="With --tile: one query in so many chooses for its tile (1).")
+    int | None, typer.Option("--sample", help="With --tile: use every n-th query to choose for its tile (1).")
 ]
 DenseBelow = Annotated[
-    int | None, typer.Option(help="With --tile: queries before this position attend every key (0).")
+    int | None, typer.Option(help="With --tile: queries before this position attend to every key (0).")
 ]
 FullLayers = Annotated[
     str | None,
-    typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative ones count from the last."),
+    typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative numbers count from the last layer."),
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-# What a user is told who gave too few of them.
+# The error message if some of these are missing.
 NEEDED = (
-    "give --preset NAME, or both --block-size and --topk, or --tile, --block-size and --threshold for a "
+    "pass --preset NAME, or both --block-size and --topk, or --tile, --block-size and --threshold for a "
     "choice that queries share"
 )
 
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings for its tokenizer."),
+    typer.Option("--trust-remote-code", help="Run Python code from the checkpoint for its tokenizer."),
 ]
 
 
 def load_package() -> None:
-    """Imports moba_hf, with torch and transformers: seconds in which a signal ends the process at once."""
+    """Imports moba_hf, torch and transformers; meanwhile, a signal ends the process immediately."""
     with exiting():
         import moba_hf  # noqa: F401
 
@@ -69,7 +72,7 @@ def load_package() -> None:
 def load_package_alone() -> None:
     """Makes modules of moba_hf importable without running `moba_hf/__init__`.
 
-    For a command that reads configs and builds no model: registering with transformers takes seconds.
+    For a command that only reads configs, because registering with transformers takes seconds.
     """
     found = find_spec("moba_hf")
     if "moba_hf" not in sys.modules and found is not None:
@@ -82,14 +85,17 @@ def settings(
     load: Callable[[], None] = load_package,
     **numbers: int | float | str | None,
 ) -> MobaConfig | None:
-    """The settings that options give; None: no option is given.
+    """The settings from the options; None if there are no options.
 
     Args:
-        load: imports what is needed of moba_hf, after the options were found to go together.
+        preset: name of a preset.
+        full_attention_layers: comma-separated layer numbers.
+        load: imports moba_hf, after the options have been checked.
         numbers: fields of `MobaConfig`; None: not given.
 
     Raises:
-        typer.BadParameter: a preset beside numbers, or too few of them. ValueError: values out of range.
+        typer.BadParameter: a preset together with numbers, or missing numbers.
+        ValueError: a value is out of range.
     """
     numbers["full_attention_layers"] = _layer_list(full_attention_layers)  # type: ignore[assignment]
     given = {name: value for name, value in numbers.items() if value is not None}
@@ -101,7 +107,7 @@ def settings(
     if given and any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
         raise typer.BadParameter(NEEDED)
     if shared:
-        given.setdefault("gate", "mass")  # the only one there
+        given.setdefault("gate", "mass")  # the only gate for tiles
     load()
     from moba_hf.config import MobaConfig
 
@@ -122,7 +128,7 @@ def _layer_list(text: str | None) -> list[int] | None:
 
 
 def quiet() -> None:
-    """Keeps transformers from adding its own lines; progress bars only on a terminal."""
+    """Silences transformers, and shows its progress bars only on a terminal."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -131,5 +137,5 @@ def quiet() -> None:
 
 
 def shown(text: object) -> str:
-    """`text` as a terminal may get it: control characters and half surrogates (of file names) as escapes."""
+    """Escapes control characters and lone surrogates (from file names) in `text`, for a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))

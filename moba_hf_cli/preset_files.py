@@ -1,4 +1,4 @@
-"""The presets as they lie on disk: names and values, read without importing moba_hf."""
+"""Names and values of the presets, read from their files without importing moba_hf."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# What a preset need not name, with the value it has then.
+# Default values of settings that a preset may omit.
 _DEFAULTS: dict[str, Any] = {
     "topk": None,
     "sink_blocks": 0,
@@ -44,13 +44,13 @@ def check_preset(name: str) -> None:
 
 
 def presets_as_json() -> dict[str, dict[str, Any]]:
-    """Every preset by name: `description`, `sources` and `moba`, the settings with what a file leaves out."""
+    """All presets by name: `description`, `sources` and `moba`, the settings including defaults."""
     read = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in preset_files().items()}
     return {name: {**values, "moba": {**_DEFAULTS, **values["moba"]}} for name, values in read.items()}
 
 
 def preset_rows() -> list[tuple[str, ...]]:
-    """The presets as a table, header first."""
+    """The presets as rows of a table, with the header first."""
     header = (
         *("PRESET", "BLOCK_SIZE", "TOPK", "TILE", "THRESHOLD", "SINK", "LOCAL", "GATE", "FULL LAYERS"),
         "DESCRIPTION",

@@ -1,4 +1,4 @@
-"""Commands about quality: eval, calibrate, plot, lm-eval."""
+"""The commands for quality: eval, calibrate, plot, lm-eval."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,15 +31,15 @@ from moba_hf_cli.options import (
 )
 from moba_hf_cli.preset_files import check_preset
 
-_Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; may be given again.")]
-_Length = Annotated[int, typer.Option(min=1, help="Tokens of each text that are read.")]
+_Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; repeatable.")]
+_Length = Annotated[int, typer.Option(min=1, help="Number of tokens to read of each text.")]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
     text: _Texts = None,
     length: _Length = 8192,
-    preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; may be given again.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; repeatable.")] = None,
     block_size: BlockSize = None,
     topk: Topk = None,
     tile: Tile = None,
@@ -49,7 +50,7 @@ def evaluate(
     local_blocks: LocalBlocks = None,
     gate: Gate = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; may be given again.")
+        list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; repeatable.")
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -57,20 +58,23 @@ def evaluate(
     ] = None,
     sources: Annotated[
         list[str] | None,
-        typer.Option(help="code-lookup: a folder of Python sources, whole repositories; may be given again."),
+        typer.Option(help="code-lookup: a folder with a repository of Python code; repeatable."),
     ] = None,
-    task_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a task's context.")] = None,
-    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 4,
+    task_length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a task's context; repeatable.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(help="Number of contexts per task and length.")] = 4,
     depth: Annotated[
-        list[float] | None, typer.Option(help="Where answers stand, 0 to 1; may be given again (spread).")
+        list[float] | None,
+        typer.Option(help="Position of answers, 0 to 1; repeatable (default: spread evenly)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of tasks and samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of tasks and samples.")] = 0,
     out: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
-    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file for resuming an interrupted run.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure what MoBA costs a model, beside dense: on your texts, and on tasks made on the spot."""
+    """Measure the quality of MoBA compared with dense attention, on your texts and on generated tasks."""
     for name in preset or ():
         check_preset(name)
     _check_folder(out, store)
@@ -114,46 +118,57 @@ def calibrate(
     text: _Texts = None,
     length: _Length = 8192,
     max_loss: Annotated[
-        float | None, typer.Option(help="Allowed rise of the loss of the last 2,048 tokens, in nats.")
+        float | None, typer.Option(help="Allowed increase of the loss of the last 2,048 tokens, in nats.")
     ] = None,
-    keys: Annotated[float | None, typer.Option(help="Allowed key budget, e.g. 0.25.")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help="Block sizes to try (32).")] = None,
+    keys: Annotated[
+        float | None,
+        typer.Option(help="Allowed share of the causal pairs, e.g. 0.25; with a topk, the key budget."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Setting to start from (default: the checkpoint's own, else 'default')."),
+    ] = None,
+    block_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Block size to try if every query chooses for itself; repeatable."),
+    ] = None,
     gate: Gate = None,
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
-    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file for resuming an interrupted run.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
+    """Find the sparsest setting with the allowed loss: its threshold, or the topk of each layer.
 
-    The threshold of a choice that a tile of queries shares is not searched; compare some with 'moba-hf eval'.
+    If a tile of queries shares a choice, attended pairs are counted, and each layer gets its own threshold if
+    that significantly lowers the loss. If every query chooses for itself (--preset default-per-query), each
+    layer gets a topk or full attention. If a text has twice --length tokens, the second half is used to check
+    the result.
 
-    Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
-    model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
+    It runs a dense pass and a short backward pass, then one pass over each text for every setting that it
+    tries. This takes minutes for a model of 135M parameters on two cores, and an estimated few minutes for an
+    8B model at 32K tokens on an 80 GB GPU.
     """
     if not text:
-        raise ValueError("give --text FILE, texts like those the model will read")
+        raise ValueError("pass --text FILE, with texts like those that the model will read")
     if write and not Path(model).is_dir():
-        raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
+        raise ValueError(f"{model}: is not a checkpoint folder, so --write cannot store anything in it")
+    if preset is not None:
+        check_preset(preset)
     _check_folder(out, store)
     load_package()
     quiet()
+    from moba_hf.calibrate import Options, starting_setting, write_settings
     from moba_hf.calibrate import calibrate as search
-    from moba_hf.calibrate import write_settings
     from moba_hf.evaluate import run
 
+    options = Options(max_loss, keys, block_sizes=tuple(block_size or ()), store=store)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
-    texts = [run.read_ids(tokenizer, name, length) for name in text]
-    found = search(
-        loaded,
-        texts,
-        max_loss=max_loss,
-        keys=keys,
-        block_sizes=block_size or (32,),
-        gate=gate or "mean",
-        store=store,
-    )
+    options = replace(options, setting=starting_setting(loaded, preset, gate))
+    read = [run.read_ids(tokenizer, name, length, most=2 * length) for name in text]
+    held_out = [ids[:, length:] for ids in read if ids.shape[1] == 2 * length]
+    found = search(loaded, [ids[:, :length] for ids in read], options, held_out=held_out)
     _write_json(out, found.to_dict())
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.report())
     if write:
@@ -163,14 +178,14 @@ def calibrate(
 
 def plot(
     kind: Annotated[str, typer.Argument(help="routing, recall, needles, budget or positions.")],
-    source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing a checkpoint.")],
-    out: Annotated[str, typer.Option(help="PNG, SVG or PDF file.")],
-    text: Annotated[str | None, typer.Option(help="routing: the text file that is read.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="routing: tokens of it.")] = 8192,
+    source: Annotated[str, typer.Argument(help="JSON of 'eval' or 'calibrate'; for routing, a checkpoint.")],
+    out: Annotated[str, typer.Option(help="PNG, SVG or PDF file to write.")],
+    text: Annotated[str | None, typer.Option(help="routing: the text file to read.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="routing: number of tokens to read.")] = 8192,
     layer: Annotated[int, typer.Option(min=0, help="routing: layer.")] = 0,
     head: Annotated[int, typer.Option(min=0, help="routing: query head.")] = 0,
     setting: Annotated[
-        str | None, typer.Option(help="recall, needles: which setting of the file (the last).")
+        str | None, typer.Option(help="recall, needles: name of a setting in the file (default: the last).")
     ] = None,
 ) -> None:
     """Draw results (needs matplotlib: extra 'plot')."""
@@ -189,7 +204,7 @@ def plot(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with "moba" registered; all arguments go to it (extra 'eval')."""
+    """Run lm-evaluation-harness with "moba" registered; all arguments are passed to it (extra 'eval')."""
     load_package()
     from moba_hf.evaluate.harness import run_lm_eval
 
@@ -197,13 +212,13 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _check_folder(*paths: str | None) -> None:
-    """Raises ValueError where a file cannot be written: before the work, not after."""
+    """Raises ValueError if a file cannot be written, before the work is done."""
     for path in paths:
         if path is None:
             continue
         folder = Path(path).absolute().parent
         if not folder.is_dir():
-            raise ValueError(f"{path}: there is no folder {folder}; make it first")
+            raise ValueError(f"{path}: the folder {folder} does not exist; create it first")
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -215,7 +230,7 @@ def _check_folder(*paths: str | None) -> None:
 
 
 def _write_json(path: str | None, values: Any) -> None:
-    """Writes `values` to a file; where that fails after all, they are printed, so that no work is lost."""
+    """Writes `values` to a file; if that fails, prints them, so that no work is lost."""
     if path is None or os.environ.get("RANK", "0") != "0":
         return
     text = json.dumps(values, indent=1)

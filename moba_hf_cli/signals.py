@@ -1,4 +1,4 @@
-"""What a signal does to a running command: one quiet line, and no unfinished folder left behind."""
+"""Signal handling: a signal ends a command with one line and leaves no unfinished folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Ended(BaseException):
-    """A signal asked the program to end; raised so that unfinished folders are removed."""
+    """Raised when a signal asks the program to end, so that unfinished folders are removed."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -28,10 +28,10 @@ def ignore() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise, and whatever signal came first, later ones are ignored."""
+    """Inside the block, the first signal raises an exception, and later ones are ignored."""
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
-        ignore()  # what is still done is short
+        ignore()  # the cleanup is short
         raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
     with _handled_by(end):
@@ -40,9 +40,10 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Inside the block a signal ends the process at once.
+    """Inside the block, a signal ends the process immediately.
 
-    For imports of large packages: nothing is open yet, and an exception would pass through half-made modules.
+    This is for imports of large packages: nothing needs cleanup yet, and an exception would interrupt
+    half-imported modules.
     """
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
@@ -55,7 +56,7 @@ def exiting() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside the block `handler` takes the signals that are not ignored, as they are under nohup."""
+    """Inside the block, `handler` handles the signals, except those that are ignored (as under nohup)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The command about speed: bench."""
+"""The command `bench`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from moba_hf_cli.options import AsJson, load_package
 
 def bench(
     rows: Annotated[
-        list[str] | None, typer.Option(help="A row of the table, e.g. 131K-128/8; may be given again.")
+        list[str] | None, typer.Option(help="A row of the table, e.g. 131K-128/8; repeatable.")
     ] = None,
     figure: Annotated[
-        str | None, typer.Option(help="Draw a figure instead: 'paper', the two of the MoBA paper.")
+        str | None, typer.Option(help="Draw figures instead: 'paper', the two of the MoBA paper.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Most runs of a median.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Maximum number of runs per median.")] = 20,
     no_stages: Annotated[bool, typer.Option("--no-stages", help="Time the whole operator only.")] = False,
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Leave out dense attention.")] = False,
-    dense_limit: Annotated[int, typer.Option(help="Longest dense baseline, tokens.")] = 1 << 20,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not time dense attention.")] = False,
+    dense_limit: Annotated[int, typer.Option(help="Longest dense baseline, in tokens.")] = 1 << 20,
     flash: Annotated[
-        bool, typer.Option("--flash", help="Also prove and time the backend flash_attn.")
+        bool, typer.Option("--flash", help="Also check and time the backend flash_attn.")
     ] = False,
-    workspace: Annotated[float | None, typer.Option(help="GiB of the forward's workspace.")] = None,
+    workspace: Annotated[float | None, typer.Option(help="Workspace of the forward in GiB.")] = None,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Only the correctness gate on a tiny case, on a CPU.")
+        bool, typer.Option("--tiny", help="Only run the correctness check of a tiny case on a CPU.")
     ] = False,
     out: Annotated[str, typer.Option(help="Folder for CSV, Markdown and PNG.")] = "bench_results",
     as_json: AsJson = False,
 ) -> None:
-    """Time the operator beside dense attention on this GPU, after proving it right."""
+    """Check the operator on this GPU, then time it against dense attention."""
     load_package()
     from moba_hf.bench import Options, run
 
@@ -50,7 +50,7 @@ def bench(
         tiny=tiny,
         out=Path(out),
     )
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # tables and lines under way
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # keep tables out of the JSON
         outcome = run(options)
     if as_json:
         print(json.dumps(outcome.to_dict(), indent=1))

@@ -49,13 +49,13 @@ class TestRefused:
             ({"s_aux": torch.zeros(4)}, "does not support attention sink parameters"),
             ({"sinks": torch.zeros(4)}, "does not support attention sink parameters"),
             ({"position_bias": torch.zeros(4)}, "does not support position biases"),
-            ({"indices": torch.zeros(4)}, "does not support a choice of keys made by the model itself"),
+            ({"indices": torch.zeros(4)}, "does not support keys chosen by the model itself"),
             ({"cache": object()}, "does not support the paged cache of continuous batching"),
             (
                 {"mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)},
-                "takes 2-D padding masks, got a custom mask",
+                "supports 2-D padding masks only, got a custom mask",
             ),
-            ({"mask": torch.zeros(1, 1, 20, 20)}, "takes 2-D padding masks, got a custom mask"),
+            ({"mask": torch.zeros(1, 1, 20, 20)}, "supports 2-D padding masks only, got a custom mask"),
             ({"q_len": 21}, r"more queries \(21\) than keys \(20\)"),
         ],
     )

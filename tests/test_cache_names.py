@@ -103,11 +103,11 @@ class TestUseMobaCache:
 
     def test_without_the_method(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(GenerationMixin, _PREPARE)
-        self._refused("has no _prepare_cache_for_generation any more")
+        self._refused("no longer has _prepare_cache_for_generation")
 
     def test_with_other_arguments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(GenerationMixin, _PREPARE, lambda self, generation_config, kwargs: None)
-        self._refused("takes no max_cache_length, model_kwargs any more")
+        self._refused("no longer takes max_cache_length, model_kwargs")
 
     @staticmethod
     def _refused(message: str) -> None:
@@ -123,7 +123,7 @@ class TestUseMobaCache:
 
         monkeypatch.setattr(GenerationMixin, _PREPARE, prepare)
         ids = torch.randint(1, 90, (1, 20))
-        with moba_hf.use_moba_cache(), pytest.raises(RuntimeError, match="prepared no cache"):
+        with moba_hf.use_moba_cache(), pytest.raises(RuntimeError, match="cannot find the cache"):
             model.generate(ids, max_new_tokens=2)
         with moba_hf.use_moba_cache():  # without a cache nothing is checked
             model.generate(ids, max_new_tokens=2, use_cache=False)

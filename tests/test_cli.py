@@ -130,7 +130,7 @@ def test_presets(run) -> None:  # type: ignore[no-untyped-def]
 
 def test_convert_without_settings_takes_the_default_and_says_so(run, src: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run("convert", src, tmp_path / "dst")
-    assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is taken\n")
+    assert (code, err) == (0, "moba-hf: no settings given, so preset 'default' is used\n")
     assert settings(tmp_path / "dst") == MobaConfig.from_preset("default")
     assert "\nmoba-hf convert src dst --preset default\n" in (tmp_path / "dst" / "README.md").read_text()
 
@@ -214,7 +214,7 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         ((), "Missing command"),
         (("fly",), "No such command 'fly'"),
         (("convert",), "Missing argument"),
-        (("convert", "SRC", "DST", "--topk", "2"), "give --preset NAME, or both --block-size and --topk"),
+        (("convert", "SRC", "DST", "--topk", "2"), "pass --preset NAME, or both --block-size and --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--topk", "2"), "--preset excludes --topk"),
         (("convert", "SRC", "DST", "--preset", "fine", "--tile", "8"), "--preset excludes --tile"),
         (("convert", "SRC", "DST", *BLOCKS, "--tile", "8"), "or --tile, --block-size and --threshold"),

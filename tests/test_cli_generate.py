@@ -143,7 +143,7 @@ def test_generate_compare(run: Any, converted: Path, prompt: Path) -> None:
     assert out.index("--- MoBA ---") < out.index("--- dense ---") < out.index("prefill s")
     assert re.search(r"^MoBA +[\d.]+ +[\d.]+ +6$", out, re.M)
     assert re.search(r"^dense +[\d.]+ +[\d.]+ +6$", out, re.M)
-    assert re.search(r"prompt of 140 tokens; the continuations (are the same|part after \d)", out)
+    assert re.search(r"prompt of 140 tokens; the continuations (are the same|diverge after \d)", out)
 
 
 def test_generate_as_json(run: Any, converted: Path, prompt: Path) -> None:
@@ -202,12 +202,12 @@ def test_generate_chat(run: Any, converted: Path, tmp_path: Path) -> None:
     code, _, err = run("generate", folder, *plain, "--chat")
     assert (code, err) == (
         2,
-        "moba-hf: the tokenizer has no chat template, so leave out --chat (chat=True)\n",
+        "moba-hf: the tokenizer has no chat template, so omit --chat (chat=True)\n",
     )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     code, _, err = run("generate", folder, *plain)
     assert code == 0
-    assert err.startswith("moba-hf: the model has a chat template, which --chat puts the text into\n")
+    assert err.startswith("moba-hf: the model has a chat template; pass --chat to apply it\n")
     code, _, err = run("generate", folder, *plain, "--chat")
     assert code == 0
     assert err.startswith("prompt of 6 tokens")  # <s> ( ! ! ) :
@@ -222,7 +222,7 @@ def test_one_beginning_of_sequence(tmp_path: Path) -> None:
     assert generation.encode(model, tokenizer, "a", chat=True)[0].tolist() == [0, 10, 67, 11, 28]
     nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     nothing.backend_tokenizer.normalizer = normalizers.Replace("x", "")
-    with pytest.raises(ValueError, match="makes no tokens"):
+    with pytest.raises(ValueError, match="returns no tokens"):
         generation.encode(model, nothing, "xx")
 
 

@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = ["convert", str(model), str(tmp_path / "made"), "--block-size", "8", "--topk", "2"]
     result = CliRunner().invoke(app, [*command, "--context-length", "1024", "--rope-theta", "5e4"])
     assert result.exit_code == 0, result.output
-    assert "Context 1,024 tokens by theta" in result.output
+    assert "Context extended to 1,024 tokens (theta)" in result.output
     assert AutoConfig.from_pretrained(tmp_path / "made").rope_parameters["rope_theta"] == 5e4
     other = [*command[:2], str(tmp_path / "other"), *command[3:], "--rope", "yarn"]
     assert CliRunner().invoke(app, other).exit_code != 0

@@ -367,7 +367,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no index": (
         lambda s: (s / INDEX).unlink(),
-        r"src: contains model-00001.*no model\.safetensors\.index\.json",
+        r"src: contains model-00001.*no model.safetensors or model\.safetensors\.index\.json",
     ),
     "pytorch weights": (
         lambda s: only(s, "pytorch_model.bin"),
@@ -377,7 +377,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda s: only(s, "README.md"), r"src: contains no weights"),
     "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
     "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
-    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: neither a file nor a folder"),
+    "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
 }
 
 
@@ -420,15 +420,15 @@ def test_refuses_a_bad_target(src: Path, out: Path) -> None:
     before = snapshot(out), snapshot(src)
     for target, overwrite, message in (
         (out / "photos", False, "exists already; --overwrite"),
-        (out / "photos", True, "will not be overwritten, as it holds no config.json"),
+        (out / "photos", True, "will not be overwritten, because it contains no config.json"),
         (out / "file", True, "exists and is not a folder"),
         (out / "file" / "dst", False, "out/file: is not a folder"),
         (out / "file" / "new" / "dst", False, "out/file: is not a folder"),
         (src, True, "is the source itself"),
         (src / ".." / "src", True, "is the source itself"),
-        (src / "dst", False, "lies inside the source"),
-        (src.parent, True, "holds the source"),
-        (Path("/"), True, "holds the source"),
+        (src / "dst", False, "is inside the source"),
+        (src.parent, True, "contains the source"),
+        (Path("/"), True, "contains the source"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(src, target, MOBA, overwrite=overwrite)
@@ -483,11 +483,11 @@ def add_checkpoint(made: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_git, r"holds a \.git"),
-        (add_checkpoint, "holds another checkpoint .other/deep."),
-        (lambda made: (made / "config.json").write_text("{}"), "no model's"),
+        (add_git, r"contains a \.git"),
+        (add_checkpoint, "contains another checkpoint .other/deep."),
+        (lambda made: (made / "config.json").write_text("{}"), "not of a model"),
         (lambda made: (made / "config.json").write_text("{"), "no readable config.json"),
-        (lambda made: (made / "config.json").unlink(), "holds no config.json"),
+        (lambda made: (made / "config.json").unlink(), "contains no config.json"),
     ],
 )
 def test_overwrites_checkpoints_only(
@@ -510,7 +510,7 @@ def test_overwrites_a_conversion_of_a_nested_source(src: Path, out: Path) -> Non
     made = convert_checkpoint(src, out / "dst", MOBA)
     convert_checkpoint(src, made, OTHER, overwrite=True)
     (made / "pooling" / "mine").touch()
-    with pytest.raises(ValueError, match="holds another checkpoint"):
+    with pytest.raises(ValueError, match="contains another checkpoint"):
         convert_checkpoint(src, made, MOBA, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what it says, what it keeps, and what `verify` sees."""
+"""The model card of a converted checkpoint: its contents, and the checks of `verify`."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_a_source_without_a_card_gets_one(src: Path, tmp_path: Path) -> None:
     assert metadata_load(made / "README.md") == {"library_name": "transformers", "tags": ["moba"]}
     (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     assert MobaConfig.from_dict(json.loads(block)) == MOBA
-    assert "`src`, its weights unchanged, set to run MoBA" in text
-    assert "A query attends at most 2 blocks of 8 tokens, its own included." in text
+    assert "`src`, its weights unchanged, set up to use MoBA" in text
+    assert "A query attends to at most 2 blocks of 8 tokens, including its own." in text
     assert "Layers that keep full attention: -1" in text
     assert "What it costs" not in text
     assert "trust_remote_code" not in text
@@ -78,19 +78,19 @@ def test_the_calls_it_shows_work(src: Path, tmp_path: Path) -> None:
     [
         (
             Changes(MobaConfig(8, tile=16, threshold=0.25, sample=4, dense_below=32, gate="mass", topk=9)),
-            "Tiles of 16 neighbouring queries share one choice of blocks of 8 tokens: those with at least "
-            "0.25 times the largest attention mass, at most 9. This is not the paper's MoBA. One query in 4 "
-            "chooses for its tile. Queries before position 32 attend every key. Reading a prompt is sparse",
+            "Each tile of 16 neighbouring queries attends to the blocks of 8 tokens with at least 0.25 times "
+            "the largest attention mass, at most 9. This is not the paper's MoBA. One query in 4 is used to "
+            "choose for its tile. Queries before position 32 attend to every key. Reading a prompt is sparse",
         ),
         (
             Changes(MobaConfig(8, 5, 1, 2, gate="mass", decode="sparse", layers={1: {"topk": 6}})),
-            "at most 5 blocks of 8 tokens, its own included. Blocks are scored by their mass, which is not "
-            "the paper's MoBA. Always among them: the 1 first and the 2 preceding. Layers with values of "
-            "their own: 1. Reading a prompt is sparse; generating a token chooses blocks as well.",
+            "at most 5 blocks of 8 tokens, including its own. Blocks are scored by their mass, which is not "
+            "the paper's MoBA. Always attended: the 1 first and the 2 preceding. Layers with their own "
+            "settings: 1. Reading a prompt is sparse; generating a token chooses blocks too.",
         ),
         (
             Changes(MOBA, ContextLength(4096, "yarn")),
-            "The context is extended to 4,096 tokens (rope: yarn), which costs quality until the model is",
+            "The context is extended to 4,096 tokens (rope: yarn), which reduces quality until the model is",
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_the_card_of_a_source_is_kept(src: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"caf\xe9"), r"README\.md: is no text in UTF-8"),
+        (lambda path: path.write_bytes(b"caf\xe9"), r"README\.md: is not UTF-8 text"),
         (lambda path: path.mkdir(), r"README\.md: is a folder"),
         (lambda path: path.write_text("<!-- moba-hf: begin -->"), r"README\.md: the marks"),
         (lambda path: path.write_text("<!-- moba-hf: end --> <!-- moba-hf: begin"), r"README\.md: the marks"),
@@ -207,12 +207,18 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit("at most 2 blocks", "at most 3 blocks"), "the part between the marks of moba-hf is not"),
+        (
+            edit("at most 2 blocks", "at most 3 blocks"),
+            "the section between the moba-hf marks has been changed",
+        ),
         (edit("<!-- moba-hf: end -->", ""), "the marks"),
-        (lambda path: path.write_text(FRONT + BODY), "the part between the marks of moba-hf is not"),
-        (edit("A model of mine.", "A model of yours."), "differs from the source outside the marks"),
-        (edit("license: apache-2.0", "license: mit"), "differs from the source outside the marks"),
-        (edit("- moba\n", ""), "differs from the source outside the marks"),
+        (
+            lambda path: path.write_text(FRONT + BODY),
+            "the section between the moba-hf marks has been changed",
+        ),
+        (edit("A model of mine.", "A model of yours."), "differs from the source outside the moba-hf marks"),
+        (edit("license: apache-2.0", "license: mit"), "differs from the source outside the moba-hf marks"),
+        (edit("- moba\n", ""), "differs from the source outside the moba-hf marks"),
         (lambda path: path.unlink(), "is missing"),
         (lambda path: path.write_bytes(path.read_bytes() + b"\n"), "differs from the source outside"),
     ],
@@ -264,12 +270,12 @@ def test_results_of_these_settings_are_shown(src: Path, tmp_path: Path) -> None:
     results = write_results(tmp_path / "r.json")
     made = convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=results)
     text = (made / "README.md").read_text()
-    table = text[text.index("| measured") : text.index("Measured by")].strip().splitlines()
+    table = text[text.index("| measured") : text.index("Measured with")].strip().splitlines()
     assert table == [
         "| measured | dense | MoBA |",
         "| --- | --- | --- |",
         "| a_b.txt, 4,095 tokens: loss of the last 2,048 (nats) | 2.5000 | 2.6250 (+0.1250) |",
-        "| a_b.txt: pairs of query and key attended | 100.0% | 31.2% |",
+        "| a_b.txt: attended query-key pairs | 100.0% | 31.2% |",
         "| task needle, 8,192 tokens: score | 1.00 (95 % interval 0.88 - 1.00) "
         "| 0.75 (95 % interval 0.62 - 1.00) |",
     ]
@@ -295,7 +301,7 @@ def test_results_of_eval_itself_are_read(src: Path, tmp_path: Path) -> None:
         ({"settings": {"dense": None, "x": MobaConfig(16, 3).to_dict()}}, r"no results for the settings"),
         ({"settings": None}, "is not what 'moba-hf eval --json' prints"),
         ({"perplexity": {"a": {"given": {}}}}, "is not what 'moba-hf eval --json' prints"),
-        ({"perplexity": {}, "tasks": []}, "neither losses, nor agreement, nor tasks for 'given'"),
+        ({"perplexity": {}, "tasks": []}, "no losses, agreement or tasks for 'given'"),
     ],
 )
 def test_refuses_results_of_something_else(

@@ -63,13 +63,13 @@ class TestBadInput:
             (lambda q, k, v: (q[:, :3], k, v), "num_heads=3 must be a multiple of num_kv_heads=2"),
             (lambda q, k, v: (q[:, :0], k, v), "num_heads=0 must be a multiple of num_kv_heads=2"),
             (lambda q, k, v: (q, k[:, :0], v[:, :0]), "num_heads=4 must be a multiple of num_kv_heads=0"),
-            (lambda q, k, v: (q[..., :4], k, v), "q and k must have one head_dim, got 4 and 8"),
-            (lambda q, k, v: (q, k, v[:39]), "k and v must agree in length and heads"),
-            (lambda q, k, v: (q, k, v[:, :1]), "k and v must agree in length and heads"),
+            (lambda q, k, v: (q[..., :4], k, v), "q and k must have the same head_dim, got 4 and 8"),
+            (lambda q, k, v: (q, k, v[:39]), "k and v the same length and heads"),
+            (lambda q, k, v: (q, k, v[:, :1]), "k and v the same length and heads"),
             (lambda q, k, v: (q, k[:30], v[:30]), "more queries (40) than keys (30)"),
             (
                 lambda q, k, v: (q, k.float(), v),
-                "q, k, v must have one dtype, got torch.float64, torch.float32",
+                "q, k, v must have the same dtype, got torch.float64, torch.float32",
             ),
             (
                 lambda q, k, v: (q.long(), k.long(), v.long()),
@@ -77,7 +77,7 @@ class TestBadInput:
             ),
             (
                 lambda q, k, v: (q, k.to("meta"), v.to("meta")),
-                "q, k, v must be on one device, got cpu, meta, meta",
+                "q, k, v must be on the same device, got cpu, meta, meta",
             ),
         ],
     )
@@ -88,12 +88,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("cu_q", "cu_k", "message"),
         [
-            (None, [0, 40], "cu_seqlens_k is given without cu_seqlens_q"),
+            (None, [0, 40], "cu_seqlens_k needs cu_seqlens_q"),
             ([0, 39], None, "cu_seqlens_q must rise from 0 to the number of tokens 40, got [0, 39]"),
             ([1, 40], None, "cu_seqlens_q must rise from 0"),
             ([0, 30, 20, 40], None, "cu_seqlens_q must rise from 0"),
             ([0, 40], [0, 41], "cu_seqlens_k must rise from 0 to the number of tokens 40, got [0, 41]"),
-            ([0, 40], [0, 20, 40], "name 1 and 2 sequences"),
+            ([0, 40], [0, 20, 40], "must have equally many sequences, got 1 and 2"),
             ([0, 20, 40], [0, 10, 40], "sequence 0 has more queries (20) than keys (10)"),
             ([], None, "cu_seqlens_q must be int32 (num_seqs + 1,)"),
             ([[0, 40]], None, "cu_seqlens_q must be int32 (num_seqs + 1,)"),
@@ -146,7 +146,7 @@ class TestBadInput:
         q, k, v = qkv()
         choice = select_blocks(q, k, **RULE)
         choice[36, 1] = torch.tensor(row)
-        with pytest.raises(ValueError, match=f"block_indices holds {message}"):
+        with pytest.raises(ValueError, match=f"block_indices has {message}"):
             moba_attention(q, k, v, **RULE, block_indices=choice)
 
     def test_a_choice_of_a_wrong_shape(self) -> None:

@@ -65,7 +65,7 @@ class TestSwitching:
             pass
         assert torch.equal(logits(model, ids), patched)
         assert torch.equal(logits(unpatch_model(model), ids), before)
-        with pytest.raises(ValueError, match="does not run MoBA but 'sdpa'"):
+        with pytest.raises(ValueError, match="does not use MoBA but 'sdpa'"):
             unpatch_model(model)
 
     def test_patching_twice_is_undone_once(self) -> None:
@@ -144,7 +144,7 @@ class TestCopies:
         twin.save_pretrained(tmp_path)
         assert torch.equal(logits(model, ids), patched)
         assert torch.equal(logits(unpatch_model(model), ids), before)
-        with pytest.raises(ValueError, match="does not run MoBA"):
+        with pytest.raises(ValueError, match="does not use MoBA"):
             unpatch_model(twin)
 
     @pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT

@@ -1,4 +1,4 @@
-"""The module by which `trust_remote_code=True` loads a converted checkpoint without `import moba_hf`."""
+"""The module that lets `trust_remote_code=True` load a converted checkpoint without `import moba_hf`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULE = "modeling_moba.py"
 
 @pytest.fixture(autouse=True)
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies the code of checkpoints to."""
+    """Redirects the folder to which transformers copies code of checkpoints."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -163,7 +163,7 @@ def test_verify_sees_a_changed_module(tmp_path: Path) -> None:
 def test_refuses_a_source_with_code_of_its_own(tmp_path: Path) -> None:
     src = save_tiny(tmp_path / "src")
     edit_json(src / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
-    with pytest.raises(ValueError, match=r"config\.json: has an auto_map of its own .*modeling_mine\.Mine"):
+    with pytest.raises(ValueError, match=r"config\.json: already has an auto_map .*modeling_mine\.Mine"):
         convert_checkpoint(src, tmp_path / "dst", MOBA, remote_code=True)
     edit_json(src / "config.json", auto_map=None)
     for name in (MODULE, "modeling_mine.py"):

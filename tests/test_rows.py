@@ -100,7 +100,9 @@ class TestMasks:
             with torch.no_grad():
                 out = model(ids[:, :-queries], **cache_kwargs(model, cache), use_cache=True)
             mask = torch.ones(1, LENGTH - 1, dtype=torch.long)
-            with pytest.raises(ValueError, match=f"it has 49, the cache holds {LENGTH - queries} tokens"):
+            with pytest.raises(
+                ValueError, match=f"it has length 49, but the cache has {LENGTH - queries} tokens"
+            ):
                 logits(model, ids[:, -queries:], attention_mask=mask, **cache_kwargs(model, cache_of(out)))
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.bool])

@@ -81,12 +81,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_with_saved_cache(one, ids, file, chunk_size=32)
     for damaged in (whole[:-8], whole[: len(whole) // 3], b"", b"no cache"):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged, or no cache at all"):
+        with pytest.raises(ValueError, match="damaged, or not a saved cache"):
             read_with_saved_cache(one, ids, file, chunk_size=16)
     from safetensors.torch import save_file
 
     save_file({"keys.0": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no cache that this release reads"):
+    with pytest.raises(ValueError, match="not a cache that this release can read"):
         read_with_saved_cache(one, ids, file, chunk_size=16)
     with pytest.raises(ValueError, match="chunk_size=12 must be a multiple of tile=8"):
         read_with_saved_cache(model(SHARED), ids, tmp_path / "z", chunk_size=12)

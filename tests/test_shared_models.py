@@ -199,7 +199,7 @@ def test_a_given_mask_is_checked() -> None:
     for bad, message in (
         (mask[None], r"must be \(num_heads, num_tiles, words\), got"),
         (mask[:, :2], r"must be int32 \(num_heads, num_tiles, words\) = \(4, 5, 1\)"),
-        (mask | 1 << 9, "holds a later block for the tile at row 0"),
+        (mask | 1 << 9, "has a later block for the tile at row 0"),
         (mask & ~1, "lacks a block that the tile at row 0 overlaps"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -289,7 +289,7 @@ def test_chunks_of_a_prefill_end_between_tiles(caplog: pytest.LogCaptureFixture)
         _chunks(model, 0, 90, 32, padded=True)
         _chunks(model, 0, 90, 32, padded=True)
     assert [r.message.split(" (")[1].split(")")[0] for r in caplog.records] == [
-        "rows of a padded batch may begin anywhere"
+        "padded rows may begin inside a tile"
     ]
 
 

@@ -126,9 +126,9 @@ def test_wrong_config_fails(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, in the source 1e-06"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, but 1e-06 in the source"),
         ({"rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}}, "rope_parameters.rope_theta"),
-        ({"attention_dropout": 0}, "attention_dropout is 0, in the source 0.0"),
+        ({"attention_dropout": 0}, "attention_dropout is 0, but 0.0 in the source"),
         ({"hidden_act": None}, "hidden_act is missing"),
         ({"more": 1}, "more is not in the source"),
     ],
@@ -232,7 +232,7 @@ def test_gguf_is_saved_exactly(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]
 
 def test_gguf_in_half_the_size(gguf: tuple[Path, dict[str, np.ndarray[Any, Any]]], tmp_path: Path) -> None:
     dst = convert_checkpoint(gguf[0], tmp_path / "dst", MOBA, dtype="bfloat16", remote_code=True)
-    assert "`tiny.gguf`, dequantised to bfloat16, set to run" in (dst / "README.md").read_text()
+    assert "`tiny.gguf`, dequantised to bfloat16, set up to use" in (dst / "README.md").read_text()
     assert {t.dtype for t in load_file(dst / "model.safetensors").values()} == {torch.bfloat16}
     report = verify_checkpoint(dst, gguf[0])
     assert report.passed, report
@@ -259,7 +259,7 @@ def test_refuses_bad_gguf(gguf: tuple[Path, Any], tmp_path: Path) -> None:
             convert_checkpoint(gguf[0], out / "dst", MOBA, **kwargs)
     with pytest.raises(ValueError, match="names layer 5"):
         convert_checkpoint(gguf[0], out / "dst", MobaConfig(8, 2, full_attention_layers=(5,)))
-    with pytest.raises(ValueError, match="holds the source"):
+    with pytest.raises(ValueError, match="contains the source"):
         convert_checkpoint(gguf[0], gguf[0].parent, MOBA, overwrite=True)
     assert os.listdir(out) == []
 

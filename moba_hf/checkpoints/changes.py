@@ -1,4 +1,4 @@
-"""What a conversion changes in config.json, and how the folder says so."""
+"""What a conversion changes in config.json, and how the folder records it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Changes:
 
     Attributes:
         moba: the settings to store.
-        context: a longer context; None: as it is.
-        remote_code: bring the module by which `trust_remote_code=True` loads the checkpoint.
+        context: a longer context; None: unchanged.
+        remote_code: add the module that lets `trust_remote_code=True` load the checkpoint.
     """
 
     moba: MobaConfig
@@ -38,10 +38,10 @@ class Changes:
 
     @classmethod
     def recorded(cls, folder: Path, moba: MobaConfig) -> Changes:
-        """The changes that a converted folder says it has; `moba` is what its config.json holds.
+        """The changes that a converted folder records; `moba` is from its config.json.
 
         Raises:
-            ValueError: its record is damaged.
+            ValueError: the record is damaged.
         """
         path = folder / RECORD
         record = read_json_object(path) if path.is_file() else {}
@@ -49,11 +49,11 @@ class Changes:
         try:
             context = None if known is None else ContextLength(**known)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its context is none ({error})") from error
+            raise ValueError(f"{path}: its entry 'context' is invalid ({error})") from error
         return cls(moba, context, record.get("remote_code") is True)
 
     def record(self) -> dict[str, Any]:
-        """What `recorded` reads, and the entries of config.json that change."""
+        """The record that `recorded` reads, with the entries of config.json that change."""
         names = [NAME, "attn_implementation"]
         names += CHANGED if self.context else ()
         names += [AUTO_MAP] if self.remote_code else ()
@@ -67,8 +67,8 @@ class Changes:
         """The JSON of a config with the changes.
 
         Args:
-            values: the JSON of config.json; not changed.
-            config: the same as transformers reads it.
+            values: the JSON of config.json; not modified.
+            config: the config that transformers reads from it.
 
         Raises:
             ValueError: the context cannot be extended, or no module can load the model.
@@ -80,15 +80,15 @@ class Changes:
         return {**converted, AUTO_MAP: auto_map(*_classes(config))} if self.remote_code else converted
 
     def module(self, config: PreTrainedConfig) -> str | None:
-        """The text of the module that goes with `config`; None: none does."""
+        """The source of the module for `config`; None: no module is wanted."""
         return module_text(*_classes(config)) if self.remote_code else None
 
 
 def check_no_code(source: Path, files: Iterable[Path], config: PreTrainedConfig) -> None:
-    """Raises ValueError where our module would replace the code of a source, or be trusted along with it.
+    """Raises ValueError if the source contains code, which our module would replace or make trusted.
 
     Args:
-        source: the folder; what an earlier conversion wrote into it is accepted.
+        source: the folder; the module of an earlier conversion is accepted.
         files: its files, relative to it.
         config: its config.
     """
@@ -96,20 +96,19 @@ def check_no_code(source: Path, files: Iterable[Path], config: PreTrainedConfig)
     found, wanted = getattr(config, AUTO_MAP, None), auto_map(*classes)
     if found is not None and found != wanted:
         raise ValueError(
-            f"{source / CONFIG}: has an auto_map of its own ({found}), which {_OPTION} would replace; "
-            f"{_INSTEAD}"
+            f"{source / CONFIG}: already has an auto_map ({found}), which {_OPTION} would replace; {_INSTEAD}"
         )
     for name in sorted(files):
         code = name.suffix == ".py" and name.parent == Path()
         if code and (str(name) != MODULE or (source / name).read_bytes() != module_text(*classes).encode()):
             raise ValueError(
-                f"{source / name}: is code of the source, which trust_remote_code=True would cover too, so "
-                f"{_OPTION} is not for it; {_INSTEAD}"
+                f"{source / name}: is code of the source, which trust_remote_code=True would run too, so "
+                f"{_OPTION} is not allowed; {_INSTEAD}"
             )
 
 
 def loading_class(config: PreTrainedConfig) -> str:
-    """Name of the class of transformers that loads a model of `config`: an auto class where one does."""
+    """Name of the class of transformers that loads a model of `config`: an auto class if possible."""
     import transformers
 
     auto, given, named = _class_names(config)
@@ -117,7 +116,7 @@ def loading_class(config: PreTrainedConfig) -> str:
 
 
 def _classes(config: PreTrainedConfig) -> tuple[str, str]:
-    """The auto class that loads a model of `config`, and the class that it gives.
+    """The auto class that loads a model of `config`, and the class that it returns.
 
     Raises:
         ValueError: config.json names another class.
@@ -125,18 +124,18 @@ def _classes(config: PreTrainedConfig) -> tuple[str, str]:
     auto, given, named = _class_names(config)
     if given is None or named != given:
         raise ValueError(
-            f"{_OPTION} is for models that {auto} loads ({given}), and this checkpoint is a {named}; "
+            f"{_OPTION} is for models that {auto} loads ({given}), but this checkpoint is a {named}; "
             f"{_INSTEAD}"
         )
     return auto, given
 
 
 def _class_names(config: PreTrainedConfig) -> tuple[str, str | None, str | None]:
-    """The auto class for a config, the class that it gives, if any, and the class that config.json names."""
+    """The auto class for a config, the class that it returns, if any, and the class in config.json."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     auto = auto_class(config).__name__
-    tables = {
+    tables: dict[str, Any] = {
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
         "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }

@@ -1,4 +1,4 @@
-"""Checkpoint to checkpoint: the same weights, with MoBA in the config."""
+"""Converts a checkpoint: the weights stay the same, and the config turns MoBA on."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Target:
-    """What is to be made.
+    """What to create.
 
     Attributes:
         path: the folder.
         changes: what the conversion changes.
-        card: what the model card says beside them.
+        card: further contents of the model card.
         overwrite: replace the folder if it is a checkpoint.
     """
 
@@ -75,31 +75,32 @@ def convert_checkpoint(
     """Writes `src` as a checkpoint that transformers loads with MoBA, and returns its folder.
 
     A folder of safetensors is copied byte for byte, without version control, caches and the state of training
-    runs. Only config.json changes, which gains `moba` (in the text config) and `attn_implementation`, and the
-    model card README.md, which gains a part about MoBA. A GGUF file is dequantised and saved with its
-    tokenizer. The file moba_hf.json says what was written. Everything is checked before anything is written,
-    and the source again afterwards; the result appears under its name only when it is whole. After an error
-    nothing is left beside it; after a kill the next run tidies up.
+    runs. Only two files change: config.json gets `moba` (in the text config) and `attn_implementation`, and
+    the model card README.md gets a section about MoBA. A GGUF file is dequantised and saved with its
+    tokenizer. moba_hf.json records what was written. All inputs are checked before anything is written, and
+    the source is checked again afterwards. The result gets its name only when it is complete. An error leaves
+    nothing behind; if the process is killed, the next run cleans up.
 
     Args:
         src: folder with config.json and safetensors, a .gguf file, or "owner/name" of a model in the Hugging
             Face cache. Nothing is downloaded.
-        dst: folder to make.
-        config: the settings to store; its `backend` is not stored.
+        dst: folder to create.
+        config: the settings to store, except for `backend`.
         overwrite: replace `dst`, in one step, if it is a checkpoint and nothing else.
-        link: share the weight files of `src` through hard links instead of copying them, where the file
-            system can. Changing such a file in place then changes both.
-        dtype: for a GGUF file what to save the weights as: "float32" (default, exact), "bfloat16" or
+        link: hard-link the weight files of `src` instead of copying them, if the file system supports it.
+            Modifying such a file in place then changes both.
+        dtype: for a GGUF file, the dtype to save the weights in: "float32" (default, exact), "bfloat16" or
             "float16" (half the size, rounded).
-        context: a longer context to write into the config as well; None: as it is.
-        remote_code: write the module by which `from_pretrained(dst, trust_remote_code=True)` loads the
-            checkpoint with MoBA without `import moba_hf`. Refused where `src` brings code of its own.
-        eval_results: JSON file of `moba-hf eval` about these settings, for the model card.
-        command: the command line that the model card names; None: this call.
+        context: a longer context to write into the config; None: unchanged.
+        remote_code: write the module that lets `from_pretrained(dst, trust_remote_code=True)` load the
+            checkpoint with MoBA without `import moba_hf`. Refused if `src` contains code.
+        eval_results: JSON file of `moba-hf eval` with these settings, for the model card.
+        command: the command line to show in the model card; None: this call.
 
     Raises:
-        ValueError: a source, a target, settings or results that cannot be used; the message names the file.
-        OSError: the file system refused.
+        ValueError: the source, the target, the settings or the results cannot be used; the message names the
+            file.
+        OSError: a file cannot be read or written.
     """
     source, path = find_source(src), Path(dst).resolve()
     recover_folders(path.parent)
@@ -116,16 +117,18 @@ def convert_checkpoint(
     target = _Target(path, changes, card, overwrite)
     if source.is_dir():
         if dtype is not None:
-            raise ValueError(f"{source}: dtype is for GGUF files; a folder of safetensors is copied as it is")
+            raise ValueError(
+                f"{source}: dtype is for GGUF files; a folder of safetensors is copied unchanged"
+            )
         _convert_folder(source, target, link=link)
     elif is_gguf(source):
         if link:
             raise ValueError(f"{source}: a GGUF file is dequantised, so there is nothing to link")
         _convert_gguf(source, target, dtype or DTYPES[0])
     elif source.suffix == ".gguf" and source.is_file():
-        raise ValueError(f"{source}: damaged GGUF file (it does not begin as one)")
+        raise ValueError(f"{source}: damaged GGUF file (it does not begin like one)")
     else:
-        raise ValueError(f"{source}: is not a GGUF file; to convert safetensors pass their folder")
+        raise ValueError(f"{source}: is not a GGUF file; to convert safetensors, pass their folder")
     return path
 
 
@@ -140,7 +143,7 @@ def _convert_folder(source: Path, target: _Target, *, link: bool) -> None:
     check_complete(source, config)
     _check_apart(source, target.path)
     if inside := [path for path in tree.files if target.path in (source / path).resolve().parents]:
-        raise ValueError(f"{target.path}: holds the file that {source / inside[0]} links to")
+        raise ValueError(f"{target.path}: contains the file that {source / inside[0]} links to")
     check_target(target.path, overwrite=target.overwrite)
     converted = target.changes.apply(values, config)
     written = {Path(name) for name in (CONFIG, RECORD, CARD)}
@@ -172,7 +175,7 @@ def _convert_gguf(source: Path, target: _Target, dtype: str) -> None:
     with new_folder(target.path, overwrite=target.overwrite) as folder:
         try:
             model.save_pretrained(folder)
-        except SafetensorError as error:  # how it reports a full disk
+        except SafetensorError as error:  # for example, the disk is full
             raise OSError(f"{folder}: cannot be written ({error})") from error
         tokenizer.save_pretrained(folder)
         values = read_json_object(folder / CONFIG)
@@ -183,7 +186,7 @@ def _convert_gguf(source: Path, target: _Target, dtype: str) -> None:
 
 
 def _check_usable(path: Path, config: PreTrainedConfig, moba: MobaConfig) -> None:
-    """Raises ValueError, naming `path`, unless MoBA can run in some layer of the model."""
+    """Raises ValueError, naming `path`, if no layer of the model can use MoBA with these settings."""
     try:
         adapter = check_config(config, moba)
     except ValueError as error:
@@ -197,10 +200,10 @@ def _check_usable(path: Path, config: PreTrainedConfig, moba: MobaConfig) -> Non
 
 
 def _check_copy(folder: Path, tree: Tree, skip: Collection[Path]) -> None:
-    """Raises ValueError unless `folder` holds the files of `tree`, and those in `skip`."""
+    """Raises ValueError if `folder` does not contain exactly the files of `tree` and `skip`."""
     made = scan(folder).files
     if gone := sorted((set(tree.files) | set(skip)) ^ set(made)):
-        raise ValueError(f"{folder / gone[0]}: came or went while {folder} was written")
+        raise ValueError(f"{folder / gone[0]}: was added or removed while {folder} was written")
     for name, found in tree.files.items():
         if name not in skip and made[name].st_size != found.st_size:
             raise ValueError(f"{folder / name}: changed while it was written")
@@ -213,7 +216,7 @@ def _write_about(
     source_card: str | None,
     left_out: Sequence[Path],
 ) -> None:
-    """Writes the model card, the module if one is wanted, and the record of what was made of what."""
+    """Writes the model card, the module (if wanted), and the record of the conversion."""
     card = replace(target.card, loader=loading_class(config))
     section = card.section(target.changes)
     (folder / CARD).write_bytes(card.text(source_card, section).encode())
@@ -235,7 +238,7 @@ def _write_about(
 
 
 def _call(source: str, target: str, changes: Changes, dtype: str | None) -> str:
-    """The call of `convert_checkpoint` that makes these changes, by the names of the folders alone."""
+    """The call of `convert_checkpoint` that makes these changes, with the names of the folders only."""
     options = {"dtype": dtype, "context": changes.context, "remote_code": changes.remote_code}
     arguments = [repr(source), repr(target), config_call(changes.moba)]
     arguments += [f"{name}={value!r}" for name, value in options.items() if value]
@@ -243,16 +246,16 @@ def _call(source: str, target: str, changes: Changes, dtype: str | None) -> str:
 
 
 def _check_apart(source: Path, target: Path) -> None:
-    """Raises ValueError when one of the two lies in the other."""
+    """Raises ValueError if the two are the same or one contains the other."""
     source = source.resolve()
     if _is_same(source, target):
         raise ValueError(f"{target}: is the source itself; choose another target")
     if any(_is_same(source, parent) for parent in target.parents):
-        raise ValueError(f"{target}: lies inside the source {source}; choose another target")
+        raise ValueError(f"{target}: is inside the source {source}; choose another target")
     if any(_is_same(target, parent) for parent in source.parents):
-        raise ValueError(f"{target}: holds the source {source}; choose another target")
+        raise ValueError(f"{target}: contains the source {source}; choose another target")
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Whether two resolved paths are one place, also where letter case or a bind mount tells them apart."""
+    """Whether two resolved paths are the same place, even if they differ by letter case or a bind mount."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))

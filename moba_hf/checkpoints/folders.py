@@ -1,8 +1,8 @@
-"""Folders that appear whole or not at all, and faithful copies of a folder's files.
+"""Creates folders atomically, and copies the files of a folder exactly.
 
-A new folder is made inside a working folder beside its target, `.moba-hf-XXXXXXXX`: `mkdtemp` names it, and
-a lock in it is held as long as its process lives. Only that process deletes it or, once the lock is free, the
-next one that comes by. The finished folder takes its place in one step.
+A new folder is first built in a working folder next to its target, `.moba-hf-XXXXXXXX`, with a name from
+`mkdtemp` and a lock that its process holds while it lives. Only that process deletes the working folder, or,
+after the lock is free, a later process. The finished folder is moved to its target in one step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moba_hf.progress import progress_bar
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # not a POSIX system: there nobody tidies up after others
+except ImportError:  # not a POSIX system: processes do not clean up after others
     flock = None  # type: ignore[assignment]
 
 _PREFIX = ".moba-hf-"
@@ -38,7 +38,7 @@ _LOCK, _NEW, _OLD = "lock", "new", "old"
 _NOREPLACE, _EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _UNABLE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM)
-# Files about the source as a place, and the state of a training run: no part of a model.
+# Version control, caches and the state of a training run, which are not part of a model.
 _LEFT_OUT_FOLDERS = (
     *(".git", ".cache", "checkpoint-[0-9]*", "global_step[0-9]*"),
     *("optimizer_[0-9]*", "pytorch_model_fsdp_[0-9]*"),
@@ -47,20 +47,20 @@ _LEFT_OUT_FILES = (
     *(".git", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
     *("trainer_state.json", "training_args.bin", "zero_to_fp32.py"),
 )
-# Files that nobody edits in place, so that sharing them through a hard link is safe.
+# Files that are not edited in place, so that a hard link is safe.
 _LINKED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-# Bytes copied at once: an interrupt waits no longer than that.
+# Number of bytes copied at a time; an interrupt waits for at most one such copy.
 _CHUNK = 1 << 26
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What lies below a folder, paths relative to it.
+    """The contents of a folder, with paths relative to it.
 
     Attributes:
-        files: every file, and what the system says about it; links to files count as files.
-        folders: every folder, empty ones too, and its permissions.
-        left_out: files and folders that `scan` does not take.
+        files: every file with its `stat` result; links to files count as files.
+        folders: every folder, also empty ones, with its permissions.
+        left_out: files and folders that `scan` skipped.
     """
 
     files: dict[Path, os.stat_result] = field(default_factory=dict)
@@ -69,10 +69,10 @@ class Tree:
 
 
 def scan(folder: Path) -> Tree:
-    """The files below `folder`, without version control, caches and the state of training runs.
+    """The files in `folder`, without version control, caches and the state of training runs.
 
     Raises:
-        ValueError: a link to a folder, a broken link, or something that is neither file nor folder.
+        ValueError: there is a link to a folder, a broken link, or something that is neither file nor folder.
     """
     tree = Tree(folders={Path(): stat.S_IMODE(folder.stat().st_mode)})
 
@@ -85,7 +85,7 @@ def scan(folder: Path) -> Tree:
                 continue
             if path.is_symlink() and not path.is_file():
                 what = (
-                    "a link to a folder; replace it by the folder itself"
+                    "a link to a folder; replace it with the folder itself"
                     if path.is_dir()
                     else "a broken link"
                 )
@@ -104,14 +104,14 @@ def scan(folder: Path) -> Tree:
 
 
 def copy_tree(source: Path, tree: Tree, target: Path, *, skip: Collection[Path], link: bool = False) -> None:
-    """Makes `target`, an empty folder, hold what `tree` found in `source`, permissions included.
+    """Copies the files of `tree` from `source` to `target`, an empty folder, including permissions.
 
     Args:
         skip: files that are not copied.
-        link: share weight files through hard links where that can be.
+        link: use hard links for weight files if possible.
 
     Raises:
-        ValueError: a file is not the one that was found.
+        ValueError: a file has changed since the scan.
     """
     for name, mode in tree.folders.items():
         (target / name).mkdir(exist_ok=True)
@@ -130,24 +130,26 @@ def copy_file(
     link: bool = False,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Makes `target` hold the bytes and permissions of `source`, following links, at the least cost.
+    """Copies bytes and permissions of `source` to `target`, following links.
 
-    The blocks are shared where the file system can (a reflink). With `link=True` a hard link for weight
-    files; where that cannot be, as across file systems, a copy.
+    The copy shares blocks if the file system supports it (a reflink). With `link=True`, weight files are
+    hard-linked if possible (not across file systems).
 
     Args:
-        advance: called with the number of bytes, as they are copied.
+        found: `stat` result of the scan.
+        link: hard-link weight files.
+        advance: called with the number of bytes after each step.
 
     Raises:
-        ValueError: `source` is not the file that was `found`.
+        ValueError: `source` has changed since the scan.
     """
     if link and source.resolve().suffix in _LINKED_SUFFIXES:
-        with suppress(OSError):  # another file system, too many links, not permitted: copy
+        with suppress(OSError):  # another file system, too many links, or not permitted: copy instead
             target.hardlink_to(source.resolve())
             check_same(source, found, target.stat())
             advance(found.st_size)
             return
-    # A pipe that has taken the file's place must not be waited for.
+    # Do not block if the file has been replaced by a pipe.
     reading = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(reading, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
         check_same(source, found, os.fstat(reading))
@@ -156,23 +158,23 @@ def copy_file(
 
 
 def check_unchanged(source: Path, tree: Tree) -> None:
-    """Raises ValueError unless `source` still holds the files that `tree` found, as they were."""
+    """Raises ValueError if the files of `source` have changed since `tree` was scanned."""
     now = scan(source)
     if changed := sorted(set(now.files) ^ set(tree.files)):
-        raise ValueError(f"{source / changed[0]}: came or went while {source} was read")
+        raise ValueError(f"{source / changed[0]}: was added or removed while {source} was read")
     for name, found in tree.files.items():
         check_same(source / name, found, now.files[name])
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raises ValueError, naming the reason, when `new_folder` cannot make `target`."""
+    """Raises ValueError with the reason if `new_folder` cannot create `target`."""
     if target.exists():
         if not target.is_dir():
             raise ValueError(f"{target}: exists and is not a folder")
         if not overwrite:
             raise ValueError(f"{target}: exists already; --overwrite (overwrite=True) replaces it")
         if reason := _no_checkpoint(target):
-            raise ValueError(f"{target}: will not be overwritten, as it {reason}; remove it yourself")
+            raise ValueError(f"{target}: will not be overwritten, because it {reason}; remove it yourself")
         if _is_mounted(target):
             raise ValueError(
                 f"{target}: is a mount point, which cannot be replaced; choose a folder inside it"
@@ -186,17 +188,17 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder, which becomes `target` in one step when the block ends well.
+    """Yields an empty folder, which becomes `target` in one step if the block succeeds.
 
-    Missing parents are made. If the block fails, nothing new stays and an older `target` stays as it was.
-    After a kill the working folder stays until `recover_folders` finds it.
+    Missing parents are created. If the block fails, nothing new remains and an existing `target` is
+    unchanged. If the process is killed, the working folder remains until `recover_folders` finds it.
 
     Args:
-        target: absolute path of the folder to make; `check_target` has accepted it.
-        overwrite: replace an existing `target`, which is removed last.
+        target: absolute path of the folder to create, already accepted by `check_target`.
+        overwrite: replace an existing `target`, which is deleted last.
 
     Raises:
-        ValueError: `target` has come to be meanwhile, and is not to be overwritten.
+        ValueError: `target` has been created in the meantime and must not be overwritten.
     """
     parents = [path for path in target.parents if not path.exists()]
     work, lock = _working_folder(target)
@@ -207,15 +209,15 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         _discard(work, lock)
         for path in parents:
-            with suppress(OSError):  # not empty: the target is there, or somebody else's files
+            with suppress(OSError):  # not empty: it contains the target or other files
                 path.rmdir()
 
 
 def recover_folders(parent: Path) -> None:
-    """Tidies up after processes that were killed while making a folder in `parent`.
+    """Cleans up after processes that were killed while they were creating a folder in `parent`.
 
-    What they had half written is removed. An older target that stood aside is put back where its place is
-    free. The working folders of living processes are left alone.
+    Unfinished folders are removed. An old target that had been moved aside is moved back if its name is free.
+    Working folders of running processes are not touched.
     """
     if flock is None or not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK):
         return
@@ -223,9 +225,9 @@ def recover_folders(parent: Path) -> None:
         if work.is_symlink() or not work.is_dir():
             continue
         with suppress(OSError):
-            work.rmdir()  # killed before it had a lock; fails where anything is in it
+            work.rmdir()  # its process was killed before it had a lock; fails if the folder is not empty
             continue
-        with suppress(OSError):  # no lock, or a living one
+        with suppress(OSError):  # no lock, or a lock in use
             if not {path.name for path in work.iterdir()} <= {_LOCK, _NEW, _OLD}:
                 continue
             lock = open(work / _LOCK, "r+b")  # noqa: SIM115 (closed by _discard)
@@ -241,7 +243,7 @@ def recover_folders(parent: Path) -> None:
 
 
 def _working_folder(target: Path) -> tuple[Path, IO[bytes]]:
-    """A fresh working folder for `target` and its lock, which is held until it is closed."""
+    """A new working folder for `target`, and its lock, which is held until it is closed."""
     for attempt in range(100):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -256,16 +258,16 @@ def _working_folder(target: Path) -> tuple[Path, IO[bytes]]:
         except (FileNotFoundError, BlockingIOError):
             if attempt == 99:
                 raise
-            # else another process took it for a dead one's before it was locked
+            # otherwise another process has removed it, before it was locked
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
                 raise
-            return work, lock  # a file system without locks, where nobody tidies up either
+            return work, lock  # a file system without locks: other processes do not clean up either
     raise AssertionError("the last attempt returns or raises")
 
 
 def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
-    """Gives `work/new` the name `target`; what had that name is in `work` afterwards."""
+    """Moves `work/new` to `target`; a previous `target` is in `work` afterwards."""
     try:
         if not _rename(work / _NEW, target, _NOREPLACE):
             if os.path.lexists(target):
@@ -275,7 +277,7 @@ def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-    check_target(target, overwrite=overwrite)  # again: it may have come or changed meanwhile
+    check_target(target, overwrite=overwrite)  # again, because it may have changed in the meantime
     if not _rename(work / _NEW, target, _EXCHANGE):
         os.rename(target, work / _OLD)
         try:
@@ -283,11 +285,11 @@ def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
         except BaseException:
             os.rename(work / _OLD, target)
             raise
-        os.rename(work / _OLD, work / _NEW)  # half deleted it must not come back as the target
+        os.rename(work / _OLD, work / _NEW)  # so that `recover_folders` never restores it half deleted
 
 
 def _rename(source: Path, target: Path, flags: int) -> bool:
-    """renameat2 of Linux; False where the system or the file system does not have it."""
+    """Calls renameat2 of Linux; returns False if the system or the file system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False
@@ -300,7 +302,7 @@ def _rename(source: Path, target: Path, flags: int) -> bool:
 
 
 def _discard(work: Path, lock: IO[bytes]) -> None:
-    """Removes a working folder of one's own, the lock last; says so where that is not allowed."""
+    """Removes our own working folder, the lock last; warns if that fails."""
     for path in (work / _NEW, work / _OLD):
         for root, folders, _ in os.walk(path):
             for name in [root, *(os.path.join(root, folder) for folder in folders)]:
@@ -319,29 +321,29 @@ def _discard(work: Path, lock: IO[bytes]) -> None:
 
 
 def _no_checkpoint(folder: Path) -> str:
-    """Why a folder is more, or something else, than a checkpoint that may be replaced; "": it is one."""
+    """Why a folder is not just a checkpoint, so must not be replaced; "" if it is one."""
     names = {path.name for path in folder.iterdir()}
     if not names:
         return ""
     if "config.json" not in names:
-        return "holds no config.json"
+        return "contains no config.json"
     if ".git" in names:
-        return "holds a .git"
+        return "contains a .git"
     with suppress(ValueError):
         known = read_json_object(folder / RECORD).get("files")
         if isinstance(known, dict) and all(str(path) in known for path in scan(folder).files):
             return ""
     try:
         if "model_type" not in read_json_object(folder / "config.json"):
-            return "holds a config.json that is no model's"
+            return "contains a config.json that is not of a model"
     except ValueError as error:
-        return f"holds no readable config.json ({error})"
+        return f"contains no readable config.json ({error})"
     inner = next((path.parent for path in folder.glob("*/**/config.json")), None)
-    return "" if inner is None else f"holds another checkpoint ({inner.relative_to(folder)})"
+    return "" if inner is None else f"contains another checkpoint ({inner.relative_to(folder)})"
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Whether `folder` is a mount point, also of a part of its own file system."""
+    """Whether `folder` is a mount point, including bind mounts."""
     if os.path.ismount(folder):
         return True
     try:
@@ -356,7 +358,7 @@ def _is_mounted(folder: Path) -> bool:
 
 
 def check_same(path: Path, found: os.stat_result, now: os.stat_result) -> None:
-    """Raises ValueError unless both say the same about `path`; its name, links and reading do not count."""
+    """Raises ValueError if `path` differs in two `stat` results, except for name, links and access time."""
 
     def signature(s: os.stat_result) -> tuple[int, ...]:
         return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, stat.S_IFMT(s.st_mode)
@@ -366,7 +368,7 @@ def check_same(path: Path, found: os.stat_result, now: os.stat_result) -> None:
 
 
 def _copy_bytes(reader: IO[bytes], writer: IO[bytes], advance: Callable[[int], Any]) -> None:
-    """Copies a file from where both stand; on Linux inside the system, which shares blocks where it can."""
+    """Copies the rest of a file; on Linux in the kernel, which shares blocks if possible."""
     if hasattr(os, "copy_file_range"):
         try:
             while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):

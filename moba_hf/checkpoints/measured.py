@@ -1,4 +1,4 @@
-"""What a setting costs, as a table for the model card, from the results of `moba-hf eval`."""
+"""A table for the model card of what a setting costs, from the results of `moba-hf eval`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def measured_cost(path: Path, moba: MobaConfig) -> str:
     """Loss, attended pairs, agreement with dense attention and tasks, as a markdown table.
 
     Args:
-        path: a file of what `moba-hf eval --json` prints and `--out` writes.
-        moba: the settings whose results are wanted; `backend` does not count.
+        path: a file with the output of `moba-hf eval --json` or `--out`.
+        moba: the settings to look up; `backend` is ignored.
 
     Raises:
-        ValueError: the file is something else, or holds nothing of these settings; it is named.
+        ValueError: the file is something else or has no results for these settings; the message names it.
     """
     results = read_json_object(path)
     try:
@@ -33,17 +33,17 @@ def measured_cost(path: Path, moba: MobaConfig) -> str:
         raise ValueError(f"{path}: is not what 'moba-hf eval --json' prints ({what})") from error
     if name is None:
         raise ValueError(
-            f"{path}: has no results for the settings to write ({moba.in_words()}); it has those of "
+            f"{path}: has no results for the settings to write ({moba.in_words()}), only for "
             f"{', '.join(map(str, settings))}"
         )
     if not rows:
-        raise ValueError(f"{path}: has neither losses, nor agreement, nor tasks for {name!r}")
+        raise ValueError(f"{path}: has no losses, agreement or tasks for {name!r}")
     lines = [_HEAD, ("---",) * len(_HEAD), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plain(name: object) -> str:
-    """A name without what markdown, or a terminal, would take for something else."""
+    """Replaces characters of a name that are special in Markdown or on a terminal."""
     return "".join(char if char.isprintable() and char not in "<>|`" else "_" for char in str(name))
 
 
@@ -62,7 +62,7 @@ def _text_rows(results: Mapping[str, Any], name: str, dense: str | None) -> Iter
             yield what, "-", f"{found['top1']:.1%}; {found['kl']:.4f}"
         share = results.get("keys", {}).get(text, {}).get(name, (None, None))[1]
         if share is not None:
-            yield f"{title}: pairs of query and key attended", "100.0%", f"{share:.1%}"
+            yield f"{title}: attended query-key pairs", "100.0%", f"{share:.1%}"
 
 
 def _task_rows(results: Mapping[str, Any], name: str, dense: str | None) -> Iterator[tuple[str, str, str]]:

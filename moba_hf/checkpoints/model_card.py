@@ -1,7 +1,7 @@
-"""README.md of a converted checkpoint: the card of its source, and a part that says what MoBA is set to.
+"""README.md of a converted checkpoint: the card of its source plus a section about its MoBA settings.
 
-Our part stands between two marks. A card that the source has is kept around it byte for byte, but for entries
-that its front matter lacks. A further conversion replaces the part, and nothing else.
+Our section is between two marks. The rest of the source's card is kept byte for byte, except that missing
+entries are added to its front matter. Another conversion replaces only our section.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from moba_hf.hf.loading import RECORD
 CARD = "README.md"
 _TAG = "moba"
 _OPENS, _END = "<!-- moba-hf: begin", "<!-- moba-hf: end -->"
-_BEGIN = f"{_OPENS}; converting the checkpoint again replaces this part -->"
+_BEGIN = f"{_OPENS}; converting the checkpoint again replaces this section -->"
 _BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What our part of a card says beside the settings.
+    """The contents of our section of a card, apart from the settings.
 
     Attributes:
-        source: name of what was converted.
+        source: name of the source.
         made_by: the commands or calls that made the checkpoint, in order.
-        weights: what became of the weights of the source.
+        weights: what happened to the weights of the source.
         loader: the class of transformers that loads the checkpoint.
-        base_model: "owner/name" of the source on the Hub, for the metadata; "": not known.
-        cost: a markdown table of what was measured, "" for none.
+        base_model: "owner/name" of the source on the Hub, for the metadata; "": unknown.
+        cost: a Markdown table of measurements; "": none.
     """
 
     source: str
@@ -50,12 +50,12 @@ class Card:
     cost: str = ""
 
     def section(self, changes: Changes) -> str:
-        """Our part of the card, from mark to mark, for a checkpoint with these changes."""
+        """Our section of the card, including its marks, for a checkpoint with these changes."""
         moba = changes.moba
         parts = [
             _BEGIN,
             "## MoBA",
-            f"`{plain(self.source)}`, {self.weights}, set to run MoBA (Mixture of Block Attention, "
+            f"`{plain(self.source)}`, {self.weights}, set up to use MoBA (Mixture of Block Attention, "
             "[arXiv 2502.13189](https://arxiv.org/abs/2502.13189)) with the package `moba_hf`.",
             " ".join(_words(changes)),
             f"`moba` in `config.json`:\n\n{_fenced('json', json.dumps(moba.to_dict(), indent=2))}",
@@ -63,7 +63,7 @@ class Card:
             *_loading(self.loader, changes.remote_code),
         ]
         if self.cost:
-            parts += ["### What it costs", self.cost, "Measured by `moba-hf eval` with these settings."]
+            parts += ["### What it costs", self.cost, "Measured with `moba-hf eval` for these settings."]
         parts += [
             "### How it was made",
             *(_fenced(_language(call), plain(call)) for call in self.made_by),
@@ -72,19 +72,19 @@ class Card:
         return "\n\n".join(parts)
 
     def metadata(self) -> dict[str, Any]:
-        """Entries of the front matter."""
+        """Our entries of the front matter."""
         named = {"base_model": self.base_model} if self.base_model else {}
         return {"library_name": "transformers", **named, "tags": [_TAG]}
 
     def text(self, source_text: str | None, section: str) -> str:
-        """The whole card.
+        """The complete card.
 
         Args:
             source_text: the card of the source; None: it has none.
-            section: our part.
+            section: our section.
 
         Raises:
-            ValueError: `source_text` holds a part of ours that is not whole.
+            ValueError: the marks of our section in `source_text` are incomplete.
         """
         given = source_text or ""
         mark = _BOM if given.startswith(_BOM) else ""
@@ -99,14 +99,14 @@ class Card:
         return mark + front + newline + section + newline + gap + rest
 
     def record(self, section: str) -> dict[str, Any]:
-        """What `recorded` reads: entries of the record of a folder."""
+        """The entries of a folder's record that `recorded` reads."""
         known = {name: value for name, value in asdict(self).items() if value}
         source = known.pop("source")
         return {"source": source, "card": {**known, "sha256": _digest(section)}}
 
     @classmethod
     def recorded(cls, folder: Path) -> tuple[Card, str] | None:
-        """What the card of a converted folder was made from, and the hash of our part; None: it has no card.
+        """The `Card` of a converted folder and the hash of our section; None: the folder has no card.
 
         Raises:
             ValueError: the record of the folder is damaged.
@@ -120,39 +120,41 @@ class Card:
             digest = found.pop("sha256")
             return cls(**{**found, "made_by": tuple(map(str, found["made_by"]))}), digest
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: its card is none ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{path}: its entry 'card' is invalid ({type(error).__name__}: {error})"
+            ) from error
 
 
 def read_card(folder: Path) -> str | None:
     """The card in a folder; None: there is none.
 
     Raises:
-        ValueError: it is no text in UTF-8, or holds a part of ours that is not whole.
+        ValueError: it is not UTF-8 text, or the marks of our section are incomplete.
     """
     path = folder / CARD
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; the model card has this name")
+        raise ValueError(f"{path}: is a folder, but the model card needs this name")
     if not path.exists():
         return None
     try:
         text = path.read_bytes().decode()
         _find_section(text)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
+        raise ValueError(f"{path}: is not UTF-8 text ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return text
 
 
 def check_card(folder: Path, source: Path | None) -> bool:
-    """Whether the conversion wrote a card into `folder`, which then is as it must be.
+    """Returns whether the conversion wrote a card into `folder`, and if so, checks the card.
 
     Args:
         folder: the converted folder.
-        source: the folder of the source; None: a source that has no card.
+        source: the folder of the source; None: a source without a card.
 
     Raises:
-        ValueError: our part is not the recorded one, or the rest is not the card of the source.
+        ValueError: our section is not the recorded one, or the rest is not the card of the source.
     """
     recorded, path = Card.recorded(folder), folder / CARD
     if recorded is None:
@@ -164,27 +166,27 @@ def check_card(folder: Path, source: Path | None) -> bool:
     place = _find_section(text)
     section = "" if place is None else text[slice(*place)].replace("\r\n", "\n")
     if _digest(section) != digest:
-        raise ValueError(f"{path}: the part between the marks of moba-hf is not the one that was written")
+        raise ValueError(f"{path}: the section between the moba-hf marks has been changed")
     if text != card.text(None if source is None else read_card(source), section):
-        raise ValueError(f"{path}: differs from the source outside the marks of moba-hf")
+        raise ValueError(f"{path}: differs from the source outside the moba-hf marks")
     return True
 
 
 def with_settings(folder: Path, moba: MobaConfig, call: str) -> dict[Path, str]:
-    """The texts of the files of a converted folder that name its settings, for other ones.
+    """The new contents of the files that name the settings of a converted folder, for other settings.
 
-    What was measured is left out, since it belongs to the earlier settings.
+    Measurements are omitted, because they belong to the previous settings.
 
     Args:
         folder: the converted folder.
-        moba: the new settings, which its config.json gets.
-        call: what sets them.
+        moba: the new settings, which are also written to config.json.
+        call: the command or call that sets them.
 
     Returns:
-        Text by path; empty where no conversion wrote a card, or our part was removed from it.
+        Text by path; empty if no conversion wrote a card or our section was removed from it.
 
     Raises:
-        ValueError: card or record are damaged.
+        ValueError: the card or the record is damaged.
     """
     recorded, text = Card.recorded(folder), read_card(folder)
     if recorded is None or text is None or _find_section(text) is None:
@@ -199,7 +201,7 @@ def with_settings(folder: Path, moba: MobaConfig, call: str) -> dict[Path, str]:
 
 
 def config_call(moba: MobaConfig) -> str:
-    """The Python expression of settings, without `backend`, which no checkpoint stores."""
+    """A Python expression for the settings, without `backend`, which is not stored in checkpoints."""
     values = {
         one.name: (getattr(moba, one.name), one.default) for one in fields(moba) if one.name != "backend"
     }
@@ -212,17 +214,17 @@ def _digest(section: str) -> str:
 
 
 def _find_section(text: str) -> tuple[int, int] | None:
-    """Where our part begins and ends; None: there is none. ValueError: its marks do not go together."""
+    """Begin and end of our section; None: there is none. Raises ValueError if its marks do not match."""
     begin, end = text.find(_OPENS), text.find(_END)
     if begin < 0 and end < 0:
         return None
     if not 0 <= begin < end or text.count(_OPENS) != 1 or text.count(_END) != 1:
-        raise ValueError(f"the marks '{_OPENS} ... -->' and '{_END}' must stand there once, in this order")
+        raise ValueError(f"the marks '{_OPENS} ... -->' and '{_END}' must occur once, in this order")
     return begin, end + len(_END)
 
 
 def _with_front_matter(text: str, wanted: dict[str, Any], newline: str) -> tuple[str, str]:
-    """The front matter of a card with the `wanted` entries that it lacks, and the rest of the card."""
+    """The front matter of a card, with the missing `wanted` entries added, and the rest of the card."""
     found = REGEX_YAML_BLOCK.search(text)
     if found is None:
         return f"---{newline}{ModelCardData(**wanted).to_yaml(newline)}{newline}---{newline}", text
@@ -231,10 +233,10 @@ def _with_front_matter(text: str, wanted: dict[str, Any], newline: str) -> tuple
 
 
 def _completed(block: str, wanted: dict[str, Any], newline: str) -> str:
-    """The YAML of a front matter with the entries it lacks.
+    """Adds missing entries to the YAML of a front matter.
 
-    Lines are added and none is rewritten: reading and writing YAML loses comments, and turns the language
-    "no" into `false`. Where a line cannot be added the block stays as it is.
+    Lines are only added, not rewritten, because parsing and dumping YAML loses comments and turns the
+    language "no" into `false`. If a line cannot be added, the block stays unchanged.
     """
     known = _metadata(block)
     if known is None:
@@ -257,10 +259,10 @@ def _completed(block: str, wanted: dict[str, Any], newline: str) -> str:
 
 
 def _metadata(block: str) -> dict[str, Any] | None:
-    """The entries of a front matter; None: it is not valid."""
+    """The entries of a front matter; None: it is invalid."""
     try:
         found: dict[str, Any] = ModelCard(f"---\n{block}\n---\n", ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # of YAML, of values of a wrong type, of names that are none
+    except Exception:  # invalid YAML, values of a wrong type, invalid names
         return None
     return found
 
@@ -271,40 +273,40 @@ def _words(changes: Changes) -> list[str]:
     if moba.tile > 1:
         most = "" if moba.topk is None else f", at most {moba.topk}"
         found = [
-            f"Tiles of {moba.tile} neighbouring queries share one choice of blocks of {moba.block_size:,} "
-            f"tokens: those with at least {moba.threshold:g} times the largest attention mass{most}. This is "
-            "not the paper's MoBA."
+            f"Each tile of {moba.tile} neighbouring queries attends to the blocks of {moba.block_size:,} "
+            f"tokens with at least {moba.threshold:g} times the largest attention mass{most}. This is not "
+            "the paper's MoBA."
         ]
-        found += [f"One query in {moba.sample} chooses for its tile."] if moba.sample > 1 else []
+        found += [f"One query in {moba.sample} is used to choose for its tile."] if moba.sample > 1 else []
         found += (
-            [f"Queries before position {moba.dense_below:,} attend every key."] if moba.dense_below else []
+            [f"Queries before position {moba.dense_below:,} attend to every key."] if moba.dense_below else []
         )
     else:
         found = [
-            f"A query attends at most {moba.topk} blocks of {moba.block_size:,} tokens, its own included."
+            f"A query attends to at most {moba.topk} blocks of {moba.block_size:,} tokens, including its own."
         ]
         if moba.gate != "mean":
             found += [f"Blocks are scored by their {moba.gate}, which is not the paper's MoBA."]
     kept = [("first", moba.sink_blocks), ("preceding", moba.local_blocks)]
     always = " and ".join(f"the {count} {name}" for name, count in kept if count)
-    found += [f"Always among them: {always}."] if always else []
+    found += [f"Always attended: {always}."] if always else []
     if moba.full_attention_layers:
         layers = ", ".join(map(str, moba.full_attention_layers))
-        found += [f"Layers that keep full attention: {layers} (negative ones count from the last)."]
+        found += [f"Layers that keep full attention: {layers} (negative numbers count from the last layer)."]
     if moba.layers:
-        found += [f"Layers with values of their own: {', '.join(str(index) for index, _ in moba.layers)}."]
-    reads = "attends every cached key" if moba.decode == "full" else "chooses blocks as well"
+        found += [f"Layers with their own settings: {', '.join(str(index) for index, _ in moba.layers)}."]
+    reads = "attends to every cached key" if moba.decode == "full" else "chooses blocks too"
     found += [f"Reading a prompt is sparse; generating a token {reads}."]
     if changes.context is not None:
         found += [
             f"The context is extended to {changes.context.length:,} tokens (rope: {changes.context.rope}), "
-            "which costs quality until the model is trained on it."
+            "which reduces quality until the model is trained on it."
         ]
     return found
 
 
 def _loading(loader: str, remote_code: bool) -> list[str]:
-    """How the checkpoint is loaded, with and without the package."""
+    """How to load the checkpoint, with and without the package."""
     auto = f"from transformers import {loader}"
     load = f'model = {loader}.from_pretrained("path/to/this/folder"'
     parts = [
@@ -313,7 +315,7 @@ def _loading(loader: str, remote_code: bool) -> list[str]:
     ]
     if remote_code:
         parts += [
-            "The same without the import, by the module in this folder; `moba-hf` must be installed:",
+            "The same without the import, through the module in this folder; `moba-hf` must be installed:",
             _fenced("python", f"{auto}\n\n{load}, trust_remote_code=True)"),
         ]
     return [

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is its source with MoBA turned on, and works."""
+"""Checks that a converted checkpoint is its source with MoBA turned on, and that it works."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ if TYPE_CHECKING:
 
 # Longest prompt of the comparison with dense attention, in tokens.
 _PROMPT = 512
-# Bytes compared at once.
+# Number of bytes compared at a time.
 _CHUNK = 1 << 26
 _TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: "config", "weights", "files", "load" or "logits".
-        passed: whether it is as it must be.
-        detail: what was found, in one line.
+        passed: whether the check passed.
+        detail: the finding, in one line.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The checks in the order they ran; the first that fails is the last."""
+    """The checks in the order in which they ran; after a failed check no other runs."""
 
     checks: tuple[Check, ...]
 
@@ -81,7 +81,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class _Target:
-    """The converted checkpoint, read as far as its config."""
+    """The converted checkpoint and its config."""
 
     folder: Path
     values: dict[str, Any]
@@ -91,15 +91,19 @@ class _Target:
 
 
 def verify_checkpoint(dst: str | Path, source: str | Path) -> VerifyReport:
-    """A report on the converted checkpoint `dst` against the `source` it was made from.
+    """Compares the converted checkpoint `dst` with its `source`.
 
-    Looks at config.json, which must be that of the source with MoBA turned on; at the weights, equal byte
-    for byte to those of the source, or for a GGUF source to its dequantised tensors in the dtype of `dst`; at
-    every other file, which must be in the list that the conversion wrote and equal byte for byte to that of
-    the source, or to what the GGUF file gives; at README.md, which must be that of the source around the part
-    that the conversion wrote; whether transformers loads `dst` with MoBA; and whether its logits (without a
-    head, its hidden states) on random ids that `topk` blocks cover equal those of dense attention, in fp32.
-    Stops at the first check that fails. Holds one model in memory at a time.
+    Stops at the first check that fails, and keeps at most one model in memory. The checks are:
+
+    - config: config.json is that of the source with MoBA turned on.
+    - weights: they are byte-identical to those of the source, or, for a GGUF source, equal to its dequantised
+      tensors in the dtype of `dst`.
+    - files: every other file is in the list that the conversion wrote and byte-identical to that of the
+      source, or to what is saved for a GGUF source. README.md is that of the source, apart from the section
+      that the conversion wrote.
+    - load: transformers loads `dst` with MoBA.
+    - logits: on random ids that `topk` blocks cover, the logits (hidden states if there is no head) equal
+      those of dense attention, in fp32.
 
     Raises:
         ValueError: `dst` is not a folder, or `source` is neither a folder nor a GGUF file.
@@ -139,7 +143,7 @@ def _run(name: str, step: Callable[[], str]) -> Check:
         return Check(name, True, step())
     except (KeyboardInterrupt, MemoryError, ImportError):
         raise
-    except Exception as error:  # what a checkpoint can do wrong has no common class
+    except Exception as error:  # a damaged checkpoint can raise many kinds of errors
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return Check(name, False, " ".join(reason.split()))
 
@@ -163,7 +167,7 @@ def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
 
 
 def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> None:
-    """Raises ValueError, naming the entry, unless two JSON values are the same."""
+    """Raises ValueError, naming the entry, if two JSON values differ."""
     if isinstance(values, dict) and isinstance(wanted, dict):
         for name in sorted({*values, *wanted}):
             if name not in wanted:
@@ -171,8 +175,8 @@ def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> No
             if name not in values:
                 raise ValueError(f"{path}: {where}{name} is missing")
             _compare_values(path, values[name], wanted[name], f"{where}{name}.")
-    elif repr(values) != repr(wanted):  # tells 1 from True, and NaN equals itself
-        raise ValueError(f"{path}: {where.removesuffix('.')} is {values!r}, in the source {wanted!r}")
+    elif repr(values) != repr(wanted):  # distinguishes 1 from True; NaN equals NaN
+        raise ValueError(f"{path}: {where.removesuffix('.')} is {values!r}, but {wanted!r} in the source")
 
 
 def _check_weights(target: _Target, source: Path) -> str:
@@ -180,13 +184,13 @@ def _check_weights(target: _Target, source: Path) -> str:
     if source.is_dir():
         values, _ = read_model_config(source)
         _compare_folders(stored, read_checkpoint(source, values.get("transformers_weights")))
-        return f"{len(stored.tensors)} tensors equal to the source byte for byte"
+        return f"{len(stored.tensors)} tensors byte-identical to the source"
     dtype = _compare_gguf(stored, source)
     return f"{len(stored.tensors)} tensors equal to the dequantised ones in {dtype}"
 
 
 def _check_files(target: _Target, source: Path) -> str:
-    """Compares what is neither weights nor config.json, and the list that the conversion wrote."""
+    """Compares all files except weights and config.json, and the list that the conversion wrote."""
     record = read_json_object(target.folder / RECORD).get("files")
     if not isinstance(record, dict):
         raise ValueError(f"{target.folder / RECORD}: lists no files; 'convert' did not make this folder")
@@ -209,11 +213,11 @@ def _check_files(target: _Target, source: Path) -> str:
             _compare_values(target.folder / CONFIG, _any_version(target.values), _any_version(values))
             wanted = {str(path) for path in scan(place).files} - apart
             _compare_files(target.folder, made - apart, place, wanted)
-    return f"{len(made - apart | own)} other files as they must be"
+    return f"{len(made - apart | own)} other files correct"
 
 
 def _check_own_files(target: _Target, source: Path) -> set[str]:
-    """Names of the model card and the module that the conversion wrote, each as it must be."""
+    """Checks the model card and the module that the conversion wrote, and returns their names."""
     names = {CARD} if check_card(target.folder, source if source.is_dir() else None) else set()
     module = target.changes.module(target.config)
     if module is None:
@@ -224,7 +228,7 @@ def _check_own_files(target: _Target, source: Path) -> set[str]:
 
 
 def _write_without_weights(source: Path, target: _Target, place: Path) -> None:
-    """Writes what the conversion of a GGUF file writes before MoBA is turned on, but for the weights."""
+    """Writes the files of a converted GGUF file before MoBA is turned on, without the weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -239,7 +243,7 @@ def _write_without_weights(source: Path, target: _Target, place: Path) -> None:
 
 
 def _compare_files(folder: Path, names: set[str], source: Path, wanted: set[str]) -> None:
-    """Raises ValueError at the first file that is not the same byte for byte."""
+    """Raises ValueError at the first file that is not byte-identical."""
     for name in sorted(names ^ wanted):
         raise ValueError(f"{folder / name}: {'is missing' if name in wanted else 'is not in the source'}")
     for name in sorted(names):
@@ -265,11 +269,11 @@ def _compare_folders(stored: Checkpoint, original: Checkpoint) -> None:
 
 
 def _compare_tensor(name: str, place: StoredTensor, wanted: StoredTensor, bar: Any) -> None:
-    """Raises ValueError unless both are the same; advances `bar` by the bytes compared."""
+    """Raises ValueError if the tensors differ; advances `bar` by the number of bytes compared."""
     if (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
         raise ValueError(
             f"{place.path}: {name} is {place.dtype} {place.shape}, "
-            f"in the source {wanted.dtype} {wanted.shape}"
+            f"but {wanted.dtype} {wanted.shape} in the source"
         )
     for a, b in zip(_read_chunks(place), _read_chunks(wanted), strict=True):
         if not np.array_equal(a, b):
@@ -278,20 +282,20 @@ def _compare_tensor(name: str, place: StoredTensor, wanted: StoredTensor, bar: A
 
 
 def _size(stored: Checkpoint) -> int:
-    """Bytes of all tensors."""
+    """Total size of all tensors in bytes."""
     return sum(place.end - place.start for place in stored.tensors.values())
 
 
 def _compare_gguf(stored: Checkpoint, source: Path) -> str:
-    """Name of the dtype that a GGUF file was saved in; ValueError at the first difference."""
+    """Compares the weights with a GGUF file and returns their dtype; ValueError at the first difference."""
     import torch
 
     dtypes = {place.dtype for place in stored.tensors.values()}
     if len(dtypes) != 1 or not dtypes <= _TORCH_DTYPES.keys():
-        raise ValueError(f"saved in {', '.join(sorted(dtypes))}, which no conversion from GGUF does")
+        raise ValueError(f"saved in {', '.join(sorted(dtypes))}, which a conversion from GGUF never does")
     for shard, header in stored.shards.items():
         if b'"__metadata__":{"format":"pt"}' not in header:
-            raise ValueError(f"{shard}: its header is not the one transformers writes")
+            raise ValueError(f"{shard}: its header was not written by transformers")
     dtype = _TORCH_DTYPES[dtypes.pop()]
     model = load_gguf_model(source.absolute(), getattr(torch, dtype))
     tensors = model.state_dict()
@@ -309,13 +313,13 @@ def _compare_gguf(stored: Checkpoint, source: Path) -> str:
 
 def _compare_names(stored: set[str], wanted: set[str]) -> None:
     if missing := sorted(wanted - stored):
-        raise ValueError(f"{missing[0]} is missing ({len(missing)} tensors in all)")
+        raise ValueError(f"{missing[0]} is missing ({len(missing)} tensors in total)")
     if extra := sorted(stored - wanted):
-        raise ValueError(f"{extra[0]} is not in the source ({len(extra)} tensors in all)")
+        raise ValueError(f"{extra[0]} is not in the source ({len(extra)} tensors in total)")
 
 
 def _read_chunks(place: StoredTensor) -> Iterator[np.ndarray[Any, Any]]:
-    """The bytes of a tensor, a bounded number at a time."""
+    """Yields the bytes of a tensor in chunks."""
     with place.path.open("rb") as file:
         file.seek(place.start)
         for start in range(place.start, place.end, _CHUNK):
@@ -343,16 +347,16 @@ def _check_logits(model: Any, target: _Target) -> str:
     with progress_bar("comparing logits", 3 * len(modules), " layers") as bar, advanced_by(bar, modules):
         moba, sdpa, eager = (_logits(model, name, ids, target) for name in (NAME, "sdpa", "eager"))
     error, plain = ((x - eager).abs().max().item() for x in (moba, sdpa))
-    # As far from one dense path as another dense path is, twice, and the rounding of the largest logit.
+    # Twice the difference between two dense implementations, plus the rounding of the largest logit.
     bound = 2 * plain + torch.finfo(eager.dtype).eps * eager.abs().max().item()
     found = f"largest difference from dense logits {error:.2g} over {length} tokens"
     if not error <= bound:
-        raise ValueError(f"{found}, more than the {bound:.2g} of rounding")
+        raise ValueError(f"{found}, more than the {bound:.2g} that rounding explains")
     return found
 
 
 def _prompt_length(target: _Target, text: Any) -> int:
-    """Tokens that every MoBA layer attends in full."""
+    """Length of a prompt for which all MoBA layers compute full attention."""
     layers = target.adapter.num_layers(text)
     rules = [target.changes.moba.for_layer(i, layers) for i in range(layers)]
     limits = [rule.dense_len for rule in rules if rule is not None]

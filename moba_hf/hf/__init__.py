@@ -1,1 +1,1 @@
-"""What speaks transformers: the attention and mask functions, caches, adapters, patching, prefill."""
+"""The transformers side: attention and mask functions, caches, adapters, patching, prefill."""

@@ -1,8 +1,8 @@
-"""Adapters: the facts about a model family that MoBA needs, and where they are looked up.
+"""Adapters: the facts about a model family that MoBA needs, and the lookup by model_type.
 
-An adapter copies no `forward`: transformers already dispatches every attention call. It answers which layers
-may use MoBA and why the others may not. Third parties ship theirs under the entry-point group
-`moba_hf.patches`, named by model_type; `patches/README.md` shows one.
+An adapter copies no `forward`, because transformers already dispatches every attention call. It says which
+layers may use MoBA and why the others may not. Third parties publish adapters in the entry-point group
+`moba_hf.patches`, one entry per model_type; `patches/README.md` has an example.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _BUILT_IN = {
     "qwen3_vl_moe_text": "qwen_vl:QwenVLAdapter",
     "qwen3_vl_text": "qwen_vl:QwenVLAdapter",
 }
-# model_type -> why MoBA cannot run there, now or with any adapter
-_MLA = "it uses multi-head latent attention, whose cache holds no keys to take block means of"
-_SPARSE = "its attention is sparse already: its own indexer chooses the keys of every query"
+# model_type -> why no adapter can make MoBA work
+_MLA = "it uses multi-head latent attention; its cache contains no keys from which to compute block means"
+_SPARSE = "its attention is already sparse: an indexer chooses the keys of every query"
 _REFUSED = {
-    "gemma3": "its image tokens attend later tokens of their image; load the text model alone (gemma3_text)",
+    "gemma3": "image tokens attend to later tokens of the same image; load only the text model (gemma3_text)",
     "mistral4": _MLA,
     "mistral_large4": _SPARSE,
     "mistral_large4_text": _SPARSE,
@@ -57,17 +57,17 @@ _REFUSED = {
     "qwen4_exp_text": _SPARSE,
 }
 ENTRY_POINTS = "moba_hf.patches"
-# model_type -> adapter that comes before every other, see `trying`
+# model_type -> adapter that takes precedence over all others, see `trying`
 _TRYING: dict[str, Adapter] = {}
 
 
 class Adapter:
-    """Facts about one family of decoder models; override what differs.
+    """Facts about one family of decoder models. Subclasses override what differs.
 
     Attributes:
-        text_config_key: name of the text config inside the model's config; None: it is the config itself.
-            A text config has a model_type of its own, under which its adapter is looked up as well.
-        window_everywhere: a `sliding_window` in the config holds for every layer.
+        text_config_key: name of the text config inside the model's config; None: the config is the text
+            config. A nested text config has its own model_type, which needs an adapter too.
+        window_everywhere: a `sliding_window` in the config applies to every layer.
         rotary_pairs: how rotary embedding pairs the coordinates of a head: "halves" (d with d + D/2), or
             "neighbours" (2d with 2d + 1).
     """
@@ -77,21 +77,21 @@ class Adapter:
     rotary_pairs: ClassVar[str] = "halves"
 
     def text_config(self, config: Any) -> Any:
-        """The text config inside `config`, which may be a dict; that config itself where it is one."""
+        """The text config inside `config`, which may be a dict; `config` itself if it has no nested one."""
         key = self.text_config_key
         if key is None:
             return config
         return config.get(key, config) if isinstance(config, dict) else getattr(config, key, config)
 
     def nested_key(self, config: Any) -> str | None:
-        """Name of the text config nested in `config`; None where `config` is it."""
+        """Name of the text config nested in `config`; None if `config` is the text config."""
         return None if self.text_config(config) is config else self.text_config_key
 
     def stock_reason(self, config: Any, layer_idx: int) -> str | None:
-        """Why layer `layer_idx` keeps the stock implementation; None: MoBA may run there.
+        """Why layer `layer_idx` keeps the stock implementation; None: it may use MoBA.
 
-        Answered from the text config alone, so without loading a model. The base class reads `layer_types`:
-        everything but "full_attention" stays stock; with `window_everywhere` it reads `sliding_window` too.
+        Only the text config is read, so no model need be loaded. The base class reads `layer_types`: all
+        layers except "full_attention" stay stock. With `window_everywhere` it also reads `sliding_window`.
         """
         window = getattr(config, "sliding_window", None) if self.window_everywhere else None
         if window is not None:
@@ -101,9 +101,9 @@ class Adapter:
         return None if kind == "full_attention" else str(kind).replace("_", " ")
 
     def key_limit(self, config: Any, layer_idx: int) -> int | None:
-        """The most keys that a query of a stock layer attends; None: all. 0: the layer attends no keys.
+        """How many keys a query of a stock layer attends to at most; None: all; 0: no attention layer.
 
-        Used for counting only. The base class knows windows and layers without attention.
+        Used only to count keys. The base class handles sliding windows and layers without attention.
         """
         layer_types = getattr(config, "layer_types", None)
         kind = "full_attention" if layer_types is None else str(layer_types[layer_idx])
@@ -112,9 +112,9 @@ class Adapter:
         return None if "attention" in kind and "linear" not in kind else 0
 
     def attention_layers(self, model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-        """Layer index and attention module of every decoder layer that calls the attention interface.
+        """Yields layer index and attention module of every decoder layer that calls the attention interface.
 
-        The base class takes modules with a `layer_idx` and a `q_proj` whose config is the text config.
+        The base class finds modules with a `layer_idx` and a `q_proj` whose config is the text config.
         """
         text_config = self.text_config(model.config)
         for module in model.modules():
@@ -123,11 +123,11 @@ class Adapter:
                 yield int(module.layer_idx), module  # type: ignore[arg-type]
 
     def output_projection(self, module: nn.Module) -> nn.Module:
-        """The module of an attention layer that mixes its heads' outputs: `(..., heads * v_dim)` goes in."""
+        """The output projection of an attention layer; its input is `(..., heads * v_dim)`."""
         return module.o_proj  # type: ignore[return-value]
 
     def packing_refusal(self, config: Any, given: Collection[str]) -> str | None:
-        """Why the model mixes the documents of a packed call, whatever attention does; None: it does not.
+        """Why layers other than attention mix the documents of a packed call; None: they do not.
 
         Args:
             config: the text config.
@@ -137,25 +137,25 @@ class Adapter:
         if not linear or {"cu_seq_lens_q", "seq_idx"} <= set(given):
             return None
         return (
-            "its linear-attention layers carry their state from one document to the next, unless "
-            "flash-linear-attention is installed and cu_seq_lens_q and seq_idx are given"
+            "its linear-attention layers carry their state from one document to the next unless "
+            "flash-linear-attention is installed and cu_seq_lens_q and seq_idx are passed"
         )
 
     def num_layers(self, config: Any) -> int:
-        """Layers of the text model."""
+        """Number of layers of the text model."""
         return int(config.num_hidden_layers)
 
     def eligible_layers(self, config: Any) -> list[int]:
-        """Indices of the layers that MoBA may run in."""
+        """Indices of the layers that may use MoBA."""
         return [i for i in range(self.num_layers(config)) if self.stock_reason(config, i) is None]
 
     def check(self, config: Any, moba: MobaConfig) -> None:
-        """Raises ValueError when `moba` does not fit the text config."""
+        """Raises ValueError if `moba` does not fit the text config."""
         moba.check_layers(self.num_layers(config))
 
 
 def known_families() -> list[str]:
-    """Every model_type with an adapter, built in or installed, sorted."""
+    """All model_types that have an adapter, built in or installed, sorted."""
     return sorted({*_BUILT_IN, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
 
 
@@ -166,10 +166,10 @@ def has_adapter(model_type: str) -> bool:
 
 @cache
 def find_adapter(model_type: str) -> Adapter:
-    """The adapter of `model_type`: built in, else from the entry points.
+    """The adapter of `model_type`: the built-in one, else one from the entry points.
 
     Raises:
-        ValueError: no adapter; the message names the known families and shows how to write one, or says why
+        ValueError: there is no adapter. The message names the known families and how to add one, or says why
             the architecture cannot use MoBA.
     """
     if model_type in _TRYING:
@@ -184,7 +184,7 @@ def find_adapter(model_type: str) -> Adapter:
         found = entry.load()()
         if not isinstance(found, Adapter):
             raise ValueError(
-                f"the entry point {entry.value} for {model_type!r} is no moba_hf.hf.adapter.Adapter"
+                f"the entry point {entry.value} for {model_type!r} is not a moba_hf.hf.adapter.Adapter"
             )
         return found
     raise ValueError(
@@ -196,7 +196,7 @@ def find_adapter(model_type: str) -> Adapter:
 
 @contextmanager
 def trying(adapter: Adapter, model_types: Collection[str]) -> Iterator[None]:
-    """Inside the `with` block `adapter` is the one of `model_types`, installed or not."""
+    """Inside the `with` block, `find_adapter` returns `adapter` for `model_types`, installed or not."""
     previous = dict(_TRYING)
     _TRYING.update(dict.fromkeys(model_types, adapter))
     find_adapter.cache_clear()

@@ -1,7 +1,7 @@
-"""What transformers calls for "moba": the attention function.
+"""The attention function that transformers calls for "moba".
 
-It translates once: module and config say which rule the layer follows (`layer_plan`), the mask says where
-each sequence lies (`rows`); below, `ops` knows nothing of models.
+It is the boundary between models and `ops`, which knows nothing about models: `layer_plan` finds the rule of
+the layer from module and config, and `rows` finds the sequences from the mask.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, kept_of
 
-# Keyword arguments of other attention variants, which would change the result if they were ignored.
+# Keyword arguments of other attention variants; ignoring them would give wrong results.
 _REFUSED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sink parameters",
     "sinks": "attention sink parameters",
     "position_bias": "position biases",
     "cache": "the paged cache of continuous batching",
-    "indices": "a choice of keys made by the model itself",
+    "indices": "keys chosen by the model itself",
 }
 
 _SPARSE_WITHOUT_CACHE = (
@@ -44,13 +44,13 @@ _SPARSE_WITHOUT_CACHE = (
     "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
 )
 _SPARSE_WITHOUT_KERNEL = (
-    'decode="sparse" reads all cached keys at every step to score their blocks: backend "{}" has no kernel '
-    "for decode steps of this rule"
+    'decode="sparse" reads all cached keys at every step to score their blocks, because backend "{}" has no '
+    "kernel for decode steps of this rule"
 )
 _ASSISTED = (
-    'assisted and prompt-lookup generation under decode="full": candidates are verified several at a time, '
-    "by the rule of prefill, where plain generation attends every key, so tokens may differ. For the same "
-    'tokens let moba_hf.prefill read the prompt into the cache, or set decode="sparse"'
+    'assisted and prompt-lookup generation under decode="full": several candidates are verified at a time by '
+    "the prefill rule, whereas plain generation attends to every key, so tokens may differ. To get the same "
+    'tokens, read the prompt into the cache with moba_hf.prefill, or set decode="sparse"'
 )
 
 logger = logging.get_logger(__name__)
@@ -66,28 +66,30 @@ def moba_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output `(batch, q_len, num_heads, v_dim)` as transformers' interface wants it, and None.
+    """Returns the attention output `(batch, q_len, num_heads, v_dim)` and None, as transformers expects.
 
     Args:
         module: an attention layer with `config` and `layer_idx`.
-        query: `(batch, num_heads, q_len, head_dim)`. key, value: `(batch, num_kv_heads, kv_len, ...)`.
-        attention_mask: what `rows.moba_mask` made, None, or a stock mask for a stock layer.
+        query: `(batch, num_heads, q_len, head_dim)`.
+        key: `(batch, num_kv_heads, kv_len, head_dim)`.
+        value: `(batch, num_kv_heads, kv_len, v_dim)`.
+        attention_mask: the result of `moba_mask`, None, or a stock mask for a stock layer.
 
     Raises:
-        ValueError: what MoBA cannot honour: dropout, custom masks, soft-capping, sinks, a paged cache,
-            `output_attentions`, padding masks with holes, more queries than keys.
+        ValueError: an unsupported feature: dropout, custom masks, soft-capping, sinks, a paged cache,
+            `output_attentions`, padding masks with holes, or more queries than keys.
     """
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) and "cache" not in kwargs:
         mask = attention_mask
-        if isinstance(mask, Rows):  # of a causal model: the mask that its stock layers would get
+        if isinstance(mask, Rows):  # the model is causal: use the mask that its stock layers would get
             mask = _stock_mask(module, mask, query.device, "not causal", kwargs)
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     plan = layer_plan(module)
     rows, q_len = attention_mask, query.shape[2]
-    if rows is None:  # nobody asked for a mask, or a wrapper of the attention dropped it
+    if rows is None:  # no mask was requested, or a wrapper of the attention function dropped it
         rows = Rows(query.shape[0], q_len, key.shape[2], key.shape[2] - q_len, query.device)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     stock = plan.stock or (f"sliding window of {window}" if window else None)
@@ -102,8 +104,8 @@ def moba_attention_forward(
     custom = rows.dense if isinstance(rows, Rows) else rows
     if custom is not None:
         raise ValueError(
-            f"MoBA takes 2-D padding masks, got a custom mask of {custom.dtype} {tuple(custom.shape)}; "
-            "use a stock attn_implementation for it"
+            f"MoBA supports 2-D padding masks only, got a custom mask of {custom.dtype} "
+            f"{tuple(custom.shape)}; use a stock attn_implementation for it"
         )
     assert isinstance(rows, Rows)
     backend = getattr(module, "moba_backend", "auto")
@@ -113,7 +115,7 @@ def moba_attention_forward(
     layer, dtype = getattr(key, LAYER_ATTRIBUTE, None), key.dtype
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
-    layer = layer if key.dtype == dtype else None  # it keeps the means of keys before autocast
+    layer = layer if key.dtype == dtype else None  # its means are of the keys before autocast
     scale = default_scale(query) if scaling is None else scaling
     return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
@@ -124,8 +126,8 @@ def _stock_mask(
     """The mask of a layer that keeps the stock implementation; `stock` says why.
 
     Raises:
-        ValueError: packed sequences that the mask does not separate, in a model without any MoBA layer: where
-            there is one, it looks.
+        ValueError: the mask does not separate packed sequences. In a model with MoBA layers, these make the
+            same check.
     """
     config: Any = module.config
     if rows.q_len > 1 and not adapter_of(config.model_type).eligible_layers(config):
@@ -148,7 +150,7 @@ def _attend(
     backend: str,
     layer: Any,
 ) -> Tensor:
-    """Each row by the rule of its place: full attention where that says so, else MoBA.
+    """Attends with the rule of each row: that of prefill, of decoding, or full attention (see `row_kinds`).
 
     Args:
         layer: the MoBA cache layer that the keys come from, or None.
@@ -174,12 +176,12 @@ def _attend(
 
 @dataclass(frozen=True)
 class _Call:
-    """Rows of a call that follow one rule.
+    """Rows of a call that follow the same rule.
 
     Attributes:
-        qkv: their queries, and the keys and values up to the last of them.
-        layout: where these lie.
-        rule: None: they attend every key.
+        qkv: their queries, and the keys and values up to the last query.
+        layout: the sequences in them.
+        rule: the rule; None: attend to every key.
         steps: they are decode steps.
     """
 
@@ -191,7 +193,7 @@ class _Call:
 
 
 def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached: Tensor) -> Tensor:
-    """Attention of rows that follow one rule; `cached` are the keys that the cache layer returned."""
+    """Attention of rows that follow the same rule; `cached` are the keys that the cache layer returned."""
     query, key, value = call.qkv
     q_len, kv_len = query.shape[2], key.shape[2]
     layout, sequences, rule = call.layout, call.layout.sequences, call.rule
@@ -199,7 +201,7 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
     if rule is not None and plan.dense_len >= longest:
         rule = None
     if rule is None and _needs_table(layout, query, kv_len):
-        rule = LayerConfig(q_len, 1)  # one block holds any sequence: full attention, bounds on the device
+        rule = LayerConfig(q_len, 1)  # a single block: full attention with sequence bounds on the device
     backend = choose_backend(backend, query, key, value, rule)
     kept = None
     if layer is not None:
@@ -217,9 +219,10 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
 
 
 def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
-    """Whether full attention goes by the sequence table, which torch's fast kernels do not read.
+    """Whether full attention must use the sequence table on the device instead of torch's kernels.
 
-    So in graphs: for packed sequences, and for a padded prefill on a GPU, which a mask would slow down.
+    This happens only in compiled graphs: for packed sequences, and for a padded prefill on a GPU, where torch
+    would need a mask, which is slow.
     """
     if layout.packed:
         return layout.spans is None
@@ -230,10 +233,11 @@ def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:
 def _cached(
     layer: Any, plan: LayerPlan, key: Tensor, layout: Layout, rule: Rule | None, *, steps: bool
 ) -> Tensor | None:
-    """What the cache layer of `key` keeps of blocks, brought up to date where `rule` chooses by it.
+    """Up-to-date block summaries from the cache layer of `key`; None if this call does not use them.
 
-    Means serve every call, what other gates keep the decode steps that read only what they choose. A static
-    layer is brought up at every call: each finds it in the same state, and compiled graphs stay few.
+    Every call uses means. The summaries of other gates are used only by decode steps that read chosen blocks
+    only. A static layer is updated in every call, so that its state is always the same and few graphs are
+    compiled.
     """
     if plan.rule is None or plan.dense_len >= key.shape[2]:
         return None
@@ -242,7 +246,7 @@ def _cached(
         return None
     if not always and (plan.decode_rule is None or not reads_chosen_only(layer.backend, plan.rule)):
         return None
-    # no constant of a compiled graph, which would be compiled again for every prompt
+    # must not become a constant of a compiled graph, which would be recompiled for every prompt
     read = None if torch.compiler.is_compiling() else layout.starts
     block_size, what = plan.rule.block_size, kept_of(plan.rule)
     kept: Tensor = layer.moba_means(key, layout.sequences.kv_start, block_size, read, what)
@@ -250,7 +254,7 @@ def _cached(
 
 
 def _warn_of_reads(rule: Rule, kept: Tensor | None, backend: str) -> None:
-    """Warns once where a decode step reads every cached key to score blocks."""
+    """Warns once if a decode step reads every cached key to score blocks."""
     if not reads_chosen_only(backend, rule):
         if rule.gate != "mean" or kept is None:
             logger.warning_once(_SPARSE_WITHOUT_KERNEL.format(backend))
@@ -259,13 +263,13 @@ def _warn_of_reads(rule: Rule, kept: Tensor | None, backend: str) -> None:
 
 
 def _warn_of_assistance(plan: LayerPlan, q_len: int, kv_len: int) -> None:
-    """Warns once where assisted generation follows another rule than plain generation does."""
+    """Warns once if assisted generation follows a different rule than plain generation."""
     if plan.rule is not None and plan.decode_rule is None and q_len > 1 and kv_len > plan.dense_len:
         logger.warning_once(_ASSISTED)
 
 
 def _check_packing(config: Any, rows: Rows, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError when the model around the MoBA layers mixes packed documents."""
+    """Raises ValueError if other parts of the model mix packed documents."""
     adapter = adapter_of(config.model_type)
     given = tuple(name for name, value in kwargs.items() if value is not None)
     reason = adapter.packing_refusal(config, given)
@@ -292,13 +296,13 @@ def _refuse_unsupported(dropout: float, q_len: int, kv_len: int, kwargs: dict[st
             f"MoBA has no attention dropout, got {dropout}; set attention_dropout=0 in the config"
         )
     if kwargs.get("output_attentions"):
-        raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" for them')
+        raise ValueError('MoBA returns no attention weights; use attn_implementation="eager" to get them')
     if q_len > kv_len:
         raise ValueError(f"more queries ({q_len}) than keys ({kv_len})")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors in its dtype, as torch's own attention does."""
+    """Converts tensors to the autocast dtype, as torch's own attention does; no change without autocast."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
@@ -307,7 +311,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    """Registers "moba" with transformers: attention and mask function, and a look at what it loads."""
+    """Registers the "moba" attention and mask functions with transformers, and watches checkpoint loading."""
     AttentionInterface.register(NAME, moba_attention_forward)
     AttentionMaskInterface.register(NAME, moba_mask)
     watch_loads()

@@ -1,4 +1,4 @@
-"""The cache of models that run MoBA."""
+"""The cache for models that use MoBA."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from moba_hf.op.numerics import check_int
 
 
 class MobaCache(Cache):
-    """A cache for models that run MoBA; does what transformers' dynamic (static) cache does.
+    """A cache for models that use MoBA, a drop-in replacement for transformers' dynamic or static cache.
 
-    Full-attention layers keep their keys and values in preallocated buffers, beside the means (or what else
-    the rule needs) of complete blocks, and know where the prompt that `prefill` read ends; other layer types
-    (sliding, linear) are transformers' own.
+    Full-attention layers keep their keys and values in preallocated buffers, together with the means (or the
+    summaries of another gate) of complete blocks, and record where the prompt that `prefill` read ends. Other
+    layer types (sliding, linear) are transformers' own.
 
     Args:
         config: the model's config.
-        max_cache_len: slots to allocate, at least 1: prompt + new tokens, where known. A dynamic cache grows
-            beyond it, and without it, by an eighth at a time; a static cache needs it.
+        max_cache_len: slots to allocate, at least 1: prompt + new tokens, if known. Required for a static
+            cache. A dynamic cache grows by an eighth whenever it is full.
         static: fixed shapes, for `torch.compile` and CUDA graphs.
-        offloading: keep layers on the CPU while they are not used (needs a GPU).
-        offload_only_non_sliding: leave sliding layers where they are.
+        offloading: keep layers on the CPU while they are not in use (needs a GPU).
+        offload_only_non_sliding: do not offload sliding layers.
 
     Raises:
-        ValueError: a static cache without `max_cache_len`, one below 1, offloading without a CUDA device.
-        TypeError: `max_cache_len` not an int.
+        ValueError: a static cache without `max_cache_len`, a `max_cache_len` below 1, or offloading without a
+            CUDA device.
+        TypeError: `max_cache_len` is not an int.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class MobaCache(Cache):
             check_int("max_cache_len", max_cache_len, minimum=1)
         if offloading and not torch.cuda.is_available():
             raise ValueError(
-                "offloading moves layers between a CUDA device and the CPU: there is no such device"
+                "offloading moves layers between a CUDA device and the CPU, but there is no CUDA device"
             )
         size = max_cache_len or 0
         text_config = config.get_text_config(decoder=True)
@@ -67,10 +68,10 @@ class MobaCache(Cache):
         )
 
     def activate_past_recording(self) -> None:
-        """Called when tokens may be taken back: at the start of assisted generation, or after a first call.
+        """Called before tokens may be removed: at the start of assisted generation, or after its first call.
 
-        Assisted generation gives the whole prompt to its first call, whatever a cache holds. So a cache that
-        `prefill` has just filled is emptied for it and remembers where the prompt ends.
+        Assisted generation passes the whole prompt to its first call, whatever the cache contains. So a cache
+        that `prefill` has just filled is emptied, but still records where the prompt ends.
         """
         ours = [layer for layer in self.layers if isinstance(layer, MobaLayer)]
         if ours and all(layer.at_prompt_end for layer in ours):
@@ -80,12 +81,12 @@ class MobaCache(Cache):
 
 
 def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:
-    """The block size of a layer whose blocks are chosen, as far as `config.moba` tells."""
+    """Block size in `config.moba` of a layer that chooses blocks by means; None: unknown or another gate."""
     raw = getattr(text_config, "moba", None)
     if raw is None:
         return None
     moba = raw if isinstance(raw, MobaConfig) else MobaConfig.from_dict(raw)
     rule = moba.for_layer(layer_idx, int(text_config.num_hidden_layers))
     if rule is None or rule.gate != "mean" or rule.dense_len >= capacity:
-        return None  # blocks are not chosen, or not by their means
+        return None
     return rule.block_size

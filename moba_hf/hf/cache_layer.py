@@ -1,7 +1,7 @@
-"""What MoBA's cache layers share: the summaries of complete blocks, the place of the prompt, ordered moves.
+"""What MoBA's cache layers share: summaries of complete blocks, the end of the prompt, ordered copies.
 
-The attention function finds a layer through the key tensor that `update` returns: an attribute of it, since
-transformers passes no cache on. Where the attribute is lost, the summaries are taken anew from the keys.
+transformers does not pass the cache to the attention function. So the key tensor that `update` returns has an
+attribute that refers to its cache layer. If it is lost, the summaries are recomputed from the keys.
 """
 
 from __future__ import annotations
@@ -15,45 +15,44 @@ from moba_hf.hf.places import Prompt
 from moba_hf.op.block_means import MEANS, BlockMeans
 from moba_hf.op.gates import Kept
 
-# Attribute by which a key tensor names the cache layer that it came from.
+# Attribute of a key tensor that refers to its cache layer.
 LAYER_ATTRIBUTE = "moba_layer"
 
 
 class OrderedMoves:
-    """Orders what an offloading cache copies from two streams: it offloads on one and prefetches on another.
+    """Orders the copies of an offloading cache, which offloads on one stream and prefetches on another.
 
-    Nothing in transformers makes the prefetch wait. So it could read host memory before the copy to it has
-    ended, and write to device memory whose freed tensor queued kernels still read.
+    transformers does not synchronise the two. So a prefetch could read host memory before the copy to it has
+    finished, or overwrite device memory that has been freed but is still read by queued kernels.
     """
 
     device: Any
     _work: torch.cuda.Stream | None = None
 
     def _begin_move(self) -> None:
-        """Called on the stream that computes, before a copy to the CPU is queued."""
+        """Call this on the compute stream before a copy to the CPU is queued."""
         if torch.device(self.device).type == "cuda":
             self._work = torch.cuda.current_stream(self.device)
 
     def _follow_work(self) -> None:
-        """Makes the current stream, on which the layer comes back, wait for the work queued so far."""
+        """Makes the current stream, on which the layer is copied back, wait for the work queued so far."""
         if self._work is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._work)
 
     def _end_moves(self) -> None:
-        """Waits for the copies in flight, before rows are changed wherever they lie."""
+        """Waits for copies in flight; rows may be changed only after that."""
         if self._work is not None:
             torch.cuda.synchronize(self.device)
 
 
 class Summarised:
-    """A cache layer that keeps summaries of its complete blocks and where its prompt ends.
+    """A cache layer that keeps summaries of its complete blocks and records where its prompt ends.
 
     Attributes:
         block_means: the summaries.
-        backend: the backend that the attention function chose for these keys; torch's own operators until
-            then.
-        prompt: where the prompt lies that `prefill` read; None: nobody closed the cache.
-        reading: `prefill` is at work.
+        backend: the backend that the attention function chose for these keys; "portable" until then.
+        prompt: the prompt that `prefill` read; None: the end of the prompt is not marked.
+        reading: `prefill` is running.
         assisted: assisted generation began on the empty layer.
     """
 
@@ -64,7 +63,7 @@ class Summarised:
     assisted = False
 
     def _extent(self) -> tuple[int | Tensor, int]:
-        """Tokens that are cached, a 0-d tensor for a static layer, and the slots there are."""
+        """Number of cached tokens (a 0-d tensor in a static layer) and number of slots."""
         raise NotImplementedError
 
     def moba_means(
@@ -75,13 +74,13 @@ class Summarised:
         starts_read: tuple[int, ...] | None = None,
         kept: Kept = MEANS,
     ) -> Tensor:
-        """What is kept of complete blocks, up to date; `keys` is what `update` returned. See `BlockMeans`."""
+        """Up-to-date summaries of complete blocks; `keys` is what `update` returned. See `BlockMeans`."""
         settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read, kept)
         return self.block_means.bring_up(keys.detach(), *self._extent(), *settings)
 
 
 def alike(states: tuple[Tensor, ...], buffers: tuple[Tensor, ...] | list[Tensor]) -> bool:
-    """Whether states can be written to buffers: the same rows, heads, dims, dtypes and devices."""
+    """Whether states can be written to buffers: rows, heads, dims, dtypes and devices are equal."""
     return all(
         (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
         for x, b in zip(states, buffers, strict=True)
@@ -89,5 +88,5 @@ def alike(states: tuple[Tensor, ...], buffers: tuple[Tensor, ...] | list[Tensor]
 
 
 def tracked(*tensors: Tensor) -> bool:
-    """Whether autograd watches what is done with them."""
+    """Whether autograd records operations on any of `tensors`."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -1,7 +1,7 @@
-"""The name under which a call takes a cache: `cache` since transformers 5.24, `past_key_values` before.
+"""The keyword for a cache: `cache` since transformers 5.24, `past_key_values` before.
 
-The old name warns where the new one is known, and remote code may keep to the old one. So the name is read
-off the signature of what is called, and off transformers itself where the signature leaves it open.
+Newer releases warn about the old name, and remote code may accept only the old one. So the name is taken from
+the signature of the called function, or, if the signature has neither, from the transformers release.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")
-# What this release calls it, in `generate` and wherever a signature takes any keyword.
+# The name in this release, used when a signature contains neither, as that of `generate`.
 _NAME = next(name for name in CACHE_NAMES if name in {f.name for f in fields(BaseModelOutputWithPast)})
 
 
@@ -32,16 +32,18 @@ def cache_kwargs(call: nn.Module | Callable[..., Any], cache: Cache | None) -> d
 
 
 def cache_of(outputs: Any) -> Cache | None:
-    """The cache that a forward or `generate` returned in its outputs."""
+    """The cache in the outputs of a forward or of `generate`."""
     return getattr(outputs, next((name for name in CACHE_NAMES if hasattr(outputs, name)), _NAME))
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that a function of ours was given, under either name.
+    """The cache that one of our functions was passed, under either name.
 
     Raises:
         ValueError: both are given.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of the same argument: give one of them")
+        raise ValueError(
+            "cache and past_key_values are two names of the same argument: pass only one of them"
+        )
     return past_key_values if cache is None else cache

@@ -17,16 +17,16 @@ from moba_hf.hf.dynamic_layer import MobaLayer
 from moba_hf.hf.static_layer import MobaStaticLayer
 
 _FULL = "full_attention"
-# The method of GenerationMixin that makes the cache, private, and what to do when it has changed.
+# The private method of GenerationMixin that creates the cache, and what to do if it has changed.
 _PREPARE = "_prepare_cache_for_generation"
 _WRITTEN_FOR = (
-    f"this moba_hf was written for transformers 5.17 to 5.24, {transformers.__version__} is installed: pass "
-    "MobaCache(model.config, max_cache_len=prompt + new tokens) to generate instead"
+    f"this moba_hf was written for transformers 5.17 to 5.24, but {transformers.__version__} is installed: "
+    "pass MobaCache(model.config, max_cache_len=prompt + new tokens) to generate instead"
 )
 
 
 class _Defaults:
-    """The defaults of transformers that `use_moba_cache` replaces; installed once, however many use it."""
+    """The defaults of transformers that `use_moba_cache` replaces; nested uses install them only once."""
 
     _TABLES = (
         (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, MobaLayer),
@@ -39,7 +39,7 @@ class _Defaults:
     def install(cls) -> None:
         prepare = getattr(GenerationMixin, _PREPARE, None)
         if prepare is None:
-            raise RuntimeError(f"GenerationMixin has no {_PREPARE} any more; {_WRITTEN_FOR}")
+            raise RuntimeError(f"GenerationMixin no longer has {_PREPARE}; {_WRITTEN_FOR}")
         cls._ours = _with_reserve(prepare)
         cls._previous = (prepare, *(table[_FULL] for table, _ in cls._TABLES))
         setattr(GenerationMixin, _PREPARE, cls._ours)
@@ -48,7 +48,7 @@ class _Defaults:
 
     @classmethod
     def remove(cls) -> None:
-        """Puts back what is still ours; what somebody else has replaced since stays."""
+        """Restores the previous defaults, except those that somebody else has replaced in the meantime."""
         prepare, *layers = cls._previous
         if getattr(GenerationMixin, _PREPARE, None) is cls._ours:
             setattr(GenerationMixin, _PREPARE, prepare)
@@ -57,24 +57,24 @@ class _Defaults:
                 table[_FULL] = layer
 
 
-# Every `use_moba_cache` that has not ended.
+# All active uses of `use_moba_cache`.
 _ACTIVE: list[use_moba_cache] = []
 
 
 class use_moba_cache:
     """Makes `generate` build MoBA cache layers by default, for every model in this process.
 
-    Called plainly it stays on; as a context manager, or by `undo()`, what was there before comes back when
-    no other use is left, in whatever order they end::
+    Called as a function, it stays on until `undo()`; as a context manager, until the block ends. The previous
+    default returns when the last use has ended, in whatever order they end::
 
         moba_hf.use_moba_cache()
         with moba_hf.use_moba_cache():
             model.generate(...)
 
-    Dynamic caches are then allocated for the longest text that the call may produce.
+    Dynamic caches are allocated for the longest text that the call may produce.
 
     Raises:
-        RuntimeError: a release of transformers in which `generate` makes its cache in another way.
+        RuntimeError: `generate` creates its cache differently in this release of transformers.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class use_moba_cache:
         _ACTIVE.append(self)
 
     def undo(self) -> None:
-        """Ends this use; with the last one, what was there before comes back."""
+        """Ends this use; the last one to end restores the previous default."""
         if self in _ACTIVE:
             _ACTIVE.remove(self)
             if not _ACTIVE:
@@ -99,7 +99,7 @@ class use_moba_cache:
 
 
 def _caches(model_kwargs: dict[str, Any]) -> list[Cache]:
-    """The caches among a model's arguments, whatever this release calls them."""
+    """The caches among a model's arguments, whatever their names are in this release."""
     return [value for value in model_kwargs.values() if isinstance(value, Cache)]
 
 
@@ -108,20 +108,20 @@ def _runs_moba(model: Any) -> bool:
 
 
 def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare`, telling the layers of a cache that it made how many slots the call will need.
+    """Wraps `prepare` so that the layers of the cache that it creates know how many slots the call needs.
 
-    No public place knows both the cache that `generate` makes and the length that it settles on.
+    No public hook knows both the cache that `generate` creates and the maximum length that it computes.
     """
     signature = inspect.signature(prepare)
     missing = {"self", "generation_config", "model_kwargs", "max_cache_length"} - set(signature.parameters)
     if missing:
         raise RuntimeError(
-            f"GenerationMixin.{_PREPARE} takes no {', '.join(sorted(missing))} any more; {_WRITTEN_FOR}"
+            f"GenerationMixin.{_PREPARE} no longer takes {', '.join(sorted(missing))}; {_WRITTEN_FOR}"
         )
 
     @wraps(prepare)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not _ACTIVE:  # somebody else's wrapper has kept this one
+        if not _ACTIVE:  # another wrapper still calls this one
             return prepare(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         model_kwargs, length = given["model_kwargs"], int(given["max_cache_length"])
@@ -129,7 +129,9 @@ def _with_reserve(prepare: Callable[..., Any]) -> Callable[..., Any]:
         result = prepare(*args, **kwargs)
         caches = _caches(model_kwargs)
         if not caches and given["generation_config"].use_cache and _runs_moba(given["self"]):
-            raise RuntimeError(f"generate prepared no cache that use_moba_cache() can find; {_WRITTEN_FOR}")
+            raise RuntimeError(
+                f"use_moba_cache() cannot find the cache that generate created; {_WRITTEN_FOR}"
+            )
         for cache in caches:
             if not any(cache is other for other in before):
                 for layer in cache.layers:

@@ -1,6 +1,6 @@
-"""Where rows lie, where no value can be read: in graphs, and at the decode steps of a GPU.
+"""The layout of a forward if values cannot be read: in graphs, and in decode steps on a GPU.
 
-Bounds stay on the device as tensors, and what would be refused after a look is asserted there.
+Bounds stay on the device as tensors, and invalid values make an assertion on the device fail.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from moba_hf.hf.rows import Rows
 
 _PACKED_UNDER_COMPILE = (
-    "packed sequences under torch.compile: the position ids start again inside a row, which a compiled graph "
-    "cannot look at; pass cu_seq_lens_q too (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
+    "packed sequences under torch.compile: the position ids restart inside a row, but a compiled graph "
+    "cannot read them; pass cu_seq_lens_q too (DataCollatorWithFlattening(return_flash_attn_kwargs=True))"
 )
 _OFFSETS_UNDER_COMPILE = (
     "cu_seq_lens_q must rise from 0 to at most the tokens of the call, equal cu_seq_lens_k, have no sequence "
-    "longer than max_length_q, and name just the tokens that the attention mask does not call padding"
+    "longer than max_length_q, and cover exactly the tokens that are not padding in the attention mask"
 )
 
 
 def on_device(rows: Rows) -> Layout:
-    """The layout where nothing can be read: bounds stay on the device, a hole raises there."""
+    """The layout without reading values: bounds stay on the device, and a hole fails an assertion there."""
     batch, q_len, kv_len, device = rows.batch, rows.q_len, rows.kv_len, rows.device
     plain = rows.given is None and isinstance(rows.q_offset, int) and rows.q_offset + q_len == kv_len
     if plain:
@@ -48,7 +48,7 @@ def on_device(rows: Rows) -> Layout:
 
 
 def by_kernel(rows: Rows, kernels: CacheKernels) -> Layout:
-    """`on_device` of a decode step whose rows end at the same slot, by one kernel."""
+    """`on_device` with a single kernel, for a decode step whose rows all end at the same slot."""
     assert rows.given is not None
     assert isinstance(rows.q_offset, int)
     table, kv_start, unbroken = kernels.row_bounds(rows.given.to(torch.bool), rows.q_offset, rows.q_len)
@@ -57,7 +57,7 @@ def by_kernel(rows: Rows, kernels: CacheKernels) -> Layout:
 
 
 def in_graph(rows: Rows, kwargs: dict[str, Any]) -> Layout:
-    """The layout inside a graph: offsets tell of packing; without them it is asserted to be absent."""
+    """The layout inside a graph. Packing needs offsets; without them it fails an assertion."""
     offsets = kwargs.get("cu_seq_lens_q")
     if offsets is None:
         assert_not_packed(rows, kwargs)
@@ -88,18 +88,18 @@ def assert_not_packed(rows: Rows, kwargs: dict[str, Any]) -> None:
 
 
 def _real(rows: Rows) -> Tensor:
-    """Bool `(batch, kv_len)`: slots that are written and no padding."""
+    """Bool `(batch, kv_len)`: slots that have been written and are not padding."""
     assert rows.given is not None
     given, written = rows.given.to(torch.bool), rows.q_offset + rows.q_len
     if isinstance(written, int) and given.shape[1] == rows.kv_len == written:
-        return given  # a step of a dynamic cache: every slot is written, few operators matter
+        return given  # a step with a dynamic cache: every slot is written; saves operators
     missing = rows.kv_len - given.shape[1]
     given = nn.functional.pad(given, (0, max(0, missing)))[:, : rows.kv_len]
     return given & (torch.arange(rows.kv_len, device=rows.device) < written)
 
 
 def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
-    """First slot and last + 1 of the rows of `real`, int64 `(batch,)`; a hole raises on the device."""
+    """First slot and end of each row of `real`, int64 `(batch,)`; a hole fails an assertion on the device."""
     start, count = real.view(torch.uint8).argmax(dim=1), real.sum(dim=1)
     begins = (real[:, 1:] > real[:, :-1]).sum(dim=1) + real[:, 0]
     assert_later((begins <= 1).all(), f"the attention mask {HOLE}")
@@ -107,6 +107,6 @@ def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_later(holds: Tensor, message: str) -> None:
-    """Raises RuntimeError when the device finds that `holds`, 0-d, is False; a meta tensor has no value."""
+    """Raises RuntimeError asynchronously if `holds` (0-d) is False; ignores meta tensors."""
     if holds.device.type != "meta":
         torch._assert_async(holds, message)

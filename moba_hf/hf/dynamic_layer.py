@@ -12,17 +12,17 @@ from transformers.cache_utils import DynamicLayer
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, tracked
 from moba_hf.op.block_means import BlockMeans, writable
 
-# Slots that a buffer grows by at least; beyond eight times as many, it grows by an eighth.
+# The least number of slots that a buffer grows by; longer buffers grow by an eighth.
 _MIN_GROWTH = 64
 
 
 class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
-    """A dynamic cache layer: a decode step writes one slot and neither copies nor reads the others.
+    """A dynamic cache layer in which a decode step writes one slot and does not copy the others.
 
-    Keys and values lie in the first slots of larger buffers, which grow by an eighth when they are full.
+    Keys and values occupy the first slots of larger buffers, which grow by an eighth when they are full.
 
     Args:
-        max_cache_len: slots to allocate at first; 0: as needed.
+        max_cache_len: initial number of slots; 0: as needed.
     """
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):
@@ -52,7 +52,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         self._assign(1, value)
 
     def _assign(self, which: int, value: Tensor | None) -> None:
-        """Handles an assignment from outside: the tensor becomes the buffer, and the means are dropped."""
+        """Handles an external assignment: the tensor becomes the buffer, and the means are discarded."""
         if value is None:
             self._buffers, self._length = None, 0
         else:
@@ -104,19 +104,19 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         return keys, values
 
     def _check_shapes(self, *states: Tensor) -> None:
-        """Raises ValueError unless states have the rows, heads and dims of the buffers."""
+        """Raises ValueError if rows, heads or dims of the states differ from those of the buffers."""
         assert self._buffers is not None
         for x, buffer in zip(states, self._buffers, strict=True):
             if (x.shape[:2], x.shape[3]) != (buffer.shape[:2], buffer.shape[3]):
                 held, given = ((*y.shape[:2], y.shape[3]) for y in (buffer, x))
                 raise ValueError(
-                    f"the cache holds states of (batch, heads, dim) {held}, got {given}: reset() it for "
-                    "other prompts; for beams or several sequences of one prefilled prompt, repeat it first "
-                    "by batch_repeat_interleave(count)"
+                    f"the cache contains states of (batch, heads, dim) {held}, got {given}: call reset() "
+                    "before using it for other prompts; for beams or several sequences of one prefilled "
+                    "prompt, call batch_repeat_interleave(count) first"
                 )
 
     def _widen(self, *states: Tensor) -> None:
-        """Takes the buffers to the dtype that they and the states promote to, as after autocast."""
+        """Converts the buffers to the dtype that they and the states promote to, e.g. after autocast."""
         assert self._buffers is not None
         for i, x in enumerate(states):
             dtype = torch.promote_types(self._buffers[i].dtype, x.dtype)
@@ -139,19 +139,19 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         return self._length
 
     def reset(self) -> None:
-        """Empties the layer and opens it; its buffers stay for the next prompt."""
+        """Empties the layer and forgets its prompt; its buffers are kept for the next prompt."""
         self._length, self._assist_from = 0, None
         self.prompt, self.assisted = None, False
         self.block_means.forget(0)
 
     @property
     def at_prompt_end(self) -> bool:
-        """Whether the layer holds what one `prefill` read from its first token on, and no more."""
+        """Whether the layer contains exactly what one `prefill` into an empty cache has read."""
         prompt = self.prompt
         return prompt is not None and prompt.begin == 0 and self._length == prompt.end
 
     def rewind(self) -> None:
-        """Empties the layer, but where the prompt ends stays known: the same rows are read once more."""
+        """Empties the layer but keeps the end of the prompt, because the same prompt is read again."""
         prompt = self.prompt
         self.reset()
         self.prompt = prompt
@@ -160,13 +160,14 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         """Removes the last `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: a positive number, as in transformers' dynamic cache.
+            ValueError: the number is positive.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop takes a negative number, the tokens to remove from the end, got {tokens_to_remove}"
+                "crop takes the number of tokens to remove from the end as a negative number, "
+                f"got {tokens_to_remove}"
             )
-        self._assist_from = None  # assisted generation appends first; who crops at once appends no prompt
+        self._assist_from = None  # assisted generation would append the prompt before it crops
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         removed = min(-tokens_to_remove, self._length)
@@ -174,7 +175,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         self.block_means.cropped(removed, self._length)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Applies a selection of rows; only the slots in use are moved."""
+        """Applies a selection of rows; only slots in use are copied."""
         if self._buffers is None or self._length == 0:
             return
         self._end_moves()
@@ -196,7 +197,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         self._map_rows(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
 
     def offload(self) -> None:
-        """Moves keys and values to the CPU; the means stay where they are used."""
+        """Moves keys and values to the CPU; the means stay on the device."""
         if self._buffers is not None:
             self._begin_move()
             self._buffers = [x.to("cpu", non_blocking=True) for x in self._buffers]
@@ -207,16 +208,16 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
             self._buffers = [x.to(self.device, non_blocking=True) for x in self._buffers]
 
     def activate_past_recording(self) -> None:
-        """Called when tokens may be taken back: when assisted generation begins, or after a first call."""
+        """Called before tokens may be removed: when assisted generation starts, or after its first call."""
         self._assist_from = self._length or None
         self.assisted = self._length == 0 and self.prompt is None
 
     def _check_assisted(self, count: int) -> None:
-        """Raises when assisted generation appends a whole prompt to a cache that already holds its start."""
+        """Raises if assisted generation would append a whole prompt to a cache that already has its start."""
         filled, self._assist_from = self._assist_from, None
         if filled is not None and count > 1:
             raise ValueError(
                 f"assisted and prompt-lookup generation would append the whole prompt to the {filled} tokens "
-                "that this cache holds: pass a new or reset cache, or one that moba_hf.prefill has just read "
-                "the prompt into, or generate without assistance"
+                "already in this cache: pass a new or reset cache, or one that moba_hf.prefill has just "
+                "filled with the prompt, or generate without assistance"
             )

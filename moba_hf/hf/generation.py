@@ -1,4 +1,4 @@
-"""Long prompts for the command line: load, read the prompt in chunks, stream, compare with dense."""
+"""Long prompts on the command line: load, read in chunks, stream, compare with dense attention."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Generated:
 
     Attributes:
         tokens: the new token ids.
-        prefill_seconds: reading the prompt but for its last token.
-        decode_seconds: from there to the last new token.
+        prefill_seconds: time to read the prompt except for its last token.
+        decode_seconds: time from then to the last new token.
     """
 
     tokens: list[int]
@@ -43,21 +43,21 @@ class Generated:
         return len(self.tokens) / max(self.decode_seconds, 1e-9)
 
     def to_dict(self, tokenizer: Any) -> dict[str, Any]:
-        """JSON-ready values, the text of `tokenizer` among them."""
+        """JSON-ready values, with the text as decoded by `tokenizer`."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
         return {"text": text, **asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 def read_prompt(file: str | Path | None, text: str | None) -> str:
-    """The contents of `file`, followed by `text` on a new paragraph where both are given.
+    """The contents of `file`, then `text` as a new paragraph; either may be None.
 
     Raises:
-        ValueError: neither is given, the file cannot be read as UTF-8, or nothing but blanks is in them.
+        ValueError: both are None, the file cannot be read as UTF-8, or the result is blank.
     """
     parts = []
     if file is not None:
         if Path(file).is_char_device() and Path(file).resolve().parent == Path("/dev"):
-            raise ValueError(f"{file}: is a device, which may have no end; give a file or a pipe")
+            raise ValueError(f"{file}: is a device, which may never end; pass a file or a pipe")
         try:
             parts.append(Path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
@@ -68,7 +68,7 @@ def read_prompt(file: str | Path | None, text: str | None) -> str:
         parts.append(text)
     prompt = "\n\n".join(parts)
     if not prompt.strip():
-        raise ValueError("the prompt is empty: give --prompt-file, --prompt or both")
+        raise ValueError("the prompt is empty: pass --prompt-file, --prompt or both")
     return prompt
 
 
@@ -79,14 +79,14 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """The model of a checkpoint with MoBA on, over the GPUs or the ranks there are, and its tokenizer.
+    """Loads a checkpoint on all GPUs or ranks, turns MoBA on, and returns the model and its tokenizer.
 
     Args:
         source: a checkpoint, converted or not; see `load_checkpoint`, also for the other arguments.
         moba: the settings; None: those of the checkpoint, else the preset "default".
 
     Raises:
-        ValueError: as `load_checkpoint`, or an architecture without MoBA.
+        ValueError: as `load_checkpoint`, or MoBA does not support the architecture.
     """
     model, tokenizer = load_checkpoint(source, dtype, trust_remote_code=trust_remote_code, spread=True)
     return patch_model(model, moba), tokenizer
@@ -96,30 +96,32 @@ def encode(model: Any, tokenizer: Any, text: str, *, chat: bool = False) -> Tens
     """Token ids `(1, length)` of `text`.
 
     Args:
-        text: a text that begins with the tokenizer's own beginning-of-sequence token gets no second one.
+        text: if it begins with the tokenizer's beginning-of-sequence token, no second one is added.
         chat: `text` is a question for the tokenizer's chat template.
 
     Raises:
-        ValueError: no tokens, no chat template, or an id that the model has no embedding for: the tokenizer
-            is another model's.
+        ValueError: there are no tokens or no chat template, or the model has no embedding for a token id
+            (the tokenizer belongs to another model).
     """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template, so leave out --chat (chat=True)")
+            raise ValueError("the tokenizer has no chat template, so omit --chat (chat=True)")
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     begins = chat or bool(tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not begins).input_ids
     if ids.numel() == 0:
-        raise ValueError("the tokenizer makes no tokens of this prompt")
+        raise ValueError("the tokenizer returns no tokens for this prompt")
     size = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= size:
-        raise ValueError(f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens")
+        raise ValueError(
+            f"the tokenizer returned token id {int(ids.max())}, but the model's vocabulary has {size} tokens"
+        )
     return ids.long()
 
 
 def text_streamer(tokenizer: Any) -> BaseStreamer:
-    """Prints new tokens on stdout as they come."""
+    """A streamer that prints new tokens to stdout as they are generated."""
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
@@ -134,19 +136,19 @@ def generate(
     streamer: BaseStreamer | None = None,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Greedy continuation of one prompt, read in chunks into a `MobaCache` up to its last token.
+    """Greedy continuation of one prompt, which is read in chunks into a `MobaCache`.
 
     Args:
         model: a loaded model, with or without MoBA.
         ids: `(1, length)` token ids.
-        max_new_tokens: at most this many; an end-of-sequence token ends earlier.
-        chunk: tokens of the prompt read at a time, which bounds memory; see `prefill`.
-        dense_tail: tokens at the end of the prompt that attend every key; see `prefill`.
-        streamer: gets the tokens as they come.
-        on_prefill: called with the number of tokens just read.
+        max_new_tokens: limit; generation stops earlier at an end-of-sequence token.
+        chunk: number of prompt tokens read at a time, which bounds memory; see `prefill`.
+        dense_tail: number of tokens at the end of the prompt that attend to every key; see `prefill`.
+        streamer: receives the tokens as they are generated.
+        on_prefill: called after each chunk with its number of tokens.
 
     Raises:
-        ValueError: an empty prompt, or `max_new_tokens` or `chunk` too small (see `prefill`).
+        ValueError: the prompt is empty, or `max_new_tokens` or `chunk` is too small (see `prefill`).
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"ids must be (1, length) and not empty, got {tuple(ids.shape)}")
@@ -178,10 +180,10 @@ def generate(
 
 
 def generate_dense(model: Any, ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Generated:
-    """The same with the stock attention; the model runs MoBA before and after."""
+    """`generate` with the stock attention; the model must use MoBA, which is on again afterwards."""
     text_config = find_adapter(model.config.model_type).text_config(model.config)
     if text_config._attn_implementation != NAME:
-        raise ValueError("the model does not run MoBA")
+        raise ValueError("the model does not use MoBA")
     moba = MobaConfig.from_dict(text_config.moba)
     unpatch_model(model)
     try:
@@ -191,7 +193,7 @@ def generate_dense(model: Any, ids: Tensor, max_new_tokens: int, **kwargs: Any) 
 
 
 def common_tokens(first: list[int], second: list[int]) -> int:
-    """How many tokens two continuations share before they part."""
+    """Length of the common prefix of two continuations."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
@@ -205,7 +207,7 @@ def summary(run: Generated, prompt_tokens: int) -> str:
 
 
 def compare_table(moba: Generated, dense: Generated, prompt_tokens: int) -> str:
-    """A text table of two generations, and where they part."""
+    """A text table of two generations, and where they diverge."""
     lines = [f"{'':<10}{'prefill s':>10}{'tokens/s':>10}{'new tokens':>12}"]
     lines += [
         f"{name:<10}{run.prefill_seconds:>10.2f}{run.tokens_per_second:>10.1f}{len(run.tokens):>12}"
@@ -213,9 +215,9 @@ def compare_table(moba: Generated, dense: Generated, prompt_tokens: int) -> str:
     ]
     same = common_tokens(moba.tokens, dense.tokens)
     if moba.tokens == dense.tokens:
-        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations are the same, {same} tokens")
+        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations are the same ({same} tokens)")
     else:
-        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations part after {same} tokens")
+        lines.append(f"prompt of {prompt_tokens:,} tokens; the continuations diverge after {same} tokens")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A hash of what a result follows from: models and tensors."""
+"""A hash that identifies the models and tensors from which a result was computed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-# Parts of a config that say where a model comes from and how it runs, not what it is.
+# Config entries that say where a model comes from or how it runs, not what it computes.
 _NOT_OF_THE_MODEL = {
     *("moba", "attn_implementation", "_attn_implementation", "_name_or_path", "transformers_version"),
     *("dtype", "torch_dtype", "architectures", "use_cache"),
 }
-_SAMPLE = 256  # values of each weight that `identity_of` looks at, about
+_SAMPLE = 256  # approximate number of values of each weight that `identity_of` hashes
 
 
 def identity_of(*things: Any) -> str:
-    """A hash of what results follow from: tensors; of a model its config and some of every weight.
+    """A hash of tensors, and of models: their config and a sample of every weight.
 
-    How a model runs (`config.moba`, its attention implementation) is no part of it.
+    How a model runs (`config.moba`, its attention implementation) does not change the hash.
     """
     found = hashlib.sha256()
     for thing in things:

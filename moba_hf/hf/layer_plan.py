@@ -1,7 +1,7 @@
-"""Which rule an attention layer follows: its config and its family's adapter, resolved to a `LayerPlan`.
+"""Which rule an attention layer follows: resolves config and adapter to a `LayerPlan`.
 
-`layer_plan` is traced by torch.compile: it is written so that a compiled graph holds the plan as a constant
-and is compiled again when the settings change, see `_resolve`.
+`layer_plan` is traced by torch.compile. A compiled graph contains the plan as a constant and is recompiled
+when the settings change, see `_resolve`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.registry import Registry
 
-# Attribute of an attention module that turns its rule off for a while.
+# Attribute of an attention module that turns its rule off temporarily.
 SUSPENDED = "moba_suspended"
 
 logger = logging.get_logger(__name__)
@@ -31,11 +31,12 @@ class LayerPlan:
     """What one attention layer does, resolved from its config.
 
     Attributes:
-        rule: the MoBA rule; None: full attention, also where `moba_hf.hf.patching.suspend_moba` says so.
+        rule: the MoBA rule; None: full attention, also while `moba_hf.hf.patching.suspend_moba` is on.
         stock: why the layer keeps the stock implementation; None: it does not.
-        decode_rule: the rule of decode steps; None: they attend every key.
-        decode_max_len: queries of a decode step on a cache that nobody closed.
-        dense_len: sequences of at most this many tokens are attended in full under the rule.
+        decode_rule: the rule of decode steps; None: they attend to every key.
+        decode_max_len: calls with at most this many queries are decode steps, unless the cache records the
+            end of the prompt.
+        dense_len: sequences of at most this many tokens get full attention.
     """
 
     rule: Rule | None
@@ -46,34 +47,31 @@ class LayerPlan:
 
 
 def moba_config(config: Any) -> MobaConfig:
-    """The MoBA settings of a text config: its `moba`, else the preset "default", which is said once."""
+    """The MoBA settings of a text config: its `moba`, else the preset "default" (with a warning, once)."""
     return _settings_of(getattr(config, "moba", None))
 
 
 def _settings_of(raw: Any) -> MobaConfig:
-    """`config.moba` read, or the preset where it is None."""
+    """Parses `config.moba`; the preset if it is None."""
     if raw is not None:
         moba = MobaConfig.from_dict(raw)
         if moba.backend != "auto":
             raise ValueError(
-                "a stored config names no backend, which is a choice of the machine: pass it to "
+                "a stored config must not name a backend, because that depends on the machine: pass it to "
                 f"patch_model(model, MobaConfig(..., backend={moba.backend!r}))"
             )
         return moba
     moba = MobaConfig.from_preset(DEFAULT_PRESET)
     logger.warning_once(
         f"No `moba` settings in the model's config: using the preset {DEFAULT_PRESET!r} "
-        f"({moba.in_words()}), which was measured at 8K tokens. Pass a MobaConfig to "
-        "moba_hf.patch_model, or set config.moba, to choose."
+        f"({moba.in_words()}), which was measured at 8K tokens. To choose other settings, pass a MobaConfig "
+        "to moba_hf.patch_model or set config.moba."
     )
     return moba
 
 
 def layer_plan(module: nn.Module) -> LayerPlan:
-    """The plan of an attention module, kept on it until its `config.moba` changes.
-
-    A compiled graph holds the plan as a constant and is compiled again when `config.moba` changes.
-    """
+    """The plan of an attention module, cached on the module until its `config.moba` changes."""
     config: Any = module.config
     raw = getattr(config, "moba", None)
     suspended = bool(getattr(module, SUSPENDED, False))
@@ -88,25 +86,26 @@ def layer_plan(module: nn.Module) -> LayerPlan:
 
 
 def adapter_of(model_type: str) -> Adapter:
-    """`find_adapter`, also in functions that are traced."""
+    """`find_adapter`, for use in traced functions too."""
     adapter: Adapter = getattr(_kept, _adapter_name(model_type))
     return adapter
 
 
-# What compiled graphs look up by name instead of computing it, see `_resolve`.
+# Objects that compiled graphs look up by name instead of computing them, see `_resolve`.
 _kept = Registry()
 
 
 def _keep(kind: str, of: object, make: Callable[[], object]) -> str:
-    """The name under which `_kept` has `make()`; `repr(of)` tells what it is made of."""
+    """The name under which `_kept` stores `make()`; `repr(of)` identifies its inputs."""
     return _kept.keep(f"{kind} {of!r}", make)
 
 
 def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPlan:
-    """The plan of layer `layer_idx`; `raw` is `config.moba`, named so that compiled graphs depend on it.
+    """The plan of layer `layer_idx`; `raw` is `config.moba`, passed so that compiled graphs depend on it.
 
-    It is traced. Functions whose result a graph holds as constant take and give plain values only (torch
-    before 2.13 takes no config there), so they give names of what they made; the adapter's are traced.
+    This function is traced, and so are the adapter's methods. Functions whose result is a constant of the
+    graph may only take and return plain values (torch before 2.13 accepts no config there), so they return
+    the names under which they stored their results.
     """
     adapter = adapter_of(config.model_type)
     settings = _settings(raw)

@@ -1,4 +1,4 @@
-"""Where the sequences of a forward lie: what every layer of it is told."""
+"""The location of the sequences of a forward, the same for all layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moba_hf.op.sequences import Sequences
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a forward lie.
+    """The location of the sequences of a forward.
 
     Attributes:
-        sequences: for the operator.
-        whole: each batch row is one sequence of all keys and nothing is padding, so no mask is needed.
-        spans: `(batch row, begin, end)` of packed sequences; None: not packed, or not read to the host.
-        starts: slot of each row's first real key; None: packed, or not read to the host.
+        sequences: the sequences, as the operator needs them.
+        whole: each batch row is one sequence with all keys and no padding, so no mask is needed.
+        spans: `(batch row, begin, end)` of packed sequences; None: not packed, or not known on the host.
+        starts: slot of each row's first real key; None: packed, or not known on the host.
     """
 
     sequences: Sequences
@@ -31,7 +31,7 @@ class Layout:
         return not self.sequences.by_row
 
     def between(self, begin: int, end: int) -> Layout:
-        """The same of queries `[begin, end)` alone, and the keys up to the last of them; not packed."""
+        """The layout of queries `[begin, end)` and the keys up to the last of them; not for packed rows."""
         sequences = self.sequences
         row, q_begin, q_end, k_begin, k_end = sequences.table.unbind(1)
         k_end = torch.maximum(k_end - (q_end - end).clamp(min=0), k_begin)
@@ -46,7 +46,7 @@ class Layout:
         return replace(self, sequences=part)
 
     def to(self, device: torch.device) -> Layout:
-        """The same for layers that lie on another device."""
+        """The layout for layers on another device."""
         table, start = self.sequences.table.to(device), self.sequences.kv_start
         start = None if start is None else start.to(device)
         return replace(self, sequences=replace(self.sequences, table=table, kv_start=start))

@@ -1,11 +1,11 @@
-"""Keeps the switch to MoBA when transformers loads and saves a model.
+"""Makes MoBA stay on when transformers saves and loads a model.
 
-A checkpoint says with `config.moba` that its model was made for MoBA, but which attention runs is decided at
-each load: by the argument `attn_implementation`, else by the field of that name in config.json, else it is
-dense. transformers drops that field when it saves. `from_pretrained` and `save_pretrained` of its models are
-therefore wrapped: they do and return what they did; the first warns where the two disagree, the second stores
-the switch of a model that runs MoBA, a note that names this package, and the module that the config may name
-(`moba_hf.hf.remote_code`). Without `import moba_hf` nobody can notice.
+A checkpoint has its MoBA settings in `config.moba`, but every load decides again which attention runs: the
+argument `attn_implementation`, else the field of that name in config.json, else dense attention. transformers
+does not save that field. So `from_pretrained` and `save_pretrained` of its models are wrapped. The first
+warns if a model with MoBA settings runs dense attention. The second saves the field for a model that uses
+MoBA, a note that names this package, and the module that the config may name (`moba_hf.hf.remote_code`).
+Neither changes its result, and there is no effect without `import moba_hf`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from moba_hf.hf.adapter import find_adapter, has_adapter
 from moba_hf.hf.parallel import check_tensor_parallel, tensor_parallel_ranks
 from moba_hf.hf.remote_code import write_missing_module
 
-# Says in a saved folder what transformers' own error does not: which package to import.
+# File in a saved folder that says which package to import, because transformers' own error does not.
 RECORD = "moba_hf.json"
 LOADING = (
-    "This checkpoint runs MoBA (Mixture of Block Attention). transformers knows attn_implementation='moba' "
-    "after 'import moba_hf' (pip install moba-hf). Without it, load with attn_implementation='sdpa': dense."
+    "This checkpoint uses MoBA (Mixture of Block Attention). transformers supports attn_implementation="
+    "'moba' after 'import moba_hf' (pip install moba-hf). Without it, pass attn_implementation='sdpa' for "
+    "dense attention."
 )
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,7 @@ _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 
 def runs_dense(model: Any) -> str | None:
-    """The attention implementation of a model that has `config.moba` but does not run it; else None."""
+    """The attention implementation of a model that has `config.moba` but does not use MoBA; else None."""
     config = getattr(model, "config", None)
     if config is None or not has_adapter(getattr(config, "model_type", "")):
         return None
@@ -48,18 +49,18 @@ def runs_dense(model: Any) -> str | None:
 
 
 def warn_if_dense(model: Any) -> None:
-    """Warns, once per implementation, about a model that has `config.moba` but does not run it."""
+    """Warns, once per implementation, if a model has `config.moba` but does not use MoBA."""
     running = None if _silent.get() else runs_dense(model)
     if running is not None:
         logger.warning_once(
             f"This checkpoint has MoBA settings (config.moba), but was loaded with attn_implementation="
-            f'{running!r}, so it runs full attention. Pass attn_implementation="moba" to from_pretrained, or '
-            "call moba_hf.patch_model(model), to run it as it was made."
+            f'{running!r}, so it uses full attention. To use MoBA, pass attn_implementation="moba" to '
+            "from_pretrained or call moba_hf.patch_model(model)."
         )
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of `config`, with its other towers if it has any."""
+    """The auto class of transformers that loads a model with this config and its vision tower, if any."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
@@ -71,7 +72,7 @@ def auto_class(config: Any) -> Any:
 
 @contextmanager
 def dense_on_purpose() -> Iterator[None]:
-    """No warning inside the `with` block."""
+    """Suppresses the warning inside the `with` block."""
     token = _silent.set(True)
     try:
         yield
@@ -80,24 +81,31 @@ def dense_on_purpose() -> Iterator[None]:
 
 
 def place_settings(config: Any) -> None:
-    """Moves MoBA settings to the text config, in place, where a config.json without a nested one has them."""
+    """Moves MoBA settings from the outer config, if they are there, to its text config, in place.
+
+    Raises:
+        ValueError: The text config has other settings.
+    """
     if config is None or not has_adapter(getattr(config, "model_type", "")):
         return
     text = find_adapter(config.model_type).text_config(config)
-    if (
-        text is not config
-        and getattr(text, "moba", None) is None
-        and getattr(config, "moba", None) is not None
-    ):
-        text.moba = config.moba
-        del config.moba
+    if text is config or getattr(config, "moba", None) is None:
+        return
+    if getattr(text, "moba", None) not in (None, config.moba):
+        key = find_adapter(config.model_type).text_config_key
+        raise ValueError(
+            f"the config holds two MoBA settings: {config.moba} beside its {key}, and {text.moba} in it, "
+            f"which are the ones that count: delete the first"
+        )
+    text.moba = config.moba
+    del config.moba
 
 
 @contextmanager
 def switch_kept(model: Any) -> Iterator[bool]:
-    """Inside the block the config of a model that runs MoBA has the field that `save_pretrained` writes.
+    """Inside the block, the config of a model that uses MoBA has `attn_implementation`, so that it is saved.
 
-    Gives whether it runs MoBA.
+    Yields whether the model uses MoBA.
     """
     config = getattr(model, "config", None)
     if config is None or not has_adapter(getattr(config, "model_type", "")):
@@ -117,7 +125,7 @@ def switch_kept(model: Any) -> Iterator[bool]:
 
 
 def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses to spread a MoBA model over ranks that its heads do not fit, before weights are read."""
+    """Raises ValueError, before weights are read, if the heads of a MoBA model do not fit the ranks."""
     ranks = tensor_parallel_ranks(kwargs)
     if ranks == 1:
         return
@@ -135,19 +143,27 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def watch_loads() -> None:
-    """Wraps `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
+    """Wraps the construction, `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
     from transformers import PreTrainedModel
 
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
     if getattr(original, "_moba_watched", False):
         return
 
+    construct = PreTrainedModel.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        place_settings(config)  # before the text model takes its config; also of models without a checkpoint
+        construct(self, config, *args, **kwargs)
+
+    PreTrainedModel.__init__ = init  # type: ignore[method-assign]
+
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _check_ranks(args, kwargs)
         loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        place_settings(getattr(model, "config", None))
         warn_if_dense(model)
         return loaded
 

@@ -1,4 +1,4 @@
-"""The mask function registered as "moba": transformers calls it once per forward and kind of layer."""
+"""The mask function that is registered as "moba"; transformers calls it once per forward and layer type."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from moba_hf.hf.parallel import refuse_lost_padding, refuse_ring_attention
 from moba_hf.hf.rows import Masks, Rows, check_length
 
-# Rotary parameters of the models whose layers need position ids and may not give them to attention.
+# Rotary parameters of models whose layers may not pass their position ids to the attention function.
 _KEPT = {"mrope_section", "llama_4_scaling_beta"}
-# How far above the mask function the forward of a model is looked for.
+# How many frames above the mask function to search for the forward of the model.
 _FRAMES = 8
 
 
@@ -32,20 +32,20 @@ def moba_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | Rows | None:
-    """The rows of a forward; transformers calls it with keywords only, once per forward and kind of layer.
+    """The `Rows` of a forward; transformers calls it with keywords only, once per forward and layer type.
 
-    Layers with windows or chunks (`local_size`) get transformers' own dense mask inside their `Rows`; custom
-    overlays and bidirectional models get that mask itself.
+    For layers with sliding windows or chunks (`local_size`), the `Rows` contains transformers' own dense
+    mask. For custom overlays and bidirectional models, the result is that mask itself.
 
     Raises:
-        ValueError: a mask that is shorter than the cache and the call together, or that Ulysses would drop,
-            or ring attention.
+        ValueError: the mask is shorter than the cache and the call together, or Ulysses would drop it, or the
+            model runs under ring attention.
     """
     if not torch.compiler.is_compiling():
         refuse_ring_attention()
         if not isinstance(attention_mask, Rows):
             refuse_lost_padding(attention_mask)
-    if isinstance(attention_mask, Rows):  # made by `generate` before the forward, for a static cache
+    if isinstance(attention_mask, Rows):  # `generate` has called this before the forward, for a static cache
         return attention_mask
     bidirectional = kwargs.get("allow_is_bidirectional_skip") or not getattr(config, "is_causal", True)
     overlay = mask_function not in (None, causal_mask_function)
@@ -99,11 +99,11 @@ def moba_mask(
 
 
 def _hidden_positions(config: Any, batch: int, length: int) -> Tensor | None:
-    """Position ids of the forward that asks for a mask, where its layers give attention none.
+    """Position ids of the running forward, for models whose layers do not pass them to attention.
 
-    Vision-language models keep M-RoPE ids, `(3, batch, length)`, to themselves, and Ministral 3 its ids,
-    `(batch, length)`, before transformers 5.18. So only the frame of their `forward` tells whether a caller
-    packs documents, which would be mixed.
+    Vision-language models do not pass on M-RoPE ids `(3, batch, length)`, nor Ministral 3 its ids
+    `(batch, length)` before transformers 5.18. So only the stack frame of their `forward` shows whether the
+    caller packs documents, which would be mixed.
     """
     if not _KEPT & set(getattr(config, "rope_parameters", None) or {}):
         return None

@@ -1,7 +1,7 @@
-"""What MoBA needs to know of a model that is spread over processes.
+"""Checks for models that are distributed over several processes.
 
-Query heads choose their blocks alone, so tensor parallelism, Ulysses (which gives each rank all tokens of
-some heads) and FSDP2 need nothing from this package. What they cannot do is refused here.
+Each query head chooses its blocks independently, so tensor parallelism, Ulysses (each rank has all tokens of
+some heads) and FSDP2 need nothing from this package. Unsupported combinations are refused here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moba_hf.config import NAME
 
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
-    """Raises ValueError where `ranks` do not divide the key-value heads of a config.
+    """Raises ValueError if `ranks` does not divide the number of key-value heads of a config.
 
-    transformers cuts the key projection by features, so it would cut inside a head.
+    transformers shards the key projection by features, so it would cut inside a head.
     """
     text = config.get_text_config(decoder=True)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
@@ -33,19 +33,19 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
 
 
 def launched_ranks() -> int:
-    """Processes that `torchrun` started this program in; 1: it did not."""
+    """Number of processes that `torchrun` started; 1 without `torchrun`."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def is_first_rank() -> bool:
-    """Whether this is rank 0, as torch.distributed says, or its launcher before it is initialised."""
+    """Whether this is rank 0, from torch.distributed or, before its initialisation, from the launcher."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def tensor_parallel_ranks(kwargs: Mapping[str, Any]) -> int:
-    """Ranks that `from_pretrained(**kwargs)` spreads each layer over; 1: it does not."""
+    """Number of ranks over which `from_pretrained(**kwargs)` shards each layer; 1: it does not."""
     sizes = kwargs.get("distributed_config")
     if sizes is None and kwargs.get("tp_plan") is None and kwargs.get("tp_size") is None:
         return 1
@@ -64,8 +64,8 @@ def tensor_parallel_ranks(kwargs: Mapping[str, Any]) -> int:
 def refuse_ring_attention() -> None:
     """Raises ValueError under accelerate's context parallelism (`cp_size`).
 
-    It passes keys from rank to rank inside torch's own attention. Any other attention function would see the
-    keys of its own rank only, without an error.
+    It passes keys from rank to rank inside torch's own attention. Any other attention function would silently
+    see only the keys of its own rank.
     """
     state = sys.modules.get("accelerate.state")
     if state is None or not state.is_initialized():
@@ -79,10 +79,10 @@ def refuse_ring_attention() -> None:
 
 
 def refuse_lost_padding(attention_mask: Tensor | None) -> None:
-    """Raises ValueError where DeepSpeed's Ulysses would drop a mask that MoBA needs.
+    """Raises ValueError if DeepSpeed's Ulysses would drop a mask that MoBA needs.
 
-    It puts a wrapper in the place of the attention function and gives it no mask. Padding on the right does
-    no harm: no real token sees it.
+    It wraps the attention function and passes it no mask. Padding on the right is harmless, because no real
+    token attends to it.
 
     Args:
         attention_mask: `(batch, length)` of this rank's part of the rows, 0 for padding.
@@ -93,13 +93,14 @@ def refuse_lost_padding(attention_mask: Tensor | None) -> None:
 
     real = attention_mask.bool()
     lost = (~real[:, :-1] & real[:, 1:]).any()
-    if get_sequence_parallel_rank() == 0:  # a part of padding alone begins or ends a row
+    if get_sequence_parallel_rank() == 0:  # if this part is all padding, it is on the left
         lost = lost | ~real[:, 0].all()
     if lost:
         raise ValueError(
-            "padding on the left of rows, or holes, under DeepSpeed's Ulysses: it hands no mask to the "
-            'attention, which would attend the padding. Pad on the right (tokenizer.padding_side = "right") '
-            "or pack rows without padding, with position_ids that start again at each document"
+            "padding on the left of rows, or holes, under DeepSpeed's Ulysses: it passes no mask to the "
+            "attention function, so tokens would attend to the padding. Pad on the right "
+            '(tokenizer.padding_side = "right"), or pack rows without padding and restart position_ids at '
+            "each document"
         )
 
 

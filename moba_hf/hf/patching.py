@@ -1,4 +1,4 @@
-"""Switching MoBA on and off in a loaded model, exactly undone."""
+"""Turns MoBA on and off in a loaded model; turning it off restores the exact previous state."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.op.backends import load_backend
 
-# Attribute of attention modules that keeps a patched model's state from before. It stands on modules, which
-# PEFT, torch.compile and a model's own base model share, and holds plain data, which copies and pickles keep.
+# Attribute of attention modules that stores the state before `patch_model`. It is on the modules, because
+# PEFT, torch.compile and the base model share them; it is plain data, so it survives copying and pickling.
 _PREVIOUS = "_moba_previous"
-# Attributes of attention modules that say how they run, and are no part of a checkpoint.
+# Attributes of attention modules that say how they run; not saved in checkpoints.
 _ON_MODULES = ("moba_backend", SUSPENDED)
-# The states from before of configs that run MoBA by `patch_model`: models may share a config. Keyed by id.
+# The same state by id of the text config, because several models may share a config.
 _BY_CONFIG: dict[int, tuple[weakref.ref[Any], _State]] = {}
 
 
 @dataclass(frozen=True)
 class _State:
-    """What switching changes, as plain data.
+    """What patching changes, as plain data.
 
     Attributes:
         implementation: the text config's attention implementation.
         settings: `(config.moba,)`; empty: the config had none.
-        modules: how each attention module ran, in order.
+        modules: the `_ON_MODULES` attributes of each attention module, in order.
     """
 
     implementation: str
@@ -62,17 +62,17 @@ class _State:
 def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     """Turns MoBA on in `model`, in place, and returns it.
 
-    Models that share a config object are switched together, as by transformers' own
+    Models that share a config object are patched together, as with transformers' own
     `set_attn_implementation`.
 
     Args:
-        model: a loaded transformers model of a known family; also one inside PEFT or `torch.compile`.
-        config: the settings, kept as `config.moba` of the model's text config (without `backend`, which
-            stays on the loaded modules). None: what `config.moba` holds, else the preset "default".
+        model: a loaded transformers model of a known family; it may be wrapped by PEFT or `torch.compile`.
+        config: the settings, stored as `config.moba` of the model's text config (without `backend`, which
+            is stored on the modules). None: the current `config.moba`, else the preset "default".
 
     Raises:
         ValueError: unknown architecture or backend, settings that do not fit the model, or a model whose
-            attention transformers cannot switch. The model is then as it was.
+            attention transformers cannot switch. The model is then unchanged.
     """
     adapter, text_config = _family(model)
     moba = moba_config(text_config) if config is None else config
@@ -96,20 +96,20 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
 
 
 def unpatch_model(model: Any) -> Any:
-    """Gives `model` back the attention implementation and `config.moba` it had before `patch_model`.
+    """Restores the attention implementation and `config.moba` that `model` had before `patch_model`.
 
-    `model` may be the patched model, its base model, or the same in PEFT or `torch.compile`, wrapped before
-    or after patching. A model that was loaded with `attn_implementation="moba"` goes to "sdpa" and keeps its
-    `config.moba`.
+    `model` may be the patched model, its base model, or either one wrapped by PEFT or `torch.compile` before
+    or after patching. A model that was loaded with `attn_implementation="moba"` changes to "sdpa" and keeps
+    its `config.moba`.
 
     Raises:
-        ValueError: the model does not run MoBA.
+        ValueError: the model does not use MoBA.
     """
     adapter, text_config = _family(model)
     before = _previous(model, adapter, text_config)
     if before is None:
         if text_config._attn_implementation != NAME:
-            raise ValueError(f"the model does not run MoBA but {text_config._attn_implementation!r}")
+            raise ValueError(f"the model does not use MoBA but {text_config._attn_implementation!r}")
         before = _State("sdpa", _settings(text_config))
     _keep_previous(model, adapter, text_config, None)
     before.restore(model, adapter, text_config)
@@ -118,7 +118,7 @@ def unpatch_model(model: Any) -> Any:
 
 @contextmanager
 def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
-    """MoBA inside the `with` block; before and after, the model is the same, exceptions included."""
+    """Turns MoBA on inside the `with` block and restores the model afterwards, also after an exception."""
     adapter, text_config = _family(model)
     before = _State.of(model, adapter, text_config)
     outer = _previous(model, adapter, text_config)
@@ -134,7 +134,7 @@ def _settings(text_config: Any) -> tuple[Any, ...]:
 
 
 def _previous(model: Any, adapter: Adapter, text_config: Any) -> _State | None:
-    """The state from before `patch_model`, kept by the model's modules or by another model of its config."""
+    """The state before `patch_model`, from the model's modules or from a model with the same config."""
     for _, module in adapter.attention_layers(model):
         if _PREVIOUS in module.__dict__:
             return cast(_State, module.__dict__[_PREVIOUS])
@@ -143,7 +143,7 @@ def _previous(model: Any, adapter: Adapter, text_config: Any) -> _State | None:
 
 
 def _keep_previous(model: Any, adapter: Adapter, text_config: Any, state: _State | None) -> None:
-    """Lets every attention module and the config remember `state`; None: forget it."""
+    """Stores `state` on every attention module and for the config; None: deletes it."""
     for _, module in adapter.attention_layers(model):
         module.__dict__.pop(_PREVIOUS, None)
         if state is not None:
@@ -155,17 +155,17 @@ def _keep_previous(model: Any, adapter: Adapter, text_config: Any, state: _State
 
 
 def suspend_moba(model: Any, suspended: bool = True) -> Any:
-    """Lets every MoBA layer of `model` run full attention, in place, or its rule again; returns `model`.
+    """Switches every MoBA layer of `model` to full attention, or back to its rule, in place; returns `model`.
 
-    The attention implementation and `config.moba` stay as they are, so what is saved meanwhile is a MoBA
-    checkpoint, and packed and padded batches mean what they meant before.
+    The attention implementation and `config.moba` do not change, so a checkpoint saved meanwhile is a MoBA
+    checkpoint, and packed and padded batches are handled as before.
 
     Raises:
-        ValueError: the model does not run MoBA.
+        ValueError: the model does not use MoBA.
     """
     adapter, text_config = _family(model)
     if text_config._attn_implementation != NAME:
-        raise ValueError(f"the model does not run MoBA but {text_config._attn_implementation!r}")
+        raise ValueError(f"the model does not use MoBA but {text_config._attn_implementation!r}")
     for _, module in adapter.attention_layers(model):
         if suspended:
             setattr(module, SUSPENDED, True)
@@ -175,7 +175,7 @@ def suspend_moba(model: Any, suspended: bool = True) -> Any:
 
 
 def _family(model: Any) -> tuple[Adapter, Any]:
-    """The adapter of a model and its text config."""
+    """The adapter and the text config of a model."""
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is not a transformers model: it cannot switch attention")
     adapter = find_adapter(model.config.model_type)
@@ -183,16 +183,16 @@ def _family(model: Any) -> tuple[Adapter, Any]:
 
 
 def set_implementation(model: Any, adapter: Adapter, name: str) -> None:
-    """Gives the text model of `model` the attention implementation `name`; vision towers keep theirs.
+    """Sets the attention implementation of the text model of `model` to `name`; vision towers keep theirs.
 
     Raises:
-        ValueError: the model does not let it be set.
+        ValueError: transformers cannot set it for this model.
     """
     key = adapter.nested_key(model.config)
     model.set_attn_implementation(name if key is None else {key: name})
     text_config = adapter.text_config(model.config)
     if text_config._attn_implementation != name:  # transformers only warns
         raise ValueError(
-            f"{type(model).__name__} does not let its attention implementation be set: its source defines an "
-            "attention class of its own that does not use transformers' attention interface"
+            f"the attention implementation of {type(model).__name__} cannot be set: its source defines an "
+            "attention class that does not use transformers' attention interface"
         )

@@ -1,7 +1,7 @@
-"""Where a cache's prompt ends: rows before that follow the rule of prefill, rows after it that of decode.
+"""The end of the prompt in a cache: rows before it follow the rule of prefill, rows after it that of decode.
 
-`moba_hf.prefill` writes it into the layers of a `MobaCache`; nobody else does. On a cache without it, a call
-of at most `decode_max_len` queries is decoding.
+Only `moba_hf.prefill` records it, in the layers of a `MobaCache` (it "closes" the cache). For other caches, a
+call with at most `decode_max_len` queries counts as decoding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Prompt:
     """The prompt of a cache that `prefill` closed.
 
     Attributes:
-        end: its slots; rows from here on are decode steps.
-        dense_from: rows `[dense_from, end)` attended every key, see `prefill(dense_tail=...)`.
-        begin: slots that were there before this `prefill`.
+        end: number of its slots; rows from here on are decode steps.
+        dense_from: rows `[dense_from, end)` attended to every key, see `prefill(dense_tail=...)`.
+        begin: number of slots in use before this `prefill`.
     """
 
     end: int
@@ -29,19 +29,20 @@ class Prompt:
 
 
 def row_kinds(layer: Any, q_len: int, kv_len: int, decode_max_len: int) -> list[tuple[int, int, str]]:
-    """Runs `(begin, end, kind)` of a call's rows, in order: what each follows, `PREFILL`, `DENSE`, `DECODE`.
+    """Splits the rows of a call into runs `(begin, end, kind)`; kinds are `PREFILL`, `DENSE` and `DECODE`.
 
     Args:
         layer: the MoBA cache layer that the keys come from; None: there is none.
-        q_len, kv_len: queries and keys of the call; `kv_len` counts the slots of a static cache.
-        decode_max_len: queries of a decode step on a cache that nobody closed.
+        q_len: number of queries of the call.
+        kv_len: number of keys of the call; with a static cache, its number of slots.
+        decode_max_len: most queries of a decode step on a cache that is not closed.
     """
     if layer is not None and layer.reading:
         return [(0, q_len, PREFILL)]
     prompt: Prompt | None = None if layer is None else layer.prompt
     if prompt is None:
         return [(0, q_len, DECODE if q_len <= decode_max_len else PREFILL)]
-    if layer.is_compileable:  # nothing is ever taken back from it, so what is added comes after the prompt
+    if layer.is_compileable:  # tokens are never removed from it, so new tokens come after the prompt
         return [(0, q_len, DECODE)]
     first = kv_len - q_len
     edges = [0, *(min(max(slot - first, 0), q_len) for slot in (prompt.dense_from, prompt.end)), q_len]
@@ -50,22 +51,22 @@ def row_kinds(layer: Any, q_len: int, kv_len: int, decode_max_len: int) -> list[
 
 
 def open_cache(cache: Any) -> None:
-    """Says that a prompt is being read into `cache`: every row follows the rule of prefill."""
+    """Marks `cache` as being filled with a prompt: every row follows the rule of prefill."""
     for layer in _followers(cache):
         layer.prompt, layer.reading = None, True
 
 
 def close_cache(cache: Any, prompt: Prompt | None) -> None:
-    """Says that the prompt is read; None: that it was not."""
+    """Ends the reading of a prompt and records `prompt`; None: the end of the prompt stays unknown."""
     for layer in _followers(cache):
         layer.prompt, layer.reading = prompt, False
 
 
 def follows_places(cache: Any) -> bool:
-    """Whether a cache knows where its prompt ends."""
+    """Whether a cache can record where its prompt ends."""
     return bool(_followers(cache))
 
 
 def _followers(cache: Any) -> list[Any]:
-    """The layers of a cache that keep the place."""
+    """The layers of a cache that can record the end of the prompt."""
     return [layer for layer in cache.layers if hasattr(layer, "reading")]

@@ -1,4 +1,4 @@
-"""Prefill in chunks: reads a long prompt into a cache with memory bounded by the chunk."""
+"""Chunked prefill: reads a long prompt into a cache with memory bounded by the chunk size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress_bar
 
-# Tokens at the end of a prompt that attend every key unless one says otherwise: the question, mostly.
+# Default number of tokens at the end of a prompt that attend to every key: usually the question.
 DENSE_TAIL = 128
 
 logger = logging.get_logger(__name__)
@@ -44,40 +44,41 @@ def prefill(
     dense_tail: int = DENSE_TAIL,
     past_key_values: Cache | None = None,
 ) -> Cache:
-    """A cache that holds `input_ids` but for the last token, which `generate` must still see::
+    """Reads all of `input_ids` except the last token, which `generate` must still see, into a cache::
 
         cache = moba_hf.prefill(model, input_ids)
         model.generate(input_ids, cache=cache)  # past_key_values=cache before transformers 5.24
 
-    The end of the prompt, `dense_tail` tokens, attends every key: where a question follows a long text, that
-    is what lets a model find short facts (measured: dev/LOG.md, 2026-11-26). Every other row equals that of a
-    prefill in one call, and with `dense_tail=0` all do; where queries share a choice of blocks, chunks end
-    between tiles for that, and padded batches, whose rows begin anywhere, differ a little. In a stock cache a
-    chunk of `decode_max_len` tokens or fewer would count as decoding, so a short tail is split evenly with
-    the previous chunk; if a filled cache needs no more tokens than that, they are left to `generate`.
+    The last `dense_tail` tokens of the prompt attend to every key. That lets a model find short facts if a
+    question follows a long text (measured: dev/LOG.md, 2026-11-26). All other rows equal those of a prefill
+    in one call; with `dense_tail=0` all rows do. If tiles of queries share a choice of blocks, chunks end
+    between tiles for this reason; rows of padded batches can begin inside a tile, so they differ slightly.
 
-    A `MobaCache` is closed: what comes after the prompt follows the decode rule, however many tokens a call
-    holds, until the next `prefill` on that cache. Assisted and prompt-lookup generation then give the tokens
-    of plain generation; transformers makes them read the whole prompt once more, in one call, and only a
-    cache that was empty before this can serve them.
+    In a stock cache, a chunk of `decode_max_len` tokens or fewer would count as decoding. So a short last
+    chunk and the previous one are split evenly. If a filled cache needs no more tokens than that, they are
+    left to `generate`.
+
+    In a `MobaCache`, `prefill` records the end of the prompt. Until the next `prefill` on that cache, all
+    later tokens follow the decode rule, no matter how many a call has. Assisted and prompt-lookup generation
+    then produce the tokens of plain generation. transformers makes them read the whole prompt again in one
+    call, which works only if the cache was empty before this `prefill`.
 
     Args:
         model: a causal language model of transformers.
-        input_ids: `(batch, length)`, the whole prompt, with what `cache` already holds.
+        input_ids: `(batch, length)`, the whole prompt, including the tokens already in `cache`.
         chunk_size: tokens per row in one call; memory grows with it.
         attention_mask: `(batch, length)`, 0 for padding; None: no padding.
-        cache: a cache that holds the beginning of `input_ids`, or an empty one; None: a new
-            `MobaCache`.
-        progress: show a progress bar; of several processes only the first does.
-        on_chunk: called after every chunk with its tokens, for a progress display of one's own.
-        dense_tail: so many tokens at the end of the prompt attend every key; more where a tile of queries
-            that share a choice would be cut. 0: none, as in a plain forward of the model.
+        cache: a cache that contains the beginning of `input_ids`, or an empty one; None: a new `MobaCache`.
+        progress: show a progress bar (only in the first process).
+        on_chunk: called after each chunk with its number of tokens, e.g. for your own progress display.
+        dense_tail: number of tokens at the end of the prompt that attend to every key, extended to whole
+            tiles if tiles of queries share a choice. 0: none, as in a plain forward of the model.
         past_key_values: another name of `cache`, as in transformers before 5.24.
 
     Raises:
-        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, a
-            cache under both names, or one that holds the whole prompt, holds tokens rotated by other
-            frequencies (`hf.rope`), or is static and has not a slot for every token.
+        ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, or
+            a cache that is passed under both names, already contains the whole prompt, contains tokens
+            rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -90,7 +91,9 @@ def prefill(
         cache = MobaCache(model.config, max_cache_len=length + length // 8)
     seen = int(cache.get_seq_length())
     if seen >= length:
-        raise ValueError(f"the cache holds {seen} tokens, the prompt has {length}: nothing is left to read")
+        raise ValueError(
+            f"the cache already contains {seen} tokens and the prompt has {length}: nothing is left to read"
+        )
     _check_slots(cache, length)
     position_ids, longest = None, length
     if attention_mask is not None:
@@ -126,9 +129,9 @@ def prefill(
 
 
 def tail_begin(model: Any, length: int, dense_tail: int) -> int:
-    """Where the dense tail of a prompt of `length` tokens begins, between tiles; at most `length - 1`.
+    """Index of the first token of the dense tail, rounded down to a tile boundary; at most `length - 1`.
 
-    The last token belongs to `generate`. Where the model does not run MoBA there is no tail.
+    The last token belongs to `generate`. A model that does not use MoBA has no tail.
     """
     if dense_tail == 0 or model.config.get_text_config(decoder=True)._attn_implementation != NAME:
         return length - 1
@@ -138,7 +141,7 @@ def tail_begin(model: Any, length: int, dense_tail: int) -> int:
 
 @contextmanager
 def attending_everything(model: Any, wanted: bool = True) -> Iterator[None]:
-    """Full attention in every layer inside the block, where `wanted`."""
+    """Full attention in every layer inside the `with` block; no effect if `wanted` is False."""
     config = model.config.get_text_config(decoder=True)
     modules: list[Any] = []
     if wanted and config._attn_implementation == NAME:
@@ -155,7 +158,7 @@ def attending_everything(model: Any, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _reading(cache: Cache, prompt: Prompt) -> Iterator[None]:
-    """Opens `cache` inside the block and closes it after `prompt`; an error leaves it as nobody closed it."""
+    """Opens `cache` inside the block, then closes it and records `prompt`, unless the block raises."""
     open_cache(cache)
     try:
         yield
@@ -181,18 +184,18 @@ def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, sh
 
 
 def _decode_max_len(model: Any) -> int:
-    """The model's `decode_max_len`; 1 where it does not run MoBA."""
+    """The model's `decode_max_len`; 1 if it does not use MoBA."""
     config = model.config.get_text_config(decoder=True)
     return moba_config(config).decode_max_len if config._attn_implementation == NAME else 1
 
 
 def _check_slots(cache: Cache, length: int) -> None:
-    """Raises ValueError where a static layer has fewer slots than tokens; windows use theirs again."""
+    """Raises ValueError if a static layer, except sliding windows, has fewer slots than `length`."""
     layers = [x for x in cache.layers if not getattr(x, "is_sliding", False)]
     slots = min((int(getattr(x, "max_cache_len", length)) for x in layers), default=length)
     if slots < length:
         raise ValueError(
-            f"the static cache has {slots} slots, the prompt {length} tokens: make it with "
+            f"the static cache has {slots} slots, but the prompt has {length} tokens: create it with "
             "max_cache_len = prompt length + max_new_tokens"
         )
 
@@ -200,10 +203,13 @@ def _check_slots(cache: Cache, length: int) -> None:
 def _chunks(
     model: Any, seen: int, end: int, chunk_size: int, *, padded: bool, few: bool = False
 ) -> list[int]:
-    """Lengths of the chunks of tokens `[seen, end)`, cut between tiles where queries share a choice.
+    """Lengths of the chunks of tokens `[seen, end)`, cut between tiles if tiles of queries share a choice.
 
-    A tile that is cut is chosen for twice, by the rows of each chunk. Where that cannot be helped it is said.
-    Too few tokens to be told from a decode step are a chunk only where the cache can tell, `few`.
+    If a tile is cut, its two parts choose blocks separately; if that is unavoidable, a warning says so.
+
+    Args:
+        padded: the batch has padding.
+        few: chunks may be as short as a decode step, because the cache records what is prompt.
     """
     tile, shortest = _tile(model), _decode_max_len(model) + 1
     if tile == 1 or end - seen <= chunk_size:
@@ -219,16 +225,16 @@ def _chunks(
         fits = cut - cuts[-2] >= shortest and end - cut <= chunk_size
         cuts[-1] = cut if fits else (cuts[-2] + end) // 2
     if padded or any(cut % tile for cut in cuts[1:]):
-        why = "rows of a padded batch begin anywhere" if padded else f"chunk_size={chunk_size} does not fit"
+        why = "padded rows may begin inside a tile" if padded else f"chunk_size={chunk_size} does not fit"
         logger.warning_once(
-            f"chunks of this prefill cut tiles of {tile} queries that share a choice of blocks ({why}): rows "
-            "of a cut tile choose apart, so results differ a little from a prefill in one call"
+            f"chunks of this prefill cut tiles of {tile} queries that share a choice of blocks ({why}): the "
+            "parts of a cut tile choose separately, so results differ slightly from a prefill in one call"
         )
     return [b - a for a, b in pairwise([*cuts, end])]
 
 
 def _tile(model: Any) -> int:
-    """A multiple of the tiles of all layers; 1 where every query chooses for itself."""
+    """The least common multiple of the tiles of all layers; 1 if no layer shares a choice between queries."""
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != NAME:
         return 1
@@ -241,7 +247,8 @@ def _tile(model: Any) -> int:
 def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:
     """Lengths of the chunks of `total` tokens, each between `shortest` and `chunk_size`.
 
-    Fewer than `shortest` tokens are one chunk on an `empty` cache, where prefill and decode agree, else none.
+    Fewer than `shortest` tokens form one chunk if the cache is `empty`, because prefill and decode then
+    agree; otherwise there is no chunk.
     """
     full, rest = divmod(total, chunk_size)
     if full == 0:

@@ -1,7 +1,7 @@
-"""The module in a checkpoint by which `trust_remote_code=True` loads it with MoBA, without `import moba_hf`.
+"""The module in a checkpoint that lets `trust_remote_code=True` load it with MoBA, without `import moba_hf`.
 
-config.json names a class of this module in `auto_map`. The module imports moba_hf, and its class hands over
-to the auto class, so that the loaded model is the one that a load after `import moba_hf` gives.
+`auto_map` in config.json names a class of this module. The module imports moba_hf, and its class delegates to
+the auto class, so the loaded model is the same as after `import moba_hf`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ except ModuleNotFoundError as error:
 
 
 class ClassName(transformers.ClassName):
-    """Stands for the class of this name in transformers, which `from_pretrained` returns."""
+    """Delegates to the class of this name in transformers."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """The model that transformers loads now that it knows "moba"."""
+        """Loads the model, now that transformers knows "moba"."""
         return transformers.AutoClass.from_pretrained(*args, **{**kwargs, "trust_remote_code": False})
 '''
 
 
 def module_text(auto_class: str, class_name: str) -> str:
-    """The module by which `auto_class` of transformers loads models of its class `class_name`."""
+    """The source of the module with which `auto_class` of transformers loads models of class `class_name`."""
     return _TEXT.replace("AutoClass", auto_class).replace("ClassName", class_name)
 
 
 def auto_map(auto_class: str, class_name: str) -> dict[str, str]:
-    """The entry `auto_map` of config.json that goes with `module_text`."""
+    """The entry `auto_map` of config.json for `module_text`."""
     return {auto_class: f"{_STEM}.{class_name}"}
 
 
 def read_auto_map(found: Any) -> tuple[str, str] | None:
-    """Auto class and class name in an entry `auto_map`; None: it is none that `auto_map` gives."""
+    """Auto class and class name in an entry `auto_map`; None: it is not from `auto_map()`."""
     if not isinstance(found, dict) or len(found) != 1:
         return None
     auto_class, reference = next(iter(found.items()))
@@ -62,7 +62,7 @@ def read_auto_map(found: Any) -> tuple[str, str] | None:
 
 
 def write_missing_module(folder: Path, config: Any) -> None:
-    """Writes the module into a folder where a saved `config` names it: transformers copies no such code."""
+    """Writes the module into a folder if the saved `config` names it, as transformers does not copy it."""
     names = read_auto_map(getattr(config, AUTO_MAP, None))
     if names is not None and not (folder / MODULE).exists():
         (folder / MODULE).write_text(module_text(*names), encoding="utf-8")

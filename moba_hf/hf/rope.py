@@ -1,7 +1,7 @@
-"""Rotary embeddings whose frequencies depend on the length of a text: one set for a whole prompt.
+"""Rotary embeddings whose frequencies depend on the text length: uses one set for a whole prompt.
 
-Transformers chooses the frequencies of "dynamic" and "longrope" embeddings in every forward, by the largest
-position in it. A prompt that is read in chunks would be rotated by several sets.
+transformers chooses the frequencies of "dynamic" and "longrope" embeddings in every forward, from the largest
+position in the call. The chunks of one prompt would be rotated with different frequencies.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _KINDS = ("dynamic", "longrope")
 
 @contextmanager
 def whole_prompt(model: nn.Module, length: int, seen: int) -> Iterator[None]:
-    """Lets `model` rotate every chunk by the frequencies of a prompt of `length` tokens.
+    """Makes `model` rotate every chunk with the frequencies for a prompt of `length` tokens.
 
     Args:
-        seen: tokens that the cache holds already.
+        seen: number of tokens already in the cache.
 
     Raises:
-        ValueError: the cached tokens were rotated by other frequencies.
+        ValueError: the cached tokens were rotated with other frequencies.
     """
     with ExitStack() as hooks:
         for module in model.modules():
@@ -34,9 +34,9 @@ def whole_prompt(model: nn.Module, length: int, seen: int) -> Iterator[None]:
             for kind, limit in limits:
                 if seen > 0 and limit < length and (kind == "dynamic" or seen <= limit):
                     raise ValueError(
-                        f'rotary embeddings of type "{kind}" change beyond {limit} tokens: the cache holds '
-                        f"{seen} tokens rotated for a shorter text, the prompt has {length}; start from an "
-                        "empty cache"
+                        f'rotary embeddings of type "{kind}" change beyond {limit} tokens: the {seen} tokens '
+                        f"in the cache were rotated for a shorter text, but the prompt has {length}; start "
+                        "with an empty cache"
                     )
             before = module.register_forward_pre_hook(_Lengthen(length), with_kwargs=True)
             hooks.callback(before.remove)
@@ -45,7 +45,7 @@ def whole_prompt(model: nn.Module, length: int, seen: int) -> Iterator[None]:
 
 
 def _limits(module: nn.Module) -> list[tuple[str, int]]:
-    """(kind, tokens beyond which frequencies change) of a rotary module, where they depend on the length."""
+    """`(kind, tokens beyond which frequencies change)` of a rotary module; empty if they never change."""
     kinds = getattr(module, "rope_type", None)
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
     if kinds is None or not parameters:
@@ -65,7 +65,7 @@ def _limits(module: nn.Module) -> list[tuple[str, int]]:
 
 
 class _Lengthen:
-    """Adds the last position of the prompt to the positions of a call, by which frequencies are chosen."""
+    """Appends the last position of the prompt to the positions of a call, which determine the frequencies."""
 
     def __init__(self, length: int):
         self.last = length - 1
@@ -76,8 +76,8 @@ class _Lengthen:
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if not isinstance(positions, Tensor):
             raise ValueError(
-                f"prefill cannot tell {type(module).__name__}, whose frequencies depend on the length, how "
-                "long the prompt is: read it in one call"
+                f"the frequencies of {type(module).__name__} depend on the text length, and prefill cannot "
+                "pass it the length of the prompt: read the prompt in one call"
             )
         longer = torch.cat([positions, torch.full_like(positions[..., :1], self.last)], dim=-1)
         if "position_ids" in kwargs:
@@ -86,6 +86,6 @@ class _Lengthen:
 
 
 def _shorten(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`(cos, sin)`, `(..., length + 1, dim)`, without the position that was added."""
+    """Removes the appended position from `(cos, sin)`, each `(..., length + 1, dim)`."""
     cos, sin = output
     return cos[..., :-1, :], sin[..., :-1, :]

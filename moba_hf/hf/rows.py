@@ -1,10 +1,10 @@
-"""Where the rows of a forward lie, and what its masks mean.
+"""Interprets the masks, position ids and offsets of a forward.
 
-Transformers calls the mask function (`hf.mask`) once per forward and hands the result, `Rows`, to every
-layer. It keeps what was given, looks at the values once (which waits for the device) when the first layer
-asks, and gives all layers the same `Layout`. It looks at everything together: whether a mask is all ones,
-whether it has holes, whether rows are packed. It never looks in compiled or captured graphs, nor for a decode
-step on a device other than the CPU: bounds then stay on the device (`hf.device_rows`).
+transformers calls the mask function (`hf.mask`) once per forward and passes the result, a `Rows`, to every
+layer. `Rows` stores its arguments. When the first layer asks, it reads their values once (which waits for the
+device): whether a mask is all ones, whether it has holes, whether rows are packed. All layers get the same
+`Layout`. Values are never read in compiled or captured graphs, nor for a decode step on a GPU: bounds then
+stay on the device (`hf.device_rows`).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from moba_hf.op.inputs import check_values
 from moba_hf.op.sequences import Sequences
 
 _CUSTOM = (
-    "MoBA takes 2-D padding masks, got a custom mask under which tokens see later ones; use a stock "
-    "attn_implementation for it"
+    "MoBA supports 2-D padding masks only, got a custom mask that lets tokens attend to later ones; use a "
+    "stock attn_implementation for it"
 )
 _READ_AS_THEY_ARE = (torch.bool, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What a forward was given that says where its rows lie.
+    """The masks and hidden position ids of a forward.
 
     Attributes:
         given: bool `(batch, length)`, the 2-D attention mask, False for padding.
         neighbours: see `spans.Seen`.
         hidden: position ids that layers do not get, `(3, batch, q_len)` (M-RoPE) or `(batch, q_len)`.
-        dense: the mask that transformers made for a layer with a window.
-        windowed: whether the rows are those of such layers; `dense` may be None for them too.
+        dense: the mask that transformers created for layers with a sliding window.
+        windowed: the rows are for layers with a sliding window; `dense` may still be None.
     """
 
     given: Tensor | None = None
@@ -59,19 +59,21 @@ class Masks:
 
 
 class Rows:
-    """What the mask function gives to every layer of a forward.
+    """The result of the mask function, which every layer of a forward gets.
 
     Args:
-        batch, q_len, kv_len: sizes of the queries and keys; `kv_len` counts the slots of a static cache.
+        batch: rows of the batch.
+        q_len: queries per row.
+        kv_len: keys per row; with a static cache, its number of slots.
         q_offset: slot of the first query; a 0-d tensor for a static cache.
-        device: of the queries.
-        masks: what else the forward was given.
+        device: device of the queries.
+        masks: the masks of the forward.
 
     Attributes:
-        known: the layout, where it is made before a layer asks.
+        known: the layout, if it is known before a layer asks.
     """
 
-    ndim = 4  # for transformers, which counts the dimensions of a mask and leaves 4-D ones alone
+    ndim = 4  # transformers does not change a 4-D mask
 
     def __init__(
         self,
@@ -82,11 +84,11 @@ class Rows:
         device: torch.device | str,
         masks: Masks = Masks(),
     ):
-        # torch.jit.trace makes tensors of sizes
+        # torch.jit.trace turns sizes into tensors
         self.batch, self.q_len, self.kv_len = (
             int(size) if isinstance(size, Tensor) else size for size in (batch, q_len, kv_len)
         )
-        # the counter of a static cache, which has moved on when the first layer asks
+        # a static cache's counter will have advanced by the time the first layer asks, so copy it
         self.q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
         self.device = torch.device(device)
         self.given, self.neighbours, self.hidden = masks.given, masks.neighbours, masks.hidden
@@ -95,24 +97,24 @@ class Rows:
         self._layouts: dict[torch.device, Layout] = {}
         self.known: Layout | None = None
         if not self.windowed and ((q_len == 1 and not self._by_kernel()) or not self._may_look({})):
-            self.known = self._unpacked({})  # before a graph begins, if it does not contain this
+            self.known = self._unpacked({})  # before a graph begins, if the graph does not contain this
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """That of the mask it stands for."""
+        """The shape of the mask that it represents."""
         return self.batch, 1, 1, self.kv_len
 
     def layout(self, kwargs: dict[str, Any], device: torch.device, backend: str = "auto") -> Layout:
-        """Where the sequences lie; the first layer that asks looks, for all.
+        """The sequences of the forward. The first call reads the values; later calls reuse the result.
 
         Args:
-            kwargs: keywords of the attention function: `position_ids`, `cu_seq_lens_q` and what goes with it.
-            device: where the layer lies.
-            backend: whose kernel finds the bounds of a decode step that cannot be read.
+            kwargs: keyword arguments of the attention function: `position_ids`, `cu_seq_lens_q` etc.
+            device: device of the layer.
+            backend: backend whose kernel finds the bounds of a decode step without reading values.
 
         Raises:
-            ValueError: a mask with a hole or too short, packed sequences that cannot be told apart or lie on
-                top of a filled cache, offsets that do not fit.
+            ValueError: a mask has a hole or is too short, packed sequences cannot be separated or are
+                combined with a filled cache, or offsets do not fit.
         """
         if kwargs.get("cu_seq_lens_q") is not None:
             self._check_no_cache()
@@ -128,7 +130,7 @@ class Rows:
         return found
 
     def check_separated(self, kwargs: dict[str, Any], what: str) -> None:
-        """Raises ValueError unless the masks of stock layers (`what` says why) keep packed rows apart."""
+        """Raises ValueError if masks of stock layers (`what`: why they are stock) mix packed sequences."""
         if self._may_look(kwargs):
             if self.q_len > 1:
                 check_separated(self._look(kwargs), what)
@@ -145,22 +147,22 @@ class Rows:
             assert_later(~(inside & sees).any(), joined(what))
 
     def _may_look(self, kwargs: dict[str, Any]) -> bool:
-        """Whether values can be read: not in a graph that is traced or captured, nor where there are none."""
+        """Whether values can be read: not in a traced or captured graph, and not of fake tensors."""
         held = (self.given, self.q_offset, self.neighbours, self.hidden)
         given = (kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"))
         return _may_look(self.device) and not any(isinstance(x, FakeTensor) for x in (*held, *given))
 
     def _would_wait(self) -> bool:
-        """Whether a look at this decode step would wait for the device."""
+        """Whether reading the values of this decode step would wait for the device."""
         to_read = self.given if self.given is not None else self.q_offset
         return self.q_len == 1 and isinstance(to_read, Tensor) and not check_values(to_read)
 
     def _by_kernel(self) -> bool:
-        """Whether a kernel may find the bounds, once a layer says by which backend it runs."""
+        """Whether a kernel can find the bounds, if the backend of the layer has one."""
         return self.given is not None and isinstance(self.q_offset, int) and self._would_wait()
 
     def _unpacked(self, kwargs: dict[str, Any], backend: str = "auto") -> Layout:
-        """The layout by a look where it is allowed, else from the device."""
+        """The layout, from values on the host if they may be read, else with bounds on the device."""
         if not self._may_look(kwargs):
             return on_device(self)
         if self._would_wait():
@@ -183,7 +185,7 @@ class Rows:
         return self._by_row(seen, spans)
 
     def _look(self, kwargs: dict[str, Any]) -> Seen:
-        """All values that say where rows lie, read at once: the one place that waits for the device."""
+        """Reads all values at once; only here does this class wait for the device."""
         if self._seen is not None:
             return self._seen
         positions = kwargs.get("position_ids")
@@ -217,14 +219,14 @@ class Rows:
         return self._seen
 
     def _by_row(self, seen: Seen, spans: np.ndarray) -> Layout:
-        """The layout of rows with one sequence each, or none."""
+        """The layout of rows that have at most one sequence each."""
         start, end = np.zeros((2, self.batch), dtype=np.int64)
         start[spans[:, 0]], end[spans[:, 0]] = spans[:, 1], spans[:, 2]
         q_begin = (start - seen.q_offset).clip(0, self.q_len)
         q_end = np.maximum((end - seen.q_offset).clip(0, self.q_len), q_begin)
         table = np.stack([np.arange(self.batch), q_begin, q_end, start, end], axis=1)
         plain = self.given is None and isinstance(self.q_offset, int) and seen.end == self.kv_len
-        # a static cache never counts as whole, so that its graphs stay one
+        # a static cache never counts as whole, so that one graph serves all steps
         whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
         kv_start = None if plain or (whole and self.q_len == 1) else self._copied(start)
         sequences = Sequences(self._copied(table.astype(np.int32)), self.q_len, self.kv_len, True, kv_start)
@@ -241,20 +243,20 @@ class Rows:
     def _check_no_cache(self) -> None:
         if self.q_len != self.kv_len:
             raise ValueError(
-                f"packed sequences need all their keys in the call, got {self.q_len} queries over "
-                f"{self.kv_len} keys: start from an empty dynamic cache or pass use_cache=False"
+                f"all keys of packed sequences must be in the call, got {self.q_len} queries and "
+                f"{self.kv_len} keys: start with an empty dynamic cache or pass use_cache=False"
             )
 
 
 def _may_look(device: torch.device) -> bool:
-    """Whether values on `device` can be read: not in a graph that is traced or captured."""
+    """Whether values on `device` can be read: not in a traced or captured graph."""
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _read(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, np.ndarray]:
-    """Values of the integer and bool tensors that are given, on the host, by one copy from a device."""
+    """Copies the integer and bool tensors that are not None to the host, in one transfer per call."""
     given = {name: x for name, x in tensors.items() if x is not None}
     if not given:
         return {}
@@ -268,5 +270,5 @@ def _read(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, 
 def check_length(length: int, q_offset: int, q_len: int) -> None:
     if length < q_offset + q_len:
         raise ValueError(
-            f"{SHORT}: it has {length}, the cache holds {q_offset} tokens and the call {q_len} more"
+            f"{SHORT}: it has length {length}, but the cache has {q_offset} tokens and the call {q_len} more"
         )

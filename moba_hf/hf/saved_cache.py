@@ -1,10 +1,10 @@
-"""The cache of a long text on disk: read once, reused as long as model, settings and text are the same.
+"""Saves the cache of a long text on disk and reuses it while model, settings and text stay the same.
 
     cache, reused = read_with_saved_cache(model, input_ids, "codebase.safetensors")
 
-A file holds keys and values of every layer, and in its header hashes of the model, the settings, and the text
-chunk by chunk. Where the text has changed, everything before the first changed chunk is reused. A file of
-another model or other settings is refused, a damaged one too.
+A file contains the keys and values of every layer; its header has the settings and hashes of the model and of
+each chunk of the text. If the text has changed, everything before the first changed chunk is reused. A file
+from another model or other settings is refused, and so is a damaged one.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ def read_with_saved_cache(
     chunk_size: int = 4096,
     progress: bool = True,
 ) -> tuple[MobaCache, int]:
-    """A cache that holds all of `input_ids`, and how many of its tokens the file at `path` supplied.
+    """Returns a cache with all of `input_ids`, and how many of its tokens came from the file at `path`.
 
-    The file is written anew where it did not hold all of them. The cache stays open, whatever was reused: a
-    question that follows is prompt, and a further `prefill` reads it and closes the cache.
+    If the file did not contain all tokens, it is rewritten. The cache does not record an end of the prompt,
+    because a question that follows still belongs to it: a further `prefill` reads the question and records
+    the end.
 
     Args:
-        model: a causal language model of transformers that runs MoBA, without sliding windows.
+        model: a causal language model of transformers that uses MoBA, without sliding windows.
         input_ids: `(1, length)`.
-        path: of the file, which need not exist.
-        chunk_size: tokens of a chunk, by which the text is hashed and read; a multiple of `tile` where
+        path: the file, which need not exist.
+        chunk_size: number of tokens that are hashed and read at a time; a multiple of `tile` if tiles of
             queries share a choice of blocks.
 
     Raises:
-        ValueError: `path` is no such file, is damaged, or was made by another model or with other settings
-            or chunks.
+        ValueError: `path` is not a saved cache, is damaged, or was made by another model or with other
+            settings or chunks.
     """
     check_int("chunk_size", chunk_size, minimum=1)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
@@ -66,13 +67,13 @@ def read_with_saved_cache(
     cache = MobaCache(model.config, max_cache_len=length + length // 8)
     if unfit := [layer for layer in cache.layers if not isinstance(layer, DynamicLayer) or layer.is_sliding]:
         raise ValueError(
-            f"the cache of {model.config.model_type} has {type(unfit[0]).__name__}s: not to be saved"
+            f"the cache of {model.config.model_type} contains a {type(unfit[0]).__name__} and cannot be saved"
         )
     file, reused = Path(path), 0
     if file.exists():
         reused = _load(file, made_of, hashes, chunk_size, length, cache, model.device)
     if reused < length:
-        padded = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # `prefill` leaves the last token
+        padded = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # `prefill` does not read the last token
         prefill(model, padded, chunk_size, cache=cache, progress=progress, dense_tail=0)
         _save(file, made_of, hashes, cache)
     close_cache(cache, None)
@@ -80,7 +81,7 @@ def read_with_saved_cache(
 
 
 def chunk_hashes(ids: Tensor, chunk_size: int) -> list[str]:
-    """A hash for each chunk of `ids (length,)`, of it and everything before it."""
+    """For each chunk of `ids (length,)`, a hash of everything up to the end of the chunk."""
     found, so_far = [], hashlib.sha256()
     for chunk in ids.cpu().to(torch.int64).split(chunk_size):
         so_far.update(chunk.numpy().tobytes())
@@ -89,7 +90,7 @@ def chunk_hashes(ids: Tensor, chunk_size: int) -> list[str]:
 
 
 def _check_tiles(model: Any, chunk_size: int) -> None:
-    """Raises ValueError where a chunk would end inside a tile of queries that share a choice."""
+    """Raises ValueError if a chunk would end inside a tile of queries that share a choice."""
     adapter = find_adapter(model.config.model_type)
     text = adapter.text_config(model.config)
     config, layers = moba_config(text), adapter.num_layers(text)
@@ -117,7 +118,7 @@ def _load(
     cache: MobaCache,
     device: torch.device,
 ) -> int:
-    """Fills `cache` with what `file` holds of the text, and returns the tokens of that."""
+    """Copies the reusable part of the text from `file` to `cache` and returns its number of tokens."""
     try:
         with safe_open(file, framework="pt", device=str(device)) as stored:
             known = stored.metadata() or {}
@@ -125,7 +126,7 @@ def _load(
             held, tokens = json.loads(known["chunks"]), int(known["tokens"])
             same = next((i for i, (a, b) in enumerate(zip(held, hashes, strict=False)) if a != b), None)
             chunks = min(len(held), len(hashes)) if same is None else same
-            # the last chunk of the file may be a part of one
+            # the last chunk in the file may be incomplete
             reused = min(tokens, chunks * chunk_size, length)
             if chunks == len(held) and len(hashes) > chunks:
                 reused = min(reused, tokens // chunk_size * chunk_size)
@@ -135,13 +136,13 @@ def _load(
             return reused
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: damaged, or no cache at all ({reason}); remove it") from error
+        raise ValueError(f"{file}: damaged, or not a saved cache ({reason}); remove it") from error
 
 
 def _check(file: Path, known: dict[str, str], made_of: dict[str, str]) -> None:
     for name, value in made_of.items():
         if known.get(name) != value:
-            what = {"format": "no cache that this release reads", "model": "made by another model"}
+            what = {"format": "not a cache that this release can read", "model": "made by another model"}
             reason = what.get(name, f"made with other settings ({known.get(name)}, not {value})")
             raise ValueError(f"{file}: {reason}; remove it or name another file")
 

@@ -1,4 +1,4 @@
-"""Which tokens of a batch form a sequence, from values on the host: plain numpy, nothing here waits."""
+"""Which tokens of a batch form a sequence. Plain numpy on host values, so nothing waits for the GPU."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 import numpy as np
 
 HOLE = (
-    "has holes: MoBA takes padding before and after a row's tokens, not between them; pad prompts on the "
+    "has holes: MoBA supports padding before and after a row's tokens, not between them; pad prompts on the "
     "left, and join turns or virtual tokens without padding between them"
 )
-SHORT = "the attention mask must name every token of the cache and of the call"
+SHORT = "the attention mask must cover every token of the cache and of the call"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one look at a forward read.
+    """The arguments of a forward, copied to the host.
 
     Attributes:
-        batch, q_len, kv_len: sizes of the queries and keys.
+        batch: rows of the batch.
+        q_len: number of queries per row.
+        kv_len: number of keys per row.
         q_offset: slot of the first query.
-        real: bool `(batch, q_offset + q_len)`, the slots that are no padding; None: all.
+        real: bool `(batch, q_offset + q_len)`, False for padding; None: no padding.
         positions: `(batch, q_len)` or `(1, q_len)`, the position ids that layers get; None: they get none.
-        axes: `(3, batch, q_len)`, M-RoPE ids that the model keeps to itself, else None.
-        neighbours: bool `(2, batch, q_len - 1)`: by transformers' own mask, whether a query sees the key
-            before it, and whether it sees the one after it. None: plain causal masks.
-        offsets_q, offsets_k: `(num_seqs + 1,)`, `cu_seq_lens_q` and `cu_seq_lens_k`, else None.
+        axes: `(3, batch, q_len)`, M-RoPE ids that the model does not pass to its layers, else None.
+        neighbours: bool `(2, batch, q_len - 1)`: in transformers' own mask, whether a query sees the key of
+            the token before it, and whether it sees that of the token after it. None: plain causal masks.
+        offsets_q: `(num_seqs + 1,)`, `cu_seq_lens_q`, else None.
+        offsets_k: `(num_seqs + 1,)`, `cu_seq_lens_k`, else None.
     """
 
     batch: int
@@ -56,11 +59,11 @@ class Seen:
         return row, slot
 
     def may_restart(self) -> bool:
-        """Whether any position id, that of padding included, is not above the one before it."""
+        """Whether any position id (also of padding) is not above the previous one."""
         return self.positions is not None and bool((np.diff(self.positions, axis=1) <= 0).any())
 
     def restarts(self, row: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """For each token but the first: whether its position starts again after the token before it."""
+        """For each token except the first: whether its position id is not above that of the previous one."""
         if self.positions is None:
             return np.zeros(max(len(row) - 1, 0), dtype=bool)
         query = slot - self.q_offset
@@ -70,13 +73,13 @@ class Seen:
 
 
 def spans_of(seen: Seen) -> tuple[np.ndarray, bool]:
-    """`(row, begin, end)` of each sequence, int `(num_seqs, 3)`, and whether rows hold several documents.
+    """`(row, begin, end)` of each sequence, int `(num_seqs, 3)`, and whether any row has several documents.
 
-    A document begins where position ids start again; where they jump ahead, it goes on. A row of padding only
+    A document begins where position ids restart; a jump forward does not begin one. A row that is all padding
     has no sequence.
 
     Raises:
-        ValueError: a row with padding between tokens of one document.
+        ValueError: a row has padding between tokens of one document.
     """
     row, slot = seen.tokens()
     restarts = seen.restarts(row, slot)
@@ -90,11 +93,11 @@ def spans_of(seen: Seen) -> tuple[np.ndarray, bool]:
 
 
 def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
-    """`(row, begin, end)` of the sequences that `cu_seq_lens_q` names, int `(num_seqs, 3)`.
+    """`(row, begin, end)` of the sequences that `cu_seq_lens_q` defines, int `(num_seqs, 3)`.
 
     Raises:
-        ValueError: offsets that do not rise or leave the call, keys or bounds that do not fit them, a padding
-            mask that says otherwise.
+        ValueError: the offsets are not sorted or exceed the call, or `cu_seq_lens_k`, `max_length_q/k` or the
+            padding mask contradict them.
     """
     offsets = seen.offsets_q
     assert offsets is not None
@@ -105,7 +108,7 @@ def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
         )
     if seen.offsets_k is not None and not np.array_equal(seen.offsets_k, offsets):
         raise ValueError(
-            "packed sequences hold all their keys in the call, so cu_seq_lens_k must equal cu_seq_lens_q "
+            "all keys of packed sequences are in the call, so cu_seq_lens_k must equal cu_seq_lens_q "
             f"{ends}, got {seen.offsets_k.tolist()}"
         )
     longest = int(np.diff(offsets).max(initial=0))
@@ -116,17 +119,17 @@ def spans_of_offsets(seen: Seen, kwargs: dict[str, Any]) -> np.ndarray:
     named = np.arange(seen.q_len) < ends[-1]
     if seen.real is not None and not seen.real.all() and not np.array_equal(seen.real, named[None]):
         raise ValueError(
-            f"cu_seq_lens_q names {ends[-1]} tokens from the first on, but the attention mask says that "
-            "others are padding: pass one of the two, or a mask of ones for just these tokens"
+            f"cu_seq_lens_q says that the first {ends[-1]} tokens are real, but the attention mask "
+            "disagrees: pass only one of the two, or a mask that is 1 for exactly these tokens"
         )
     return np.stack([np.zeros_like(offsets[1:]), offsets[:-1], offsets[1:]], axis=1)
 
 
 def check_axes(seen: Seen) -> None:
-    """Raises ValueError where M-RoPE ids, which layers do not get, begin a second document in a row.
+    """Raises ValueError if M-RoPE ids that layers do not get begin a second document in a row.
 
-    A token that stands, on every axis, no further than the first of its row starts again. Text after a video
-    may step back on the time axis, but never so far.
+    A token begins a document if its ids on all axes are at most those of the first token of its row. Text
+    after a video may go back on the time axis, but never that far.
     """
     if seen.axes is None:
         return
@@ -136,16 +139,19 @@ def check_axes(seen: Seen) -> None:
     here = seen.axes[:, row, slot - seen.q_offset]
     if bool(((here <= here[:, begin]).all(axis=0) & ~first).any()):
         raise ValueError(
-            "packed sequences: the position ids start again inside a row, but this model gives its "
-            "attention layers no text positions, so the documents would be mixed; pass position ids of "
+            "packed sequences: the position ids restart inside a row, but this model passes no text "
+            "positions to its attention layers, so the documents would be mixed; pass position ids with "
             "four axes (text first) and use_cache=False, or one document per row"
         )
 
 
 def check_separated(seen: Seen, what: str) -> None:
-    """Raises ValueError unless the masks of stock layers (`what` says why) keep packed sequences apart.
+    """Raises ValueError if the masks of stock layers do not separate packed sequences.
 
-    Transformers leaves them together as soon as it makes a cache or is given a mask.
+    transformers does not separate them if it creates a cache or is passed a mask.
+
+    Args:
+        what: why the layers keep the stock implementation.
     """
     if seen.offsets_q is not None:
         begins = seen.offsets_q[:-1][np.diff(seen.offsets_q) > 0]
@@ -161,8 +167,8 @@ def check_separated(seen: Seen, what: str) -> None:
 
 
 def joined(what: str) -> str:
-    """What is wrong where a stock layer joins packed sequences; `what` says why the layer is stock."""
+    """The error message for a stock layer that mixes packed sequences; `what` says why it is stock."""
     return (
         f"packed sequences reach a layer that keeps the stock implementation ({what}), whose mask does not "
-        "separate them: transformers reads position_ids only, so pass them, and use_cache=False"
+        "separate them: transformers reads only position_ids, so pass position_ids and use_cache=False"
     )

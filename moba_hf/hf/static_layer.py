@@ -18,7 +18,7 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
 
     Args:
         max_cache_len: slots of the buffers.
-        block_size: tokens in a block; None: taken from the first call.
+        block_size: tokens per block; None: that of the first call.
     """
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
@@ -42,15 +42,15 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
             kernels.append(keys, values, self.cumulative_length, key_states, value_states)
         else:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
-        # calls that take no means count once: what is compiled must not see a number that keeps rising
+        # a running count would make torch.compile recompile at every step, so `behind` takes few values
         means = self.block_means
         means.behind = self.max_cache_len if means.behind else key_states.shape[2]
-        keys = keys.view(keys.shape)  # a new tensor: the attribute must not tie the buffer to its own layer
+        keys = keys.view(keys.shape)  # a view: the buffer itself must not refer to its own layer
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
     def _kernels_for(self, *states: Tensor) -> CacheKernels | None:
-        """Kernels that append so few rows at once; under compile torch's own operators are fused."""
+        """Kernels that append these states; None: torch's own, for many rows and under compile."""
         if not self.is_initialized or torch.compiler.is_compiling() or tracked(*states):
             return None
         keys, values = self.keys, self.values
@@ -65,9 +65,9 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         return self.cumulative_length, self.max_cache_len
 
     def activate_past_recording(self) -> None:
-        """Called at the start of assisted generation, which takes tokens back: a static layer cannot."""
+        """Refuses assisted generation, which removes tokens: a static layer cannot."""
         raise ValueError(
-            "assisted and prompt-lookup generation need a dynamic cache, this one is static: pass "
+            "assisted and prompt-lookup generation need a dynamic cache, but this one is static: pass "
             "MobaCache(model.config), or generate without assistance"
         )
 

@@ -1,6 +1,6 @@
-"""Where each row of a padding mask begins and ends, in one launch: for a decode step.
+"""The first and last real slot of each row of a padding mask, in one launch, for decode steps.
 
-Torch's own operators need twenty launches for this, which a step of a small model notices.
+Torch operators need twenty launches for this, a noticeable part of a decode step of a small model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from moba_hf.kernels.layout import (
 
 
 def row_bounds(given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sequence table of rows whose queries stand at slots `[q_offset, q_offset + q_len)`.
+    """The sequence table of rows with queries at slots `[q_offset, q_offset + q_len)`.
 
     Args:
-        given: bool `(batch, >= q_offset + q_len)`, False for padding; slots after the queries do not count.
+        given: bool `(batch, >= q_offset + q_len)`, False for padding; slots after the queries are ignored.
+        q_offset: slot of the first query.
+        q_len: queries per row.
 
     Returns:
-        `table` int32 `(batch, 5)`, see `moba_hf.op.sequences`; `kv_start` int64 `(batch,)`, the first real
-        slot, 0 in a row of padding; and bool `(batch,)`, whether a row's real slots have no hole.
+        `table`, int32 `(batch, 5)`, see `moba_hf.op.sequences`; `kv_start`, int64 `(batch,)`, the first real
+        slot, 0 in a row that is all padding; and bool `(batch,)`, whether a row's real slots have no hole.
     """
     batch = given.shape[0]
     table = torch.empty(batch, SEQ_COLUMNS.value, dtype=torch.int32, device=given.device)

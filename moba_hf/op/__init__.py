@@ -1,1 +1,1 @@
-"""The operator: its definition, its torch operators, and the backends that need no Triton."""
+"""MoBA attention: its definition, its torch operators, and the backends that do not need Triton."""

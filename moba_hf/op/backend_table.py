@@ -1,8 +1,8 @@
-"""The names of the backends, and where each is found."""
+"""The names of the backends and their classes."""
 
 from __future__ import annotations
 
-# Every backend as "module:class"; modules are imported when a backend is first used.
+# Backends as "module:class"; a module is imported when its backend is first used.
 BACKENDS: dict[str, str] = {
     "reference": "moba_hf.op.backends:ReferenceBackend",
     "portable": "moba_hf.op.backends:PortableBackend",
@@ -12,7 +12,7 @@ BACKENDS: dict[str, str] = {
 
 
 def check_backend(name: object) -> None:
-    """Raises TypeError unless `name` is a string, ValueError unless it is "auto" or in `BACKENDS`."""
+    """Raises TypeError if `name` is not a string, ValueError if it is neither "auto" nor in `BACKENDS`."""
     if not isinstance(name, str):
         raise TypeError(f"backend must be a string, got {name!r}")
     if name != "auto" and name not in BACKENDS:

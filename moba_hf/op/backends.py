@@ -1,8 +1,8 @@
-"""What a backend is, the two of plain torch, and which one runs.
+"""The backend protocol, the two backends in plain torch, and the choice of a backend.
 
-A backend is an object that follows the protocol `Backend`. To add one, write the class, which takes no
-arguments and may fail with an ImportError, and name it in `moba_hf.op.backend_table`. The torch operators
-through which backends run are in `moba_hf.op.operators`.
+A backend is an object that implements the protocol `Backend`. To add one, write a class whose constructor
+takes no arguments (it may raise ImportError), and add it to `moba_hf.op.backend_table`. Backends are called
+through the torch operators in `moba_hf.op.operators`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moba_hf.op.shared_backends import SharedKernels, SharedPortable, SharedRefe
 
 
 class CacheKernels(Protocol):
-    """A backend's own kernels for caches and for full attention of a few queries; none waits for the device.
+    """A backend's kernels for caches and for full attention of a few queries; none waits for the device.
 
     Attributes:
-        min_block_size: tokens in the smallest block whose mean `update_means` takes.
-        max_append_rows: the most rows (batch * heads * new tokens) that `append` takes.
-        max_dense_queries: the most queries per row that `dense_decode` takes.
+        min_block_size: smallest block size that `update_means` supports.
+        max_append_rows: most rows (batch * heads * new tokens) that `append` supports.
+        max_dense_queries: most queries per row that `dense_decode` supports.
     """
 
     min_block_size: int
@@ -39,7 +39,7 @@ class CacheKernels(Protocol):
     def append(
         self, keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor
     ) -> None:
-        """Writes states `(batch, HK, new, dim)` behind the first `length` (0-d) slots and raises `length`."""
+        """Writes states `(batch, HK, new, dim)` after the first `length` (0-d) slots and updates `length`."""
 
     def update_means(
         self,
@@ -50,32 +50,35 @@ class CacheKernels(Protocol):
         behind: int,
         block_size: int,
     ) -> None:
-        """Writes the means that the last `behind` of `length` slots completed.
+        """Writes the means of the blocks that the last `behind` of `length` slots completed.
 
         Args:
-            means: `(batch, HK, blocks + 1, D)`. keys: `(batch, HK, >= length, D)`.
+            means: `(batch, HK, blocks + 1, D)`.
+            keys: `(batch, HK, >= length, D)`.
         """
 
     def takes(self, device: torch.device) -> bool:
-        """Whether they run on `device`."""
+        """Whether these kernels can run on `device`."""
         ...
 
     def row_bounds(self, given: Tensor, q_offset: int, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequence table of a padded batch, int32 `(batch, 5)`, first real slots, and where no hole is.
+        """Finds the sequences of a padded batch.
 
         Args:
             given: bool `(batch, >= q_offset + q_len)`, False for padding.
             q_offset: slot of the first query.
+            q_len: queries per row.
 
         Returns:
-            The table, int64 `(batch,)`, and bool `(batch,)`.
+            The sequence table, int32 `(batch, 5)`; the first real slots, int64 `(batch,)`; and whether a row
+            has no hole, bool `(batch,)`.
         """
         ...
 
     def dense_decode(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Full causal attention, one sequence per row: `out` and `lse` as `Backend.forward`."""
+        """Full causal attention, one sequence per row; returns `out` and `lse` as `Backend.forward`."""
         ...
 
 
@@ -83,11 +86,11 @@ class Backend(Protocol):
     """One way to compute MoBA over strided `(batch, heads, length, dim)` tensors.
 
     Attributes:
-        max_decode_queries: the most queries per row that `decode` takes; 0: it takes none.
-        decode_gates: the gates by which `decode` scores blocks.
-        differentiable: autograd follows `forward`, which needs no `backward` then.
-        cache: kernels beside caches; None: torch's own operators do that work.
-        shared: runs the shared choice of blocks; None: this backend cannot.
+        max_decode_queries: most queries per row that `decode` supports; 0: no `decode`.
+        decode_gates: the gates that `decode` supports.
+        differentiable: autograd can differentiate `forward`, so `backward` is not needed.
+        cache: kernels for caches; None: torch operators are used.
+        shared: implementation of the shared choice of blocks; None: not supported.
     """
 
     max_decode_queries: int
@@ -97,7 +100,7 @@ class Backend(Protocol):
     shared: SharedKernels | None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
-        """Why these inputs cannot be taken, or None; without a rule no blocks are chosen."""
+        """Why these inputs are not supported, or None; `rule` is None for full attention."""
 
     def select(
         self,
@@ -111,10 +114,10 @@ class Backend(Protocol):
         """The choice, int32 `(batch, q_len, num_heads, topk)`, own block first, -1 last.
 
         Args:
-            softmax_scale: for gates that read it.
-            block_means: what a cache keeps for the rule's gate (`gates.Kept`), `(batch, num_kv_heads,
-                blocks, width)`: means, mostly, of each row's complete blocks (of slots `[k_begin, k_end)`),
-                then anything; one sequence per row, in order. None: nothing is kept.
+            softmax_scale: for gates that use it.
+            block_means: summaries from the cache for the rule's gate (`gates.Kept`), `(batch, num_kv_heads,
+                blocks, width)`: usually means of each row's complete blocks (slots `[k_begin, k_end)`),
+                followed by arbitrary values; one sequence per row, in order. None: there are none.
         """
         ...
 
@@ -140,7 +143,7 @@ class Backend(Protocol):
         block_size: int,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Contiguous gradients of q, k, v with the choice held fixed."""
+        """Contiguous gradients of q, k, v for a fixed choice."""
         ...
 
     def decode(
@@ -155,7 +158,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """`out` and `lse` as `forward`, for the few queries of a decode step, one sequence per row.
 
-        Blocks are scored by `block_means`, as in `select`; nothing waits for the device.
+        Blocks are scored with `block_means`, as in `select`. Does not wait for the device.
         """
         ...
 
@@ -193,7 +196,7 @@ class ReferenceBackend:
                     **rule.to_dict(),
                     softmax_scale=softmax_scale,
                     rotary_pairs=rule.rotary_pairs,
-                )  # the truth takes its own means
+                )  # the reference computes its own means
         return result
 
     def forward(
@@ -221,11 +224,11 @@ class ReferenceBackend:
         raise AssertionError("the reference is differentiated by autograd")
 
     def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("the reference takes no decode steps")
+        raise AssertionError("the reference has no decode")
 
 
 def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
-    """Per sequence: (batch row, query slice), and q, k, v of it as `(length, heads, dim)`."""
+    """Yields for each sequence its `(batch row, query slice)` and its q, k, v as `(length, heads, dim)`."""
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         parts = [q[row, :, q_begin:q_end], *(x[row, :, k_begin:k_end] for x in kv)]
         yield (row, slice(q_begin, q_end)), [x.transpose(0, 1) for x in parts]
@@ -297,21 +300,21 @@ class PortableBackend:
         return self._decode.decode(q, k, v, block_means, sequences.table, rule, softmax_scale)
 
 
-# What "auto" tries before "portable", by device type. Triton's interpreter runs on CPU tensors by name only.
+# What "auto" tries before "portable", by device type. It never uses Triton's interpreter on CPU tensors.
 _AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
 _loaded = Registry()
 
 
 def load_backend(name: str) -> Backend:
-    """The backend `name`. Raises ValueError for an unknown one, ImportError when its package is missing."""
+    """The backend `name`. Raises ValueError if it is unknown, ImportError if its package is missing."""
     backend: Backend = getattr(_loaded, _keep_backend(name))
     return backend
 
 
 @torch._dynamo.assume_constant_result
 def _keep_backend(name: str) -> str:
-    """Loads `name`, outside what is traced."""
+    """Loads the backend `name`, outside the traced code."""
     check_backend(name)
 
     def load() -> Any:
@@ -322,11 +325,14 @@ def _keep_backend(name: str) -> str:
 
 
 def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | SharedRule | None) -> str:
-    """The backend that will run: `name` itself, checked, or for "auto" the fastest that takes the inputs.
+    """The backend that will run: for "auto" the fastest one that supports the inputs, else `name`.
 
     Args:
-        rule: how blocks are chosen; None: full attention, which torch computes ("portable") where the backend
-            `name` does not take the inputs.
+        rule: how blocks are chosen; None: full attention, for which torch ("portable") replaces a backend
+            that does not support the inputs.
+
+    Raises:
+        ValueError: the backend `name` does not support the inputs, and there is a rule.
     """
     if name == "auto":
         for each in _AUTO.get(q.device.type, ()):
@@ -342,7 +348,7 @@ def choose_backend(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig
 
 
 def cache_kernels(name: str, device: torch.device) -> CacheKernels | None:
-    """The kernels beside caches that the backend `name` runs on `device`; None: torch's own operators."""
+    """The cache kernels of the backend `name` on `device`; None: use torch operators."""
     for each in _AUTO.get(device.type, ()) if name == "auto" else (name,):
         try:
             kernels = load_backend(each).cache
@@ -354,9 +360,9 @@ def cache_kernels(name: str, device: torch.device) -> CacheKernels | None:
 
 
 def reads_chosen_only(name: str, rule: LayerConfig | SharedRule) -> bool:
-    """Whether a decode step of the backend `name` reads, of the keys, only those of the blocks it chose.
+    """Whether a decode step of the backend `name` reads only the keys of the blocks that it chose.
 
-    It needs what a cache keeps for that; other steps read all cached keys to score blocks.
+    That requires the summaries of a cache; without them a step reads all cached keys to score blocks.
     """
     backend = load_backend(name)
     if isinstance(rule, SharedRule):
@@ -365,7 +371,7 @@ def reads_chosen_only(name: str, rule: LayerConfig | SharedRule) -> bool:
 
 
 def _why_not(name: str, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | SharedRule | None) -> str | None:
-    """Why the backend `name` cannot take the inputs, a missing package included, or None."""
+    """Why the backend `name` cannot run the inputs (also if its package is missing), or None."""
     try:
         backend = load_backend(name)
     except ImportError as error:

@@ -1,12 +1,12 @@
-"""Running means (or other summaries, `gates.Kept`) of complete blocks, kept beside a layer's cached keys.
+"""Running means (or other summaries, see `gates.Kept`) of complete blocks, kept with a layer's cached keys.
 
 Legend: N cached slots, B block size, HK kv heads, D head dim, NB = capacity // B blocks.
 
-A row's blocks start at its first real token, which only the attention function knows, so the means are
-brought up to date by it, from the stored keys, with the routine that prefill uses: `Kept.take`, or
-the backend's kernel, whose bits equal those of its prefill kernel. What is computed
-is what the last calls completed: a decode step reads one block at most. Everything but the number of new
-tokens is tensor arithmetic, so shapes never depend on data and nothing waits for a device.
+A row's blocks start at its first real token, which only the attention function knows. So the attention
+function updates the means, from the stored keys, with the same routine as prefill: `Kept.take`, or the
+backend's kernel, whose results are bit-identical to its prefill kernel. Only blocks that were completed since
+the last update are computed: a decode step reads at most one block. Except for the number of new tokens,
+everything is tensor arithmetic, so shapes do not depend on data and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moba_hf.op.backends import load_backend
 from moba_hf.op.gates import Kept, KeptMeans
 from moba_hf.op.operators import update_means_op
 
-# Elements of keys that one step of an update may gather.
+# Number of key elements that one step of an update may gather.
 _GATHER_BUDGET = 1 << 24
 MEANS = KeptMeans()
 
@@ -29,16 +29,16 @@ class BlockMeans:
     """Means of the complete blocks of one layer's cached keys.
 
     Attributes:
-        block_size: tokens in a block; None: not known yet.
+        block_size: tokens per block; None: not known yet.
         static: the buffer of means keeps its address, for CUDA graphs.
-        kept: what is kept of a block, the mean or what another gate needs.
-        means: `(batch, HK, NB + 1, width)` in the dtype of the keys, `width` that of `kept` (D for means);
-            the last block is a dump for writes that do not count. Blocks that are not complete hold anything
-            finite.
+        kept: the kind of summary: the mean, or what another gate needs.
+        means: `(batch, HK, NB + 1, width)` in the dtype of the keys, with the `width` of `kept` (D for
+            means). Writes to be discarded go to the last block. Incomplete blocks have arbitrary finite
+            values.
         starts: int64 `(batch,)`, slot of each row's first real token; None: all 0.
-        starts_read: the same on the host, where the caller has read it.
-        behind: tokens that were cached since the means were up to date.
-        empty: no mean has been taken yet, so the next start and block size are taken as they come.
+        starts_read: `starts` on the host, if the caller has read it.
+        behind: number of tokens cached since the last update.
+        empty: there are no means yet, so the next update may have any starts and block size.
     """
 
     def __init__(self, block_size: int | None = None, *, static: bool = False):
@@ -52,21 +52,21 @@ class BlockMeans:
         self.empty = True
 
     def appended(self, count: int) -> None:
-        """Notes `count` new tokens."""
+        """Records that `count` tokens were added."""
         self.behind += count
 
     def cropped(self, count: int, length: int) -> None:
-        """Notes that the last `count` tokens went and `length` are left; whole blocks before them stay."""
+        """Records that the last `count` tokens were removed and `length` are left."""
         self.behind = max(0, self.behind - count)
         if self.behind >= length:
             self.forget(length)
 
     def forget(self, length: int) -> None:
-        """Drops what is known; `length` cached tokens are to be looked at again."""
+        """Discards all means; `length` cached tokens must be read again."""
         self.behind, self.empty = length, True
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Applies `change` (a selection along dim 0) to the rows."""
+        """Applies `change`, a selection along dim 0, to the rows."""
         if self.means is not None:
             self.means = change(self.means)
         if self.starts is not None:
@@ -74,7 +74,7 @@ class BlockMeans:
         self.starts_read = None
 
     def allocate(self, keys: Tensor, block_size: int, capacity: int) -> None:
-        """Makes room for the blocks of `capacity` tokens, keeping the means that fit."""
+        """Allocates means for the blocks of `capacity` tokens, and copies the existing ones that fit."""
         width = self.kept.width(keys.shape[3], block_size)
         shape = (*keys.shape[:2], capacity // block_size + 1, width)
         means = keys.new_zeros(shape)
@@ -97,19 +97,20 @@ class BlockMeans:
         starts_read: tuple[int, ...] | None = None,
         kept: Kept = MEANS,
     ) -> Tensor:
-        """Means `(batch, HK, NB, D)` of the complete blocks of slots `[kv_start, length)`.
-
-        Or what else is `kept` of them, `(batch, HK, NB, width)`.
+        """Updates and returns the summaries of the complete blocks of slots `[kv_start, length)`.
 
         Args:
             keys: `(batch, HK, >= length, D)`, the cached keys.
-            length: tokens cached; a 0-d tensor for a static cache.
+            length: number of cached tokens; a 0-d tensor for a static cache.
             capacity: slots of the cache.
             kv_start: int `(batch,)`, slot of each row's first real token; None: all 0.
-            block_size: tokens in a block. Another one than before, or another start, rebuilds the means.
+            block_size: tokens per block.
             backend: the backend that was chosen for tensors like `keys`.
-            starts_read: values of `kv_start` on the host, where they are known: saves waiting for the device.
-            kept: what is kept of a block; other than before, all of it is taken anew.
+            starts_read: values of `kv_start` on the host, if known; saves waiting for the device.
+            kept: the kind of summary. If `kv_start`, `block_size` or `kept` has changed, all are recomputed.
+
+        Returns:
+            `(batch, HK, NB, width)`; for means `width` is D.
         """
         same = self.block_size == block_size and self.kept == kept
         if not self.empty and not (same and self._starts_at(kv_start, starts_read)):
@@ -119,7 +120,7 @@ class BlockMeans:
         if self.empty:
             self._set_starts(kv_start, starts_read)
         if starts_read is not None and not any(starts_read):
-            kv_start = None  # nothing is padded in front: the blocks of all rows lie in the same slots
+            kv_start = None  # no padding on the left, so the blocks of all rows are in the same slots
         if self.behind:
             kernels = load_backend(backend).cache
             if kernels is not None and kept == MEANS and block_size >= kernels.min_block_size:
@@ -151,11 +152,11 @@ class BlockMeans:
         return self.means
 
     def _starts_at(self, kv_start: Tensor | None, starts_read: tuple[int, ...] | None) -> bool:
-        """Whether the rows start where they did.
+        """Whether the rows start at the same slots as before.
 
-        Values on other devices than the CPU are compared when more than one token was added and the host does
-        not know them: a start changes with a new prompt, never between decode steps, and a comparison waits
-        for the device. Compiled and captured graphs cannot wait.
+        A comparison on a GPU waits for the device. If the host does not know the values, they are compared
+        only when more than one token was added, because starts change with a new prompt, not between decode
+        steps. Compiled and captured graphs cannot wait.
         """
         known = self.starts
         if known is None and kv_start is None:
@@ -165,9 +166,7 @@ class BlockMeans:
             assert given is not None
             if _in_graph() or bool(given.any()):
                 return False
-            self._set_starts(
-                kv_start, starts_read
-            )  # the same in another form, so that later calls need not ask
+            self._set_starts(kv_start, starts_read)  # None and zeros are equal: later calls need not compare
             return True
         if starts_read is not None and self.starts_read is not None:
             return starts_read == self.starts_read
@@ -186,7 +185,7 @@ class BlockMeans:
             self.starts.copy_(kv_start)
 
     def _update_slices(self, keys: Tensor, length: int, kv_start: Tensor | None) -> None:
-        """Takes new means row by row, from slices of the keys."""
+        """Computes new means row by row from slices of the keys."""
         assert self.means is not None
         assert self.block_size is not None
         size, seen = self.block_size, length - self.behind
@@ -201,7 +200,7 @@ class BlockMeans:
                 self.means[rows, :, begin:end] = self.kept.take(keys[rows, :, slots], size)
 
     def _update_gathered(self, keys: Tensor, length: int | Tensor, kv_start: Tensor | None) -> None:
-        """Takes new means of all rows at once; shapes depend on the number of new tokens only."""
+        """Computes new means of all rows at once; shapes depend only on the number of new tokens."""
         assert self.means is not None
         assert self.block_size is not None
         batch, heads, slots, dim = keys.shape
@@ -224,17 +223,14 @@ class BlockMeans:
 def block_means_of(
     keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str, kept: Kept = MEANS
 ) -> Tensor:
-    """Means `(batch, HK, N // block_size, D)` of all complete blocks of `keys`, from each row's start.
-
-    Or what else is `kept`, as `BlockMeans.bring_up` returns it.
-    """
+    """Summaries of all complete blocks of `keys`, from each row's start; see `BlockMeans.bring_up`."""
     means = BlockMeans()
     means.forget(keys.shape[2])
     return means.bring_up(keys, keys.shape[2], keys.shape[2], kv_start, block_size, backend, kept=kept)
 
 
 def writable(x: Tensor) -> Tensor:
-    """`x`, or a copy where it was made in inference mode and may not be written any more."""
+    """`x`, or a copy if it was created in inference mode and so must not be written now."""
     if torch.compiler.is_compiling():
         return x
     if x.is_inference() and not torch.is_inference_mode_enabled():
@@ -243,7 +239,7 @@ def writable(x: Tensor) -> Tensor:
 
 
 def _in_graph() -> bool:
-    """Whether what runs is traced or captured, so that values cannot be looked at."""
+    """Whether the code is being traced or captured, so that values cannot be read."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,8 +1,8 @@
-"""What a backend is held to, on any device, before it is timed: the tests of kernels use the same.
+"""Correctness checks of a backend on any device, used by the kernel tests and before benchmarks.
 
-Gate: scores gathered at the chosen blocks. Attention: under one given choice, with an error against fp32 of
-at most twice that of plain attention in the same low precision, plus rounding. What does not hold raises
-AssertionError, also under `python -O`.
+The gate is checked by the scores of the chosen blocks. Attention is checked for a given choice: its error
+against fp32 may be at most twice that of plain attention in the same low precision, plus rounding. A failed
+check raises AssertionError, also under `python -O`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moba_hf.op.backends import load_backend
 from moba_hf.op.numerics import part_size
 from moba_hf.op.operators import flat_rule, select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
-from moba_hf.op.sequences import Sequences, packed_table
+from moba_hf.op.sequences import Attended, Sequences, packed_table
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Case:
 
     Attributes:
         lengths: (queries, keys) of each sequence.
-        spare: rows of the tensors that no sequence covers, in front and behind.
+        spare: number of rows of padding before and after the sequences.
         kind: "normal", "integer" (exact, many ties), "periodic", "constant" or "skewed" (one block wins).
-        backend: what `select` and `attend` run.
+        backend: the backend of `select` and `attend`.
     """
 
     lengths: list[tuple[int, int]]
@@ -59,7 +59,7 @@ class Case:
 
     def __post_init__(self) -> None:
         if any(queries > keys for queries, keys in self.lengths):
-            raise ValueError(f"lengths {self.lengths}: a sequence has at most as many queries as keys")
+            raise ValueError(f"lengths {self.lengths}: a sequence must not have more queries than keys")
         torch.manual_seed(self.seed)
         total_q, total_k = (sum(x[i] for x in self.lengths) + 2 * self.spare for i in (0, 1))
         q = torch.randn(total_q, self.num_heads, self.head_dim)
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Longest run of queries and of keys."""
+        """Most queries and most keys of a sequence."""
         return max(a for a, _ in self.lengths), max(b for _, b in self.lengths)
 
     @property
@@ -108,7 +108,7 @@ class Case:
         return portable.select(self.q, self.k, self.table, rule, self.scale)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Reference scores `(q_len, H, blocks)` of one sequence, and how far accumulation may move them."""
+        """Reference scores `(q_len, H, blocks)` of one sequence, and their tolerance."""
         if self.gate == "mass":
             scores = mass_gate_ref(q, k, self.block_size, self.scale)
             # a part's score is a difference of sums of this size
@@ -120,22 +120,21 @@ class Case:
         return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The backend's `(out, lse)` under `choice`; keywords are those of `kernels.attend`."""
+        """The backend's `(out, lse)` for `choice`; keywords are those of `kernels.forward.Forced`."""
         if kwargs:
-            from moba_hf import kernels
+            from moba_hf.kernels.forward import Forced, attend
 
-            args = (self.table, *self.longest, self.block_size, self.scale)
-            return kernels.attend(self.q, self.k, self.v, choice, *args, **kwargs)
+            return attend(self.q, self.k, self.v, choice, *self.where, forced=Forced(**kwargs))
         return load_backend(self.backend).forward(self.q, self.k, self.v, choice, *self.where)
 
     @property
     def where(self) -> tuple[Sequences, int, float]:
-        """What backends' `forward` takes after the choice: sequences, block size, scale."""
+        """The arguments of `Backend.forward` after the choice: sequences, block size, scale."""
         return Sequences(self.table, *self.longest, by_row=False), self.block_size, self.scale
 
 
 def _variance_step(q: Tensor, k: Tensor, block_size: int, scale: float) -> Tensor | float:
-    """How far mass scores move where variances of 16-bit keys round to the other neighbour in bf16."""
+    """How much mass scores change if the bf16 variances of 16-bit keys are rounded the other way."""
     if k.dtype.itemsize > 2:
         return 0.0
     size, half = part_size(block_size), k.shape[2] // 2
@@ -143,11 +142,11 @@ def _variance_step(q: Tensor, k: Tensor, block_size: int, scale: float) -> Tenso
     variance = parts.var(2, unbiased=False).repeat_interleave(q.shape[1] // k.shape[1], dim=2)
     paired = (variance + variance.roll(half, dims=3)) / 2
     spread = torch.einsum("qhd,bphd->qhbp", q.double().square(), paired).amax(3) * scale**2
-    return (spread * 2**-9).to(torch.float32)  # the gain is half the spread, a step of bf16 2**-8
+    return (spread * 2**-9).to(torch.float32)  # half the spread, times a bf16 step of 2**-8
 
 
 def assert_choice(case: Case, choice: Tensor) -> None:
-    """`choice` obeys the rule, and its scores are those of the best blocks."""
+    """Checks that `choice` obeys the rule and that its scores are those of the best blocks."""
     expected = case.expected_choice()
     if case.kind in ("integer", "constant"):
         _require(torch.equal(choice.sort(3).values, expected.sort(3).values), "ties go to the lower block")
@@ -186,7 +185,7 @@ def _gathered(scores: Tensor, choice: Tensor, own: Tensor) -> Tensor:
 
 
 def plain_attention(case: Case, choice: Tensor) -> Tensor:
-    """Masked attention in the inputs' own precision, as eager PyTorch code writes it."""
+    """Masked attention in the precision of the inputs, as in eager PyTorch code."""
     return plain_attention_and_lse(case, choice)[0]
 
 
@@ -214,7 +213,7 @@ def plain_attention_and_lse(case: Case, choice: Tensor) -> tuple[Tensor, Tensor]
 
 
 def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Attention under `choice` holds the tolerance rule; padding is zeros and -inf. Returns `(out, lse)`."""
+    """Checks the error of attention for `choice`, and padding (zeros and -inf). Returns `(out, lse)`."""
     out, lse = case.attend(choice, **kwargs)
     q, k, v = (x.float() for x in (case.q, case.k, case.v))
     truth, truth_lse = load_backend("reference").forward(q, k, v, choice, *case.where)
@@ -223,7 +222,7 @@ def assert_attention(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     )
     _require(torch.isfinite(out).all(), "output is finite")
     low = (plain_attention(case, choice).float() - truth).abs().max()
-    # one rounding of the output; in fp32 the orders of summation differ, not the precision
+    # one rounding of the output; in fp32 only the order of summation differs, not the precision
     eps = torch.finfo(case.dtype).eps * (8 if case.dtype == torch.float32 else 0.5)
     error = (out.float() - truth).abs().max()
     limit = 2 * low + eps * truth.abs().max()
@@ -243,13 +242,12 @@ def _require(holds: Tensor | bool, what: str) -> None:
 
 
 def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients under `choice` hold the tolerance rule, that of lse included. Returns dq, dk, dv.
+    """Checks the error of the gradients for `choice`, including that of lse. Returns dq, dk, dv.
 
-    The truth is autograd of the reference in fp64. Keys and queries outside sequences get exact zeros.
+    The expected gradients are those of the reference in fp64. Padding must have zero gradients.
     """
     from moba_hf.kernels import attend_backward
 
-    args = (case.table, *case.longest, case.block_size, case.scale)
     out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *case.where)
     covered = lse > -torch.inf
     grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
@@ -270,7 +268,8 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     def plain(twin: Case) -> tuple[Tensor, Tensor]:
         return plain_attention_and_lse(twin, choice)
 
-    grads = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs)
+    saved = Attended(case.q, case.k, case.v, out, lse, choice)
+    grads = attend_backward(grad_out, grad_lse, saved, *case.where, **kwargs)
     truths, lows = by_autograd(torch.float64, exact), by_autograd(case.dtype, plain)
     for name, x, grad, truth, low in zip("qkv", (case.q, case.k, case.v), grads, truths, lows, strict=True):
         _require(
@@ -279,13 +278,13 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
         )
         _require(torch.isfinite(grad).all(), f"d{name} is not finite")
         error, theirs = ((y.double() - truth).abs().max() for y in (grad, low))
-        # one rounding of the result; in fp32 the orders of summation differ, not the precision; probabilities
-        # taken from lse are as exact as that is
+        # one rounding of the result; in fp32 only the order of summation differs, not the precision;
+        # probabilities computed from lse are only as exact as lse
         eps = torch.finfo(case.dtype).eps * (8 if case.dtype == torch.float32 else 0.5)
         eps += torch.finfo(torch.float32).eps * float(lse[covered].abs().max() if covered.any() else 0)
         bound = 2 * theirs + eps * truth.abs().max()
         _require(
             error <= bound, f"d{name}: error {float(error):.3g}, that of plain attention {float(theirs):.3g}"
         )
-        _require((grad[truth == 0] == 0).all(), f"d{name} where nothing attends")
+        _require((grad[truth == 0] == 0).all(), f"d{name} is not zero for padding")
     return grads

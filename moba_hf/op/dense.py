@@ -1,8 +1,8 @@
-"""Full causal attention where a model wants it: full layers, decode, and where the rule covers everything.
+"""Full causal attention: for full layers, for decode steps, and for sequences that the rule covers entirely.
 
-Torch's own fused attention does the work, but for a few queries on a GPU, where a kernel splits the keys over
-the device. Grouped heads are folded into rows instead of repeating keys, and
-masks are built for a chunk of queries at a time, so no `q_len x kv_len` mask is held at length.
+Torch's fused attention is used, except for a few queries on a GPU, where a kernel splits the keys over the
+SMs. Grouped heads are folded into rows instead of repeating keys, and masks are built for one chunk of
+queries at a time, so a full `q_len x kv_len` mask never exists.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from moba_hf.op.numerics import has_tangent
 from moba_hf.op.operators import dense_decode_op
 from moba_hf.op.sequences import Sequences, batched_table
 
-# Elements of one mask (bool): bounds the memory of a chunk of queries.
+# Number of elements of one (bool) mask; bounds the memory of a chunk of queries.
 _MASK_BUDGET = 1 << 25
-# Calls of at most this many decode kernels take them: each reads all keys, as a masked step of torch's would,
-# and splits them over the device.
+# Use the decode kernel if it need not be launched more often than this: each launch reads all keys.
 _MOST_STEPS = 16
 
 
 def causal_mask(sequences: Sequences, q_begin: int, q_end: int, kv_len: int) -> Tensor:
-    """Bool `(batch, 1, q_end - q_begin, kv_len)`, True where a query may attend; padding attends everything.
+    """Bool `(batch, 1, q_end - q_begin, kv_len)`, True if a query may attend; padding attends to everything.
 
-    Queries are numbered in the call; `sequences`, one per row, says where they stand.
+    `q_begin` and `q_end` are indices in the call; `sequences` has one sequence per row.
     """
     real, slot = _slots(sequences, q_begin, q_end)
     key = torch.arange(kv_len, device=slot.device)
@@ -36,7 +35,7 @@ def causal_mask(sequences: Sequences, q_begin: int, q_end: int, kv_len: int) -> 
 
 
 def _slots(sequences: Sequences, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Which of queries `[begin, end)` are real tokens, and the slots they stand at, `(batch, queries)`."""
+    """Which of queries `[begin, end)` are real tokens, and their slots, both `(batch, queries)`."""
     _, q_begin, q_end, _, k_end = sequences.table[:, :, None].unbind(1)
     query = torch.arange(begin, end, device=sequences.table.device)
     return (query >= q_begin) & (query < q_end), query + k_end - q_end
@@ -52,14 +51,17 @@ def dense_attention(
     *,
     whole: bool = False,
 ) -> Tensor:
-    """Causal attention `(batch, q_len, num_heads, v_dim)`, the last query standing at the last key.
+    """Causal attention `(batch, q_len, num_heads, v_dim)`; the last query is at the position of the last key.
 
     Args:
-        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`, any strides.
-        sequences: one per row; None: all tokens are real. Padding queries give zeros.
-        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`; its kernel, if it has one, takes a
-            few queries.
-        whole: all tokens are real, `sequences` or not.
+        q: `(batch, num_heads, q_len, head_dim)`, any strides.
+        k: `(batch, num_kv_heads, kv_len, head_dim)`, any strides.
+        v: `(batch, num_kv_heads, kv_len, v_dim)`, any strides.
+        scale: factor of the scores in the softmax.
+        sequences: one per row; None: all tokens are real. The output of padding is zero.
+        backend: "auto" or a name in `moba_hf.op.backend_table.BACKENDS`; its kernel is used for a few
+            queries, if it has one.
+        whole: all tokens are real, even if `sequences` is not None.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
@@ -96,7 +98,7 @@ def dense_attention(
 
 
 def _few_at_a_time(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, kernel: str) -> Tensor:
-    """The split-key kernel over as many queries at a time as it takes."""
+    """Runs the split-key kernel on as many queries at a time as it supports."""
     kernels = load_backend(kernel).cache
     assert kernels is not None
     step, q_len = kernels.max_dense_queries, q.shape[2]
@@ -111,17 +113,17 @@ def _few_at_a_time(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float,
 
 
 def _queries_of(table: Tensor, start: int, end: int) -> Tensor:
-    """The sequence table of queries `[start, end)` alone, numbered from `start`."""
+    """The sequence table of queries `[start, end)`, numbered from `start`."""
     row, q_begin, q_end, k_begin, k_end = table.unbind(1)
     first, last = ((bound - start).clamp(0, end - start) for bound in (q_begin, q_end))
-    later = (q_end - start - last).clamp(min=0)  # of the sequence's queries, and as many keys
+    later = (q_end - start - last).clamp(min=0)  # the sequence's queries after `end`, and as many keys
     return torch.stack([row, first, last, k_begin, k_end - later], dim=1)
 
 
 def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
-    """The backend whose split-key kernel takes this call, a decode step; None: torch's own attention does.
+    """The backend whose split-key kernel runs this decode step; None: torch's attention runs it.
 
-    Torch's kernels do not split the keys of a masked call, and the slots of a static cache need a mask.
+    Torch's kernels do not split the keys of a masked call, and a static cache needs a mask.
     """
     if q.shape[2] == k.shape[2]:
         return None
@@ -140,7 +142,7 @@ def dense_packed_attention(
 ) -> Tensor:
     """Causal attention inside each span `(batch row, begin, end)` of packed sequences.
 
-    Shapes as in `dense_attention`, with as many queries as keys.
+    Shapes are those of `dense_attention`, with equally many queries and keys.
     """
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     for row, begin, end in spans:

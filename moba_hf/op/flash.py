@@ -1,13 +1,13 @@
-"""Attention over chosen blocks through flash-attn's public varlen function: the paper's Algorithm 1.
+"""Attention over chosen blocks with flash-attn's public varlen function: the paper's Algorithm 1.
 
-1. Own blocks: one causal varlen call, a segment per (sequence, block).
-2. Chosen blocks: (query, head, slot) pairs are regrouped by block, one varlen call per kv head, a segment per
-   block, chunk of queries by chunk of queries. Keys and values are read where they lie.
-3. Both are merged by their log-sum-exps.
+1. Own blocks: one causal varlen call with a segment per (sequence, block).
+2. Chosen blocks: (query, head, slot) triples are regrouped by block. There is one varlen call for each kv
+   head and chunk of queries, with a segment per block. Keys and values are read in place.
+3. The two results are merged by their log-sum-exps.
 
-flash-attn 2 (`flash_attn.flash_attn_varlen_func`) is taken where it is installed, else flash-attn 4
-(`flash_attn.cute`). Segments are counted on the host, as these functions want them, so calls wait for the
-device and cannot be captured in a CUDA graph; backend "triton" never waits and is faster.
+flash-attn 2 (`flash_attn.flash_attn_varlen_func`) is used if it is installed, else flash-attn 4
+(`flash_attn.cute`). These functions need segment lengths on the host, so calls wait for the device and cannot
+be captured in a CUDA graph; backend "triton" never waits and is faster.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool
 # Device types that flash-attn runs on.
 DEVICES = ("cuda",)
 MAX_HEAD_DIM = 256
-# Head dims are padded to a multiple of this; flash-attn reads 16 bytes at a time.
+# Head dims are padded to a multiple of this, because flash-attn reads 16 bytes at a time.
 _DIM_STEP = 8
-# Bytes of gathered queries and partial outputs of one chunk of queries.
+# Bytes for the gathered queries and partial outputs of one chunk of queries.
 _WORKSPACE = 2 << 30
 
 
 def load_varlen() -> Varlen:
-    """flash-attn's varlen function in one form.
+    """flash-attn's varlen function, with the same signature for both versions.
 
     Raises:
         ImportError: neither flash-attn 2 nor flash-attn 4 is installed.
@@ -110,13 +110,13 @@ def _load_varlen_4() -> Varlen:
 
 
 class FlashBackend(PortableBackend):
-    """flash-attn's varlen functions; blocks are chosen by Triton where it runs, gradients are portable."""
+    """flash-attn's varlen functions; the backend of "auto" chooses blocks, "portable" computes gradients."""
 
     shared = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.max_decode_queries, self.decode_gates = 0, ()  # select, then forward
+        self.max_decode_queries, self.decode_gates = 0, ()  # decode steps use select and forward
         self._varlen = load_varlen()
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
@@ -148,26 +148,28 @@ class FlashBackend(PortableBackend):
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why these `(batch, heads, length, dim)` tensors cannot be taken, or None."""
+    """Why these `(batch, heads, length, dim)` tensors are not supported, or None."""
     if q.device.type not in DEVICES:
         return f"flash-attn needs a CUDA device; q is on {q.device}"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "flash-attn needs compute capability 8.0 or later"
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn computes bf16 and fp16, not {q.dtype}"
+        return f"flash-attn supports bf16 and fp16, not {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        return f"head dims are at most {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+        return f"head dims must be at most {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
     return None
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence with queries, in rows of the flattened `(batch * length)` tensors.
+    """A sequence that has queries, as rows of the flattened `(batch * length)` tensors.
 
     Attributes:
-        q_begin, q_end: its query rows.
-        k_begin, k_end: its key rows.
-        first_bin: number of its first block among the blocks of all sequences.
+        q_begin: its first query row.
+        q_end: end of its query rows.
+        k_begin: its first key row.
+        k_end: end of its key rows.
+        first_bin: index of its first block among the blocks of all sequences.
     """
 
     q_begin: int
@@ -194,18 +196,26 @@ def attend(
     *,
     workspace: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out (batch, q_len, num_heads, v_dim)` in q's dtype and `lse (batch, num_heads, q_len)` fp32, natural.
+    """Attention over chosen blocks.
 
     Args:
-        varlen: what `load_varlen` gives.
-        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
+        varlen: the result of `load_varlen`.
+        q: `(batch, num_heads, q_len, head_dim)`.
+        k: `(batch, num_kv_heads, kv_len, head_dim)`.
+        v: `(batch, num_kv_heads, kv_len, v_dim)`.
         block_indices: int32 `(batch, q_len, num_heads, topk)`, own block in any slot, -1 for none.
         table: see `moba_hf.op.sequences`; rows in order.
-        workspace: bytes that gathered queries and partial outputs may take; None: 2 GiB.
+        block_size: tokens per block.
+        softmax_scale: factor of the scores in the softmax.
+        workspace: bytes for gathered queries and partial outputs; None: 2 GiB.
+
+    Returns:
+        `out (batch, q_len, num_heads, v_dim)` in q's dtype, and `lse (batch, num_heads, q_len)` in fp32, a
+        natural logarithm.
     """
     batch, num_heads, q_len, _ = q.shape
     v_dim = v.shape[3]
-    if softmax_scale <= 0:  # flash-attn takes the largest score before scaling
+    if softmax_scale <= 0:  # flash-attn takes the maximum before scaling
         q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = _padded(q, k, v)
     rows = tuple(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (batch * length, heads, dim)
@@ -223,7 +233,7 @@ def attend(
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with one head dim that flash-attn takes: zeros change neither scores nor other columns."""
+    """Pads q, k, v with zeros to the same head dim, one that flash-attn supports."""
     dim = max(q.shape[3], v.shape[3])
     dim = -(-dim // _DIM_STEP) * _DIM_STEP
     q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
@@ -244,7 +254,7 @@ def _sequences(table: Tensor, q_len: int, kv_len: int, block_size: int) -> list[
 
 
 def _num_bins(length: int, block_size: int) -> int:
-    """Blocks that a later query may choose, and one for the keys that none may."""
+    """Number of blocks that a later query may choose, plus one for the remaining keys."""
     return (length - 1) // block_size + 1
 
 
@@ -257,7 +267,7 @@ def _own_blocks(
     block_size: int,
     softmax_scale: float,
 ) -> None:
-    """Writes what every query gets from its own block, causally."""
+    """Writes the causal attention of every query over its own block."""
     q, k, v = rows
     q_lengths, k_lengths = [], []
     q_spans, k_spans = [], []
@@ -289,14 +299,14 @@ def _own_blocks(
 
 
 def _take(x: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """Rows of the spans one after the other: a view where they touch."""
+    """Concatenates the rows of the spans; a view if the spans are adjacent."""
     if all(a[1] == b[0] for a, b in pairwise(spans)):
         return x[spans[0][0] : spans[-1][1]]
     return torch.cat([x[begin:end] for begin, end in spans])
 
 
 def _offsets(lengths: Tensor, device: torch.device) -> Tensor:
-    """int32 running totals of `lengths`, from 0."""
+    """int32 cumulative sums of `lengths`, from 0."""
     return F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
@@ -311,10 +321,10 @@ def _chosen_blocks(
     softmax_scale: float,
     workspace: int,
 ) -> None:
-    """Adds the chosen blocks before their own to what `out` and `lse` hold of every query's own block.
+    """Merges the attention over the chosen earlier blocks into `out` and `lse`, which contain the own blocks.
 
     Args:
-        choice: int32 `(rows, num_heads, topk)`, relative to each sequence.
+        choice: int32 `(rows, num_heads, topk)`, block indices relative to each sequence.
     """
     q, k, v = rows
     num_heads, dim = q.shape[1:]
@@ -346,7 +356,10 @@ def _chosen_blocks(
 
 
 def _bins(choice: Tensor, sequences: list[_Sequence], block_size: int) -> tuple[Tensor, int]:
-    """Number of each chosen block among those of all sequences, int64 as `choice`; own and none come last."""
+    """Index of each chosen block among the blocks of all sequences, int64 `choice.shape`; and their number.
+
+    Own blocks and -1 get the index `num_bins`, so they sort last.
+    """
     last = sequences[-1]
     num_bins = last.first_bin + _num_bins(last.k_end - last.k_begin, block_size)
     bins = torch.full(choice.shape, num_bins, dtype=torch.int64, device=choice.device)
@@ -359,7 +372,10 @@ def _bins(choice: Tensor, sequences: list[_Sequence], block_size: int) -> tuple[
 
 
 def _key_edges(sequences: list[_Sequence], block_size: int) -> Tensor:
-    """Where the bins' keys begin, int64 `(num_bins + 1,)`; a sequence's last one to the next."""
+    """First key row of each bin and the end of the last, int64 `(num_bins + 1,)`.
+
+    The last bin of a sequence extends to the next sequence.
+    """
     starts = [
         seq.k_begin + torch.arange(_num_bins(seq.k_end - seq.k_begin, block_size)) * block_size
         for seq in sequences
@@ -377,11 +393,11 @@ def _merge(
     order: Tensor,
     topk: int,
 ) -> None:
-    """Weighs `partial (pairs, dim)` and what `out` holds by their softmax masses, slot by slot in fp32.
+    """Merges `partial (pairs, dim)` into `out` with softmax weights, slot by slot in fp32.
 
     Args:
-        order: the pair `(row, head, slot)`, flattened, that each partial output belongs to; those beyond
-            the pairs have none.
+        order: the flattened index `(row, head, slot)` of each partial output; entries after the first
+            `pairs` have no output.
     """
     count = partial.shape[0]
     place = torch.empty_like(order)

@@ -1,25 +1,25 @@
-"""How blocks are scored: a table of gates. "mean" is the paper's, "mass" is opt-in and not the paper's MoBA.
+"""The gates, which score blocks. "mean" is the paper's gate; "mass" is opt-in and not part of MoBA.
 
-A gate is an object: to add one, write a subclass of `Gate`, put it in `GATES`, and its definition in
-`GATES_REF` of `moba_hf.op.reference`, against which it is tested. Everything else asks the object.
+To add a gate, write a subclass of `Gate`, add an instance to `GATES`, and add its definition to `GATES_REF`
+in `moba_hf.op.reference`, against which it is tested. All other code uses the object.
 
-The "mass" gate scores a block by an estimate of its attention mass. The paper scores a block by
-`q . mean(keys)`. What a query loses by leaving a block out is its share of the softmax,
-`log sum_k exp(scale * q . k)`, and two things make the mean a poor stand-in for it in a model that was not
-trained with MoBA: keys spread around their mean, and single tokens with small keys and next to no value, on
-which many heads rest ("hidden sinks"), vanish in a mean. So this gate cuts a block in parts of `part_size`
-keys and takes
+The paper scores a block by `q . mean(keys)`. But what a query loses without a block is the block's part of
+the softmax, `log sum_k exp(scale * q . k)`. In a model that was not trained with MoBA, the mean approximates
+this poorly for two reasons: keys vary around their mean, and the mean hides single tokens with small keys and
+nearly zero values on which many heads put most of their attention ("hidden sinks"). So the "mass" gate
+estimates the attention mass. It splits a block into parts of `part_size` keys and computes
 
-    part  = log n + scale * q . mean + f(scale^2 * sum_d q_d^2 * var_d)     n keys in the part
-    score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key of least norm
+    part  = log n + scale * q . mean + f(scale^2 * sum_d q_d^2 * var_d)     n: number of keys in the part
+    score = log(sum over parts of exp(part) + exp(scale * q . smallest))   smallest: the key with the least
+    norm
 
-where `f(v) = v / 2` is the cumulant of a normal spread and `f(v) = sqrt(2 v log n) - log n` for
-`v > 2 log n`, as n samples cannot reach further (the random energy model). `var_d` is the mean of the
-variances of the two coordinates that a rotary embedding turns together: a rotation keeps it, so scores do not
-depend on where positions begin. A block costs
-`2 * parts + 1` dot products with vectors that depend on its keys alone. Like block means these are taken in
-fp32 (fp64) and rounded to the key dtype, the variances and the squared queries of fp16 to bf16; products of
-these dtypes are accumulated in fp32, so that a kernel can do the same.
+where `f(v) = v / 2` is the cumulant of a normal distribution, and `f(v) = sqrt(2 v log n) - log n` for `v > 2
+log n`, because n samples cannot reach further (the random energy model). `var_d` is the mean of the variances
+of the two coordinates that a rotary embedding rotates together. A rotation does not change it, so scores do
+not depend on the position of the first token. A block costs `2 * parts + 1` dot products with vectors that
+depend only on its keys. Like block means, these vectors are computed in fp32 (fp64) and rounded to the key
+dtype; variances and squared queries of fp16 are rounded to bf16. Products of these dtypes are accumulated in
+fp32, so that a kernel can do the same.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from moba_hf.op.numerics import accumulate_dtype, part_size, spread_dtype
 
 
 class Summary(Protocol):
-    """What a gate keeps of the complete blocks of one sequence's keys."""
+    """A gate's summary of the complete blocks of one sequence."""
 
     def scores(self, q: Tensor, columns: int) -> Tensor:
-        """Scores `(H, M, columns)` of the first blocks for `q (H, M, D)`, in fp32 (fp64)."""
+        """Scores `(H, M, columns)` of the first `columns` blocks for `q (H, M, D)`, in fp32 (fp64)."""
         ...
 
 
 class Gate(ABC):
-    """One way to score blocks.
+    """A way to score blocks.
 
     Attributes:
-        words: what `inspect` and warnings call it, "" for the paper's.
-        reads_scale: its scores depend on `softmax_scale`.
+        words: its name in `inspect` and in warnings; "" for the paper's gate.
+        reads_scale: whether its scores depend on `softmax_scale`.
     """
 
     words: ClassVar[str] = ""
@@ -56,7 +56,7 @@ class Gate(ABC):
 
     @abstractmethod
     def kept(self, rotary_pairs: str = "halves") -> Kept:
-        """What a cache keeps of each complete block, so that a decode step need not read its keys."""
+        """The summary of a complete block that a cache keeps, so that decode steps need not read its keys."""
 
     @abstractmethod
     def summary_of(
@@ -67,7 +67,7 @@ class Gate(ABC):
         softmax_scale: float,
         rotary_pairs: str = "halves",
     ) -> Summary:
-        """The summary of complete blocks from what is kept of them, `(HK, blocks, width)`."""
+        """The summary from the values `kept (HK, blocks, width)` of a cache."""
 
     def summary(
         self,
@@ -80,8 +80,8 @@ class Gate(ABC):
         """The summary of the complete blocks of `k (HK, N, D)`.
 
         Args:
-            kept: `(HK, >= complete blocks, width)`, what a cache keeps of them; None: taken here.
-            rotary_pairs: one of `ROTARY_PAIRS`, for a gate that pairs coordinates.
+            kept: `(HK, >= complete blocks, width)`, the values from a cache; None: computed here.
+            rotary_pairs: one of `ROTARY_PAIRS`, for gates that use it.
         """
         if kept is None:
             kept = self.kept(rotary_pairs).take(k, block_size)
@@ -90,7 +90,7 @@ class Gate(ABC):
 
     @abstractmethod
     def vectors(self, block_size: int) -> int:
-        """Dot products that one score of a block costs."""
+        """Number of dot products per score."""
 
 
 class MeanGate(Gate):
@@ -114,7 +114,7 @@ class MeanGate(Gate):
 
 
 class MassGate(Gate):
-    """An estimate of each block's attention mass, see the head of this file."""
+    """An estimate of each block's attention mass, see the module docstring."""
 
     words = "mass gate"
     reads_scale = True
@@ -136,7 +136,7 @@ class MassGate(Gate):
         return 2 * (block_size // part_size(block_size)) + 1
 
 
-# Every gate, by the name that settings give it.
+# All gates by their name in the settings.
 GATES: dict[str, Gate] = {"mean": MeanGate(), "mass": MassGate()}
 
 
@@ -169,10 +169,10 @@ class MassSummary:
 
     Args:
         k: `(HK, N, D)`.
-        block_size: tokens in a block.
+        block_size: tokens per block.
         scale: factor of the scores in the softmax.
-        rotary_pairs: which coordinates a rotary embedding turns together: "halves", d and d + D/2, or
-            "neighbours", 2d and 2d + 1.
+        rotary_pairs: which coordinates a rotary embedding rotates together: "halves" (d and d + D/2) or
+            "neighbours" (2d and 2d + 1).
     """
 
     def __init__(self, k: Tensor, block_size: int, scale: float, rotary_pairs: str = "halves"):
@@ -187,7 +187,7 @@ class MassSummary:
         scale: float,
         rotary_pairs: str = "halves",
     ) -> _Summary:
-        """The same from what a cache keeps, `(HK, blocks, width)`; see `KeptMass`."""
+        """The summary from the values `kept (HK, blocks, width)` of a cache; see `KeptMass`."""
         summary = cls.__new__(cls)
         vectors = KeptMass(rotary_pairs).split(kept, head_dim, block_size)
         summary._hold(vectors, block_size, scale, rotary_pairs)
@@ -218,18 +218,18 @@ class MassSummary:
         return total.view(q.shape[0], q.shape[1], columns)
 
     def squares(self, queries: Tensor) -> Tensor:
-        """What is multiplied with `var`: squares of `queries (..., D)` in fp32 (fp64), as narrow as `var`."""
+        """The factor of `var`: squares of `queries (..., D)`, rounded like `var`, in fp32 (fp64)."""
         return queries.square().to(self.narrow).to(queries.dtype)
 
     def _of_pairs(self, var: Tensor) -> Tensor:
-        """For each coordinate the variance of its pair, `(..., D)` from `var (..., D/2)`."""
+        """The variance of each coordinate's pair, `(..., D)` from `var (..., D/2)`."""
         return torch.cat([var, var], -1) if self.pairs == "halves" else var.repeat_interleave(2, -1)
 
 
 class PairedMassSummary(MassSummary):
-    """The same with one variance for each pair of coordinates, `(HK, parts, blocks, D/2)`: half the products.
+    """`MassSummary` with one variance per pair, `(HK, parts, blocks, D/2)`, which halves the products.
 
-    Low precision rounds the sum of two squares where `MassSummary` rounds each.
+    In low precision it rounds the sum of two squares, whereas `MassSummary` rounds each.
     """
 
     def squares(self, queries: Tensor) -> Tensor:
@@ -247,17 +247,17 @@ def pair_sums(x: Tensor, rotary_pairs: str) -> Tensor:
 
 
 def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What the mass gate knows of the complete blocks of `k (..., N, D)`, rounded as it is kept.
+    """The vectors of the mass gate for the complete blocks of `k (..., N, D)`, rounded as in a cache.
 
     Returns:
         Means `(..., blocks, parts, D)` in k's dtype, variances of pairs `(..., blocks, parts, D / 2)` in
-        `spread_dtype`, and the key of least norm `(..., blocks, D)` in k's dtype.
+        `spread_dtype`, and the key with the smallest norm `(..., blocks, D)` in k's dtype.
     """
     count, size = k.shape[-2] // block_size, part_size(block_size)
     keys = k[..., : count * block_size, :].to(accumulate_dtype(k.dtype))
     parts = keys.unflatten(-2, (count, block_size // size, size))
     mean = parts.mean(-2)
-    var = (parts - mean[..., None, :]).square_().mean(-2)  # `Tensor.var` takes ten times as long on a CPU
+    var = (parts - mean[..., None, :]).square_().mean(-2)  # `Tensor.var` is slow on a CPU
     var = pair_sums(var, rotary_pairs) / 2
     blocks = keys.unflatten(-2, (count, block_size))
     least = blocks.square().sum(-1).argmin(-1)[..., None, None].expand(*blocks.shape[:-2], 1, k.shape[-1])
@@ -265,14 +265,14 @@ def mass_vectors(k: Tensor, block_size: int, rotary_pairs: str) -> tuple[Tensor,
 
 
 class Kept(Protocol):
-    """What a cache keeps of each complete block: `width` numbers in a row, in the dtype of the keys."""
+    """What a cache keeps of each complete block: a vector of `width` numbers in the dtype of the keys."""
 
     def width(self, head_dim: int, block_size: int) -> int:
-        """How many numbers."""
+        """Number of values per block and kv head."""
         ...
 
     def take(self, k: Tensor, block_size: int) -> Tensor:
-        """Those of the complete blocks of `k (..., N, D)`: `(..., N // block_size, width)`."""
+        """Computes the vectors of the complete blocks of `k (..., N, D)`: `(..., N // block_size, width)`."""
         ...
 
 
@@ -289,7 +289,7 @@ class KeptMeans:
 
 @dataclass(frozen=True)
 class KeptMass:
-    """The vectors of the mass gate: means of the parts, the smallest key, variances of the parts' pairs.
+    """The vectors of the mass gate: means of the parts, the smallest key, and variances of the parts.
 
     Attributes:
         rotary_pairs: as for `MassSummary`.
@@ -302,11 +302,11 @@ class KeptMass:
 
     def take(self, k: Tensor, block_size: int) -> Tensor:
         mean, var, smallest = mass_vectors(k, block_size, self.rotary_pairs)
-        # variances of fp16 keys are bf16, kept as they are in numbers of the same size
+        # variances of fp16 keys are bf16: store their bits as fp16
         return torch.cat([mean.flatten(-2), smallest, var.view(k.dtype).flatten(-2)], -1)
 
     def split(self, kept: Tensor, head_dim: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What `mass_vectors` returned, from `kept (..., blocks, width)`."""
+        """Splits `kept (..., blocks, width)` into the result of `mass_vectors`."""
         mean, smallest, var = kept.split(self._sizes(head_dim, block_size), -1)
         parts = block_size // part_size(block_size)
         mean, var = (x.unflatten(-1, (parts, -1)) for x in (mean, var.view(spread_dtype(kept.dtype))))

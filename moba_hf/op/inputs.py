@@ -1,7 +1,7 @@
-"""What is checked at the edge of the operator: tensors, offsets, a given choice of blocks.
+"""Checks of the operator's inputs: tensors, offsets, and a given choice of blocks.
 
-Shapes, dtypes and devices always; tensor values on CPU tensors, and on others only with `MOBA_HF_CHECK=1`, so
-that the hot path never waits for a device.
+Shapes, dtypes and devices are always checked. Tensor values are checked on a CPU, and on other devices only
+with `MOBA_HF_CHECK=1`, so that the hot path never waits for a device.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
-# Bytes above which a choice with more slots than blocks is refused.
+# A choice with more slots than blocks is refused if it would be larger than this, in bytes.
 _MOST_CHOICE = 1 << 32
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_values(x: Tensor) -> bool:
-    """Whether values of tensors beside `x` may be read: on the CPU, or when `MOBA_HF_CHECK=1`."""
+    """Whether values of tensors on the device of `x` may be read: on a CPU, or with `MOBA_HF_CHECK=1`."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
     return x.device.type == "cpu" or os.environ.get("MOBA_HF_CHECK") == "1"
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless `(batch, heads, length, dim)` tensors fit each other."""
+    """Raises ValueError if the `(batch, heads, length, dim)` tensors do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(f"q, k, v must have the same dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+        raise ValueError(f"q, k, v must be on the same device, got {q.device}, {k.device}, {v.device}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ValueError(
-            f"k and v must agree in length and heads, and with q in batch: q {tuple(q.shape)}, "
-            f"k {tuple(k.shape)}, v {tuple(v.shape)} as (batch, heads, length, dim)"
+            "q, k, v must have the same batch size, and k and v the same length and heads: "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as (batch, heads, length, dim)"
         )
     if q.shape[3] == 0 or v.shape[3] == 0:
         raise ValueError(f"head_dim and v_dim must be at least 1, got {q.shape[3]} and {v.shape[3]}")
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
+        raise ValueError(f"q and k must have the same head_dim, got {q.shape[3]} and {k.shape[3]}")
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"num_heads={q.shape[1]} must be a multiple of num_kv_heads={k.shape[1]}")
 
@@ -75,10 +75,10 @@ def as_batch(x: Tensor) -> Tensor:
 
 
 def packed_table_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Tensor:
-    """The sequence table of packed tensors, checked."""
+    """Checks the offsets of packed tensors and returns the sequence table."""
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k is given without cu_seqlens_q")
+            raise ValueError("cu_seqlens_k needs cu_seqlens_q")
         if q.shape[0] > k.shape[0]:
             raise ValueError(f"more queries ({q.shape[0]}) than keys ({k.shape[0]})")
         return batched_table(1, q.shape[0], k.shape[0], q.device)
@@ -92,8 +92,8 @@ def packed_table_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlen
             raise ValueError(f"{name} is on {cu.device}, q on {q.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k name {cu_seqlens_q.shape[0] - 1} and "
-            f"{cu_seqlens_k.shape[0] - 1} sequences"
+            "cu_seqlens_q and cu_seqlens_k must have equally many sequences, got "
+            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     if check_values(q):
         _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
@@ -116,7 +116,7 @@ def _check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, 
 def longest(
     q: Tensor, k: Tensor, table: Tensor, max_seqlen_q: int | None, max_seqlen_k: int | None
 ) -> tuple[int, int]:
-    """The bounds on sequence lengths, else the totals; kernels leave out what lies beyond them."""
+    """The given bounds on sequence lengths, else the totals; kernels ignore tokens beyond them."""
     if check_values(q):
         for name, bound, begin in (("max_seqlen_q", max_seqlen_q, 1), ("max_seqlen_k", max_seqlen_k, 3)):
             if bound is None:
@@ -143,7 +143,7 @@ def check_choice(block_indices: Tensor, q: Tensor, topk: int) -> None:
 
 
 def check_choice_values(block_indices: Tensor, table: Tensor, block_size: int) -> None:
-    """Each choice holds the own block, no duplicate, no later block, and -1 only at its end."""
+    """Checks that each choice has the own block, no duplicate, no later block, and -1 only at its end."""
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         choice = block_indices[row, q_begin:q_end]
         position = torch.arange(q_end - q_begin, device=choice.device) + (k_end - k_begin) - (q_end - q_begin)
@@ -158,11 +158,11 @@ def check_choice_values(block_indices: Tensor, table: Tensor, block_size: int) -
         }
         for problem, found in problems.items():
             if bool(found):
-                raise ValueError(f"block_indices holds {problem} for a query at row {q_begin} or after")
+                raise ValueError(f"block_indices has {problem} for a query at row {q_begin} or after")
 
 
 def check_mask(block_mask: Tensor, q: Tensor, sequences: Sequences, rule: SharedRule) -> None:
-    """Raises ValueError unless a block mask fits the call and holds a tile's own blocks and no later ones."""
+    """Raises ValueError if a block mask does not fit the call, lacks own blocks, or has later blocks."""
     words = mask_words(sequences.max_seqlen_k, rule.block_size)
     expected = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
     if tuple(block_mask.shape) != expected or block_mask.dtype != torch.int32:
@@ -180,29 +180,29 @@ def check_mask(block_mask: Tensor, q: Tensor, sequences: Sequences, rule: Shared
             own = position // rule.tile * rule.tile // rule.block_size
             end = (position + q_end - q_begin - 1) // rule.block_size + 1
             if chosen[:, at, end:].any():
-                raise ValueError(f"block_indices holds a later block for the tile at row {q_begin}")
+                raise ValueError(f"block_indices has a later block for the tile at row {q_begin}")
             if not chosen[:, at, own:end].all():
                 raise ValueError(f"block_indices lacks a block that the tile at row {q_begin} overlaps")
 
 
 def check_head_dim(rule: LayerConfig, q: Tensor) -> None:
-    """Raises ValueError where `q (..., head_dim)` has a coordinate without a partner."""
+    """Raises ValueError if the gate pairs coordinates and the head dim of `q (..., head_dim)` is odd."""
     if rule.gate == "mass" and q.shape[-1] % 2:
         raise ValueError(f"gate='mass' needs an even head_dim, got {q.shape[-1]}")
 
 
 def check_size(q: Tensor, topk: int, blocks: int) -> None:
-    """Raises ValueError where a choice with more slots than there are blocks would be huge."""
+    """Raises ValueError if a choice with more slots than blocks would be huge."""
     size = 4 * q.shape[0] * q.shape[1] * topk
     if size > _MOST_CHOICE:
         raise ValueError(
-            f"topk={topk} makes a choice of {size / 2**30:,.0f} GiB for {q.shape[0]} queries and "
+            f"with topk={topk} the choice takes {size / 2**30:,.0f} GiB for {q.shape[0]} queries and "
             f"{q.shape[1]} heads, but the longest sequence has {blocks} blocks: lower topk to that"
         )
 
 
 def refuse_tangents(*tensors: Tensor) -> None:
-    """Raises NotImplementedError where forward-mode AD asks for a derivative, which would be lost."""
+    """Raises NotImplementedError if forward-mode AD needs a derivative, which would be lost."""
     if has_tangent(*tensors):
         raise NotImplementedError(
             "MoBA has no forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp): use reverse "

@@ -1,4 +1,4 @@
-"""Dtypes and precision that the reference and the torch paths share."""
+"""Dtypes, precision and checks of numbers that the reference and the torch paths share."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are held in: fp64 for fp64 inputs, else fp32."""
+    """The dtype for sums: fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Runs the body without autocast and without TF32 or bf16 matmuls: scores decide a choice of blocks.
+    """Runs the body without autocast and without TF32 or bf16 matmuls, because scores determine the choice.
 
-    Nothing but this thread's state changes. Where a setting of torch lowers fp32 matmuls on `device`, those
-    of the body run in fp64 and are rounded to fp32; else the body runs as it is.
+    Only the state of this thread changes. If a setting of torch lowers the precision of fp32 matmuls on
+    `device`, the matmuls of the body run in fp64 and are rounded to fp32.
     """
     exact = _Fp64Matmuls() if _lowers_matmuls(device) else nullcontext()
     with torch.autocast(device.type, enabled=False), exact:
@@ -43,9 +43,9 @@ def _lowers_matmuls(device: torch.device) -> bool:
 
 
 class _Fp64Matmuls(TorchDispatchMode):
-    """Computes fp32 matrix products in fp64; like every such mode it belongs to one thread."""
+    """Computes fp32 matrix products in fp64, only in the current thread."""
 
-    # matmul and einsum reach a mode undivided below autograd, as inside our operators
+    # below autograd, as inside our operators, a mode sees matmul and einsum before they are decomposed
     _PRODUCTS = frozenset(
         getattr(torch.ops.aten, name)
         for name in ("matmul", "einsum", "linear", "mm", "bmm", "addmm", "baddbmm", "mv", "dot")
@@ -64,7 +64,7 @@ class _Fp64Matmuls(TorchDispatchMode):
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
-    """The tensors among arguments, lists looked into."""
+    """Yields the tensors among arguments, including those in lists."""
     for x in args:
         if isinstance(x, Tensor):
             yield x
@@ -73,28 +73,49 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 
 def _widened(x: Any) -> Any:
-    """Arguments with every fp32 tensor among them in fp64."""
+    """Converts every fp32 tensor among arguments to fp64."""
     if isinstance(x, (list, tuple)):
         return [_widened(each) for each in x]
     return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
 
+def masked_product(weights: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
+    """`weights (t, A, B) @ x (t, B, D)` where `weights` counts as 0 at `hidden`, without 0 x NaN there.
+
+    Args:
+        hidden: bool `(t, A, B)`; None: nowhere, or everything in `x` is finite and `weights` is 0 there.
+    """
+    if hidden is None:
+        return torch.bmm(weights, x)
+    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
+    seen = (~hidden).to(x.dtype)
+    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
+        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
+    return result
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether all elements are known to be finite: their sums are."""
+    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    return bool(torch.stack(sums).isfinite().all())
+
+
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode AD follows any of them."""
+    """Whether any of the tensors has a forward-mode AD tangent."""
     if torch.compiler.is_compiling():
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def plain_int(value: Any) -> Any:
-    """`value` as an int where it is an integer of another kind, such as numpy's; else as it is."""
+    """`value` as an int if it is an integer of another type, such as numpy's; otherwise unchanged."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return operator.index(value)
     return value
 
 
 def check_int(name: str, value: object, *, minimum: int) -> None:
-    """Raises TypeError unless `value` is an int, ValueError where it is below `minimum`."""
+    """Raises TypeError if `value` is not an int, ValueError if it is below `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
@@ -102,12 +123,12 @@ def check_int(name: str, value: object, *, minimum: int) -> None:
 
 
 def part_size(block_size: int) -> int:
-    """Keys in one part of a block under the mass gate: 16 where that divides the block, else all of it."""
+    """Number of keys in a part of a block for the mass gate: 16 if that divides the block, else the block."""
     return 16 if block_size % 16 == 0 else block_size
 
 
 def spread_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What variances of keys and squares of queries are rounded to; bf16 for fp16, whose range they leave."""
+    """The dtype of variances of keys and squares of queries; bf16 for fp16, whose range they exceed."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 

@@ -1,8 +1,8 @@
-"""The torch operators through which backends run: here rule and sequences are flattened, and only here.
+"""The torch operators through which backends run; their arguments are the flattened rule and sequences.
 
 `select_op`, `attend_op`, `decode_op`, `update_means_op` and `dense_decode_op` are `torch.library` operators
-with fake kernels, `attend_op` with an explicit backward, so `torch.compile` and `torch.export` see one opaque
-node each and autograd keeps only inputs, output and lse.
+with fake kernels, and `attend_op` has an explicit backward. So `torch.compile` and `torch.export` see each as
+one opaque node, and autograd saves only inputs, output and lse.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.sequences import Attended, Sequences
 
-# The rule of a call from its flattened form, validated once.
+# Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(LayerConfig)
 
 
 def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str, str]:
-    """A rule as the operators take it: the fields of `LayerConfig` in order."""
+    """The rule as arguments of the operators: the fields of `LayerConfig` in order."""
     return rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks, rule.gate, rule.rotary_pairs
 
 
 def flat_sequences(sequences: Sequences) -> tuple[Tensor, int, int]:
-    """Sequences as the operators take them."""
+    """The sequences as arguments of the operators."""
     return sequences.table, sequences.max_seqlen_q, sequences.max_seqlen_k
 
 
@@ -95,7 +95,7 @@ def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` with nothing in them."""
+    """Uninitialised `out` and `lse`."""
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
@@ -188,7 +188,7 @@ def update_means_op(
     block_size: int,
     backend: str,
 ) -> None:
-    """`CacheKernels.update_means` as one operator: `length`, or `slots` where it is None, are written."""
+    """`CacheKernels.update_means` as one operator; `slots` is used if `length` is None."""
     written = slots if length is None else length
     _cache_kernels(backend).update_means(means, keys, kv_start, written, behind, block_size)
 

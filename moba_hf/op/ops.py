@@ -1,6 +1,6 @@
-"""The operator: `moba_attention` and `select_blocks` on packed tensors, and `attention` under them.
+"""The operator: `moba_attention` and `select_blocks` on packed tensors, and `attention` behind them.
 
-Everything is checked here, at the edge (`inputs`).
+All inputs are checked here (with `inputs`), not further down.
 """
 
 from __future__ import annotations
@@ -61,41 +61,44 @@ def moba_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA output `(total_q, num_heads, v_dim)` in q's dtype; arXiv 2502.13189, equations 1-6.
 
-    Each query attends its own block of `block_size` keys, causally, the forced blocks, and the earlier
-    blocks whose mean key scores best, `topk` blocks in all. Differentiable in q, k, v with the choice fixed.
-    With `tile` > 1 neighbouring queries share a choice: another rule, not MoBA, see `moba_hf.op.shared`.
+    Each query attends causally to its own block of `block_size` keys, to the sink and local blocks, and to
+    the earlier blocks with the highest scores, `topk` blocks in total. Differentiable in q, k, v for a fixed
+    choice. With `tile` > 1, neighbouring queries share a choice. That is a different rule, not MoBA; see
+    `moba_hf.op.shared`.
 
     Args:
         q: `(total_q, num_heads, head_dim)`; fp64, fp32, bf16 or fp16.
         k: `(total_k, num_kv_heads, head_dim)`; `num_heads` is a multiple of `num_kv_heads`.
         v: `(total_k, num_kv_heads, v_dim)`.
-        block_size: tokens in a block.
-        topk: blocks a query attends, its own and the forced ones included; with `tile` > 1 the most that a
-            tile attends, None: no limit.
-        sink_blocks: first blocks of each sequence that are always attended.
-        local_blocks: blocks just before the own one that are always attended.
-        gate: "mean", the paper's score, or "mass" (`moba_hf.op.gates`), which is not the paper's MoBA; with
-            `tile` > 1 "mass".
-        tile: queries that share a choice, a multiple or a divisor of `block_size`.
-        threshold: with `tile` > 1, blocks of at least so many times the largest mass are attended.
-        sample: with `tile` > 1, one query in so many, the last of each group, speaks for the tile.
-        dense_below: with `tile` > 1, queries before this position attend every key; a multiple of `tile`.
-        cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)` running totals of lengths; None: one sequence
-            (keys take those of the queries when only these are given). A sequence with fewer queries than
-            keys is aligned at its end. Sequences may be empty.
-        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, or bounds on them; None: the totals.
+        block_size: tokens per block.
+        topk: number of blocks that a query attends to, including its own, sink and local blocks. With
+            `tile` > 1 it is the maximum per tile; None: no limit.
+        sink_blocks: number of first blocks of each sequence that are always attended.
+        local_blocks: number of blocks just before the own block that are always attended.
+        gate: "mean", the paper's score, or "mass" (`moba_hf.op.gates`), which is not the paper's MoBA. With
+            `tile` > 1 it must be "mass".
+        tile: number of queries that share a choice, a multiple or a divisor of `block_size`.
+        threshold: with `tile` > 1, a block is attended if its mass is at least `threshold` times the largest.
+        sample: with `tile` > 1, only the last of every `sample` queries is used to choose for the tile.
+        dense_below: with `tile` > 1, queries before this position attend to every key; a multiple of `tile`.
+        cu_seqlens_q: int32 `(num_seqs + 1,)`, cumulative numbers of queries, from 0; None: one sequence.
+            Sequences may be empty. A sequence with fewer queries than keys is aligned at its end.
+        cu_seqlens_k: the same for keys; None: `cu_seqlens_q`, or one sequence.
+        max_seqlen_q: number of queries of the longest sequence, or a bound on it; None: `total_q`.
+        max_seqlen_k: number of keys of the longest sequence, or a bound on it; None: `total_k`.
         softmax_scale: factor of the scores in the softmax; None: `head_dim ** -0.5`.
-        block_indices: int32 `(total_q, num_heads, topk)`, a choice made before (`select_blocks`), relative
-            to each sequence, -1 last; it holds the own block and no duplicate or later block. With
+        block_indices: a given choice, int32 `(total_q, num_heads, topk)` as from `select_blocks`: relative to
+            each sequence, -1 last, with the own block and without duplicates or later blocks. With
             `tile` > 1: a block mask, int32 `(num_heads, num_tiles, words)`.
-        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
-        return_lse: also return `lse (num_heads, total_q)` fp32, the natural logarithm of the denominators.
+        backend: "auto" or a name in `moba_hf.op.backend_table.BACKENDS`.
+        return_lse: also return `lse (num_heads, total_q)` in fp32, the natural logarithm of the softmax
+            denominators.
 
     Raises:
-        ValueError: shapes, dtypes, devices or values that do not fit; the message says which.
-        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` not an integer; a
-            list or array where a tensor belongs.
-        NotImplementedError: a derivative in forward mode, which the reference alone has.
+        ValueError: shapes, dtypes, devices or values do not fit; the message says which.
+        TypeError: `block_size`, `topk`, `sink_blocks`, `local_blocks` or a `max_seqlen` is not an integer, or
+            a tensor argument is a list or an array.
+        NotImplementedError: a forward-mode derivative, which only backend "reference" supports.
     """
     check_packed(q, k, v)
     rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
@@ -107,16 +110,13 @@ def moba_attention(
             expected = "(total_q, num_heads, topk)" if tile == 1 else "(num_heads, num_tiles, words)"
             raise ValueError(f"block_indices must be {expected}, got {tuple(block_indices.shape)}")
         block_indices = block_indices[None] if tile == 1 else block_indices
-    out, lse = attention(
-        as_batch(q),
-        as_batch(k),
-        as_batch(v),
-        sequences,
-        rule,
-        softmax_scale=default_scale(q) if softmax_scale is None else float(softmax_scale),
-        block_indices=block_indices,
-        backend=backend,
-    )
+    qkv = (as_batch(q), as_batch(k), as_batch(v))
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    given: Any = {"softmax_scale": scale, "backend": backend}
+    if block_indices is None:
+        out, lse = attention(*qkv, sequences, rule, **given)
+    else:
+        out, lse = attention_over(*qkv, block_indices, sequences, rule, **given)
     return (out[0], lse[0].float()) if return_lse else out[0]
 
 
@@ -140,12 +140,12 @@ def select_blocks(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The blocks each query attends, int32 `(total_q, num_heads, topk)`, relative to its sequence.
+    """The blocks that each query attends to, int32 `(total_q, num_heads, topk)`, relative to its sequence.
 
-    Slot 0 is the own block, the order of the others is not specified, and -1 fills up where fewer exist. A
-    `topk` above the number of blocks is filled up too, unless that would take more than 4 GiB: ValueError.
-    With `tile` > 1 a block mask, int32 `(num_heads, num_tiles, words)`, see `moba_hf.op.shared`.
-    Arguments and errors are those of `moba_attention`. The choice carries no gradient.
+    Slot 0 is the own block, the order of the others is unspecified, and unused slots at the end are -1. If
+    `topk` exceeds the number of blocks and the result would be larger than 4 GiB, ValueError is raised. With
+    `tile` > 1 the result is a block mask, int32 `(num_heads, num_tiles, words)`, see `moba_hf.op.shared`.
+    Arguments and errors are those of `moba_attention`. The choice has no gradient.
     """
     check_packed(q, k, k)
     rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
@@ -175,26 +175,24 @@ def attention(
     softmax_scale: float,
     backend: str = "auto",
     block_means: Tensor | None = None,
-    block_indices: Tensor | None = None,
     steps: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """MoBA over strided `(batch, heads, length, dim)` views; nothing is unpadded, repeated or copied.
+    """MoBA over strided `(batch, heads, length, dim)` views, without unpadding, repeating or copying them.
 
-    A few queries per row without gradients (a decode step) read only the keys they attend.
+    A few queries per row without gradients (a decode step) read only the keys that they attend to.
 
     Args:
-        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`; checked by
-            `check_tensors`.
-        sequences: where the sequences lie; queries outside them are padding, their output is zero.
+        q: `(batch, num_heads, q_len, head_dim)`; q, k and v must have passed `check_tensors`.
+        k: `(batch, num_kv_heads, kv_len, head_dim)`.
+        v: `(batch, num_kv_heads, kv_len, v_dim)`.
+        sequences: the sequences in the tensors; queries outside of them are padding with zero output.
         rule: how blocks are chosen.
         softmax_scale: factor of the scores in the softmax.
-        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
-        block_means: `(batch, num_kv_heads, blocks, width)` from a cache: what `kept_of(rule)` says of each
-            row's complete blocks, counted from `kv_start`, then anything; None: taken here, which reads all
-            keys.
-        block_indices: int32 `(batch, q_len, num_heads, topk)`, a choice made before, or the block mask of a
-            shared one; None: made here.
-        steps: queries are decode steps: under a shared choice every one is a tile of its own.
+        backend: "auto" or a name in `moba_hf.op.backend_table.BACKENDS`.
+        block_means: `(batch, num_kv_heads, blocks, width)`, the summaries `kept_of(rule)` from a cache of
+            each row's complete blocks, counted from `kv_start`, followed by arbitrary values. None: computed
+            here, which reads all keys.
+        steps: the queries are decode steps: with a shared choice, each is its own tile.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
@@ -202,41 +200,67 @@ def attention(
     if backend != "reference":
         refuse_tangents(q, k, v)
     if isinstance(rule, SharedRule):
-        if block_indices is not None:
-            check_mask(block_indices, q, sequences, rule)
         settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
         if steps:
             return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
-        return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+        return shared_attention(q, k, v, sequences, rule, **settings)
     check_head_dim(rule, q)
-    if block_indices is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         rule = _shortened(rule, int(sequences.max_seqlen_k))
     name = choose_backend(backend, q, k, v, rule)
     runs = load_backend(name)
-    if block_indices is not None:
-        check_choice(block_indices, q, rule.topk)
-        if check_values(q):
-            check_choice_values(block_indices, sequences.table, rule.block_size)
-    elif _is_decode(q, k, v, sequences, rule, runs):
+    if _is_decode(q, k, v, sequences, rule, runs):
         if block_means is None:
             block_means = block_means_of(k, sequences.kv_start, rule.block_size, name, kept_of(rule))
         return decode_op(q, k, v, block_means, sequences.table, *flat_rule(rule), softmax_scale, name)
-    else:
-        flat = (*flat_sequences(sequences), *flat_rule(rule))
-        block_indices = select_op(q.detach(), k.detach(), *flat, softmax_scale, name, block_means)
-    if runs.differentiable:  # plain torch: no operator between it and autograd
+    flat = flat_sequences(sequences)
+    choice = select_op(q.detach(), k.detach(), *flat, *flat_rule(rule), softmax_scale, name, block_means)
+    if runs.differentiable:  # plain torch, so autograd needs no operator
+        return runs.forward(q, k, v, choice, sequences, rule.block_size, softmax_scale)
+    return attend_op(q, k, v, choice, *flat, rule.block_size, softmax_scale, name)
+
+
+def attention_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    sequences: Sequences,
+    rule: Rule,
+    *,
+    softmax_scale: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`attention` over a choice of blocks that was made before.
+
+    Args:
+        block_indices: int32 `(batch, q_len, num_heads, topk)`, or the block mask of a shared choice.
+    """
+    if backend != "reference":
+        refuse_tangents(q, k, v)
+    if isinstance(rule, SharedRule):
+        check_mask(block_indices, q, sequences, rule)
+        settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
+        return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+    check_head_dim(rule, q)
+    name = choose_backend(backend, q, k, v, rule)
+    check_choice(block_indices, q, rule.topk)
+    if check_values(q):
+        check_choice_values(block_indices, sequences.table, rule.block_size)
+    runs = load_backend(name)
+    if runs.differentiable:
         return runs.forward(q, k, v, block_indices, sequences, rule.block_size, softmax_scale)
-    flat_where = flat_sequences(sequences)
-    return attend_op(q, k, v, block_indices, *flat_where, rule.block_size, softmax_scale, name)
+    flat = flat_sequences(sequences)
+    return attend_op(q, k, v, block_indices, *flat, rule.block_size, softmax_scale, name)
 
 
 def kept_of(rule: Rule) -> Kept:
-    """What a cache keeps of a block for the decode steps of a rule."""
+    """The kind of summary that a cache keeps for the decode steps of a rule."""
     return GATES[rule.gate].kept(rule.rotary_pairs)
 
 
 def _shortened(rule: LayerConfig, keys: int) -> LayerConfig:
-    """What `rule` chooses in sequences of at most `keys` keys, with no more blocks than they have."""
+    """`rule` for sequences of at most `keys` keys, with block counts reduced to the number of blocks."""
     blocks = max(1, -(-keys // rule.block_size))
     if rule.topk <= blocks:
         return rule

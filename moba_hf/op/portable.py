@@ -5,12 +5,13 @@ Legend: H query heads, HK kv heads, D head dim, B block size, K topk, N keys, M 
 For each sequence and each chunk of its queries:
 1. select: means of complete blocks, scores `(H, M, blocks)`, top-k.
 2. route: every (query head, query, slot) is a *pair*; pairs are sorted by (kv head, block, own or earlier)
-   and cut in tiles of up to T pairs that share one block, so that keys are gathered once per tile.
-3. attend: two batched matmuls per group of tiles; a pair's partial output goes to its own place.
-4. merge: the K partial outputs of a query, weighted by their softmax masses.
-Peak memory is O(chunk of queries x K x D) for partial outputs and a fixed budget for tiles; never N x N.
-Sums are taken in fp32 (fp64 for fp64 inputs). Reading the sequence table waits for the device, so this path
-is for CPUs, MPS and GPUs without a kernel.
+   and split into tiles of up to T pairs with the same block, so that keys are gathered once per tile.
+3. attend: two batched matmuls per group of tiles; the partial output of each pair is stored separately.
+4. merge: adds the K partial outputs of a query, weighted by their softmax masses.
+
+Peak memory is O(chunk of queries x K x D) for partial outputs plus a fixed budget for tiles, never N x N.
+Sums are in fp32 (fp64 for fp64 inputs). Reading the sequence table waits for the device, so this path is for
+CPUs, MPS and GPUs without a kernel.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES, Summary
-from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
 from moba_hf.op.sequences import Attended
 
-# Elements that a working buffer may hold: score matrices, partial outputs, one group of tiles. Multiplied by
-# `_DEVICE_FACTOR` off the CPU, where launches dominate, not page faults.
+# Maximum numbers of elements of score matrices, of partial outputs, and of one group of tiles on a CPU. On
+# other devices, where launches dominate instead of page faults, they are multiplied by `_DEVICE_FACTOR`.
 _SCORE_BUDGET = 1 << 24
 _PARTIAL_BUDGET = 1 << 24
 _TILE_BUDGET = 1 << 20
@@ -37,7 +38,7 @@ _TILE_ROWS = (16, 128)
 
 
 def _budget(elements: int, x: Tensor) -> int:
-    """`elements`, or more of them where `x` is not on a CPU."""
+    """`elements`, or more if `x` is not on a CPU."""
     return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
 
 
@@ -49,19 +50,23 @@ def select(
     softmax_scale: float,
     block_means: Tensor | None = None,
 ) -> Tensor:
-    """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last, -1 throughout for padding.
+    """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last; all -1 for padding.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. table: see `moba_hf.op.sequences`.
-        softmax_scale: for gates that read it.
-        block_means: `(batch, HK, >= complete blocks, D)` of a cache, one sequence per row; None: taken here.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        table: see `moba_hf.op.sequences`.
+        rule: how blocks are chosen.
+        softmax_scale: for gates that use it.
+        block_means: `(batch, HK, >= complete blocks, width)` from a cache, one sequence per row; None:
+            computed here.
     """
     batch, num_heads, q_len, _ = q.shape
     gate = GATES[rule.gate]
     result = torch.full((batch, q_len, num_heads, rule.topk), -1, dtype=torch.int32, device=q.device)
     with full_precision(q.device):
         for row, q_begin, q_end, k_begin, k_end in table.tolist():
-            if q_end - q_begin and k_end - k_begin <= rule.block_size:  # one block: nothing to choose
+            if q_end - q_begin and k_end - k_begin <= rule.block_size:  # one block, so there is no choice
                 result[row, q_begin:q_end, :, 0] = 0
                 continue
             if q_end == q_begin:
@@ -81,7 +86,7 @@ def select(
 
 
 def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -> Tensor:
-    """`(H, M, topk)` choice of `q (H, M, D)` whose own blocks are `own (M,)`."""
+    """The choice `(H, M, topk)` for `q (H, M, D)` with own blocks `own (M,)`."""
     num_heads, topk = q.shape[0], rule.topk
     forced = _forced_blocks(own, rule.sink_blocks, rule.local_blocks)
     free = topk - 1 - (forced >= 0).sum(1)
@@ -97,7 +102,7 @@ def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -
             excluded |= column == forced[:, j, None]
         best = _stable_topk(scores.masked_fill_(excluded, -torch.inf), excluded, count, free)
         slots = torch.cat([slots, best], 2)
-    if bool((forced < 0).any()):  # close the gaps that missing forced blocks leave
+    if bool((forced < 0).any()):  # close the gaps of missing kept blocks
         order = torch.argsort((slots < 0).to(torch.uint8), dim=2, stable=True)
         slots = slots.gather(2, order)
     if slots.shape[2] < topk:
@@ -106,24 +111,25 @@ def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -
 
 
 def _forced_blocks(own: Tensor, sink_blocks: int, local_blocks: int) -> Tensor:
-    """`(M, sink_blocks + local_blocks)` forced blocks before `own (M,)`, each once, or -1."""
+    """The sink and local blocks before `own (M,)`, `(M, sink_blocks + local_blocks)`, each once; -1: none."""
     sinks = torch.arange(sink_blocks, device=own.device).expand(own.shape[0], -1)
     sinks = sinks.masked_fill(sinks >= own[:, None], -1)
     local = own[:, None] - 1 - torch.arange(local_blocks, device=own.device)
-    local = local.masked_fill(local < sink_blocks, -1)  # before the start, or a sink already
+    local = local.masked_fill(local < sink_blocks, -1)  # before the start, or already a sink block
     return torch.cat([sinks, local], 1)
 
 
 def _stable_topk(scores: Tensor, excluded: Tensor, count: int, free: Tensor) -> Tensor:
-    """Indices int32 `(H, M, count)` of the largest scores, NaN the largest; at equal scores the lower index.
+    """Indices int32 `(H, M, count)` of the largest scores; NaN ranks highest, ties go to the lower index.
 
-    `torch.topk` breaks ties as it likes, so rows where the last taken and the first left score are equal
-    are done again with a stable sort, and so are rows that take a score of -inf: those of excluded columns
-    are -inf too.
+    `torch.topk` breaks ties arbitrarily. So rows are sorted again with a stable sort if the last chosen and
+    the first rejected score are equal, or if they choose a score of -inf, which excluded columns have too.
 
     Args:
-        scores: `(H, M, columns)`, -inf where `excluded (M, columns)`.
-        free: `(M,)`, how many a row takes at most; the rest are -1.
+        scores: `(H, M, columns)`, -inf where `excluded`.
+        excluded: `(M, columns)`, columns that must not be chosen.
+        count: number of slots.
+        free: `(M,)`, how many a row may choose; the remaining slots are -1.
     """
     width = min(count + 1, scores.shape[2])
     values, indices = scores.topk(width, dim=2)
@@ -146,9 +152,10 @@ class _Chunk:
     """A chunk of one sequence's queries, routed by block.
 
     Attributes:
-        pairs: `(tiles, T)` pair numbers `(h * M + i) * K + slot`; `num_pairs` stands for "no pair".
-        kv_head, block: `(tiles,)` what each tile attends.
-        num_own: tiles `[0, num_own)` hold own blocks and need the causal mask.
+        pairs: `(tiles, T)` pair numbers `(h * M + i) * K + slot`; `num_pairs` means "no pair".
+        kv_head: `(tiles,)`, the kv head of each tile.
+        block: `(tiles,)`, the block of each tile.
+        num_own: tiles `[0, num_own)` are of own blocks and need the causal mask.
     """
 
     pairs: Tensor
@@ -158,7 +165,7 @@ class _Chunk:
     num_pairs: int
 
     def groups(self, block_size: int) -> Iterator[tuple[slice, bool]]:
-        """Slices of tiles that fit the tile budget, with whether they need the causal mask."""
+        """Yields slices of tiles that fit the tile budget, and whether they need the causal mask."""
         step = max(1, _budget(_TILE_BUDGET, self.pairs) // (self.pairs.shape[1] * block_size))
         for begin, end, own in ((0, self.num_own, True), (self.num_own, len(self.block), False)):
             for start in range(begin, end, step):
@@ -166,7 +173,7 @@ class _Chunk:
 
 
 def _route(choice: Tensor, own: Tensor, num_kv_heads: int, num_blocks: int) -> _Chunk:
-    """Sorts the pairs of `choice (M, H, K)` by block and cuts them in tiles; `own (M,)` are own blocks."""
+    """Sorts the pairs of `choice (M, H, K)` by block and splits them into tiles; `own (M,)`: own blocks."""
     num_heads, device = choice.shape[1], choice.device
     blocks = choice.permute(1, 0, 2).long()
     kv_head = torch.arange(num_kv_heads, device=device).repeat_interleave(num_heads // num_kv_heads)
@@ -194,12 +201,14 @@ def _route(choice: Tensor, own: Tensor, num_kv_heads: int, num_blocks: int) -> _
 
 
 class _Tile(NamedTuple):
-    """What a group of tiles attends.
+    """The gathered inputs of a group of tiles.
 
     Attributes:
-        row: `(t, T)` row numbers, `len(q)` of the chunk for "no pair".
-        keys: `(t, B, D)`. values: `(t, B, Dv)`. scores: `(t, T, B)`, -inf where `hidden`.
-        hidden: bool `(t, T, B)`, keys after the query; None: none.
+        row: `(t, T)` row numbers; `len(q)` of the chunk means "no pair".
+        keys: `(t, B, D)`.
+        values: `(t, B, Dv)`.
+        scores: `(t, T, B)`, -inf where `hidden`.
+        hidden: bool `(t, T, B)`, keys after the query; None: there are none.
     """
 
     row: Tensor
@@ -209,60 +218,39 @@ class _Tile(NamedTuple):
     hidden: Tensor | None
 
 
-def _product(weights: Tensor, x: Tensor, hidden: Tensor | None, finite: bool) -> Tensor:
-    """`weights (t, A, B) @ x (t, B, D)` where `weights` is 0 at `hidden`, without 0 x NaN there.
-
-    Args:
-        finite: everything in `x` is known to be finite.
-    """
-    if finite or hidden is None:
-        return torch.bmm(weights, x)
-    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
-    seen = (~hidden).to(x.dtype)
-    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
-        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
-    return result
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether all elements are known to be finite: their sums are."""
-    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
-    return bool(torch.stack(sums).isfinite().all())
-
-
 class _Tiles:
-    """Gathers what one chunk's tiles need from a sequence's strided `(heads, length, dim)` tensors."""
+    """Gathers the inputs of one chunk's tiles from a sequence's strided `(heads, length, dim)` tensors."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, first: int, block_size: int, scale: float
     ):
-        """`block_size`: at most the keys; `choice (M, H, K)`."""
+        """`block_size` is at most the number of keys; `choice` is `(M, H, K)`."""
         self.dtype = accumulate_dtype(q.dtype)
         self.k, self.v, self.block_size = k, v, block_size
         self.choice, self.topk = choice, choice.shape[2]
         self.position = torch.arange(q.shape[1], device=q.device) + first
         num_blocks = -(-k.shape[1] // block_size)
         self.routed = _route(choice, self.position // block_size, k.shape[0], num_blocks)
-        # one more row stands for "no pair"
+        # an additional row is for "no pair"
         self.q = self.rows((q.to(self.dtype) * scale).reshape(-1, q.shape[2]))
         self.offset = torch.arange(block_size, device=q.device)
 
     @staticmethod
     def rows(x: Tensor, fill: float = 0.0) -> Tensor:
-        """`x (H * M, ...)` with a row of `fill` after the last, for lanes without a pair."""
+        """`x (H * M, ...)` with an additional row of `fill`, for entries without a pair."""
         return torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
 
     def groups(self) -> Iterator[tuple[slice, Tensor, _Tile]]:
-        """Slices of tiles that fit the tile budget: their pairs, flat, and what `load` makes of them."""
+        """Yields slices of tiles that fit the tile budget, their pairs (flat), and the result of `load`."""
         for group, own in self.routed.groups(self.block_size):
             yield group, self.routed.pairs[group].reshape(-1), self.load(group, own)
 
     def load(self, tiles: slice, own: bool) -> _Tile:
-        """What `tiles` attend and their scores; `own`: their own blocks, masked causally."""
+        """Gathers keys, values and scores of `tiles`; with `own` they are masked causally."""
         row = self.routed.pairs[tiles] // self.topk
         kv_head = self.routed.kv_head[tiles]
         block = self.routed.block[tiles]
-        if own:  # the last block may be incomplete; what is read beyond it is masked
+        if own:  # the last block may be incomplete; keys after its end are masked
             key = block[:, None] * self.block_size + self.offset
             index = key.clamp(max=self.k.shape[1] - 1)
             keys, values = (x[kv_head[:, None], index].to(self.dtype) for x in (self.k, self.v))
@@ -277,24 +265,24 @@ class _Tiles:
         return _Tile(row, keys, values, scores, hidden)
 
     def blocks(self, x: Tensor) -> Tensor:
-        """The complete blocks of `x (HK, N, D)` as a view `(HK, N // B, B, D)`."""
+        """A view `(HK, N // B, B, D)` of the complete blocks of `x (HK, N, D)`."""
         count = x.shape[1] // self.block_size
         return x[:, : count * self.block_size].unflatten(1, (count, self.block_size))
 
     @staticmethod
     def gather(x: Tensor, row: Tensor) -> Tensor:
-        """`x (rows, D)` at `row (t, T)`, `(t, T, D)`."""
+        """Gathers `x (rows, D)` at `row (t, T)`: `(t, T, D)`."""
         return x.index_select(0, row.reshape(-1)).view(*row.shape, -1)
 
 
 class _Partials:
-    """A buffer of partial rows `(pairs + 1, width)` that all chunks share: touching new pages is slow."""
+    """A buffer of partial rows `(pairs + 1, width)`, reused by all chunks: touching new pages is slow."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
         self.buffer = torch.empty(0, width, dtype=dtype, device=device)
 
     def take(self, tiles: _Tiles) -> Tensor:
-        """The buffer for one chunk, zero where its choice is -1; the rest is to be written."""
+        """The buffer for one chunk. Rows whose choice is -1 are zero; the caller must write the others."""
         routed = tiles.routed
         if len(self.buffer) < routed.num_pairs + 1:
             self.buffer = self.buffer.new_empty(routed.num_pairs + 1, self.buffer.shape[1])
@@ -308,19 +296,17 @@ class _Partials:
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, table: Tensor, block_size: int, scale: float
 ) -> Iterator[tuple[int, slice, slice, _Tiles]]:
-    """(batch row, query slice, key slice, tiles) of every chunk of every sequence that has queries."""
+    """Yields (batch row, query slice, key slice, tiles) of every chunk of every sequence that has queries."""
     num_heads, width = q.shape[1], max(q.shape[3], v.shape[3])
     for row, q_begin, q_end, k_begin, k_end in table.tolist():
         if q_begin == q_end:
             continue
         keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]
-        # a short sequence costs what its own keys and blocks cost
+        # limit the block size, so that a short sequence costs no more than its keys
         size = min(block_size, k_end - k_begin)
         topk = min(block_indices.shape[3], -(-(k_end - k_begin) // size))
         chunk = max(1, _budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
-        if (
-            q_end - q_begin
-        ) * topk >= k_end - k_begin:  # gathers repay a copy with a head's keys side by side
+        if (q_end - q_begin) * topk >= k_end - k_begin:  # enough gathers to make a contiguous copy worthwhile
             keys, values = keys.contiguous(), values.contiguous()
         for start in range(q_begin, q_end, chunk):
             part = slice(start, min(q_end, start + chunk))
@@ -343,11 +329,14 @@ def attend(
     """Attention over the chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
-        block_indices: `(batch, q_len, H, topk)`, -1 last, the order of the others is free.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, Dv)`.
+        block_indices: `(batch, q_len, H, topk)`, -1 last, otherwise in any order.
+        table: see `moba_hf.op.sequences`.
     """
     batch, num_heads, q_len, _ = q.shape
-    dtype, finite = accumulate_dtype(q.dtype), _finite(v)
+    dtype, finite = accumulate_dtype(q.dtype), all_finite(v)
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     space = _Partials(v.shape[3], dtype, q.device)
@@ -360,7 +349,9 @@ def attend(
                 high = tile.scores.amax(2, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # all may be -inf
                 weights = tile.scores.sub_(high).exp_()
                 partial.index_copy_(
-                    0, pairs, _product(weights, tile.values, tile.hidden, finite).flatten(0, 1)
+                    0,
+                    pairs,
+                    masked_product(weights, tile.values, None if finite else tile.hidden).flatten(0, 1),
                 )
                 top.scatter_(0, pairs, high.flatten())
                 mass.scatter_(0, pairs, weights.sum(2).flatten())
@@ -384,10 +375,10 @@ def attend_backward(
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v with the choice held fixed, from `lse`; shapes as in `attend`."""
+    """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_indices = saved
     num_heads, dtype = q.shape[1], accumulate_dtype(q.dtype)
-    finite = _finite(q, k, v, grad_out, out)
+    finite = all_finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
     space = _Partials(q.shape[3], dtype, q.device)
@@ -400,17 +391,17 @@ def attend_backward(
             partial = space.take(tiles)
             grad_kv = [x[row, :, keys_at] for x in sums]
             for group, pairs, tile in tiles.groups():
-                at, hidden = tile.row, tile.hidden
+                at, hidden = tile.row, None if finite else tile.hidden
                 turned = None if hidden is None else hidden.transpose(1, 2)
                 d_tile = tiles.gather(d_out, at)
                 weights = tile.scores.sub_(tiles.gather(lse_row, at)).exp_()
                 d_scores = torch.bmm(d_tile, tile.values.transpose(1, 2))
                 d_scores.sub_(tiles.gather(d_row, at)).mul_(weights)
-                partial.index_copy_(0, pairs, _product(d_scores, tile.keys, hidden, finite).flatten(0, 1))
+                partial.index_copy_(0, pairs, masked_product(d_scores, tile.keys, hidden).flatten(0, 1))
                 queries = tiles.gather(tiles.q, at)
                 grads = (
-                    _product(d_scores.transpose(1, 2), queries, turned, finite),
-                    _product(weights.transpose(1, 2), d_tile, turned, finite),
+                    masked_product(d_scores.transpose(1, 2), queries, turned),
+                    masked_product(weights.transpose(1, 2), d_tile, turned),
                 )
                 for total, grad in zip(grad_kv, grads, strict=True):
                     _add_blocks(total, grad, tiles.routed.kv_head[group], tiles.routed.block[group])
@@ -420,7 +411,7 @@ def attend_backward(
 
 
 def _add_blocks(total: Tensor, grad: Tensor, kv_head: Tensor, block: Tensor) -> None:
-    """Adds `grad (tiles, B, D)` to blocks of `total (HK, N, D)`; rows past the end are cut."""
+    """Adds `grad (tiles, B, D)` to blocks of `total (HK, N, D)`; rows after the end are ignored."""
     block_size, length = grad.shape[1], total.shape[1]
     key = block[:, None] * block_size + torch.arange(block_size, device=grad.device)
     inside = key < length

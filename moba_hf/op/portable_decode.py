@@ -1,15 +1,15 @@
-"""MoBA for a few queries per row: chooses blocks by what a cache keeps of them, gathers their keys alone.
+"""MoBA for a few queries per row: chooses blocks from cached summaries and gathers only the chosen keys.
 
 Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, K topk, C block columns.
 
-One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.op.sequences`).
-1. choose: scores of the blocks `(H, M, C)`, from what a cache keeps of them; a key per block that orders
-   them as the rule does, ties to the lower index, own and forced blocks first; top-k of these keys.
+One batch row is one sequence; row r of `table` describes batch row r (see `moba_hf.op.sequences`).
+1. choose: scores of the blocks `(H, M, C)` from cached summaries; an integer sort key per block, in the order
+   of the rule (own and kept blocks first, ties to the lower index); top-k of these sort keys.
 2. gather: keys and values of the chosen blocks, `(H, M, K * B)` slots.
 3. attend: one softmax over them, in fp32 (fp64).
-All of it is tensor arithmetic whose shapes depend on shapes alone: no device is waited for, so the path works
-inside CUDA graphs. Rows equal those of `portable` within rounding; the choice is the same but for scores that
-differ by rounding.
+All of this is tensor arithmetic, and shapes do not depend on values. So nothing waits for the device, and it
+works inside CUDA graphs. Results equal those of `portable` up to rounding; the choice differs only in
+near-ties.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 
-# Queries per row up to which this path is taken.
+# Most queries per row for which this path is used.
 MAX_QUERIES = 16
-# Elements of gathered keys held at once. Small on CPUs, where page faults cost more than the work.
+# Number of gathered key elements at a time. Small on CPUs, where page faults cost more than the computation.
 _GATHER_BUDGET, _GATHER_BUDGET_GPU = 1 << 18, 1 << 26
 _LAST = torch.iinfo(torch.int64).max
 
@@ -40,9 +40,11 @@ def decode(
     """`out (batch, M, H, Dv)` and `lse (batch, H, M)` in fp32 (fp64) of one sequence per batch row.
 
     Args:
-        q: `(batch, H, M, D)`. k: `(batch, HK, N, D)`. v: `(batch, HK, N, Dv)`, any strides.
-        block_means: `(batch, HK, C, width)`, what the rule's gate keeps of complete blocks (`gates.Kept`),
-            means of `width = D` mostly; what follows them is not read.
+        q: `(batch, H, M, D)`, any strides.
+        k: `(batch, HK, N, D)`, any strides.
+        v: `(batch, HK, N, Dv)`, any strides.
+        block_means: `(batch, HK, C, width)`, the summaries of complete blocks for the rule's gate
+            (`gates.Kept`), usually means with `width = D`; entries after the complete blocks are not read.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
     """
     position = positions(table, q.shape[2])
@@ -62,11 +64,12 @@ def attend_blocks(
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over chosen blocks, as `decode` returns it, a few heads and queries at a time.
+    """Attention over chosen blocks, a few heads and queries at a time; returns the same as `decode`.
 
     Args:
         choice: int64 `(batch, H, M, n)`, blocks of each query, -1 for none.
-        position: `(batch, M)`, -1 for padding. table: see `decode`.
+        position: `(batch, M)`, -1 for padding.
+        table: see `decode`.
     """
     batch, num_heads, length, dim = q.shape
     dtype = accumulate_dtype(q.dtype)
@@ -74,7 +77,7 @@ def attend_blocks(
     lse = torch.empty(batch, num_heads, length, dtype=dtype, device=q.device)
     kv_head = torch.arange(num_heads, device=q.device) // (num_heads // k.shape[1])
     budget = _GATHER_BUDGET if q.device.type == "cpu" else _GATHER_BUDGET_GPU
-    size = min(block_size, k.shape[2])  # where blocks are longer than that, there is one
+    size = min(block_size, k.shape[2])  # if a block is longer than the cache, there is only one
     pairs = max(1, budget // max(1, batch * choice.shape[3] * size * max(dim, v.shape[3])))
     step = min(pairs, num_heads)
     for m in range(0, length, max(1, pairs // num_heads)):
@@ -99,7 +102,7 @@ def attend_blocks(
 
 
 def positions(table: Tensor, length: int) -> Tensor:
-    """Where each query stands in its sequence, int64 `(batch, M)`; -1 for padding."""
+    """Position of each query in its sequence, int64 `(batch, M)`; -1 for padding."""
     _, q_begin, q_end, k_begin, k_end = table.long().unbind(1)
     query = torch.arange(length, device=table.device)
     position = query + (k_end - k_begin - q_end)[:, None]
@@ -113,8 +116,10 @@ def choose(
     """Chosen blocks int64 `(batch, H, M, min(topk, C + 1))`: own, forced, best first; -1 for none.
 
     Args:
-        q: `(batch, H, M, D)`. block_means: `(batch, HK, C, width)`. position: `(batch, M)`, -1 for padding.
-        softmax_scale: for gates that read it.
+        q: `(batch, H, M, D)`.
+        block_means: `(batch, HK, C, width)`.
+        position: `(batch, M)`, -1 for padding.
+        softmax_scale: for gates that use it.
     """
     complete, gate = block_means.shape[2], GATES[rule.gate]
     scores = q.new_empty((*q.shape[:3], complete), dtype=accumulate_dtype(q.dtype))
@@ -134,14 +139,14 @@ def choose(
 def _ranks(scores: Tensor) -> Tensor:
     """Distinct int64 keys in `[0, 2^63)` that order the last dim: higher scores first, ties to lower indices.
 
-    fp32 scores are read as integers of the same order, the index fills the bits below; fp64 scores leave no
-    room for it and are sorted.
+    The bits of an fp32 score, mapped to an integer of the same order, form the upper bits and the index the
+    lower bits. fp64 scores leave no bits for the index, so they are sorted.
     """
     index = torch.arange(scores.shape[-1], device=scores.device)
     if scores.dtype == torch.float64:
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         return torch.empty_like(order).scatter_(-1, order, (scores.shape[-1] - index).expand_as(order))
-    # NaN is the largest, whatever its sign bit; + 0.0: both zeros are one score
+    # NaN ranks highest, whatever its sign bit; adding 0.0 makes -0.0 equal to 0.0
     bits = (scores + 0.0).view(torch.int32).masked_fill(scores.isnan(), torch.iinfo(torch.int32).max)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + (1 << 31)
     return (ordered << 31) - index + (1 << 30)
@@ -162,7 +167,7 @@ def _attend(
     dtype, device = accumulate_dtype(q.dtype), q.device
     inside = choice[..., None] * block_size + torch.arange(block_size, device=device)
     valid = (choice[..., None] >= 0) & (inside <= position[:, None, :, None, None])
-    # what is not attended reads a slot that is: one beyond the queries may hold anything, NaN included
+    # masked entries read the query's own slot instead, because slots after the queries may contain NaN
     inside = torch.where(valid, inside, position[:, None, :, None, None]).clamp(min=0)
     slot = (inside + start[:, None, None, None, None]).clamp(max=k.shape[2] - 1).flatten(3)
     keys = _gather(k, kv_head, slot).to(dtype)
@@ -180,10 +185,10 @@ def _attend(
 
 
 def _gather(x: Tensor, kv_head: Tensor, slot: Tensor) -> Tensor:
-    """`x (batch, HK, N, D)` at `slot (batch, H, m, S)`: `(batch, H, m, S, D)`; `kv_head (H,)` of each head.
+    """Gathers `x (batch, HK, N, D)` at `slot (batch, H, m, S)` and `kv_head (H,)`: `(batch, H, m, S, D)`.
 
-    Where batch, head and slot strides are multiples of one another, as in a cache, rows of the whole storage
-    are selected: several times as fast on CPUs as three indices.
+    If the batch and head strides are multiples of the slot stride, as in a cache, it selects rows of the flat
+    storage. On CPUs this is several times as fast as indexing with three tensors.
     """
     batch = slot.shape[0]
     rows = torch.arange(batch, device=x.device)[:, None, None, None]

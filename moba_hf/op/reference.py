@@ -1,9 +1,10 @@
-"""What MoBA computes, one function per stage, as plainly as it can be written.
+"""Reference implementation of MoBA, as simple as possible, with one function per stage.
 
-Every faster path is tested against this file. It follows arXiv 2502.13189, equations 1-6, for one sequence:
-`q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`, `v (kv_len, num_kv_heads, v_dim)`,
-the last query standing at the last key. It computes in fp32 (fp64 for fp64 inputs), is differentiable by
-autograd, and holds a full `q_len x kv_len` score matrix per head: it is for checking, not for use at length.
+All faster paths are tested against this file. It implements arXiv 2502.13189, equations 1-6, for one
+sequence: `q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`, `v (kv_len, num_kv_heads,
+v_dim)`, with the last query at the position of the last key. It computes in fp32 (fp64 for fp64 inputs) and
+is differentiable by autograd. It needs a full `q_len x kv_len` score matrix per head, so it is only for
+tests.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from moba_hf.op.numerics import accumulate_dtype, default_scale, part_size, spre
 def block_mean_ref(k: Tensor, block_size: int) -> Tensor:
     """Means of the complete blocks, `(kv_len // block_size, num_kv_heads, head_dim)`, in k's dtype.
 
-    Summed in fp32, then rounded to the key dtype. An incomplete last block can only be a query's own block,
-    which needs no score.
+    They are summed in fp32 and rounded to the key dtype. An incomplete last block can only be the own block
+    of a query, which needs no score.
     """
     num_complete = k.shape[0] // block_size
     blocks = (
@@ -98,11 +99,15 @@ def select_blocks_ref(
     softmax_scale: float | None = None,
     rotary_pairs: str = "halves",
 ) -> Tensor:
-    """The blocks each query attends, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
+    """The blocks that each query attends to, int32 `(q_len, num_heads, topk)`, own block first, -1 last.
 
-    Own block, then forced blocks, then the best-scoring earlier blocks; ties go to the lower index.
-    `gate`: a key of `GATES_REF`; `softmax_scale` (None: `head_dim ** -0.5`) and `rotary_pairs` are for gates
-    that read them.
+    A query gets its own block, then the sink and local blocks, then the earlier blocks with the highest
+    scores; ties go to the lower index.
+
+    Args:
+        gate: a key of `GATES_REF`.
+        softmax_scale: for gates that use it; None: `head_dim ** -0.5`.
+        rotary_pairs: for gates that use it.
     """
     q_len, kv_len = q.shape[0], k.shape[0]
     scores = GATES_REF[gate](q.detach(), k.detach(), block_size, softmax_scale, rotary_pairs)
@@ -128,7 +133,7 @@ def attend_ref(
     block_size: int,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all keys of the chosen blocks up to the query itself, times their values.
+    """Softmax attention over all keys of the chosen blocks up to the query.
 
     Args:
         block_indices: int32 `(q_len, num_heads, topk)`, -1 for none.
@@ -154,7 +159,7 @@ def attend_ref(
     of_key = "khd"
     if not all(
         bool(x.isfinite().all()) for x in (q, keys, values)
-    ):  # 0 x NaN is no zero: each query its own keys
+    ):  # 0 * NaN is NaN, so each query gets its own keys
         keys, values = (torch.where(chosen[..., None], x.transpose(0, 1), 0.0) for x in (keys, values))
         of_key = "qhkd"
     scores = torch.einsum(f"qhd,{of_key}->qhk", q.to(dtype), keys) * scale
@@ -175,7 +180,7 @@ def moba_attention_ref(
     gate: str = "mean",
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """MoBA of one sequence: select, then attend. Returns `(out, lse)` as `attend_ref`."""
+    """MoBA for one sequence: select, then attend. Returns `(out, lse)` as `attend_ref`."""
     block_indices = select_blocks_ref(
         q,
         k,

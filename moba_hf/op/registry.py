@@ -1,4 +1,4 @@
-"""Objects by name that traced functions may look up, made when they are first asked for."""
+"""Named objects that traced functions can look up, created on first use."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 class Registry:
-    """Named objects, kept as attributes.
+    """Named objects, stored as attributes.
 
-    A graph that is being traced sees attributes that are set meanwhile, unlike new items of a dict. `keep`
-    must run outside what is traced (`torch._dynamo.assume_constant_result`), `getattr` may run inside.
+    During tracing, new attributes are visible, unlike new items of a dict. `keep` must run outside the traced
+    code (`torch._dynamo.assume_constant_result`); `getattr` may run inside.
     """
 
     def keep(self, name: str, make: Callable[[], Any]) -> str:
-        """`name`, under which `getattr` finds `make()`, called where the name is new."""
+        """Stores `make()` under `name` if the name is new, and returns `name`."""
         if not hasattr(self, name):
             setattr(self, name, make())
         return name

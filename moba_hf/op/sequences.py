@@ -1,11 +1,12 @@
-"""Where each sequence lies inside strided `(batch, heads, length, dim)` tensors.
+"""The location of each sequence inside strided `(batch, heads, length, dim)` tensors.
 
-Packed sequences, padded batches, chunks of a prefill and decode steps are all the same thing to the
-operator: a *sequence table*, int32 `(num_seqs, 5)`, one row `(batch, q_begin, q_end, k_begin, k_end)` per
-sequence. Queries `[q_begin, q_end)` and keys `[k_begin, k_end)` of that batch row form one sequence, the
-last query standing at the last key; blocks are counted from `k_begin`. Query `i` therefore stands at
-position `(k_end - k_begin) - (q_end - i)`. A query that no row covers is padding: its output is zero, its
-`block_indices` -1, its `lse` -inf. Everything here is tensor arithmetic: nothing waits for the device.
+Packed sequences, padded batches, chunks of a prefill and decode steps all have the same form for the
+operators: a *sequence table*, int32 `(num_seqs, 5)`, with one row `(batch, q_begin, q_end, k_begin, k_end)`
+per sequence. Queries `[q_begin, q_end)` and keys `[k_begin, k_end)` of that batch row form one sequence. The
+last query is at the position of the last key, so query `i` is at position `(k_end - k_begin) - (q_end - i)`.
+Blocks are counted from `k_begin`. A query that belongs to no sequence is padding: its output is zero, its
+`block_indices` are -1, its `lse` is -inf. Everything here is tensor arithmetic, so nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ COLUMNS = ("batch", "q_begin", "q_end", "k_begin", "k_end")
 
 
 def packed_table(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
-    """The table of sequences packed one after the other in batch row 0.
+    """The table of sequences packed one after another in batch row 0.
 
     Args:
-        cu_seqlens_q, cu_seqlens_k: int32 `(num_seqs + 1,)`, running totals of lengths, from 0.
+        cu_seqlens_q: int32 `(num_seqs + 1,)`, cumulative numbers of queries, from 0.
+        cu_seqlens_k: int32 `(num_seqs + 1,)`, cumulative numbers of keys, from 0.
     """
     zeros = torch.zeros_like(cu_seqlens_q[1:])
     columns = [zeros, cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:]]
@@ -39,14 +41,16 @@ def batched_table(
     kv_end: Tensor | None = None,
     q_offset: Tensor | None = None,
 ) -> Tensor:
-    """The table of one sequence per batch row.
+    """The table with one sequence per batch row.
 
     Args:
-        batch, q_len, kv_len: sizes of the query and key tensors.
-        device: where the table lives.
+        batch: rows of the tensors.
+        q_len: queries per row.
+        kv_len: keys per row.
+        device: device of the table.
         kv_start: int `(batch,)`, slot of a row's first real key; None: 0.
         kv_end: int `(batch,)`, slot after a row's last real key; None: `kv_len`.
-        q_offset: int `(batch,)` or `(1,)`, slot at which the first query stands; None: `kv_len - q_len`.
+        q_offset: int `(batch,)` or `(1,)`, slot of the first query; None: `kv_len - q_len`.
     """
 
     def column(value: Tensor | None, default: int) -> Tensor:
@@ -64,12 +68,13 @@ def batched_table(
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where each sequence lies inside `(batch, heads, length, dim)` tensors; made once per forward.
+    """The location of each sequence in `(batch, heads, length, dim)` tensors; created once per forward.
 
     Attributes:
-        table: int32 `(num_seqs, 5)`, the sequence table of this module.
-        max_seqlen_q, max_seqlen_k: host bounds on the queries and keys of one sequence.
-        by_row: row r of the table is batch row r, for every r.
+        table: int32 `(num_seqs, 5)`, see the module docstring.
+        max_seqlen_q: bound on the queries of one sequence, known on the host.
+        max_seqlen_k: bound on the keys of one sequence, known on the host.
+        by_row: row r of the table describes batch row r, for every r.
         kv_start: int `(batch,)`, slot of each row's first real key; None: 0 in every row.
     """
 
@@ -81,7 +86,7 @@ class Sequences:
 
 
 def each_query(sequences: Sequences, q_len: int) -> Sequences:
-    """The same queries, one sequence each: query `i` over the keys up to its own. One sequence per row."""
+    """Makes every query a sequence with the keys up to its own; `sequences` has one sequence per row."""
     assert sequences.by_row
     batch, q_begin, q_end, k_begin, k_end = sequences.table[:, :, None].unbind(1)
     query = torch.arange(q_len, dtype=torch.int32, device=sequences.table.device)
@@ -93,11 +98,14 @@ def each_query(sequences: Sequences, q_len: int) -> Sequences:
 
 
 class Attended(NamedTuple):
-    """What attention over chosen blocks took and gave, as its backward needs it.
+    """Inputs and outputs of attention over chosen blocks, saved for its backward.
 
     Attributes:
-        q, k, v: `(batch, heads, length, dim)`.
-        out: `(batch, q_len, num_heads, v_dim)`. lse: `(batch, num_heads, q_len)`.
+        q: `(batch, num_heads, q_len, head_dim)`.
+        k: `(batch, num_kv_heads, kv_len, head_dim)`.
+        v: `(batch, num_kv_heads, kv_len, v_dim)`.
+        out: `(batch, q_len, num_heads, v_dim)`.
+        lse: `(batch, num_heads, q_len)`.
         block_indices: int32 `(batch, q_len, num_heads, topk)`.
     """
 

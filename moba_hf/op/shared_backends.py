@@ -1,6 +1,6 @@
-"""What a backend needs to run the shared choice of blocks, and the two implementations in plain torch.
+"""The protocol for the shared choice of blocks, and its two implementations in plain torch.
 
-A backend of `moba_hf.op.backends` that can run it has an object that follows `SharedKernels` as `shared`.
+A backend of `moba_hf.op.backends` that supports it has a `shared` attribute that implements `SharedKernels`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class SharedKernels(Protocol):
     """One way to compute the shared choice over strided `(batch, heads, length, dim)` tensors.
 
     Attributes:
-        differentiable: autograd follows `attend`, which needs no `backward` then.
-        decodes: it has `decode`, for steps that read only what they chose.
+        differentiable: autograd can differentiate `attend`, so `backward` is not needed.
+        decodes: there is a `decode`, whose steps read only the chosen blocks.
     """
 
     differentiable: bool
     decodes: bool
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
-        """Why these inputs cannot be taken, or None."""
+        """Why these inputs are not supported, or None."""
 
     def select(
         self, q: Tensor, k: Tensor, sequences: Sequences, rule: SharedRule, softmax_scale: float
@@ -59,7 +59,7 @@ class SharedKernels(Protocol):
         tile: int,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Contiguous gradients of q, k, v with the choice held fixed; `saved.choice` is the block mask."""
+        """Contiguous gradients of q, k, v for a fixed choice; `saved.block_indices` is the block mask."""
         ...
 
     def decode(
@@ -72,11 +72,13 @@ class SharedKernels(Protocol):
         rule: SharedRule,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """`out` and `lse` as `attend`, every query a tile of its own, one sequence per batch row.
+        """`out` and `lse` as `attend`; every query is its own tile, and every batch row one sequence.
+
+        Does not wait for the device.
 
         Args:
-            kept: `(batch, num_kv_heads, blocks, width)`, `gates.KeptMass(rule.rotary_pairs)` of each row's
-                complete blocks, then anything finite. Nothing waits for the device.
+            kept: `(batch, num_kv_heads, blocks, width)`, the summaries `gates.KeptMass(rule.rotary_pairs)` of
+                each row's complete blocks, followed by arbitrary finite values.
         """
         ...
 
@@ -133,11 +135,11 @@ class SharedReference:
         raise AssertionError("the reference is differentiated by autograd")
 
     def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("the reference takes no decode steps")
+        raise AssertionError("the reference has no decode")
 
 
 def _parts(rows: list[list[int]], q: Tensor, *kv: Tensor) -> tuple[int, slice, list[Tensor]]:
-    """Batch row, query slice, and a sequence's tensors `(length, heads, dim)`, from its tiles."""
+    """Batch row, query slice, and tensors `(length, heads, dim)` of the sequence with the tiles `rows`."""
     batch, queries, keys = rows[0][0], slice(rows[0][1], rows[-1][2]), slice(rows[0][4], rows[0][5])
     parts = [q[batch, :, queries], *(x[batch, :, keys] for x in kv)]
     return batch, queries, [x.transpose(0, 1) for x in parts]

@@ -1,13 +1,14 @@
-"""Decode steps of the shared choice of blocks in pure torch: every query is a tile of its own.
+"""Decode steps of the shared choice of blocks in pure torch: every query is its own tile.
 
 Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, C block columns.
 
-One batch row is one sequence, `table` row r describing batch row r (see `moba_hf.op.sequences`).
-1. choose: the masses of the candidates for each query, from what a cache keeps of complete blocks, then
-   what the rule takes of them (`moba_hf.op.shared`, with tiles of one row).
-2. attend: keys and values of the chosen blocks alone are gathered, as in `portable_decode`.
-How many blocks a query takes depends on the text. On CPUs the longest list is looked at; elsewhere, where
-that would wait for the device, lists are as long as the rule allows: `topk` keeps them short.
+One batch row is one sequence; row r of `table` describes batch row r (see `moba_hf.op.sequences`).
+1. choose: the masses of the candidates for each query, from cached summaries of complete blocks, then the
+   blocks that the rule takes (`moba_hf.op.shared`, with tiles of one row).
+2. attend: gathers the keys and values of the chosen blocks only, as in `portable_decode`.
+The number of blocks per query depends on the text. On CPUs, lists are as long as the longest one. On a GPU,
+reading that length would wait for the device, so lists are as long as the rule allows; `topk` keeps them
+short.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def decode(
     """`out (batch, M, H, Dv)` and `lse (batch, H, M)` in fp32 (fp64) of one sequence per batch row.
 
     Args:
-        q: `(batch, H, M, D)`. k: `(batch, HK, N, D)`. v: `(batch, HK, N, Dv)`, any strides.
+        q: `(batch, H, M, D)`, any strides.
+        k: `(batch, HK, N, D)`, any strides.
+        v: `(batch, HK, N, Dv)`, any strides.
         kept: `(batch, HK, C, width)`, see `SharedKernels.decode`.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
     """
@@ -40,10 +43,12 @@ def decode(
 
 
 def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_scale: float) -> Tensor:
-    """The blocks that each query attends, bool `(batch, H, M, C + 1)`; none for padding.
+    """The blocks that each query attends to, bool `(batch, H, M, C + 1)`; none for padding.
 
     Args:
-        q: `(batch, H, M, D)`. kept: `(batch, HK, C, width)`. position: `(batch, M)`, -1 for padding.
+        q: `(batch, H, M, D)`.
+        kept: `(batch, HK, C, width)`.
+        position: `(batch, M)`, -1 for padding.
     """
     batch, num_heads, length, dim = q.shape
     columns = kept.shape[2]
@@ -53,6 +58,8 @@ def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_
     earlier = block < candidates[..., None]  # (batch, M, C + 1)
     own = ~earlier & (block <= (position // rule.block_size)[..., None])
     dense = ((start < rule.dense_below) & (position >= 0))[..., None]
+    if columns == 0:
+        return own[:, None].expand(-1, num_heads, -1, -1)
     chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
     step = mass_step(q, kept, rule)
     for row in range(batch):
@@ -66,7 +73,7 @@ def choose(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, softmax_
 
 
 def _longest(rule: SharedRule, columns: int) -> int:
-    """The most blocks that a query may attend, of so many."""
+    """The most blocks, out of `columns`, that a query may attend to."""
     if rule.topk is None:
         return columns
     return min(columns, max(rule.topk, -(-rule.dense_below // rule.block_size)))

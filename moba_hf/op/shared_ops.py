@@ -1,7 +1,7 @@
-"""The torch operators of the shared choice of blocks, and the attention that uses them.
+"""The torch operators of the shared choice of blocks, and the attention function that calls them.
 
-Operators with fake kernels and an explicit backward, as those of `moba_hf.op.operators`: `torch.compile` sees
-one opaque node each, and autograd keeps inputs, output and lse.
+Like those of `moba_hf.op.operators`, they have fake kernels and an explicit backward. So `torch.compile` sees
+each as one opaque node, and autograd saves only inputs, output and lse.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
 
-# The rule of a call from its flattened form, validated once.
+# Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(SharedRule)
 
-# Called with `(block_mask, q, sequences, rule)` of every choice that is attended: for counting, so empty
-# unless an evaluation runs.
+# Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. Empty
+# unless an evaluation is running.
 CHOICE_WATCHERS: list[Callable[[Tensor, Tensor, Sequences, SharedRule], None]] = []
 
 
 def flat_shared_rule(rule: SharedRule) -> tuple[Any, ...]:
-    """A rule as the operators take it: the fields of `SharedRule` in order."""
+    """The rule as arguments of the operators: the fields of `SharedRule` in order."""
     shape = (rule.block_size, rule.tile, rule.threshold, rule.share, rule.topk)
     rest = (rule.sink_blocks, rule.local_blocks, rule.sample, rule.dense_below, rule.rotary_pairs)
     return shape + rest
@@ -91,7 +91,7 @@ def attend_shared_op(
     softmax_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`SharedKernels.attend` as one operator, differentiable in q, k, v with the choice held."""
+    """`SharedKernels.attend` as one operator, differentiable in q, k, v for a fixed choice."""
     sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
     return _kernels(backend).attend(q, k, v, block_mask, sequences, block_size, tile, softmax_scale)
 
@@ -186,9 +186,12 @@ def select_shared(
     softmax_scale: float,
     backend: str = "auto",
 ) -> Tensor:
-    """The choice of a call, `block_mask` int32 `(num_heads, num_tiles, words)`, without gradient.
+    """The choice of blocks, `block_mask` int32 `(num_heads, num_tiles, words)`, without gradient.
 
     Arguments as for `shared_attention`.
+
+    Raises:
+        ValueError: the head dim is odd.
     """
     if q.shape[3] % 2:
         raise ValueError(f"a shared choice (tile > 1) needs an even head_dim, got {q.shape[3]}")
@@ -209,15 +212,17 @@ def shared_attention(
     backend: str = "auto",
     block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a shared choice, over strided views that `ops.check_tensors` has passed.
+    """Attention with a shared choice of blocks. The tensors may be strided views, already checked.
 
     Args:
-        q: `(batch, num_heads, q_len, head_dim)`. k, v: `(batch, num_kv_heads, kv_len, ...)`.
-        sequences: where the sequences lie; queries outside them are padding, their output is zero.
+        q: `(batch, num_heads, q_len, head_dim)`.
+        k: `(batch, num_kv_heads, kv_len, head_dim)`.
+        v: `(batch, num_kv_heads, kv_len, v_dim)`.
+        sequences: the sequences in the tensors; queries outside of them are padding with zero output.
         rule: how blocks are chosen.
         softmax_scale: factor of the scores in the softmax.
-        backend: "auto" or a name of `moba_hf.op.backend_table.BACKENDS`.
-        block_mask: a choice made before, see `moba_hf.op.shared`; None: made here.
+        backend: "auto" or a name in `moba_hf.op.backend_table.BACKENDS`.
+        block_mask: a given choice, see `moba_hf.op.shared`; None: blocks are chosen here.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
@@ -229,7 +234,7 @@ def shared_attention(
         watch(block_mask, q, sequences, rule)
     where = flat_sequences(sequences)
     runs = _kernels(name)
-    if runs.differentiable:  # plain torch: no operator between it and autograd
+    if runs.differentiable:  # plain torch, so autograd needs no operator
         return runs.attend(q, k, v, block_mask, sequences, rule.block_size, rule.tile, softmax_scale)
     return attend_shared_op(q, k, v, block_mask, *where, rule.block_size, rule.tile, softmax_scale, name)
 
@@ -245,12 +250,12 @@ def shared_steps(
     backend: str = "auto",
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same where every query is a tile of its own, as in decode steps, however many a call holds.
+    """`shared_attention` for decode steps: every query is its own tile, and every batch row one sequence.
 
-    Other arguments and results as for `shared_attention`; one sequence per batch row.
+    Arguments and results are those of `shared_attention`, except:
 
     Args:
-        kept: what a cache keeps, see `SharedKernels.decode`; None: taken here, which reads all keys.
+        kept: summaries from the cache, see `SharedKernels.decode`; None: computed here, which reads all keys.
     """
     assert sequences.by_row
     name = choose_backend(backend, q, k, v, rule)
@@ -262,7 +267,7 @@ def shared_steps(
     if not _kernels(name).decodes:
         if not many:
             return shared_attention(q, k, v, sequences, rule, **settings)
-        name = "portable"  # a summary of all keys for every query would be dearer
+        name = "portable"  # recomputing the summaries of all keys for every query would be slower
     elif kept is None and not many:
         return shared_attention(q, k, v, sequences, rule, **settings)
     if kept is None:

@@ -3,10 +3,10 @@
 Legend: H query heads, HK kv heads, D head dim, B block size, T tile, M queries and N keys of a sequence.
 
 For each sequence:
-1. select: masses of the candidates for the sampled rows of a run of tiles, then what each tile takes.
-2. attend: the problems of `shared_problems`, a piece of their lists at a time; partial results are merged.
-Sums are taken in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is
-for CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
+1. select: masses of the candidates for the sampled rows of a run of tiles, then the blocks of each tile.
+2. attend: the problems of `shared_problems`, one piece of their lists at a time; partial results are merged.
+Sums are in fp32 (fp64 for fp64 inputs). Reading the tile table waits for the device, so this path is for
+CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backward`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.gates import PairedMassSummary
-from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
 from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
@@ -35,7 +35,8 @@ def select(
     """The choice of every tile, `block_mask` int32 `(H, num_tiles, words)`; see `moba_hf.op.shared`.
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
     """
     words = mask_words(sequences.max_seqlen_k, rule.block_size)
     shape = (q.shape[1], num_tiles(sequences, q, rule.tile), words)
@@ -58,7 +59,7 @@ def select(
 
 
 def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
-    """Queries per row whose masses fit the budget, over blocks `kept (batch, HK, C, width)`."""
+    """Number of queries per row whose masses over `kept (batch, HK, C, width)` fit the budget."""
     parts = rule.block_size // part_size(rule.block_size)
     return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
@@ -66,7 +67,7 @@ def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
 def _choose_tiles(
     q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule, scratch: Scratch
 ) -> Tensor:
-    """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
+    """Blocks that a run of tiles attends to, bool `(H, tiles, blocks up to the last)`; q: `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
     begin, count = table[:, 3], table[:, 2] - table[:, 1]
@@ -82,7 +83,7 @@ def _choose_tiles(
         return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
     sampled, speaks = _sampled_rows(begin, count, rule.sample)
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    seen = int(candidates[0])  # all rows see so many
+    seen = int(candidates[0])  # number of candidates of all tiles
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
     weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
     weights = weights.unflatten(1, at.shape)
@@ -95,9 +96,9 @@ def _choose_tiles(
 
 
 def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
-    """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
+    """The softmax of the scores of `q (H, M, D)` over the first `seen` blocks and later ones not in `hidden`.
 
-    A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
+    A row without blocks gets zeros. Equals `gate.scores` and a softmax, but needs no logarithm per block.
 
     Args:
         hidden: bool `(M, further blocks)`.
@@ -106,7 +107,7 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
 
 
 def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
-    """What each part of a block, then its smallest key, adds to `row_masses`: `(H, M, parts + 1, blocks)`."""
+    """The terms of `row_masses` of each part and smallest key of blocks: `(H, M, parts + 1, blocks)`."""
     kv_heads, parts = gate.mean.shape[:2]
     columns = seen + hidden.shape[1]
     queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])
@@ -130,7 +131,7 @@ def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int,
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
-    """Positions `(tiles, groups)` of the rows that speak for tiles, and which of these there are."""
+    """Positions `(tiles, groups)` of the sampled rows of tiles, and which of them exist."""
     end = begin + count
     first = begin // sample
     groups = (end - 1) // sample + 1 - first
@@ -140,17 +141,17 @@ def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Te
 
 
 def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tensor:
-    """Candidates that tiles attend, bool `(H, tiles, columns)`, from their masses of the same shape."""
+    """Candidates that tiles attend to, bool `(H, tiles, columns)`, from masses of the same shape."""
     block = torch.arange(mass.shape[2], device=mass.device)
     earlier = block < candidates[:, None]
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
     wanted = earlier & ~forced
     if rule.threshold is not None:
-        wanted = wanted & (mass >= rule.threshold * mass.amax(2, keepdim=True))
+        wanted = wanted & ~(mass < rule.threshold * mass.amax(2, keepdim=True))  # NaN drops no block
     if rule.share is not None:
         value, index = mass.sort(dim=2, descending=True, stable=True)
         before = value.cumsum(2) - value
-        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, before < rule.share)
+        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, ~(before >= rule.share))
     if rule.topk is not None:
         left = rule.topk - rule.own_blocks - forced.sum(1)
         order = mass.masked_fill(~wanted, -1.0).sort(dim=2, descending=True, stable=True).indices
@@ -173,7 +174,9 @@ def attend(
     """Attention over chosen blocks: `out (batch, q_len, H, Dv)`, `lse (batch, H, q_len)` in fp32 (fp64).
 
     Args:
-        q: `(batch, H, q_len, D)`. k: `(batch, HK, kv_len, D)`. v: `(batch, HK, kv_len, Dv)`.
+        q: `(batch, H, q_len, D)`.
+        k: `(batch, HK, kv_len, D)`.
+        v: `(batch, HK, kv_len, Dv)`.
         block_mask: see `moba_hf.op.shared`.
     """
     batch, num_heads, q_len, _ = q.shape
@@ -182,33 +185,59 @@ def attend(
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
-            outs = seq.q.new_empty(len(seq.order), tile, v.shape[3])
-            lses = seq.q.new_empty(len(seq.order), tile)
+            outs = seq.q.new_empty(len(seq.order), seq.tile, v.shape[3])
+            lses = seq.q.new_empty(len(seq.order), seq.tile)
             for problems in seq.batches():
-                _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+                part, part_lse = outs[problems.place], lses[problems.place]
+                _attend_batch(seq, problems, part, part_lse)
+                if not all_finite(part):  # a weight of 0 may have met a NaN
+                    _attend_not_finite(seq, problems, part, part_lse)
             place = seq.places()
-            rows = outs.flatten(0, 1).index_select(0, place.t().flatten())
-            out[seq.batch, seq.queries] = rows.view(-1, num_heads, v.shape[3]).to(out.dtype)
+            rows = out[seq.batch, seq.queries].flatten(0, 1)
+            _take(outs.flatten(0, 1), place.t().flatten(), rows)
             lse[seq.batch, :, seq.queries] = lses.flatten()[place]
     return out, lse
 
 
+def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Writes the rows `index` of `x` to `out`, rounded to its dtype."""
+    if x.dtype == out.dtype:
+        torch.index_select(x, 0, index, out=out)
+    else:
+        out.copy_(x.index_select(0, index))
+
+
 def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
     """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
-    high = total = None
+    first = True
     for piece in seq.pieces(problems):
-        top = piece.scores.amax(2, keepdim=True)
-        if high is None or total is None:
-            weights = piece.weights(top)
-            total = weights.sum(2, keepdim=True)
+        top = piece.scores.amax(2)
+        weights = torch.softmax(piece.scores, 2, out=piece.scores)
+        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
+        if first:
             torch.bmm(weights, piece.values, out=out)
+            lse.copy_(log)
         else:
-            top = torch.maximum(top, high)
-            weights, shrink = piece.weights(top), torch.exp(high - top)
-            total = weights.sum(2, keepdim=True).addcmul_(total, shrink)
-            out.mul_(shrink).baddbmm_(weights, piece.values)
-        high = top
-    assert high is not None
-    assert total is not None
-    out.div_(total)
-    lse.copy_((high + total.log())[:, :, 0])
+            total = torch.logaddexp(lse, log)
+            out.mul_((lse - total).exp_()[..., None])
+            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
+            lse.copy_(total)
+        first = False
+
+
+def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
+    """As `_attend_batch`, but numbers may be NaN or infinite: what a row may not attend stays out of it."""
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for piece in seq.pieces(problems):
+        top = piece.scores.amax(2)
+        nothing = top == -torch.inf  # every score of the row
+        weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)
+        part = masked_product(weights, piece.values, piece.hidden())
+        log = (top - weights.amax(2).log_()).masked_fill_(nothing, -torch.inf)
+        total = torch.logaddexp(lse, log)
+        base = total.clamp(min=torch.finfo(seq.dtype).min)
+        out.mul_((lse - base).exp_()[..., None])
+        out += part.mul_((log - base).exp_()[..., None])
+        lse.copy_(total)
+    out.masked_fill_((lse == -torch.inf)[..., None], torch.nan)

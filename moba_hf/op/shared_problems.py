@@ -1,12 +1,12 @@
-"""The problems of the shared choice in pure torch: what each tile attends, laid out for batched matmuls.
+"""The attention problems of the shared choice in pure torch, arranged for batched matmuls.
 
 Legend: H query heads, HK kv heads, NB blocks, D head dim, B block size, T tile, M queries of a sequence, P
 problems.
 
-Every (head, tile) is one dense problem, its T rows against the keys of its blocks. Problems with equally many
-blocks are batched, their keys gathered block by block, and long lists are cut in pieces, so that scores stay
-in a CPU's cache. The forward (`shared_portable`) and the backward (`shared_portable_backward`) share this
-layout.
+Every (head, tile) is one dense problem: its T rows attend to the keys of its blocks. Problems with equally
+many blocks are batched and their keys gathered block by block. Long lists of blocks are split into pieces, so
+that scores stay in a CPU's cache. The forward (`shared_portable`) and the backward
+(`shared_portable_backward`) both use this.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _DEVICE_FACTOR = 64
 
 
 def budget(elements: int, x: Tensor) -> int:
-    """`elements`, or more of them where `x` is not on a CPU."""
+    """`elements`, or more if `x` is not on a CPU."""
     return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
 
 
 def shifted_exp(scores: Tensor, shift: Tensor) -> Tensor:
-    """`exp(scores - shift)` in place, never so small that its products leave the normal numbers.
+    """`exp(scores - shift)` in place, limited from below so that its products are not subnormal.
 
-    CPUs are slow at the numbers below them.
+    CPUs compute slowly with subnormal numbers.
     """
     least = math.ceil(math.log(torch.finfo(scores.dtype).tiny)) + 20
     return scores.sub_(shift).clamp_(min=least).exp_()
 
 
 class Scratch:
-    """Memory of one dtype that steps use again, by name: touching new pages is slow."""
+    """Named buffers of one dtype that steps reuse, because touching new pages is slow."""
 
     def __init__(self, like: Tensor):
         self.like, self.space = like, dict[str, Tensor]()
 
     def room(self, name: str, *shape: int) -> Tensor:
-        """Memory `name` as an uninitialized tensor of this shape."""
+        """The buffer `name` as an uninitialised tensor of this shape."""
         size = math.prod(shape)
         if name not in self.space or self.space[name].numel() < size:
             self.space[name] = self.like.new_empty(size)
@@ -63,10 +63,10 @@ class Problems:
     """Some (head, tile) problems of one sequence that are computed together.
 
     Attributes:
-        place: where they stand among all problems in the order of `SequenceBlocks.batches`.
-        row: `(P, T)` rows of the flattened `(H * M)` queries; `H * M` stands for none.
-        blocks: `(P, n)` rows of the sequence's blocks, ascending, a tile's own last.
-        later: bool `(P or 1, T, last keys)`, which of the last keys come after a row.
+        place: their slice of all problems in the order of `SequenceBlocks.batches`.
+        row: `(P, T)` rows of the flattened `(H * M)` queries; `H * M` means no row.
+        blocks: `(P, n)` rows of the sequence's blocks, ascending, with a tile's own blocks last.
+        later: bool `(P or 1, T, last keys)`, which of the last keys are after a row.
     """
 
     place: slice
@@ -77,13 +77,14 @@ class Problems:
 
 @dataclass
 class Piece:
-    """A piece of the lists of a batch.
+    """A piece of the block lists of a batch.
 
     Attributes:
         index: `(P, n)` rows of the sequence's blocks.
-        keys, values: `(P, D, n B)` and `(P, n B, Dv)`.
+        keys: `(P, D, n B)`.
+        values: `(P, n B, Dv)`.
         scores: `(P, T, n B)`, scaled, -inf where a row may not attend.
-        later: as in `Problems`, of the last keys; None: every row attends all.
+        later: as in `Problems`, for the last keys; None: every row attends to all keys.
     """
 
     index: Tensor
@@ -97,6 +98,14 @@ class Piece:
         if self.later is not None:
             self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
 
+    def hidden(self) -> Tensor | None:
+        """Where a row may not attend, bool `(P, T, n B)`; None: nowhere."""
+        if self.later is None:
+            return None
+        hidden = torch.zeros_like(self.scores, dtype=torch.bool)
+        hidden[:, :, -self.later.shape[2] :] = self.later
+        return hidden
+
     def weights(self, shift: Tensor) -> Tensor:
         """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
         shifted_exp(self.scores, shift)
@@ -105,15 +114,17 @@ class Piece:
 
 
 class SequenceBlocks:
-    """One sequence's queries, keys and values, laid out for gathers, in the dtype that sums are held in.
+    """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     Attributes:
-        q: `(H * M + 1, D)`, scaled, then a row of zeros for rows that are none.
-        keys: `(D, HK * NB, B)`, zero past the end: products with keys laid out so are a quarter faster.
-        values: `(HK * NB, B * Dv)`, likewise.
+        tile, block_size: at most the length of the sequence.
+        q: `(H * M + 1, D)`, scaled; the last row is zero, for "no row".
+        keys: `(D, HK * NB, B)`, zero after the end; products with this layout are a quarter faster.
+        values: `(HK * NB, B * Dv)`, zero after the end.
         chosen: bool `(H * tiles, NB)`.
-        begin, size, position: `(tiles,)`, of a tile's rows in this call: the first among the sequence's
-            queries, how many, the position of the first.
+        begin: `(tiles,)`, index of a tile's first row in this call among the sequence's queries.
+        size: `(tiles,)`, number of a tile's rows in this call.
+        position: `(tiles,)`, position of a tile's first row in this call.
     """
 
     def __init__(
@@ -127,17 +138,18 @@ class SequenceBlocks:
         block_size: int,
         scale: float,
     ):
-        self.dtype, self.tile, self.block_size = accumulate_dtype(q.dtype), tile, block_size
+        self.dtype = accumulate_dtype(q.dtype)
         self.batch, first = rows[0][0], rows[0][1]
         self.queries = slice(first, rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
+        # a short sequence costs what its own queries and keys cost
+        self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
-        self.count = -(-self.length // block_size)
-        self.q = self.flat(q[self.batch, :, self.queries])
-        self.q *= scale
+        self.count = -(-self.length // self.block_size)
+        self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
-        self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
+        self.keys = across.view(-1, self.num_kv_heads * self.count, self.block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
         self.chosen = chosen.flatten(0, 1)
         self.scratch = Scratch(self.q)
@@ -151,11 +163,11 @@ class SequenceBlocks:
         self.order = counts.argsort(stable=True)
         self.counts: list[int] = counts[self.order].tolist()
 
-    def flat(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """`x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
+    def flat(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
+        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a last row of `fill` for "no row"."""
         rows = x.shape[0] * x.shape[1]
         result = x.new_empty((rows + 1, *x.shape[2:]), dtype=self.dtype)
-        result[:rows].view(x.shape).copy_(x)
+        torch.mul(x.to(self.dtype), factor, out=result[:rows].view(x.shape))
         result[rows] = fill
         return result
 
@@ -166,7 +178,7 @@ class SequenceBlocks:
         return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
 
     def places(self) -> Tensor:
-        """Where each query's row stands among those of all problems, `(H, M)`, in the order of `batches`."""
+        """Index of each query's row among the rows of all problems, `(H, M)`, in the order of `batches`."""
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(self.order), device=place.device)
         tile = torch.arange(len(self.size), device=place.device).repeat_interleave(self.size)
@@ -174,12 +186,12 @@ class SequenceBlocks:
         return place.view(self.num_heads, -1)[:, tile] * self.tile + lane
 
     def batches(self) -> Iterator[Problems]:
-        """All problems, those with equally many blocks together."""
+        """Yields all problems, grouped by their number of blocks."""
         tiles, group = len(self.begin), self.num_heads // self.num_kv_heads
         queries, end = self.queries.stop - self.queries.start, 0
         lane = torch.arange(self.tile, device=self.order.device)
         whole = (self.size == self.tile).tolist()
-        alike = lane > lane[:, None] if self.tile >= self.block_size else None
+        alike = lane > lane[:, None] if self.tile % self.block_size == 0 else None
         while end < len(self.counts):
             begin, count = end, self.counts[end]
             keys = min(count * self.block_size, _PIECE_KEYS)
@@ -199,13 +211,13 @@ class SequenceBlocks:
             yield Problems(slice(begin, end), row, index, later)
 
     def _later(self, blocks: Tensor, position: Tensor) -> Tensor:
-        """Which keys of a tile's own blocks, the last of `blocks (P, n)`, come after `position (P, T)`."""
-        own = blocks[:, -max(1, self.tile // self.block_size) :, None]
+        """Which keys of a tile's own blocks, the last of `blocks (P, n)`, are after `position (P, T)`."""
+        own = blocks[:, self.tile // -self.block_size :, None]  # as many as a tile overlaps
         key = (own * self.block_size + torch.arange(self.block_size, device=own.device)).flatten(1)
         return key[:, None, :] > position[:, :, None]
 
     def pieces(self, problems: Problems) -> Iterator[Piece]:
-        """Cuts lists in pieces, the last first: it holds a key for every row."""
+        """Splits lists into pieces, starting with the last one, which has a key for every row."""
         most = max(1, problems.later.shape[2] // self.block_size, _PIECE_KEYS // self.block_size)
         queries = self.gather(self.q, problems.row)
         total = problems.blocks.shape[1]

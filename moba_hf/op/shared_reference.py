@@ -1,12 +1,12 @@
-"""What the shared choice of blocks computes, one function per stage, as plainly as it can be written.
+"""Reference implementation of the shared choice of blocks, as simple as possible, one function per stage.
 
-The rule, in words, is in `moba_hf.op.shared`; it is not MoBA. Every faster path is tested against this file,
-which takes one sequence: `q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`,
-`v (kv_len, num_kv_heads, v_dim)`, the last query standing at the last key. It computes in fp32 (fp64 for fp64
+The rule is defined in `moba_hf.op.shared`; it is not MoBA. All faster paths are tested against this file. It
+handles one sequence: `q (q_len, num_heads, head_dim)`, `k (kv_len, num_kv_heads, head_dim)`, `v (kv_len,
+num_kv_heads, v_dim)`, with the last query at the position of the last key. It computes in fp32 (fp64 for fp64
 inputs), and the attention is differentiable by autograd.
 
-A sequence that is read in several calls has tiles that are cut; `cuts` are the positions at which a further
-call begins, so that chunks of a prefill and decode steps have a reference too.
+If a sequence is read in several calls, tiles may be cut. `cuts` are the positions at which a further call
+begins, so this is also the reference for chunks of a prefill and for decode steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.shared import SharedRule
 
-# Positions [begin, end) of the rows of a tile that one call holds.
+# Positions [begin, end) of the rows of a tile that are in one call.
 Tile = tuple[int, int]
 
 
@@ -34,7 +34,7 @@ def tiles_ref(q_len: int, kv_len: int, tile: int, cuts: Sequence[int] = ()) -> l
 
 
 def sampled_rows_ref(begin: int, end: int, sample: int) -> list[int]:
-    """Positions of the rows that speak for rows `[begin, end)`: the last of each group of `sample`."""
+    """Positions of the sampled rows among rows `[begin, end)`: the last of each group of `sample`."""
     groups = range(begin // sample, (end - 1) // sample + 1)
     return [min((group + 1) * sample, end) - 1 for group in groups]
 
@@ -46,7 +46,7 @@ def tile_masses_ref(
     softmax_scale: float | None = None,
     cuts: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Per tile, the masses `(num_heads, candidates)` of its candidates, summing to 1, in fp32 (fp64)."""
+    """The masses `(num_heads, candidates)` of each tile's candidates, which sum to 1, in fp32 (fp64)."""
     q_len, kv_len = q.shape[0], k.shape[0]
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     gate = PairedMassSummary(
@@ -62,7 +62,7 @@ def tile_masses_ref(
 
 
 def chosen_candidates_ref(mass: Tensor, rule: SharedRule) -> list[int]:
-    """The candidates that a tile of one head attends, from their masses `(candidates,)`."""
+    """The candidates that a tile of one head attends to, from their masses `(candidates,)`."""
     count = len(mass)
     sinks = set(range(min(rule.sink_blocks, count)))
     forced = sinks | set(range(max(0, count - rule.local_blocks), count))
@@ -71,8 +71,9 @@ def chosen_candidates_ref(mass: Tensor, rule: SharedRule) -> list[int]:
     wanted = []
     before = 0.0  # the mass of the heavier ones
     for block in order:
-        passes = rule.threshold is None or values[block] >= rule.threshold * values[order[0]]
-        passes = passes and (rule.share is None or before < rule.share)
+        # negated, so that masses which are not numbers drop no block
+        passes = rule.threshold is None or not values[block] < rule.threshold * values[order[0]]
+        passes = passes and (rule.share is None or not before >= rule.share)
         if passes and block not in forced:
             wanted.append(block)
         before += values[block]
@@ -88,7 +89,7 @@ def select_shared_ref(
     softmax_scale: float | None = None,
     cuts: Sequence[int] = (),
 ) -> Tensor:
-    """The blocks that each tile attends, its own included: bool `(num_heads, tiles, blocks)`."""
+    """The blocks that each tile attends to, including its own: bool `(num_heads, tiles, blocks)`."""
     q_len, kv_len, num_heads = q.shape[0], k.shape[0], q.shape[1]
     tiles = tiles_ref(q_len, kv_len, rule.tile, cuts)
     blocks = -(-kv_len // rule.block_size)
@@ -115,7 +116,7 @@ def attend_shared_ref(
     softmax_scale: float | None = None,
     cuts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all keys of a tile's blocks up to the row itself, times their values.
+    """Softmax attention over all keys of a tile's blocks up to the row itself.
 
     Args:
         chosen: bool `(num_heads, tiles, blocks)`.
@@ -135,9 +136,14 @@ def attend_shared_ref(
         rows = torch.arange(begin, end, device=q.device)
         in_block = chosen[:, number, key // block_size]
         attended[:, rows - (kv_len - q_len)] = in_block[:, None] & (key <= rows[:, None])
-    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * scale
+    of_key = "khd"
+    if not all(bool(x.isfinite().all()) for x in (q, keys, values)):  # 0 x NaN is no zero: a row its own keys
+        hidden = ~attended[..., None]
+        keys, values = (x.transpose(0, 1)[:, None].masked_fill(hidden, 0.0) for x in (keys, values))
+        of_key = "hqkd"
+    scores = torch.einsum(f"qhd,{of_key}->hqk", q.to(dtype), keys) * scale
     scores = scores.masked_fill(~attended, -torch.inf)
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
+    out = torch.einsum(f"hqk,{of_key}->qhd", scores.softmax(dim=-1), values)
     return out.to(q.dtype), scores.logsumexp(dim=-1)
 
 
@@ -149,7 +155,7 @@ def shared_attention_ref(
     softmax_scale: float | None = None,
     cuts: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence under a shared choice: select, then attend. Returns `(out, lse)`."""
+    """Attention of one sequence with a shared choice: select, then attend. Returns `(out, lse)`."""
     chosen = select_shared_ref(q, k, rule, softmax_scale, cuts)
     limits = {"block_size": rule.block_size, "tile": rule.tile}
     return attend_shared_ref(q, k, v, chosen, **limits, softmax_scale=softmax_scale, cuts=cuts)

@@ -1,4 +1,4 @@
-"""The numbers of the shared choice of blocks; what they mean is in `moba_hf.op.shared`."""
+"""The settings of the shared choice of blocks, which `moba_hf.op.shared` defines."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from torch import Tensor
 
 from moba_hf.op.numerics import check_int
 
-# How the two coordinates that a rotary embedding turns together are paired: (d, d + D/2), or (2d, 2d + 1).
+# Which two coordinates a rotary embedding rotates together: (d, d + D/2) or (2d, 2d + 1).
 ROTARY_PAIRS = ("halves", "neighbours")
 
 
 @dataclass(frozen=True)
 class SharedRule:
-    """Which blocks a tile of queries attends; see the module.
+    """Which blocks a tile of queries attends to; see `moba_hf.op.shared`.
 
     Attributes:
-        block_size: tokens in a block.
-        tile: queries in a tile, a multiple or a divisor of `block_size`.
-        threshold: blocks of at least so many times the largest mass are attended; in (0, 1). None: not asked.
-        share: the heaviest blocks that reach this share of the mass are attended; in (0, 1). None: not asked.
-        topk: the most blocks that a tile attends, forced ones included; None: no cap.
-        sink_blocks, local_blocks: first blocks, and blocks just before the tile, that are always attended.
-        sample: one row in so many speaks for the tile; a divisor of `tile`.
-        dense_below: rows before this position attend every key; a multiple of `tile`.
-        rotary_pairs: one of `ROTARY_PAIRS`, as the model's rotary embedding pairs coordinates.
+        block_size: tokens per block.
+        tile: queries per tile, a multiple or a divisor of `block_size`.
+        threshold: attend to blocks whose mass is at least `threshold` times the largest; in (0, 1). None: no
+            threshold.
+        share: attend to the heaviest blocks that together reach this share of the mass; in (0, 1). None: no
+            share.
+        topk: most blocks that a tile attends to, including own, sink and local blocks; None: no limit.
+        sink_blocks: number of first blocks that are always attended.
+        local_blocks: number of blocks just before the tile that are always attended.
+        sample: every `sample`-th row is used to estimate the masses of a tile; a divisor of `tile`.
+        dense_below: rows before this position attend to every key; a multiple of `tile`.
+        rotary_pairs: one of `ROTARY_PAIRS`, as in the model's rotary embedding.
 
     Raises:
-        ValueError: a value out of range. TypeError: a value of the wrong type.
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
     """
 
     block_size: int
@@ -71,7 +75,7 @@ class SharedRule:
         check_rotary_pairs(self.rotary_pairs)
 
     def forces(self, block: Tensor, own: Tensor) -> Tensor:
-        """Whether tiles whose first own block is `own` always attend `block`, theirs or an earlier one."""
+        """Whether a tile with first own block `own` always attends to `block`, which is not a later block."""
         return (block < self.sink_blocks) | (block >= own - self.local_blocks)
 
     @property
@@ -81,22 +85,22 @@ class SharedRule:
 
     @property
     def own_blocks(self) -> int:
-        """Blocks that a whole tile overlaps."""
+        """Number of blocks that a complete tile overlaps."""
         return max(1, self.tile // self.block_size)
 
     @property
     def forced_blocks(self) -> int:
-        """Blocks that a whole tile always attends; the least `topk`."""
+        """Number of blocks that a complete tile always attends to; the minimum of `topk`."""
         return self.own_blocks + self.sink_blocks + self.local_blocks
 
     @property
     def dense_len(self) -> int:
-        """Sequences of at most so many tokens are attended in full, whatever they hold."""
+        """Sequences of at most this many tokens always get full attention."""
         return max(self.dense_below, self.tile)
 
     @property
     def max_keys(self) -> int | None:
-        """The most keys that a row attends; None: that depends on the text."""
+        """The most keys that a row attends to; None: it depends on the text."""
         return None if self.topk is None else max(self.dense_below, self.topk * self.block_size)
 
     def pairs(self, length: int) -> int:
@@ -106,16 +110,16 @@ class SharedRule:
         return sum(self._tile_pairs(begin, length, self.topk) for begin in range(0, length, self.tile))
 
     def _tile_pairs(self, begin: int, length: int, topk: int) -> int:
-        """The same of the tile at `begin`."""
+        """The most pairs of the tile at position `begin`."""
         rows = min(self.tile, length - begin)
-        first = begin // self.block_size * self.block_size  # of the blocks that the tile overlaps
+        first = begin // self.block_size * self.block_size  # first key of the blocks that the tile overlaps
         earlier = (
             first if begin < self.dense_below else min(first, (topk - self.own_blocks) * self.block_size)
         )
         return rows * (earlier + begin - first) + rows * (rows + 1) // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """The rule as keywords of `moba_attention` and `select_blocks`."""
+        """The rule as keyword arguments of `moba_attention` and `select_blocks`."""
         names = (
             "block_size",
             "topk",
@@ -131,7 +135,7 @@ class SharedRule:
 
 
 def check_rotary_pairs(value: object) -> None:
-    """Raises ValueError unless `value` is one of `ROTARY_PAIRS`."""
+    """Raises ValueError if `value` is not one of `ROTARY_PAIRS`."""
     if value not in ROTARY_PAIRS:
         raise ValueError(f"rotary_pairs must be one of {', '.join(map(repr, ROTARY_PAIRS))}, got {value!r}")
 

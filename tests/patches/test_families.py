@@ -17,7 +17,7 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.testing import COVERING, LENGTH, SMALL, build_model, check_adapter
 
 HYBRID = "linear-attention layers"
-HIDDEN = "start again inside a row"
+HIDDEN = "restart inside a row"
 PACKING = {
     "qwen2_vl": HIDDEN,
     "qwen2_5_vl": HIDDEN,
@@ -128,12 +128,12 @@ def test_a_mask_overlay_that_is_not_packing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gemma3", "load the text model alone"),
+        ("gemma3", "load only the text model"),
         ("mistral4", "latent attention"),
-        ("mistral_large4", "sparse already"),
-        ("mistral_large4_text", "sparse already"),
-        ("qwen4_exp", "sparse already"),
-        ("qwen4_exp_text", "sparse already"),
+        ("mistral_large4", "already sparse"),
+        ("mistral_large4_text", "already sparse"),
+        ("qwen4_exp", "already sparse"),
+        ("qwen4_exp_text", "already sparse"),
     ],
 )
 def test_unsupported_families_are_refused_with_the_reason(model_type: str, reason: str) -> None:
