@@ -287,12 +287,20 @@ def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:
         raise ValueError(f"{path} contains no results for {kind!r}") from None
 
 
-def _budget_from(values: Any, _: str | None) -> Any:
-    curve = {
-        "local cost (ranks settings, predicts nothing)": [(p["keys"], p["cost"]) for p in values["curve"]]
-    }
-    measured = [(p["keys"], max(p["rise"])) for p in values["curve"] if p["rise"]]
-    return plot_budget(curve | ({"measured, worst text": measured} if measured else {}))
+def plot_calibration(values: Mapping[str, Any]) -> Any:
+    """The trade-off curve of `Calibration.to_dict()`: local costs, and rises on the worst text."""
+    local, measured = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
+    for point in values["curve"]:
+        by_layer = any("threshold" in layer for layer in point["config"]["layers"].values())
+        kind = ", a threshold for each layer" if by_layer else ""
+        name = f"local cost{kind} (ranks settings, predicts nothing)"
+        local.setdefault(name, []).append((point["keys"], point["cost"]))
+        if point["rise"]:
+            name = f"measured, worst text{kind}"
+            measured.setdefault(name, []).append((point["keys"], max(point["rise"])))
+    figure = plot_budget(local | measured)
+    figure.axes[0].set_xlabel(f"{values['counts']} (%)")
+    return figure
 
 
 def _positions_from(values: Any, _: str | None) -> Any:
@@ -323,6 +331,6 @@ def _pick(setting: str | None, known: Sequence[str]) -> str:
 _FROM_JSON = {
     "recall": _recall_from,
     "needles": _needles_from,
-    "budget": _budget_from,
+    "budget": lambda values, _: plot_calibration(values),
     "positions": _positions_from,
 }

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,8 +120,17 @@ def calibrate(
     max_loss: Annotated[
         float | None, typer.Option(help="Allowed rise of the loss of the last 2,048 tokens, in nats.")
     ] = None,
-    keys: Annotated[float | None, typer.Option(help="Allowed key budget, e.g. 0.25.")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help="Block sizes to try (32).")] = None,
+    keys: Annotated[
+        float | None,
+        typer.Option(help="Allowed share, e.g. 0.25: of causal pairs; with a topk, of the key budget."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Setting to start from (the checkpoint's own, else 'default').")
+    ] = None,
+    block_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Block size to try where every query chooses; may be given again."),
+    ] = None,
     gate: Gate = None,
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
@@ -128,35 +138,36 @@ def calibrate(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find, for each layer, full attention or how many blocks per query: the cheapest setting you allow.
+    """Find the cheapest setting you allow: its threshold, or with a topk how many blocks each layer attends.
 
-    The threshold of a choice that a tile of queries shares is not searched; compare some with 'moba-hf eval'.
+    Where a tile of queries shares a choice, the pairs it attends are counted, and each layer gets a threshold
+    of its own if that surely lowers the loss. Where every query chooses (--preset default-per-query), each
+    layer gets a topk or full attention. If a text holds twice --length tokens, the second half checks what
+    was found on the first.
 
-    Takes one dense pass per text, a short backward pass and up to four whole passes per text: minutes for a
-    model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an estimate is a few.
+    Takes a dense pass and a short backward pass, then one pass over each text for every setting tried:
+    minutes for a model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an
+    estimate is a few.
     """
     if not text:
         raise ValueError("give --text FILE, texts like those the model will read")
     if write and not Path(model).is_dir():
         raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
+    if preset is not None:
+        check_preset(preset)
     _check_folder(out, store)
     load_package()
     quiet()
+    from moba_hf.calibrate import Options, starting_setting, write_settings
     from moba_hf.calibrate import calibrate as search
-    from moba_hf.calibrate import write_settings
     from moba_hf.evaluate import run
 
+    options = Options(max_loss, keys, block_sizes=tuple(block_size or ()), store=store)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code)
-    texts = [run.read_ids(tokenizer, name, length) for name in text]
-    found = search(
-        loaded,
-        texts,
-        max_loss=max_loss,
-        keys=keys,
-        block_sizes=block_size or (32,),
-        gate=gate or "mean",
-        store=store,
-    )
+    options = replace(options, setting=starting_setting(loaded, preset, gate))
+    read = [run.read_ids(tokenizer, name, length, most=2 * length) for name in text]
+    held_out = [ids[:, length:] for ids in read if ids.shape[1] == 2 * length]
+    found = search(loaded, [ids[:, :length] for ids in read], options, held_out=held_out)
     _write_json(out, found.to_dict())
     print(json.dumps(found.to_dict(), indent=1) if as_json else found.report())
     if write:

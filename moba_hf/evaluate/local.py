@@ -30,6 +30,8 @@ from moba_hf.evaluate.passes import (
 )
 from moba_hf.op.gates import GATES
 
+SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
+
 
 @dataclass(frozen=True)
 class LocalCosts:
@@ -102,7 +104,7 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
     """Layer index -> half the mean squared gradient of the loss at the layer's attention output.
 
     The labels of the loss are drawn from the model's own predictions. Takes one dense forward and backward
-    pass over `ids (1, length)`; use a short text (2,048 tokens).
+    pass over `ids (1, length)`; use a short text (`SENSITIVITY_TOKENS`).
     """
     adapter, _ = family_of(model)
     outputs: dict[int, Tensor] = {}

@@ -70,8 +70,12 @@ def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaCo
     return {"dense": None, **(named or {"moba": moba_config(family_of(model)[1])})}
 
 
-def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tensor:
-    """The first `length` token ids of a text file, `(1, length)`.
+def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most: int | None = None) -> Tensor:
+    """The first token ids of a text file, `(1, length)`, or up to `(1, most)` if the file has more.
+
+    Args:
+        length: tokens that the file must have.
+        most: tokens that are read at most; None: `length`.
 
     Raises:
         ValueError: the file has fewer tokens.
@@ -79,8 +83,8 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int) -> Tenso
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(16 * length)  # bounded, since a device file never ends
-    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+        text = file.read(16 * (most or length))  # bounded, since a device file never ends
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, : most or length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: has {ids.shape[1]} tokens, but {length} are needed; lower --length")
     return ids

@@ -127,9 +127,11 @@ def main() -> None:
     parser.add_argument("--no-flex", action="store_true", help="GPU: leave out flex attention")
     parser.add_argument("--out", help="GPU: folder for CSV and Markdown")
     parser.add_argument("--model", help="a checkpoint: what sparse steps of a shared choice cost and read")
-    parser.add_argument("--text", nargs="+", help="with --model: files of at least --tokens tokens")
+    parser.add_argument(
+        "--text", nargs="+", help="with --model: text files, or FILE.npz:NAME of shared_texts.py"
+    )
     parser.add_argument("--preset", default="default", help="with --model: a preset with tile > 1")
-    parser.add_argument("--threshold", type=float, help="with --model: another threshold than the preset's")
+    parser.add_argument("--threshold", type=float, nargs="+", help="with --model: thresholds of the steps")
     parser.add_argument("--tokens", type=int, default=8192, help="with --model: tokens of each text")
     parser.add_argument("--steps", type=int, default=1024, help="with --model: the last so many")
     args = parser.parse_args()

@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,43 +68,54 @@ class Reads:
 
 
 @torch.no_grad()
-def step_losses(model: torch.nn.Module, ids: Tensor, steps: int) -> Tensor:
-    """Losses of the last `steps` tokens of `ids (1, N)`, each predicted by a decode step."""
-    begin = ids.shape[1] - steps
-    cache = prefill(
-        model, ids[:, :begin], cache=MobaCache(model.config, max_cache_len=ids.shape[1]), progress=False
-    )
+def step_losses(model: torch.nn.Module, cache: MobaCache, ids: Tensor, begin: int) -> Tensor:
+    """Losses of `ids[0, begin:]`, each predicted by a step on a cache of the tokens before `begin - 1`.
+
+    The cache is cropped to what it held.
+    """
     losses = []
     for at in range(begin - 1, ids.shape[1] - 1, ROWS):
         rows = ids[:, at : min(at + ROWS, ids.shape[1] - 1)]
         logits = model(rows, **cache_kwargs(model, cache), use_cache=True).logits[0].float()
         targets = ids[0, at + 1 : at + 1 + rows.shape[1]]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
+    cache.crop(begin - ids.shape[1])
     return torch.cat(losses)
 
 
+def token_ids(text: str, tokenizer: Any) -> Tensor:
+    """Token ids `(1, N)` of a text file, or of one text in a file of `shared_texts.py`: "FILE.npz:NAME"."""
+    path, _, name = text.partition(".npz:")
+    if name:
+        return torch.from_numpy(np.load(path + ".npz")[name].astype(np.int64))[None]
+    return torch.as_tensor(tokenizer(Path(text).read_text(encoding="utf-8")).input_ids)[None]
+
+
 def bench(args: argparse.Namespace) -> None:
-    """Dense and sparse steps after one and the same sparse prefill, on each text."""
+    """Dense and sparse steps after one sparse prefill, on each text."""
     model, tokenizer = load_checkpoint(args.model, "float32", device="cpu")
     moba = MobaConfig.from_preset(args.preset)
-    if args.threshold is not None:
-        moba = dataclasses.replace(moba, threshold=args.threshold)
     if not isinstance(moba.for_layer(0, int(model.config.num_hidden_layers)), SharedRule):
         raise SystemExit(f"preset {args.preset!r} is no shared choice (tile > 1)")
     print(f"{args.model}, preset {args.preset}, {moba.in_words()}; {args.steps} steps up to {args.tokens}")
     for text in args.text:
-        ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids
-        ids = ids[:, : args.tokens]
+        ids = token_ids(text, tokenizer)[:, : args.tokens]
         if ids.shape[1] < args.tokens:
             raise SystemExit(f"{text} has {ids.shape[1]} tokens, {args.tokens} are needed")
-        losses, reads = {}, Reads()
-        for decode in ("full", "sparse"):
-            patch_model(model, dataclasses.replace(moba, decode=decode))
+        begin = args.tokens - args.steps
+        patch_model(model, moba)
+        cache = MobaCache(model.config, max_cache_len=args.tokens)
+        prefill(model, ids[:, :begin], cache=cache, progress=False)
+        patch_model(model, dataclasses.replace(moba, decode="full"))
+        dense = step_losses(model, cache, ids, begin)
+        print(f"{text}: dense {dense.mean():.4f}", flush=True)
+        for threshold in args.threshold or [moba.threshold]:
+            patch_model(model, dataclasses.replace(moba, decode="sparse", threshold=threshold))
+            reads = Reads()
             with reads.counted():
-                losses[decode] = step_losses(model, ids, args.steps)
-        rise = losses["sparse"] - losses["full"]
-        error = 1.96 * rise.unflatten(0, (-1, 64)).mean(1).std() / (len(rise) / 64) ** 0.5
-        print(
-            f"{text}: dense {losses['full'].mean():.4f}, sparse {rise.mean():+.4f} +- {error:.4f}; ", end=""
-        )
-        print(reads.line(), flush=True)
+                rise = step_losses(model, cache, ids, begin) - dense
+            error = 1.96 * rise.unflatten(0, (-1, 64)).mean(1).std() / (len(rise) / 64) ** 0.5
+            print(
+                f"  threshold {threshold}: sparse {rise.mean():+.4f} +- {error:.4f}; {reads.line()}",
+                flush=True,
+            )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from tiny import tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig, use_moba
-from moba_hf import calibrate as calibration
-from moba_hf.calibrate import allocate, calibrate, config_of, write_settings
+from moba_hf.calibrate import Options, allocate, calibrate, config_of, passes, per_query, write_settings
 from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
 from moba_hf.op.reference import attend_ref, select_blocks_ref
+
+PER_QUERY = MobaConfig.from_preset("default-per-query")
 
 
 def planted_model() -> Any:
@@ -31,7 +33,8 @@ def planted_model() -> Any:
 
 def test_calibration_gives_the_keys_to_the_layer_that_matters() -> None:
     model, texts = planted_model(), [tiny_ids(256, seed) for seed in (1, 2)]
-    found = calibrate(model, texts, keys=0.4, block_sizes=(8, 16), trailing=128, samples=16)
+    options = Options(keys=0.4, setting=PER_QUERY, block_sizes=(8, 16), trailing=128, samples=16)
+    found = calibrate(model, texts, options)
     share = {
         i: 1.0 if rule is None else rule.max_keys / 256
         for i, rule in enumerate(found.config.for_layer(i, 3) for i in range(3))
@@ -39,13 +42,14 @@ def test_calibration_gives_the_keys_to_the_layer_that_matters() -> None:
     assert share[1] > 2 * max(share[0], share[2])
     assert found.config.key_budget(256, 3) <= 0.4
     even = MobaConfig(found.config.block_size, int(0.4 * 256 / found.config.block_size), 1, 1)
-    tail = [calibration._tail(model, ids, c, 128) for ids in texts for c in (None, even)]
+    tail = [passes.one_pass(model, ids, c, 128)["loss"] for ids in texts for c in (None, even)]
     assert max(abs(tail[1] - tail[0]), abs(tail[3] - tail[2])) > 3 * max(map(abs, found.chosen.rise))
 
 
 def test_an_allowed_loss_is_kept_with_fewer_than_all_keys() -> None:
     model, texts = planted_model(), [tiny_ids(256)]
-    found = calibrate(model, texts, max_loss=0.05, block_sizes=(8,), trailing=128, samples=16)
+    options = Options(max_loss=0.05, setting=PER_QUERY, block_sizes=(8,), trailing=128, samples=16)
+    found = calibrate(model, texts, options)
     assert found.chosen.worst is not None
     assert found.chosen.worst <= 0.05
     assert found.chosen.keys < 1
@@ -111,25 +115,25 @@ def test_a_stopped_run_goes_on_without_repeating_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, texts, store = planted_model(), [tiny_ids(128)], tmp_path / "store.json"
-    settings: dict[str, Any] = {"block_sizes": (8,), "trailing": 64, "samples": 8, "store": store}
-    passes = []
-    real = calibration._tail
+    options = Options(keys=0.5, setting=PER_QUERY, block_sizes=(8,), trailing=64, samples=8, store=store)
+    made = []
+    real = passes.one_pass
 
-    def counted(*args: Any) -> float:
-        passes.append(args)
-        if len(passes) == 2:
+    def counted(*args: Any) -> dict[str, Any]:
+        made.append(args)
+        if len(made) == 2:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(calibration, "_tail", counted)
+    monkeypatch.setattr(passes, "one_pass", counted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, texts, keys=0.5, **settings)
-    again = calibrate(model, texts, keys=0.5, **settings)
-    assert len(passes) == 3  # dense, the interrupted one, and that one again
+        calibrate(model, texts, options)
+    again = calibrate(model, texts, options)
+    assert len(made) == 3  # dense, the interrupted one, and that one again
     monkeypatch.undo()
-    assert again == calibrate(model, texts, keys=0.5, **{**settings, "store": None})
+    assert again == calibrate(model, texts, replace(options, store=None))
     with pytest.raises(ValueError, match="other settings"):
-        calibrate(model, [tiny_ids(128, 5)], keys=0.5, **settings)
+        calibrate(model, [tiny_ids(128, 5)], options)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -146,12 +150,15 @@ def test_bad_arguments_are_refused() -> None:
         ({"keys": 0.5, "confirmations": -1}, "confirmations"),
         ({"keys": 0.5, "samples": 0}, "samples must be at least 1"),
         ({"keys": 0.5, "trailing": 0}, "trailing must be at least 1"),
-        ({"keys": 0.5, "block_sizes": ()}, "block_sizes"),
+        ({"keys": 0.5, "block_sizes": (0,)}, "block_sizes"),
     ):
         with pytest.raises(ValueError, match=message):
-            calibrate(model, [ids], **settings)  # type: ignore[arg-type]
+            Options(**settings)  # type: ignore[arg-type]
+    for texts in ([], [ids, tiny_ids(32)], [ids[0]]):
+        with pytest.raises(ValueError, match="one length"):
+            calibrate(model, texts, Options(keys=0.5))
     with pytest.raises(ValueError, match="one length"):
-        calibrate(model, [ids, tiny_ids(32)], keys=0.5)
+        calibrate(model, [ids], Options(keys=0.5), held_out=[tiny_ids(32)])
 
 
 def test_the_model_card_names_the_settings_that_are_written(tmp_path: Path) -> None:
@@ -188,37 +195,37 @@ def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
 def test_how_the_model_was_loaded_does_not_matter() -> None:
     """A checkpoint that already has MoBA settings is measured dense."""
     model, texts = tiny_model(), [tiny_ids(128)]
-    given: dict[str, Any] = {"keys": 0.4, "block_sizes": (8,), "trailing": 64, "samples": 8}
-    stock = calibrate(model, texts, **given)
+    options = Options(keys=0.4, setting=PER_QUERY, block_sizes=(8,), trailing=64, samples=8)
+    stock = calibrate(model, texts, options)
     with use_moba(model, MobaConfig(8, 2)):
-        assert calibrate(model, texts, **given) == stock
+        assert calibrate(model, texts, options) == stock
 
 
 @pytest.mark.parametrize("change", ["model", "text", "trailing"])
 def test_a_store_goes_on_with_what_it_was_made_of_only(tmp_path: Path, change: str) -> None:
     model, ids, store = tiny_model(), tiny_ids(128), tmp_path / "store.json"
-    given: dict[str, Any] = {"keys": 0.5, "block_sizes": (8,), "trailing": 64, "samples": 8, "store": store}
-    calibrate(model, [ids], **given)
+    options = Options(keys=0.5, setting=PER_QUERY, block_sizes=(8,), trailing=64, samples=8, store=store)
+    calibrate(model, [ids], options)
     if change == "model":
         model = tiny_model(seed=1)
     elif change == "text":
         ids = ids.flip(1)  # as long, and with the same sum
     else:
-        given["trailing"] = 32
+        options = replace(options, trailing=32)
     with pytest.raises(ValueError, match="other settings"):
-        calibrate(model, [ids], **given)
+        calibrate(model, [ids], options)
 
 
 def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of 8 tokens (own, first, neighbour) are 18.75 % of 128 tokens."""
     model, texts = tiny_model(), [tiny_ids(128)]
-    given: dict[str, Any] = {"trailing": 64, "samples": 8}
+    options = Options(keys=0.18, setting=PER_QUERY, block_sizes=(8, 16), trailing=64, samples=8)
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "local_costs", lambda *_, **__: pytest.fail("a pass was made"))
+        patch.setattr(per_query, "local_costs", lambda *_, **__: pytest.fail("a pass was made"))
         with pytest.raises(ValueError, match=r"18\.8% of the keys is the least"):
-            calibrate(model, texts, keys=0.18, block_sizes=(8, 16), **given)
-    found = calibrate(model, texts, keys=0.19, block_sizes=(16, 8), **given)
-    assert found.config.block_size == 8  # 16 would exceed the budget
+            calibrate(model, texts, options)
+    found = calibrate(model, texts, replace(options, keys=0.19, block_sizes=(16, 8)))
+    assert found.config.block_size == 8  # 16 cannot keep it
     assert found.chosen.keys == 0.1875 == min(p.keys for p in found.curve)
     assert len({p.keys for p in found.curve}) == len(found.curve)
 
@@ -239,13 +246,24 @@ def test_windows_and_layers_without_keys_are_in_the_budget_as_inspect_counts_the
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    found = calibrate(model, [tiny_ids(128)], keys=0.3, block_sizes=(8,), trailing=64, samples=8)
+    options = Options(keys=0.3, setting=PER_QUERY, block_sizes=(8,), trailing=64, samples=8)
+    found = calibrate(model, [tiny_ids(128)], options)
     counted = inspect_config(config, found.config, (128,)).lengths[0].key_budget
     assert found.chosen.keys == counted
     assert 0.25 < counted <= 0.3
     assert [i for i in range(4) if found.config.for_layer(i, 4) is not None] == [1, 3]
 
 
+def test_a_choice_per_query_keeps_how_its_setting_decodes_and_decides_what_is_full() -> None:
+    setting = MobaConfig(8, 4, 1, 0, (2,), decode="sparse", decode_max_len=3, gate="mass")
+    options = Options(keys=0.5, setting=setting, trailing=64, samples=8)
+    found = calibrate(tiny_model(), [tiny_ids(128)], options).config
+    assert (found.decode, found.decode_max_len, found.gate) == ("sparse", 3, "mass")
+    assert (found.block_size, found.sink_blocks, found.local_blocks) == (8, 1, 0)
+    assert found.for_layer(2, 3) is not None
+
+
 def test_a_report_without_sparse_layers_says_so() -> None:
-    found = calibrate(tiny_model(), [tiny_ids(64)], keys=1.0, block_sizes=(8,), trailing=32, samples=4)
+    options = Options(keys=1.0, setting=PER_QUERY, block_sizes=(8,), trailing=32, samples=4)
+    found = calibrate(tiny_model(), [tiny_ids(64)], options)
     assert found.report().endswith("Chosen: 100.0% of the keys; every layer keeps full attention")

@@ -69,7 +69,8 @@ def test_calibrate_writes_the_checkpoint(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, out = checkpoint / "text.txt", tmp_path / "curve.json"
-    args = ("--text", text, "--length", 512, "--keys", 0.4, "--block-size", 16, "--gate", "mass")
+    rule = ("--preset", "default-per-query", "--block-size", 16, "--gate", "mass")
+    args = ("--text", text, "--length", 512, "--keys", 0.4, *rule)
     printed = run(capsys, "calibrate", checkpoint, *args, "--out", out, "--write")
     config = MobaConfig.from_dict(json.loads((checkpoint / "config.json").read_text())["moba"])
     assert config == MobaConfig.from_dict(json.loads(out.read_text())["config"])

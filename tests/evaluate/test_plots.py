@@ -95,6 +95,25 @@ def test_a_figure_names_the_setting_it_is_of(tmp_path: Path) -> None:
         plots.from_json("recall", str(file), setting="x")
 
 
+def test_a_calibration_is_drawn_by_what_it_counts_and_by_kind(tmp_path: Path) -> None:
+    def point(keys: float, cost: float, rise: list[float] | None, layers: dict[str, dict[str, float]]):
+        return {"keys": keys, "cost": cost, "rise": rise, "config": {"threshold": 0.1, "layers": layers}}
+
+    own = {"1": {"threshold": 0.2}}
+    curve = [point(0.1, 3.0, None, {}), point(0.2, 2.0, [0.1, 0.3], {}), point(0.2, 1.0, [0.2, 0.05], own)]
+    file = tmp_path / "curve.json"
+    file.write_text(json.dumps({"counts": "causal pairs", "curve": curve}))
+    ax = plots.from_json("budget", str(file)).axes[0]
+    assert ax.get_xlabel() == "causal pairs (%)"
+    lines = {line.get_label().split(" (")[0]: line.get_xydata().tolist() for line in ax.lines}
+    assert lines == {
+        "local cost": [[10.0, 3.0], [20.0, 2.0]],
+        "local cost, a threshold for each layer": [[20.0, 1.0]],
+        "measured, worst text": [[20.0, 0.3]],
+        "measured, worst text, a threshold for each layer": [[20.0, 0.2]],
+    }
+
+
 @pytest.mark.parametrize("kind", ["recall", "needles", "budget", "positions"])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "other.json"

@@ -100,7 +100,8 @@ def test_damaged_gguf(count: int, tmp_path: Path) -> None:
 def test_damaged_stores(count: int, tiny: Path, tmp_path: Path) -> None:
     store, whole = tmp_path / "store.json", tmp_path / "whole.json"
     text = ["--text", str(tiny.parent / "text.txt"), "--length", "100"]
-    arguments = ["calibrate", str(tiny), *text, "--keys", "0.7", "--block-size", "8"]
+    rule = ["--preset", "default-per-query", "--block-size", "8"]
+    arguments = ["calibrate", str(tiny), *text, "--keys", "0.7", *rule]
     assert end_of([*arguments, "--store", str(whole)], 60) == "done"
 
     def damage(rng: random.Random) -> list[list[str]]:

@@ -1,0 +1,168 @@
+"""The topk of each layer, or full attention, for a choice that every query makes for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moba_hf.calibrate.allocation import cheapest
+from moba_hf.calibrate.options import Options
+from moba_hf.calibrate.passes import Passes
+from moba_hf.calibrate.results import KEY_BUDGET, Point
+from moba_hf.checkpoints.inspection import inspect_config
+from moba_hf.config import LayerConfig, MobaConfig
+from moba_hf.evaluate.local import SENSITIVITY_TOKENS, LocalCosts, local_costs, sensitivities
+from moba_hf.evaluate.passes import family_of
+
+SHARES = (0.016, 0.023, 0.031, 0.047, 0.0625, 0.094, 0.125, 0.1875, 0.25, 0.375, 0.5)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How the key budget of a model follows from that of the layers that MoBA may run in.
+
+    Attributes:
+        attending: layers that attend keys. eligible: those that MoBA may run in.
+        others: sum of the shares of keys that the rest of them attend, such as windows.
+    """
+
+    attending: int
+    eligible: int
+    others: float
+
+    @classmethod
+    def of(cls, model: Any, length: int) -> _Share:
+        layers = inspect_config(model.config, MobaConfig(1, 1), (length,)).layers
+        limits = [row.key_limit for row in layers if row.kind == "stock" and row.key_limit != 0]
+        eligible = sum(row.kind == "moba" for row in layers)
+        if not eligible:
+            raise ValueError(f"no layer of this {model.config.model_type} model can use MoBA")
+        others = sum(min(1.0, (limit or length) / length) for limit in limits)
+        return cls(eligible + len(limits), eligible, others)
+
+    def of_eligible(self, keys: float) -> float:
+        """The budget of the eligible layers where the model's is `keys`."""
+        return (keys * self.attending - self.others) / self.eligible
+
+    def least(self, rule: LayerConfig, length: int) -> float:
+        """The least budget of the model under `rule`, every topk as small as its forced blocks allow."""
+        own = min(1.0, (1 + rule.sink_blocks + rule.local_blocks) * rule.block_size / length)
+        return (self.others + self.eligible * own) / self.attending
+
+    def lowest(self, rules: Sequence[LayerConfig], length: int, keys: float | None) -> float:
+        """The least budget of all `rules`. Raises ValueError where `keys` is below it."""
+        least = min(self.least(rule, length) for rule in rules)
+        if keys is not None and keys < least - 1e-9:
+            raise ValueError(
+                f"keys={keys} cannot be kept: {least:.1%} of the keys is the least that these block sizes "
+                f"attend at {length} tokens, kept blocks included; take smaller blocks"
+            )
+        return least
+
+
+def allocate(costs: LocalCosts, keys: float) -> tuple[dict[int, int], float]:
+    """The topk of each layer (`blocks` in all: full) with the least sum of costs at a key budget.
+
+    Args:
+        costs: of one rule.
+        keys: mean over these layers of `min(1, topk * block_size / length)` that is allowed.
+
+    Returns:
+        topk by layer, and the sum of costs. Where even the least topk exceeds the budget, that.
+    """
+    blocks = -(-costs.length // costs.rule.block_size)
+    choices = {
+        layer: {
+            topk: (min(1.0, topk * costs.rule.block_size / costs.length), cost)
+            for topk, cost in {**by_topk, blocks: 0.0}.items()
+        }
+        for layer, by_topk in costs.costs.items()
+    }
+    picked = cheapest(choices, keys * len(choices))
+    return picked, sum(choices[layer][topk][1] for layer, topk in picked.items())
+
+
+def config_of(costs: LocalCosts, picked: dict[int, int], num_layers: int) -> MobaConfig:
+    """The settings with topk by layer; layers that attend every block, or that are not in it, stay full."""
+    rule = costs.rule
+    blocks = -(-costs.length // rule.block_size)
+    full = tuple(i for i in range(num_layers) if picked.get(i, blocks) >= blocks)
+    sparse = {i: topk for i, topk in picked.items() if i not in full}
+    common = max(sparse.values(), key=list(sparse.values()).count) if sparse else rule.topk
+    return MobaConfig(
+        block_size=rule.block_size,
+        topk=common,
+        sink_blocks=rule.sink_blocks,
+        local_blocks=rule.local_blocks,
+        gate=rule.gate,
+        full_attention_layers=full,
+        layers={str(i): {"topk": topk} for i, topk in sparse.items()},  # type: ignore[arg-type]
+    )
+
+
+@dataclass(frozen=True)
+class TopkLadder:
+    """Settings by key budget, over all rules that can keep it.
+
+    Attributes:
+        setting: the one that decoding is taken from.
+        num_layers: of the model, whose config `model_config` is.
+        tables: local costs, one per rule.
+        least: the least budget of all rules.
+    """
+
+    model_config: Any
+    setting: MobaConfig
+    num_layers: int
+    tables: Sequence[LocalCosts]
+    share: _Share
+    least: float
+    counts = KEY_BUDGET
+    most = 1.0
+
+    def at(self, share: float) -> Point:
+        """The best setting at a key budget by local costs."""
+        keys, length = max(share, self.least), self.tables[0].length
+        able = [table for table in self.tables if self.share.least(table.rule, length) <= keys + 1e-9]
+        found = [(*allocate(table, self.share.of_eligible(keys)), table) for table in able]
+        picked, cost, table = min(found, key=lambda one: one[1])
+        decoding = {"decode": self.setting.decode, "decode_max_len": self.setting.decode_max_len}
+        config = replace(config_of(table, picked, self.num_layers), **decoding)  # type: ignore[arg-type]
+        reached = inspect_config(self.model_config, config, (length,)).lengths[0].key_budget
+        return Point(reached, cost, config.to_dict(), dense=not config.layers)
+
+
+def topk_ladder(passes: Passes, setting: MobaConfig, options: Options) -> TopkLadder:
+    """The settings for a choice per query; it makes the dense passes that it needs.
+
+    Raises:
+        ValueError: a key budget below what the smallest block size attends.
+    """
+    model, length = passes.model, passes.length
+    adapter, text_config = family_of(model)
+    forced = setting.sink_blocks, setting.local_blocks
+    rules = [
+        LayerConfig(size, 1 + sum(forced), *forced, setting.gate, adapter.rotary_pairs)
+        for size in options.block_sizes or (setting.block_size,)
+    ]
+    share = _Share.of(model, length)
+    least = share.lowest(rules, length, options.keys)
+    tables = _tables(passes, rules, options)
+    return TopkLadder(model.config, setting, adapter.num_layers(text_config), tables, share, least)
+
+
+def _tables(passes: Passes, rules: Sequence[LayerConfig], options: Options) -> list[LocalCosts]:
+    """The layer-local costs of each rule, from dense passes or from what is kept of them."""
+    model, texts, seed = passes.model, passes.texts, options.seed
+
+    def measure() -> Any:
+        weights = sensitivities(model, texts[0][:, -SENSITIVITY_TOKENS:], seed=seed)
+        found = local_costs(model, texts, rules, SHARES, weights, samples=options.samples, seed=seed)
+        return [{str(i): {str(k): c for k, c in by.items()} for i, by in one.costs.items()} for one in found]
+
+    known = passes.known.get(f"local costs {[asdict(rule) for rule in rules]}", measure)
+    return [
+        LocalCosts(rule, passes.length, {int(i): {int(k): c for k, c in by.items()} for i, by in one.items()})
+        for rule, one in zip(rules, known, strict=True)
+    ]
