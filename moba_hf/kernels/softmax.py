@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moba_hf.kernels.launch import _UPCAST, narrow
+from moba_hf.kernels.launch import _UPCAST, add_dot, narrow
+
+FEW_KEYS = tl.constexpr(16)
 
 
 @triton.jit
@@ -28,3 +30,41 @@ def accumulate(acc, m_i, l_i, scores, values, scale, like):
         values = values.to(tl.float32)
     acc = tl.dot(p, values, acc * alpha[:, None], input_precision="ieee")
     return acc, m_new, l_i
+
+
+# A masked value that is not finite leaves a NaN, 0 x NaN, in every row that `accumulate` adds it to. Kernels
+# that can afford it look at their sums once, at the end. Where one is not finite, they compute the rows
+# before that value again, FEW_KEYS at a time so that nothing spills: `add_finite` over all keys, then
+# `if_unseen`.
+
+
+@triton.jit
+def any_not_finite(acc, mask):
+    """Whether `acc (M, N)` holds a NaN or an infinity in a row of `mask (M,)`: a scalar."""
+    return tl.sum(tl.sum(tl.where(mask[:, None], acc, 0.0) * 0.0, 1), 0) != 0.0
+
+
+@triton.jit
+def add_finite(acc, first_odd, p, values, key, like):
+    """Adds `p (M, N)`, 0 where masked, times those of `values (N, D)` that are finite.
+
+    `first_odd (D,)` int32: the least `key (N,)` whose value is not; from 0x7FFFFFFF on.
+    """
+    values = values.to(tl.float32)
+    finite = values * 0.0 == 0.0
+    first_odd = tl.minimum(first_odd, tl.min(tl.where(finite, 0x7FFFFFFF, key[:, None]), 0))
+    return add_dot(acc, narrow(p, like), narrow(tl.where(finite, values, 0.0), like)), first_odd
+
+
+@triton.jit
+def if_unseen(result, first_odd, last_seen):
+    """`result (M, D)` where a row sees keys up to `last_seen (M,)`, all of them finite, else NaN."""
+    return tl.where(first_odd[None, :] > last_seen[:, None], result, float("nan"))
+
+
+@triton.jit
+def store_numbers(ptr, offset, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """As `layout.store_rows`, what is NaN in `rows (N, PADDED)` left out."""
+    dim = tl.arange(0, PADDED)
+    mask = mask[:, None] & (dim < DIM)[None, :] & (rows == rows)
+    tl.store(ptr + offset[:, None] + dim[None, :], rows, mask=mask)

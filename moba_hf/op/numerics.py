@@ -79,6 +79,27 @@ def _widened(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
 
+def masked_product(weights: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
+    """`weights (t, A, B) @ x (t, B, D)` where `weights` counts as 0 at `hidden`, without 0 x NaN there.
+
+    Args:
+        hidden: bool `(t, A, B)`; None: nowhere, or everything in `x` is finite and `weights` is 0 there.
+    """
+    if hidden is None:
+        return torch.bmm(weights, x)
+    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
+    seen = (~hidden).to(x.dtype)
+    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
+        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
+    return result
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether all elements are known to be finite: their sums are."""
+    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    return bool(torch.stack(sums).isfinite().all())
+
+
 def has_tangent(*tensors: Tensor) -> bool:
     """Whether any of the tensors has a forward-mode AD tangent."""
     if torch.compiler.is_compiling():

@@ -98,6 +98,14 @@ class Piece:
         if self.later is not None:
             self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
 
+    def hidden(self) -> Tensor | None:
+        """Where a row may not attend, bool `(P, T, n B)`; None: nowhere."""
+        if self.later is None:
+            return None
+        hidden = torch.zeros_like(self.scores, dtype=torch.bool)
+        hidden[:, :, -self.later.shape[2] :] = self.later
+        return hidden
+
     def weights(self, shift: Tensor) -> Tensor:
         """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
         shifted_exp(self.scores, shift)
@@ -109,6 +117,8 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     Attributes:
+        tile: at most the length of the sequence.
+        block_size: at most the length of the sequence.
         q: `(H * M + 1, D)`, scaled; the last row is zero, for "no row".
         keys: `(D, HK * NB, B)`, zero after the end; products with this layout are a quarter faster.
         values: `(HK * NB, B * Dv)`, zero after the end.
@@ -129,16 +139,18 @@ class SequenceBlocks:
         block_size: int,
         scale: float,
     ):
-        self.dtype, self.tile, self.block_size = accumulate_dtype(q.dtype), tile, block_size
+        self.dtype = accumulate_dtype(q.dtype)
         self.batch, first = rows[0][0], rows[0][1]
         self.queries = slice(first, rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
+        # a short sequence costs what its own queries and keys cost
+        self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
-        self.count = -(-self.length // block_size)
+        self.count = -(-self.length // self.block_size)
         self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
-        self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
+        self.keys = across.view(-1, self.num_kv_heads * self.count, self.block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
         self.chosen = chosen.flatten(0, 1)
         self.scratch = Scratch(self.q)
@@ -180,7 +192,7 @@ class SequenceBlocks:
         queries, end = self.queries.stop - self.queries.start, 0
         lane = torch.arange(self.tile, device=self.order.device)
         whole = (self.size == self.tile).tolist()
-        alike = lane > lane[:, None] if self.tile >= self.block_size else None
+        alike = lane > lane[:, None] if self.tile % self.block_size == 0 else None
         while end < len(self.counts):
             begin, count = end, self.counts[end]
             keys = min(count * self.block_size, _PIECE_KEYS)
@@ -201,7 +213,7 @@ class SequenceBlocks:
 
     def _later(self, blocks: Tensor, position: Tensor) -> Tensor:
         """Which keys of a tile's own blocks, the last of `blocks (P, n)`, are after `position (P, T)`."""
-        own = blocks[:, -max(1, self.tile // self.block_size) :, None]
+        own = blocks[:, self.tile // -self.block_size :, None]  # as many as a tile overlaps
         key = (own * self.block_size + torch.arange(self.block_size, device=own.device)).flatten(1)
         return key[:, None, :] > position[:, :, None]
 

@@ -202,3 +202,42 @@ def test_unsupported_inputs_are_refused() -> None:
     wide = case.q.new_zeros(1, 1, 4, 257)
     with pytest.raises(ValueError, match="256"):
         choose_backend("triton", wide, wide, wide, rule)
+
+
+class TestNotFinite:
+    """A value that a row must not see does not reach it; what it sees it gets, as before."""
+
+    @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("rule", [(16, 3), (64, 2)])
+    def test_later_values(self, bad: float, dtype: torch.dtype, rule: tuple[int, int]) -> None:
+        block_size, topk = rule
+        case = Case([(70, 70)], num_heads=4, num_kv_heads=2, head_dim=16, dtype=dtype)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (case.q, case.k, case.v))
+        settings = {"block_size": block_size, "topk": topk, "backend": "triton", "return_lse": True}
+        clean, clean_lse = ops.moba_attention(q, k, v, **settings)
+        for which in (1, 2):
+            inputs = [q, k.clone(), v.clone()]
+            inputs[which][57, 1] = bad
+            out, lse = ops.moba_attention(*inputs, **settings)
+            assert torch.equal(lse[:, :57], clean_lse[:, :57])
+            close = 1e-5 if dtype == torch.float32 else 2e-2
+            assert torch.allclose(out[:57], clean[:57], rtol=close, atol=close)
+            assert torch.equal(out[:, :2], clean[:, :2])  # another kv head
+            last = 57 // block_size * block_size + block_size
+            assert not out[57:last, 2:].isfinite().any()
+            if which == 2:
+                expected, _ = ops.moba_attention(*inputs, **{**settings, "backend": "reference"})
+                assert torch.equal(out.isfinite(), expected.isfinite())
+
+    def test_one_component_of_a_head(self) -> None:
+        case = Case([(5, 9), (40, 40)], num_heads=2, head_dim=16, spare=2)
+        case.v[0, 0, 9 + 21, 3], case.v[0, 0, 9 + 25, 5] = torch.nan, torch.inf
+        choice = case.expected_choice()
+        out, _ = case.attend(choice, use_decode=False)
+        case.backend = "reference"
+        expected, _ = case.attend(choice)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert out[0, 5:26].isfinite().all()
+        assert out[0, 26:37, :, 3].isnan().all()
+        assert out[0, 30:37, :, 5].isinf().all()
