@@ -670,6 +670,6 @@ class TestSettingsBesideANestedTextConfig:
         config = self.config()
         config.text_config.moba = {"block_size": 8, "topk": 2}
         with pytest.raises(
-            ValueError, match=r"two MoBA settings: .*'block_size': 4.* beside its text_config"
+            ValueError, match=r"two different MoBA settings: .*'block_size': 4.* beside its text_config"
         ):
             AutoModelForImageTextToText.from_config(config)

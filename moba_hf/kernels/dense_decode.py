@@ -210,9 +210,9 @@ def _dense_decode_kernel(
         acc / tl.where(found, l_i, 1.0)[:, None],
         mask=(found & real)[:, None] & (column < V_DIM)[None, :],
     )
-    if not SEVERAL:  # the only query sees every key
+    if not SEVERAL:  # the only query attends to every key
         return
-    if any_not_finite(acc, found & real):  # rows before a value that is not finite, again
+    if any_not_finite(acc, found & real):  # recompute the rows before a value that is not finite
         acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
         for start in tl.range(begin, end, FEW_KEYS, num_stages=1):

@@ -175,9 +175,9 @@ def _own_kernel(
         if FINAL:
             lse = lse * LN_2
         tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)
-        SPARE: tl.constexpr = PADDED_DIM <= 128 and PADDED_V <= 128  # registers: else they would spill
+        SPARE: tl.constexpr = PADDED_DIM <= 128 and PADDED_V <= 128  # otherwise registers would spill
         if SPARE:
-            if any_not_finite(acc, mask):  # rows before a value that is not finite, again
+            if any_not_finite(acc, mask):  # recompute the rows before a value that is not finite
                 acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
                 first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
                 for start in tl.range(0, last, FEW_KEYS, num_stages=1):
