@@ -121,7 +121,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 class TestNotFiniteUnderASharedChoice:
-    """Keys that a row may not attend to affect neither its output nor its gradients, only the tile's choice."""
+    """Hidden keys affect neither the output nor the gradients of a row, only the choice of its tile."""
 
     RULES = (
         {"block_size": 4, "tile": 8, "threshold": 0.3, "sample": 2},

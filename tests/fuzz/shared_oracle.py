@@ -44,10 +44,10 @@ def rows_of_tiles(begin: int, end: int, tile: int) -> list[range]:
 
 
 def masses_of(q: dict[int, Array], k: Array, rows: range, rule: SharedNumbers) -> list[float]:
-    """The mass of each candidate of a tile of `rows`; `q` by position."""
+    """The mass of each candidate of the tile `rows`; `q` maps positions to queries."""
     first = rows[0] // rule.tile * rule.tile
     candidates = first // rule.block_size
-    # of each group of `sample` positions the last row that the call holds
+    # the last row in the call of each group of `sample` positions
     speakers = [i for i in rows if i + 1 not in rows or (i + 1) // rule.sample > i // rule.sample]
     total = [0.0] * candidates
     for i in speakers:
