@@ -119,10 +119,11 @@ def test_eval(bars: Any, model: Path, text: Path, tmp_path: Path, capsys: pytest
 
 def test_calibrate(bars: Any, model: Path, text: Path) -> None:
     run("calibrate", model, "--text", text, "--length", "256", "--keys", "0.4", "--block-size", "8")
-    (first, *one), (second, *two), (third, *three) = bars
-    assert (first, one) == (["sensitivity"], [3, 3])
-    assert (second, two) == (["local costs"], [3, 3])
-    assert (third[0].split("%")[1], three) == (" of the keys", [6, 6])
+    first, second, dense, chosen, *more = bars
+    assert (first, second) == ((["sensitivity"], 3, 3), (["local costs"], 3, 3))
+    assert (dense[0][0].split(", ")[1], *dense[1:]) == ("dense", 3, 3)
+    assert (chosen[0][0].split("%")[1], *chosen[1:]) == (" of the keys", 3, 3)
+    assert all(done == total for _, done, total in more)
 
 
 def test_plot(bars: Any, model: Path, text: Path, tmp_path: Path) -> None:

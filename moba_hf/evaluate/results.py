@@ -1,4 +1,4 @@
-"""Results on disk and on screen: a JSON store from which a run can resume, progress bars, tables."""
+"""Results on disk and on screen: a JSON store from which a run can resume, and tables."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig, use_moba
-from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds
+from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds, write_settings
 from moba_hf.evaluate import token_losses
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.local_shared import threshold_errors
@@ -342,6 +342,21 @@ def test_the_command_writes_thresholds_that_reload_to_the_same_logits(
         assert torch.equal(loaded(ids).logits, expected)
         assert not torch.equal(dense(ids).logits, expected)
     run(capsys, "plot", "budget", out, "--out", tmp_path / "x.png")
+
+
+def test_thresholds_of_layers_reload_to_the_same_logits(shared: Path) -> None:
+    config = thresholds.with_thresholds(SETTING, {0: 0.3, 1: 0.02, 2: 0.3}, LAYERS)
+    assert config.threshold == 0.3
+    write_settings(shared, config)
+    loaded = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float32, attn_implementation="sdpa")
+    ids, logits = tiny_ids(300), []
+    for setting in (config, replace(config, layers=())):
+        with torch.no_grad(), use_moba(dense, setting):
+            logits.append(dense(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits[0])
+    assert not torch.equal(*logits)
 
 
 def test_the_command_refuses_what_does_not_fit(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
