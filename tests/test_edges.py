@@ -121,7 +121,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 class TestNotFiniteUnderASharedChoice:
-    """What a row may not attend reaches neither it nor its gradients; a tile's list may hear later rows."""
+    """Hidden keys affect neither the output nor the gradients of a row, only the choice of its tile."""
 
     RULES = (
         {"block_size": 4, "tile": 8, "threshold": 0.3, "sample": 2},
@@ -218,7 +218,7 @@ class TestNotFiniteUnderASharedChoice:
     @pytest.mark.parametrize("bad", BAD)
     @pytest.mark.parametrize("backend", ["portable", "reference"])
     def test_no_candidate_is_dropped(self, bad: float, backend: str) -> None:
-        """Of a tile whose masses are no numbers every block is attended, the lowest up to `topk`."""
+        """A tile whose masses are NaN attends to every block, the lowest ones up to `topk`."""
         q, k, _ = qkv(40)
         rule = {"block_size": 4, "tile": 8, "threshold": 0.9, "gate": "mass", "backend": backend}
         before = select_blocks(q, k, **rule)
@@ -243,7 +243,7 @@ class TestNotFiniteUnderASharedChoice:
         assert not mask[:, 4, 0].eq(1023).all()
 
     def test_decode_steps(self) -> None:
-        """Later ones of a call reach no earlier one; a key that is no number is attended, not dropped."""
+        """Later keys of a call do not affect earlier queries; a NaN key is attended, not dropped."""
         rule = SharedRule(4, 8, threshold=0.9, sink_blocks=0, local_blocks=0)
         clean = [x.transpose(0, 1)[None] for x in qkv(41)]
         where = Sequences(batched_table(1, 3, 41, torch.device("cpu")), 3, 41)
@@ -310,7 +310,7 @@ class TestHugeSettings:
     )
     @pytest.mark.parametrize("v_dim", [64, 32])
     def test_results_of_a_shared_choice(self, huge: dict, same: dict, v_dim: int) -> None:
-        """Seconds before: a block of 163,840 for 500 tokens."""
+        """A block size of 163,840 for 500 tokens used to take seconds."""
         tensors = [x.requires_grad_() for x in (*qkv(500, 4, 2, 64)[:2], torch.randn(500, 2, v_dim))]
         begin, results = time.process_time(), []
         for rule in (huge, same):
@@ -641,7 +641,7 @@ class TestDefaultCache:
 
 
 class TestSettingsBesideANestedTextConfig:
-    """A flat config, as older releases wrote them, holds MoBA's settings beside its text config."""
+    """A flat config, as older releases wrote it, has MoBA settings outside its text config."""
 
     MOBA: ClassVar = {"block_size": 4, "topk": 2}
 
@@ -670,6 +670,6 @@ class TestSettingsBesideANestedTextConfig:
         config = self.config()
         config.text_config.moba = {"block_size": 8, "topk": 2}
         with pytest.raises(
-            ValueError, match=r"two MoBA settings: .*'block_size': 4.* beside its text_config"
+            ValueError, match=r"two different MoBA settings: .*'block_size': 4.* outside its text_config"
         ):
             AutoModelForImageTextToText.from_config(config)

@@ -84,7 +84,7 @@ def place_settings(config: Any) -> None:
     """Moves MoBA settings from the outer config, if they are there, to its text config, in place.
 
     Raises:
-        ValueError: The text config has other settings.
+        ValueError: the text config has different settings.
     """
     if config is None or not has_adapter(getattr(config, "model_type", "")):
         return
@@ -94,8 +94,8 @@ def place_settings(config: Any) -> None:
     if getattr(text, "moba", None) not in (None, config.moba):
         key = find_adapter(config.model_type).text_config_key
         raise ValueError(
-            f"the config holds two MoBA settings: {config.moba} beside its {key}, and {text.moba} in it, "
-            f"which are the ones that count: delete the first"
+            f"the config contains two different MoBA settings: {config.moba} outside its {key}, and "
+            f"{text.moba} inside, which would be used: delete the first"
         )
     text.moba = config.moba
     del config.moba

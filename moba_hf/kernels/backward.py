@@ -43,8 +43,10 @@ def attend_backward(
     Args:
         grad_out: `(batch, q_len, H, DV)`, any strides.
         grad_lse: fp32 `(batch, H, q_len)`, any strides.
-        saved: arguments and results of `forward.attend`.
-        sequences, block_size, softmax_scale: its other arguments.
+        saved: inputs and results of `forward.attend`.
+        sequences: as in `forward.attend`.
+        block_size: as in `forward.attend`.
+        softmax_scale: as in `forward.attend`.
         workspace: maximum bytes for the pairs and sums of a group; None: `budgets.BACKWARD_WORKSPACE`.
         tiles: tiles of the kernels; None: those of `backward_tiles`.
     """

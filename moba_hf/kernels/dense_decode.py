@@ -93,7 +93,7 @@ def dense_decode_attention(
                 PADDED_DIM=dims[0],
                 V_DIM=v_dim,
                 PADDED_V=dims[1],
-                AGAIN=length > 1 and tuning.capability(q.device) < (10, 0),  # see `own`
+                SEVERAL=length > 1,
                 BLOCK_M=block_m,
                 BLOCK_N=tile.n,
                 STAGES=tile.stages,
@@ -155,7 +155,7 @@ def _dense_decode_kernel(
     PADDED_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
-    AGAIN: tl.constexpr,
+    SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -210,9 +210,9 @@ def _dense_decode_kernel(
         acc / tl.where(found, l_i, 1.0)[:, None],
         mask=(found & real)[:, None] & (column < V_DIM)[None, :],
     )
-    if not AGAIN:  # the only query sees every key
+    if not SEVERAL:  # the only query attends to every key
         return
-    if any_not_finite(acc, found & real):  # rows before a value that is not finite, again
+    if any_not_finite(acc, found & real):  # recompute the rows before a value that is not finite
         acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
         for start in tl.range(begin, end, FEW_KEYS, num_stages=1):

@@ -75,8 +75,6 @@ def own_attention(
             BLOCK_N=tile.n,
             FINAL=final,
             ONLY_PARTIAL=only_partial,
-            # larger heads would spill registers, and Triton 3.7 fails on it for Blackwell
-            AGAIN=max(padded(head_dim), padded(v_dim)) <= 128 and tuning.capability(q.device) < (10, 0),
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
@@ -114,7 +112,6 @@ def _own_kernel(
     BLOCK_N: tl.constexpr,
     FINAL: tl.constexpr,
     ONLY_PARTIAL: tl.constexpr,
-    AGAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     number = tl.program_id(0)
@@ -178,8 +175,9 @@ def _own_kernel(
         if FINAL:
             lse = lse * LN_2
         tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)
-        if AGAIN:
-            if any_not_finite(acc, mask):  # rows before a value that is not finite, again
+        SPARE: tl.constexpr = PADDED_DIM <= 128 and PADDED_V <= 128  # otherwise registers would spill
+        if SPARE:
+            if any_not_finite(acc, mask):  # recompute the rows before a value that is not finite
                 acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
                 first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
                 for start in tl.range(0, last, FEW_KEYS, num_stages=1):

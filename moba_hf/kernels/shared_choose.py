@@ -24,7 +24,7 @@ from moba_hf.op.shared import SharedRule
 # 131,072 tokens and 16 rows this takes 0.68 ms; with 1,024 columns 0.81 ms, with eight rows 1.27 ms.
 _COLUMNS, _ROWS, _WARP = 512, 2, 128
 
-# Bits of the NaN that every mass becomes that is none; bisection starts at -1 and its width must fit int32.
+# Bits that replace every NaN mass. The bisection starts at -1, so its width must fit in int32.
 _NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
 
 
@@ -111,7 +111,7 @@ def _tile_masses(
                 mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=inside, other=0.0
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
-        # one NaN of all: as bits it is the largest, so that no block is dropped for it
+        # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
         bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), _NOT_A_NUMBER)
         mean = bits.to(tl.float32, bitcast=True)
         tl.store(scratch_ptr + column, mean, mask=column < columns)

@@ -32,23 +32,23 @@ def accumulate(acc, m_i, l_i, scores, values, scale, like):
     return acc, m_new, l_i
 
 
-# A masked value that is not finite leaves a NaN, 0 x NaN, in every row that `accumulate` adds it to. Kernels
-# that can afford it look at their sums once, at the end. Where one is not finite, they compute the rows
-# before that value again, FEW_KEYS at a time so that nothing spills: `add_finite` over all keys, then
-# `if_unseen`.
+# If a value is not finite, `accumulate` also makes rows NaN that do not attend to it, because 0 * NaN is NaN.
+# Kernels that can afford it check their sums at the end. If one is not finite, they recompute the rows before
+# that value, FEW_KEYS keys at a time to avoid spilling: `add_finite` over all keys, then `if_unseen`.
 
 
 @triton.jit
 def any_not_finite(acc, mask):
-    """Whether `acc (M, N)` holds a NaN or an infinity in a row of `mask (M,)`: a scalar."""
+    """Whether a row of `acc (M, N)` in `mask (M,)` contains a NaN or an infinity; a scalar."""
     return tl.sum(tl.sum(tl.where(mask[:, None], acc, 0.0) * 0.0, 1), 0) != 0.0
 
 
 @triton.jit
 def add_finite(acc, first_odd, p, values, key, like):
-    """Adds `p (M, N)`, 0 where masked, times those of `values (N, D)` that are finite.
+    """Adds the product of `p (M, N)`, 0 where masked, and the finite ones of `values (N, D)`.
 
-    `first_odd (D,)` int32: the least `key (N,)` whose value is not; from 0x7FFFFFFF on.
+    `first_odd (D,)`, int32, is the smallest `key (N,)` whose value is not finite; its initial value is
+    0x7FFFFFFF.
     """
     values = values.to(tl.float32)
     finite = values * 0.0 == 0.0
@@ -58,13 +58,13 @@ def add_finite(acc, first_odd, p, values, key, like):
 
 @triton.jit
 def if_unseen(result, first_odd, last_seen):
-    """`result (M, D)` where a row sees keys up to `last_seen (M,)`, all of them finite, else NaN."""
+    """`result (M, D)` for rows whose keys, up to `last_seen (M,)`, are all finite; NaN for other rows."""
     return tl.where(first_odd[None, :] > last_seen[:, None], result, float("nan"))
 
 
 @triton.jit
 def store_numbers(ptr, offset, rows, mask, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """As `layout.store_rows`, what is NaN in `rows (N, PADDED)` left out."""
+    """Like `layout.store_rows`, but does not store NaNs of `rows (N, PADDED)`."""
     dim = tl.arange(0, PADDED)
     mask = mask[:, None] & (dim < DIM)[None, :] & (rows == rows)
     tl.store(ptr + offset[:, None] + dim[None, :], rows, mask=mask)

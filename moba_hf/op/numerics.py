@@ -80,10 +80,12 @@ def _widened(x: Any) -> Any:
 
 
 def masked_product(weights: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
-    """`weights (t, A, B) @ x (t, B, D)` where `weights` counts as 0 at `hidden`, without 0 x NaN there.
+    """`weights (t, A, B) @ x (t, B, D)` without the terms in `hidden`, even if `x` is not finite there.
 
     Args:
-        hidden: bool `(t, A, B)`; None: nowhere, or everything in `x` is finite and `weights` is 0 there.
+        weights: `(t, A, B)`.
+        x: `(t, B, D)`.
+        hidden: bool `(t, A, B)`; None: no terms are hidden, or `x` is finite and hidden weights are 0.
     """
     if hidden is None:
         return torch.bmm(weights, x)
@@ -95,7 +97,7 @@ def masked_product(weights: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether all elements are known to be finite: their sums are."""
+    """Whether the sums of all tensors are finite, which implies that all elements are."""
     sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
     return bool(torch.stack(sums).isfinite().all())
 

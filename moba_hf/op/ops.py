@@ -231,7 +231,7 @@ def attention_over(
     softmax_scale: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`attention` over a choice of blocks that was made before.
+    """`attention` with a given choice of blocks.
 
     Args:
         block_indices: int32 `(batch, q_len, num_heads, topk)`, or the block mask of a shared choice.

@@ -190,7 +190,7 @@ def attend(
             for problems in seq.batches():
                 part, part_lse = outs[problems.place], lses[problems.place]
                 _attend_batch(seq, problems, part, part_lse)
-                if not all_finite(part):  # a weight of 0 may have met a NaN
+                if not all_finite(part):  # a weight of 0 may have been multiplied by a NaN
                     _attend_not_finite(seq, problems, part, part_lse)
             place = seq.places()
             rows = out[seq.batch, seq.queries].flatten(0, 1)
@@ -226,12 +226,12 @@ def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Ten
 
 
 def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
-    """As `_attend_batch`, but numbers may be NaN or infinite: what a row may not attend stays out of it."""
+    """`_attend_batch` for inputs that are not finite, which must not affect rows that do not see them."""
     out.zero_()
     lse.fill_(-torch.inf)
     for piece in seq.pieces(problems):
         top = piece.scores.amax(2)
-        nothing = top == -torch.inf  # every score of the row
+        nothing = top == -torch.inf  # every score of the row is -inf
         weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)
         part = masked_product(weights, piece.values, piece.hidden())
         log = (top - weights.amax(2).log_()).masked_fill_(nothing, -torch.inf)

@@ -99,7 +99,7 @@ class Piece:
             self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
 
     def hidden(self) -> Tensor | None:
-        """Where a row may not attend, bool `(P, T, n B)`; None: nowhere."""
+        """Keys that a row may not attend to, bool `(P, T, n B)`; None: there are none."""
         if self.later is None:
             return None
         hidden = torch.zeros_like(self.scores, dtype=torch.bool)
@@ -117,7 +117,8 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     Attributes:
-        tile, block_size: at most the length of the sequence.
+        tile: at most the length of the sequence.
+        block_size: at most the length of the sequence.
         q: `(H * M + 1, D)`, scaled; the last row is zero, for "no row".
         keys: `(D, HK * NB, B)`, zero after the end; products with this layout are a quarter faster.
         values: `(HK * NB, B * Dv)`, zero after the end.
@@ -143,7 +144,7 @@ class SequenceBlocks:
         self.queries = slice(first, rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
-        # a short sequence costs what its own queries and keys cost
+        # limit both sizes, so that a short sequence costs no more than its queries and keys
         self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
         self.count = -(-self.length // self.block_size)

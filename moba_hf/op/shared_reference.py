@@ -71,7 +71,7 @@ def chosen_candidates_ref(mass: Tensor, rule: SharedRule) -> list[int]:
     wanted = []
     before = 0.0  # the mass of the heavier ones
     for block in order:
-        # negated, so that masses which are not numbers drop no block
+        # negated, so that NaN masses drop no block
         passes = rule.threshold is None or not values[block] < rule.threshold * values[order[0]]
         passes = passes and (rule.share is None or not before >= rule.share)
         if passes and block not in forced:
@@ -137,7 +137,7 @@ def attend_shared_ref(
         in_block = chosen[:, number, key // block_size]
         attended[:, rows - (kv_len - q_len)] = in_block[:, None] & (key <= rows[:, None])
     of_key = "khd"
-    if not all(bool(x.isfinite().all()) for x in (q, keys, values)):  # 0 x NaN is no zero: a row its own keys
+    if not all(bool(x.isfinite().all()) for x in (q, keys, values)):  # 0 * NaN is NaN: separate keys per row
         hidden = ~attended[..., None]
         keys, values = (x.transpose(0, 1)[:, None].masked_fill(hidden, 0.0) for x in (keys, values))
         of_key = "hqkd"

@@ -155,9 +155,9 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Options(**settings)  # type: ignore[arg-type]
     for texts in ([], [ids, tiny_ids(32)], [ids[0]]):
-        with pytest.raises(ValueError, match="one length"):
+        with pytest.raises(ValueError, match="the same length"):
             calibrate(model, texts, Options(keys=0.5))
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         calibrate(model, [ids], Options(keys=0.5), held_out=[tiny_ids(32)])
 
 

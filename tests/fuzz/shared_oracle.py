@@ -1,8 +1,7 @@
-"""The shared choice of blocks in float64, one tile at a time, written from the rule and apart from
-`moba_hf.op.shared_reference`.
+"""The shared choice of blocks in float64, one tile at a time; independent of `moba_hf.op.shared_reference`.
 
-Arrays are numpy, of one sequence and one head, as in `fuzz.oracle`. A sequence may come in several calls: a
-call `[begin, end)` of positions holds some rows of a tile, which are the tile then.
+Arrays are numpy, for one sequence and one head, as in `fuzz.oracle`. A sequence may be split into several
+calls. If a call with positions `[begin, end)` has only some rows of a tile, these rows are the tile.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class SharedNumbers:
-    """The numbers of the rule, and the softmax scale."""
+    """The settings of the rule, and the softmax scale."""
 
     block_size: int
     tile: int
@@ -34,21 +33,21 @@ class SharedNumbers:
 
     @property
     def score(self) -> oracle.Rule:
-        """What scores one block."""
+        """The rule of `fuzz.oracle` that scores one block."""
         return oracle.Rule(self.block_size, 1, gate="mass", scale=self.scale)
 
 
 def rows_of_tiles(begin: int, end: int, tile: int) -> list[range]:
-    """The positions of a call, tile by tile."""
+    """The positions of a call, split into tiles."""
     cuts = [begin, *(at for at in range(begin + 1, end) if at % tile == 0), end]
     return [range(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def masses_of(q: dict[int, Array], k: Array, rows: range, rule: SharedNumbers) -> list[float]:
-    """The mass of each candidate of a tile of `rows`; `q` by position."""
+    """The mass of each candidate of the tile `rows`; `q` maps positions to queries."""
     first = rows[0] // rule.tile * rule.tile
     candidates = first // rule.block_size
-    # of each group of `sample` positions the last row that the call holds
+    # the last row in the call of each group of `sample` positions
     speakers = [i for i in rows if i + 1 not in rows or (i + 1) // rule.sample > i // rule.sample]
     total = [0.0] * candidates
     for i in speakers:
@@ -64,7 +63,7 @@ def masses_of(q: dict[int, Array], k: Array, rows: range, rule: SharedNumbers) -
 
 
 def blocks_of(masses: list[float], rows: range, rule: SharedNumbers) -> tuple[set[int], float]:
-    """The blocks that a tile attends, and by how little a mass missed or made it, relative to the mass."""
+    """The blocks that a tile attends to, and the smallest relative distance of a mass from its limit."""
     first, count = rows[0] // rule.tile * rule.tile, len(masses)
     own = set(range(first // rule.block_size, rows[-1] // rule.block_size + 1))
     if first < rule.dense_below:

@@ -1,6 +1,6 @@
-"""Random calls under a shared choice against the oracle: choices, outputs, gradients, rows, decode steps.
+"""Random calls with a shared choice against the oracle: choices, outputs, gradients, rows, decode steps.
 
-Seconds by default; with --slow thousands of draws (pytest -s prints the counts).
+Takes seconds by default; --slow runs thousands of draws (pytest -s prints the counts).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Q_BEGIN, Q_END, POSITION, K_BEGIN, K_END = range(1, 6)  # columns of the tile ta
 
 
 class Draw:
-    """One random rule, heads, numbers."""
+    """A random rule with random heads and dims."""
 
     def __init__(self, seed: int):
         self.seed, self.random = seed, random.Random(seed)
@@ -42,7 +42,7 @@ class Draw:
         self.kv_heads, self.group = pick([1, 1, 2]), pick([1, 2, 3])
         self.heads = self.kv_heads * self.group
         self.dim, self.v_dim = pick([2, 4, 8, 16]), pick([0, 3, 8])
-        self.v_dim = self.v_dim or self.dim  # equal: torch's fused kernel for CPUs
+        self.v_dim = self.v_dim or self.dim  # with equal dims, torch's fused CPU kernel runs
         size = pick([1, 2, 3, 4, 5, 8, 16, 32, 10**6])
         tile = size * pick([1, 1, 2, 3, 4]) if size < 10**6 else pick([size, 50, 16])
         if size in (4, 8, 16, 32) and pick([False, True]):
@@ -83,7 +83,7 @@ def close(ours: Any, exact: Any) -> bool:
 def check_tile(
     chosen: set[int], q: dict[int, Array], k: Array, rows: range, draw: Draw, counts: Counter[str]
 ) -> None:
-    """The oracle's blocks, unless a mass lies within rounding of what decides."""
+    """The tile has the oracle's blocks, unless a mass is within rounding of its limit."""
     expected, room = blocks_of(masses_of(q, k, rows, draw.numbers), rows, draw.numbers)
     counts["tiles"] += 1
     if chosen != expected:
@@ -95,7 +95,7 @@ Array = np.ndarray
 
 
 def check_packed(draw: Draw, counts: Counter[str]) -> None:
-    """A packed call with its gradients, sometimes under a choice that was made before."""
+    """A packed call with its gradients, sometimes with a given choice."""
     pick = draw.random.choice
     keys = [
         pick([0, 1, draw.random.randint(1, 20), draw.random.randint(1, 70)]) for _ in range(pick([1, 2, 3]))
@@ -148,7 +148,7 @@ def check_packed(draw: Draw, counts: Counter[str]) -> None:
 
 @torch.no_grad()
 def check_rows(draw: Draw, counts: Counter[str]) -> None:
-    """Padded rows and chunks over a cache's slots, or decode steps; what lies outside is NaN."""
+    """Padded rows and chunks over the slots of a cache, or decode steps; unused slots are NaN."""
     pick = draw.random.choice
     batch, slots = pick([1, 2, 3]), draw.random.randint(1, 60)
     steps = pick([False, True])
