@@ -28,7 +28,7 @@ from moba_hf.kernels.layout import (
     load_rows,
     row_offset,
 )
-from moba_hf.kernels.softmax import FEW_KEYS, accumulate, add_finite, any_not_finite, if_unseen, store_numbers
+from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
 
 # Initial running maximum: finite, so that a tile in which a row attends no key changes nothing.
@@ -93,7 +93,6 @@ def dense_decode_attention(
                 PADDED_DIM=dims[0],
                 V_DIM=v_dim,
                 PADDED_V=dims[1],
-                SEVERAL=length > 1,
                 BLOCK_M=block_m,
                 BLOCK_N=tile.n,
                 STAGES=tile.stages,
@@ -155,7 +154,6 @@ def _dense_decode_kernel(
     PADDED_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
-    SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -210,18 +208,3 @@ def _dense_decode_kernel(
         acc / tl.where(found, l_i, 1.0)[:, None],
         mask=(found & real)[:, None] & (column < V_DIM)[None, :],
     )
-    if not SEVERAL:  # the only query attends to every key
-        return
-    if any_not_finite(acc, found & real):  # recompute the rows before a value that is not finite
-        acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
-        first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
-        for start in tl.range(begin, end, FEW_KEYS, num_stages=1):
-            key = start + tl.arange(0, FEW_KEYS)
-            inside = key < end
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, False)
-            p = tl.exp2(dot(q, tl.trans(keys)) * scale - m_i[:, None])
-            p = tl.where(inside[None, :] & (key[None, :] <= last[:, None]), p, 0.0)
-            acc, first_odd = add_finite(acc, first_odd, p, values, key, v_ptr)
-        result = if_unseen(acc / tl.where(found, l_i, 1.0)[:, None], first_odd, last)
-        store_numbers(partial_ptr, at * V_DIM, result, found & real, V_DIM, PADDED_V)

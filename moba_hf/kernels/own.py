@@ -18,7 +18,7 @@ from moba_hf.kernels import tuning
 from moba_hf.kernels.inputs import Inputs
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
-from moba_hf.kernels.softmax import FEW_KEYS, accumulate, add_finite, any_not_finite, if_unseen, store_numbers
+from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tiling import find_tile, head_split
 
 
@@ -175,20 +175,3 @@ def _own_kernel(
         if FINAL:
             lse = lse * LN_2
         tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)
-        SPARE: tl.constexpr = PADDED_DIM <= 128 and PADDED_V <= 128  # otherwise registers would spill
-        if SPARE:
-            if any_not_finite(acc, mask):  # recompute the rows before a value that is not finite
-                acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
-                first_odd = tl.full([PADDED_V], 0x7FFFFFFF, tl.int32)
-                for start in tl.range(0, last, FEW_KEYS, num_stages=1):
-                    key = start + tl.arange(0, FEW_KEYS)
-                    inside = key < last
-                    keys = load_rows(
-                        k_ptr, key.to(tl.int64) * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False
-                    )
-                    values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], inside, V_DIM, PADDED_V, False)
-                    p = tl.exp2(dot(q, tl.trans(keys)) * scale - m_i[:, None])
-                    p = tl.where(key[None, :] <= (before + token)[:, None], p, 0.0)
-                    acc, first_odd = add_finite(acc, first_odd, p, values, key, v_ptr)
-                result = narrow(if_unseen(acc / l_i[:, None], first_odd, before + token), out_ptr)
-                store_numbers(out_ptr, flat * V_DIM, result, mask, V_DIM, PADDED_V)
