@@ -1,4 +1,4 @@
-"""Progress bars: every long step of the command line has one, alone, and it ends where it should."""
+"""Every long step of the command line shows one progress bar, which ends complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Screen(io.StringIO):
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that keeps what it did: its texts, how far it came, and how many were open beside it."""
+    """A bar that records its texts, its progress, and how many bars are open."""
 
     seen: list[tuple[list[str], int, int]]
     shown: int
@@ -57,7 +57,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int, int]]:
-    """What bars do from now on, on a terminal: their texts, how far they came, and their totals."""
+    """The texts, progress and totals of all bars in the test, on a terminal."""
     Bar.seen, Bar.shown, Bar.screen = [], 0, Screen()
     monkeypatch.setattr(progress, "tqdm", Bar)
     return Bar.seen

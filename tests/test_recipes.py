@@ -116,7 +116,7 @@ def test_shell(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_what_is_installed() -> None:
-    """What a wheel must bring beside its modules."""
+    """Files that a wheel must contain in addition to its modules."""
     assert files("moba_hf").joinpath("py.typed").is_file()
     assert {path.name for path in files("moba_hf.patches").iterdir()} >= {"llama.py", "README.md"}
     found = {path.name for path in files("moba_hf.configs").iterdir() if path.name.endswith(".json")}
