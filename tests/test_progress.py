@@ -118,7 +118,8 @@ def test_eval(bars: Any, model: Path, text: Path, tmp_path: Path, capsys: pytest
 
 
 def test_calibrate(bars: Any, model: Path, text: Path) -> None:
-    run("calibrate", model, "--text", text, "--length", "256", "--keys", "0.4", "--block-size", "8")
+    rule = ("--preset", "default-per-query", "--block-size", "8")
+    run("calibrate", model, "--text", text, "--length", "256", "--keys", "0.4", *rule)
     first, second, dense, chosen, *more = bars
     assert (first, second) == ((["sensitivity"], 3, 3), (["local costs"], 3, 3))
     assert (dense[0][0].split(", ")[1], *dense[1:]) == ("dense", 3, 3)
