@@ -180,6 +180,7 @@ def attention(
     block_means: Tensor | None = None,
     block_indices: Tensor | None = None,
     steps: bool = False,
+    heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views, without unpadding, repeating or copying them.
 
@@ -198,7 +199,10 @@ def attention(
             here, which reads all keys.
         block_indices: a given choice, int32 `(batch, q_len, num_heads, topk)`, or the block mask of a shared
             choice; None: blocks are chosen here.
-        steps: the queries are decode steps: with a shared choice, each is its own tile.
+        steps: the queries are decode steps: with a shared choice, each chooses for itself (step 8 of
+            `moba_hf.op.shared`).
+        heard: `(batch, num_heads, rows, head_dim)`, with `steps` the queries just before `q` that steps of a
+            shared choice hear; None: none.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
@@ -210,7 +214,7 @@ def attention(
             check_mask(block_indices, q, sequences, rule)
         settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
         if steps:
-            return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
+            return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means, heard=heard)
         return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
     check_head_dim(rule, q)
     if block_indices is None and not torch.compiler.is_compiling():

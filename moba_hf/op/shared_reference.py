@@ -6,7 +6,7 @@ num_kv_heads, v_dim)`, with the last query at the position of the last key. It c
 inputs), and the attention is differentiable by autograd.
 
 If a sequence is read in several calls, tiles may be cut. `cuts` are the positions at which a further call
-begins, so this is also the reference for chunks of a prefill and for decode steps.
+begins, so this is also the reference for chunks of a prefill. `shared_steps_ref` is that for decode steps.
 """
 
 from __future__ import annotations
@@ -153,3 +153,32 @@ def shared_attention_ref(
     chosen = select_shared_ref(q, k, rule, softmax_scale, cuts)
     limits = {"block_size": rule.block_size, "tile": rule.tile}
     return attend_shared_ref(q, k, v, chosen, **limits, softmax_scale=softmax_scale, cuts=cuts)
+
+
+def shared_steps_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SharedRule,
+    softmax_scale: float | None = None,
+    heard: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Decode steps of one sequence: a step's list is that of its tile if the tile ended with the step.
+
+    Args:
+        heard: the first so many rows of `q` are not steps; they only help to choose.
+
+    Returns:
+        `out (steps, num_heads, v_dim)` and `lse (num_heads, steps)`, as `attend_shared_ref`.
+    """
+    limits = {"block_size": rule.block_size, "tile": rule.tile}
+    outs, lses = [], []
+    for row in range(heard, q.shape[0]):
+        keys, values = (x[: k.shape[0] - q.shape[0] + row + 1] for x in (k, v))
+        chosen = select_shared_ref(q[: row + 1], keys, rule, softmax_scale)[:, -1:]
+        out, lse = attend_shared_ref(
+            q[row : row + 1], keys, values, chosen, **limits, softmax_scale=softmax_scale
+        )
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, 1)
