@@ -46,26 +46,30 @@ def steps(q: Tensor, k: Tensor, v: Tensor, rule: SharedRule, kept: Tensor | None
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("q_len", "heard"), [(1, 0), (1, 21), (5, 6), (20, 0), (20, 30)])
+@pytest.mark.parametrize(("q_len", "heard"), [(1, None), (1, 21), (5, None), (5, 6), (20, 0), (20, 30)])
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_rows_equal_the_reference(
-    rule: str, dtype: torch.dtype, q_len: int, heard: int, backend: str
+    rule: str, dtype: torch.dtype, q_len: int, heard: int | None, backend: str
 ) -> None:
-    """With `heard` rows before the steps, which reach into the padding of the last row."""
+    """With `heard` rows before the steps, also in the padding of the last row; None: all ask alone."""
     torch.manual_seed(0)
     shared, starts = RULES[rule], torch.tensor([0, 13, 83])
     layer = MobaLayer()
     k, v = layer.update(*states(3, LENGTH, dtype))
-    rows = torch.randn(3, 2 * HEADS, heard + q_len, DIM).to(dtype)
-    before, q = rows.split([heard, q_len], 2)
+    count = heard or 0
+    rows = torch.randn(3, 2 * HEADS, count + q_len, DIM).to(dtype)
+    before, q = rows.split([count, q_len], 2)
+    before = None if heard is None else before
     kept = layer.moba_means(k, starts, shared.block_size, None, KeptMass(shared.rotary_pairs))
     for given in (kept, None):
         out, lse = steps(q, k, v, shared, given, kv_start=starts, backend=backend, heard=before)
         for row, start in enumerate(starts.tolist()):
-            padding = max(0, start - (LENGTH - heard - q_len))
-            first = max(0, padding - heard)
+            padding = max(0, start - (LENGTH - count - q_len))
+            first = max(0, padding - count)
             parts = [x[row].transpose(0, 1) for x in (rows[:, :, padding:], k[:, :, start:], v[:, :, start:])]
-            expected = shared_steps_ref(*parts, shared, 0.3, max(0, heard - padding))
+            expected = shared_steps_ref(
+                *parts, shared, 0.3, None if heard is None else max(0, count - padding)
+            )
             assert not out[row, :first].any()
             torch.testing.assert_close(out[row, first:], expected[0], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(lse[row, :, first:], expected[1], rtol=1e-5, atol=1e-5)

@@ -183,7 +183,7 @@ def _attend(
 
 
 def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | None:
-    """Where the cache layer keeps the queries that decode steps hear; None: steps hear only their own call.
+    """Where the cache layer keeps the queries that decode steps hear; None: every step asks alone.
 
     Static layers do not keep them. In compiled graphs their number would differ from call to call.
     """
@@ -202,7 +202,7 @@ class _Call:
         rule: the rule; None: attend to every key.
         steps: they are decode steps.
         heard: `(batch, num_heads, rows, head_dim)`, queries of the rows just before them that steps of a
-            shared choice hear; None: none are known.
+            shared choice hear; None: every step asks alone.
     """
 
     qkv: tuple[Tensor, Tensor, Tensor]

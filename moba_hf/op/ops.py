@@ -202,7 +202,7 @@ def attention(
         steps: the queries are decode steps: with a shared choice, each chooses for itself (step 8 of
             `moba_hf.op.shared`).
         heard: `(batch, num_heads, rows, head_dim)`, with `steps` the queries just before `q` that steps of a
-            shared choice hear; None: none.
+            shared choice hear beside those of `q`; None: every step asks alone.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).

@@ -22,10 +22,10 @@ first token:
 6. Tiles that begin before `dense_below` attend to every key up to the row.
 7. Output and `lse` are those of the softmax over the attended keys. The choice is not differentiated.
 8. A decode step with a sparse choice has a list of its own: the one that its tile would have if it ended with
-   the step. So it hears the rows of its tile up to itself, in this call and in earlier ones, as far as their
-   queries are known, and never later rows. Rows of the prompt are heard too, whatever they attended to. The
-   candidates stay the same while the tile is open, so every row's masses are over the same blocks. If no
-   earlier query is known, the step asks alone.
+   the step. So it hears the rows of its tile up to itself, in this call and in earlier ones, as far as the
+   cache has kept their queries, and never later rows. Rows of the prompt are heard too, whatever they
+   attended to. The candidates stay the same while the tile is open, so the masses of all rows are over the
+   same blocks. With a cache that keeps no queries, every step asks alone, also if a call has several.
 
 So a tile's choice depends on all of its rows: a row can be influenced by later tokens of its tile, but never
 by later tiles.

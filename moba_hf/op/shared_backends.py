@@ -81,7 +81,7 @@ class SharedKernels(Protocol):
             kept: `(batch, num_kv_heads, blocks, width)`, the summaries `gates.KeptMass(rule.rotary_pairs)` of
                 each row's complete blocks, followed by arbitrary finite values.
             heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that the steps hear, see
-                `moba_hf.op.shared`; None: none.
+                `moba_hf.op.shared`; None: every step asks alone.
         """
         ...
 

@@ -42,7 +42,7 @@ def decode(
         v: `(batch, HK, N, Dv)`, any strides.
         kept: `(batch, HK, C, width)`, see `SharedKernels.decode`.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
-        heard: `(batch, H, P, D)`, the queries just before `q`; None: none.
+        heard: `(batch, H, P, D)`, the queries just before `q`; None: every query asks alone.
     """
     position = positions(table, q.shape[2])
     with full_precision(q.device):
@@ -66,7 +66,7 @@ def choose(
         q: `(batch, H, M, D)`.
         kept: `(batch, HK, C, width)`.
         position: `(batch, M)`, -1 for padding.
-        heard: `(batch, H, P, D)`, the queries just before `q`; None: none.
+        heard: `(batch, H, P, D)`, the queries just before `q`; None: every query asks alone.
     """
     batch, num_heads, length, dim = q.shape
     columns = kept.shape[2]
@@ -79,15 +79,18 @@ def choose(
     chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
     if columns == 0:
         return own[:, None].expand_as(chosen)
-    step = max(mass_step(q, kept, rule), rule.tile)
+    step = mass_step(q, kept, rule)
+    step = step if heard is None else max(step, rule.tile)
     for row in range(batch):
         gate = PairedMassSummary.of_kept(kept[row], dim, rule.block_size, softmax_scale, rule.rotary_pairs)
         for m in range(0, length, step):
             part = slice(m, m + step)
-            known = q[row, :, max(0, m - rule.tile + 1) : m]
-            if heard is not None and m < rule.tile - 1:
-                known = torch.cat([heard[row, :, max(0, heard.shape[2] - rule.tile + 1 + m) :], known], 1)
-            mass = _heard_masses(q[row, :, part], known, gate, position[row, part], columns, rule)
+            if heard is None:
+                mass = row_masses(q[row, :, part], gate, ~earlier[row, part, :columns], 0)
+            else:
+                known = torch.cat([heard[row], q[row, :, max(0, m - rule.tile + 1) : m]], 1)
+                known = known[:, max(0, known.shape[1] - rule.tile + 1) :]
+                mass = _heard_masses(q[row, :, part], known, gate, position[row, part], columns, rule)
             taken = torch.nn.functional.pad(take_candidates(mass, candidates[row, part], rule), (0, 1))
             chosen[row, :, part] = torch.where(dense[row, part], earlier[row, part], taken) | own[row, part]
     return chosen

@@ -252,13 +252,14 @@ def shared_steps(
     kept: Tensor | None = None,
     heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`shared_attention` for decode steps: every query chooses for itself, and hears rows before it.
+    """`shared_attention` for decode steps: every query chooses for itself, see `moba_hf.op.shared`.
 
     Every batch row is one sequence. Arguments and results are those of `shared_attention`, except:
 
     Args:
         kept: summaries from the cache, see `SharedKernels.decode`; None: computed here, which reads all keys.
-        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q`; None: none are known.
+        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that steps hear beside those
+            of `q`; None: every step asks alone.
     """
     assert sequences.by_row
     name = choose_backend(backend, q, k, v, rule)
@@ -267,7 +268,10 @@ def shared_steps(
     if heard is not None:
         heard = heard[:, :, max(0, heard.shape[2] - rule.tile + 1) :]
     if _kernels(name).differentiable or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return _one_by_one(q, k, v, sequences, rule, heard, settings)
+        if heard is not None:
+            return _one_by_one(q, k, v, sequences, rule, heard, settings)
+        where = each_query(sequences, q.shape[2]) if many else sequences
+        return shared_attention(q, k, v, where, rule, **settings)
     if not _kernels(name).decodes:
         if not many:
             return _one_step(q, k, v, sequences, rule, heard, settings)
@@ -287,7 +291,7 @@ def _one_by_one(
     v: Tensor,
     sequences: Sequences,
     rule: SharedRule,
-    heard: Tensor | None,
+    heard: Tensor,
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """`_one_step` for each query of a call; arguments as for `shared_steps`."""
@@ -297,7 +301,7 @@ def _one_by_one(
     for m in range(length):
         table = tables[:, m] - torch.tensor([0, m, m, 0, 0], dtype=torch.int32, device=q.device)
         where = Sequences(table, 1, sequences.max_seqlen_k, True, sequences.kv_start)
-        known = q[:, :, :m] if heard is None else torch.cat([heard, q[:, :, :m]], 2)
+        known = torch.cat([heard, q[:, :, :m]], 2)
         known = known[:, :, max(0, known.shape[2] - rule.tile + 1) :]
         out, lse = _one_step(q[:, :, m : m + 1], k, v, where, rule, known, settings)
         outs.append(out)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,24 +162,28 @@ def shared_steps_ref(
     v: Tensor,
     rule: SharedRule,
     softmax_scale: float | None = None,
-    heard: int = 0,
+    heard: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode steps of one sequence: a step's list is that of its tile if the tile ended with the step.
 
     Args:
-        heard: the first so many rows of `q` are not steps; they only help to choose.
+        heard: the first so many rows of `q` are not steps; they only help to choose. None: there are none,
+            and every step asks alone.
 
     Returns:
         `out (steps, num_heads, v_dim)` and `lse (num_heads, steps)`, as `attend_shared_ref`.
     """
-    limits = {"block_size": rule.block_size, "tile": rule.tile}
+    limits: dict[str, Any] = {
+        "block_size": rule.block_size,
+        "tile": rule.tile,
+        "softmax_scale": softmax_scale,
+    }
     outs, lses = [], []
-    for row in range(heard, q.shape[0]):
+    for row in range(heard or 0, q.shape[0]):
         keys, values = (x[: k.shape[0] - q.shape[0] + row + 1] for x in (k, v))
-        chosen = select_shared_ref(q[: row + 1], keys, rule, softmax_scale)[:, -1:]
-        out, lse = attend_shared_ref(
-            q[row : row + 1], keys, values, chosen, **limits, softmax_scale=softmax_scale
-        )
+        asking = q[row : row + 1] if heard is None else q[: row + 1]
+        chosen = select_shared_ref(asking, keys, rule, softmax_scale)[:, -1:]
+        out, lse = attend_shared_ref(q[row : row + 1], keys, values, chosen, **limits)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, 1)
