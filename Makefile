@@ -92,13 +92,14 @@ dist:
 	tar -tzf dist/*.tar.gz
 
 # The wheel in an empty environment, where the recipes of the README run without the repository.
+test-wheel: export PYTHONPATH =
 test-wheel: dist
 	rm -rf .matrix/wheel
 	$(PYTHON) -m venv .matrix/wheel
 	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt pip
 	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt torch
 	.matrix/wheel/bin/python $(INSTALL) -c constraints.txt dist/*.whl pytest
-	set -e; unset PYTHONPATH; python=$(CURDIR)/.matrix/wheel/bin/python; \
+	set -e; python=$(CURDIR)/.matrix/wheel/bin/python; \
 	  place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; mkdir "$$place/tests"; cp README.md "$$place"; \
 	  cp tests/test_recipes.py tests/checkpoints.py tests/conftest.py "$$place/tests"; cd "$$place"; \
 	  $$python -c "import moba_hf; print(moba_hf.__file__)"; \

@@ -38,12 +38,12 @@ CHECKPOINT = OUT / "smollm2-moba"
 NOTES = """\
 SmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were. In
 `default`, a tile of queries shares one choice of blocks, made by attention mass; this is not the paper's
-MoBA. The choice depends on the tile's later queries too, which flatters its perplexity; the greedy text
-depends on nothing that follows it. The longer the prompt, the more time MoBA saves: docs/performance.md."""
+MoBA. The choice also depends on later queries of the tile, which makes its perplexity look better than it
+is; the greedy text is not affected. The longer the prompt, the more time MoBA saves: docs/performance.md."""
 
 
 def document(tokenizer: Any, length: int) -> torch.Tensor:
-    """`(1, length)` token ids of real prose that every machine has: Python's built-in language reference."""
+    """Token ids `(1, length)` of prose that comes with every Python: its language reference."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -52,8 +52,8 @@ def document(tokenizer: Any, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, new_tokens: int, what: str) -> dict[str, Any]:
-    """Losses in nats and first choices, `(length - 1,)` each, of one pass over `ids`, its seconds, and a
-    greedy continuation; `what` stands beside the progress bar."""
+    """Losses in nats and most likely tokens, `(length - 1,)` each, of one pass over `ids`, its seconds, and a
+    greedy continuation; `what` labels the progress bar."""
     cache = DynamicCache(config=model.config)
     with passes_bar(model, what, 1):
         start = time.perf_counter()
@@ -77,7 +77,7 @@ def read(model: Any, ids: torch.Tensor, new_tokens: int, what: str) -> dict[str,
 
 
 def read_with_all(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, dict[str, Any]]:
-    """What `read` returns and the share of pairs attended, for dense attention and each preset."""
+    """The result of `read` and the share of attended pairs, for dense attention and each preset."""
     results = {}
     for name in ("dense", *PRESETS):
         what = f"reading with {name}"
@@ -94,7 +94,7 @@ def read_with_all(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, d
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A row for each of `results`, header first."""
+    """A row for each of `results`, after the header."""
     rows = [
         ["attention", "pairs attended", "seconds", "perplexity", "last quarter", "same token first", "greedy"]
     ]
@@ -119,7 +119,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def next_commands() -> list[list[str]]:
-    """Three commands to try on the checkpoint and on files that come with the repository."""
+    """Three commands to try on the checkpoint, with files of this repository."""
     checkpoint, program = str(CHECKPOINT), Path(sys.executable).with_name("moba-hf")
     moba_hf_words = [os.path.relpath(program)] if program.exists() else [sys.executable, "-m", "moba_hf_cli"]
     question = ["--prompt-file", "README.md", "--prompt", "What does this package do?"]
@@ -134,7 +134,7 @@ def next_commands() -> list[list[str]]:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A table for the eye."""
+    """A text table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -118,41 +118,42 @@ def calibrate(
     text: _Texts = None,
     length: _Length = 8192,
     max_loss: Annotated[
-        float | None, typer.Option(help="Allowed rise of the loss of the last 2,048 tokens, in nats.")
+        float | None, typer.Option(help="Allowed increase of the loss of the last 2,048 tokens, in nats.")
     ] = None,
     keys: Annotated[
         float | None,
-        typer.Option(help="Allowed share, e.g. 0.25: of causal pairs; with a topk, of the key budget."),
+        typer.Option(help="Allowed share of the causal pairs, e.g. 0.25; with a topk, the key budget."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Setting to start from (the checkpoint's own, else 'default').")
+        str | None,
+        typer.Option(help="Setting to start from (default: the checkpoint's own, else 'default')."),
     ] = None,
     block_size: Annotated[
         list[int] | None,
-        typer.Option(help="Block size to try where every query chooses; may be given again."),
+        typer.Option(help="Block size to try if every query chooses for itself; repeatable."),
     ] = None,
     gate: Gate = None,
     write: Annotated[bool, typer.Option("--write", help="Store the result in the checkpoint.")] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for the curve.")] = None,
-    store: Annotated[str | None, typer.Option(help="JSON file that lets a stopped run go on.")] = None,
+    store: Annotated[str | None, typer.Option(help="JSON file for resuming an interrupted run.")] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find the cheapest setting you allow: its threshold, or with a topk how many blocks each layer attends.
+    """Find the sparsest setting with the allowed loss: its threshold, or the topk of each layer.
 
-    Where a tile of queries shares a choice, the pairs it attends are counted, and each layer gets a threshold
-    of its own if that surely lowers the loss. Where every query chooses (--preset default-per-query), each
-    layer gets a topk or full attention. If a text holds twice --length tokens, the second half checks what
-    was found on the first.
+    If a tile of queries shares a choice, attended pairs are counted, and each layer gets its own threshold if
+    that significantly lowers the loss. If every query chooses for itself (--preset default-per-query), each
+    layer gets a topk or full attention. If a text has twice --length tokens, the second half is used to check
+    the result.
 
-    Takes a dense pass and a short backward pass, then one pass over each text for every setting tried:
-    minutes for a model of 135M parameters on two cores; for one of 8B at 32K tokens on a GPU of 80 GB an
-    estimate is a few.
+    It runs a dense pass and a short backward pass, then one pass over each text for every setting that it
+    tries. This takes minutes for a model of 135M parameters on two cores, and an estimated few minutes for an
+    8B model at 32K tokens on an 80 GB GPU.
     """
     if not text:
-        raise ValueError("give --text FILE, texts like those the model will read")
+        raise ValueError("pass --text FILE, with texts like those that the model will read")
     if write and not Path(model).is_dir():
-        raise ValueError(f"{model}: is no checkpoint folder, so --write cannot store anything in it")
+        raise ValueError(f"{model}: is not a checkpoint folder, so --write cannot store anything in it")
     if preset is not None:
         check_preset(preset)
     _check_folder(out, store)

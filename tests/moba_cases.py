@@ -235,7 +235,7 @@ def assert_choice(case: Case, choice: Tensor) -> None:
         ordered = got.sort(2).values
         twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
         assert not twice.any(), "a block was chosen twice"
-        assert ((got >= 0).int().diff(dim=2) <= 0).all(), "-1 stands before a block"
+        assert ((got >= 0).int().diff(dim=2) <= 0).all(), "-1 before a block"
         for j in range(case.rule["sink_blocks"]):
             assert ((got == j).any(2) | (own <= j)[:, None]).all(), "a sink block is missing"
         for j in range(1, case.rule["local_blocks"] + 1):

@@ -1,4 +1,4 @@
-"""The recipes of docs/architecture.md: their Python runs as it is written, and does what the page says."""
+"""The Python code in the recipes of docs/architecture.md runs as written and does what the page says."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(title: str) -> str:
 
 @pytest.fixture
 def module() -> Iterator[ModuleType]:
-    """A module that can be imported by its name, as that of a newcomer."""
+    """A module that can be imported by name, like one that a contributor adds."""
     module = ModuleType("newcomers_module")
     sys.modules[module.__name__] = module
     yield module
@@ -80,7 +80,7 @@ def test_a_backend(module: ModuleType) -> None:
 
 @pytest.mark.parametrize(("capability", "rows"), [((8, 0), 128), ((8, 6), 64)])
 def test_a_tile(capability: tuple[int, int], rows: int) -> None:
-    """The GPU that has an entry takes the new tile; others keep theirs, and so do other kernels."""
+    """Only the GPU and the kernel of the new entry use the new tile."""
     tuning = pytest.importorskip("moba_hf.kernels.tuning")
     routed = tuning.routed_tile((128, 128), 2, 128, capability)
     before = dict(tuning.TABLE)

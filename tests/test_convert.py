@@ -420,7 +420,7 @@ def test_refuses_a_bad_target(src: Path, out: Path) -> None:
     before = snapshot(out), snapshot(src)
     for target, overwrite, message in (
         (out / "photos", False, "exists already; --overwrite"),
-        (out / "photos", True, "will not be overwritten, as it holds no config.json"),
+        (out / "photos", True, "will not be overwritten, because it contains no config.json"),
         (out / "file", True, "exists and is not a folder"),
         (out / "file" / "dst", False, "out/file: is not a folder"),
         (out / "file" / "new" / "dst", False, "out/file: is not a folder"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,15 +17,29 @@ from moba_cases import batched_moba_attention, cumulative, error
 from model_checks import tiny_model
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers import DynamicCache, GenerationMixin, cache_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    cache_utils,
+)
 
-from moba_hf import MobaConfig, moba_attention, prefill, select_blocks, use_moba_cache
+from moba_hf import MobaConfig, moba_attention, patch_model, prefill, select_blocks, use_moba_cache
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.dynamic_layer import MobaLayer
 from moba_hf.op.numerics import full_precision
+from moba_hf.op.ops import attention
 from moba_hf.op.reference import attend_ref, select_blocks_ref
+from moba_hf.op.sequences import Sequences, batched_table
+from moba_hf.op.shared import SharedRule
+from moba_hf.op.shared_ops import select_shared
+
+sys.path.append(str(Path(__file__).parent / "patches"))
+from families import tiny_config as tiny_family_config
 
 RULE = {"block_size": 4, "topk": 3}
+BACKENDS = ("portable", "reference")
 
 
 def qkv(
@@ -98,6 +115,153 @@ class TestNotFinite:
         assert error(lse[:, 8:], expected_lse[:, 8:]) < 1e-6
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, with NaN and infinities at the same places."""
+    return bool(torch.isclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True).all())
+
+
+class TestNotFiniteUnderASharedChoice:
+    """Hidden keys affect neither the output nor the gradients of a row, only the choice of its tile."""
+
+    RULES = (
+        {"block_size": 4, "tile": 8, "threshold": 0.3, "sample": 2},
+        {"block_size": 8, "tile": 4, "threshold": 0.3},
+        {"block_size": 4, "tile": 8, "threshold": 0.3, "topk": 4, "dense_below": 8},
+    )
+    BAD = (torch.inf, -torch.inf, torch.nan)
+
+    @staticmethod
+    def run(tensors: list[Tensor], rule: dict, backend: str, rows: int, **given: Any) -> list[Tensor]:
+        """Output and lse, then gradients of those of the first `rows` rows."""
+        q, k, v = (x.clone().requires_grad_() for x in tensors)
+        out, lse = moba_attention(q, k, v, **rule, gate="mass", backend=backend, return_lse=True, **given)
+        grads = torch.autograd.grad(out[:rows].square().sum() + lse[:, :rows].sum(), (q, k, v))
+        return [out.detach(), lse.detach(), *grads]
+
+    @pytest.mark.parametrize("bad", BAD)
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    @pytest.mark.parametrize("rule", RULES, ids=range(3))
+    @pytest.mark.parametrize("v_dim", [8, 6])  # the fused kernel for CPUs, and without it
+    def test_a_later_token_changes_nothing_before_it(
+        self, bad: float, backend: str, rule: dict, v_dim: int
+    ) -> None:
+        clean = qkv(30)
+        clean[2] = clean[2][..., :v_dim]
+        for which in range(3):
+            inputs = [x.clone() for x in clean]
+            inputs[which][21] = bad
+            end = 21 if which else 21 // rule["tile"] * rule["tile"]  # the list hears a query of its tile
+            out, lse, grad, *_ = self.run(inputs, rule, backend, end)
+            before = self.run(clean, rule, backend, end)
+            assert error(out[:end], before[0][:end]) < 1e-6, "qkv"[which]
+            assert error(lse[:, :end], before[1][:, :end]) < 1e-6, "qkv"[which]
+            assert error(grad[:end], before[2][:end]) < 1e-5, "qkv"[which]
+
+    @pytest.mark.parametrize("bad", BAD)
+    @pytest.mark.parametrize("rule", RULES[:2], ids=range(2))
+    @pytest.mark.parametrize("v_dim", [8, 6])
+    @pytest.mark.parametrize("piece", [4096, 8])
+    def test_a_block_left_out_is_not_read(
+        self, bad: float, rule: dict, v_dim: int, piece: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("moba_hf.op.shared_problems._PIECE_KEYS", piece)
+        q, k, v = qkv(40)
+        v = v[..., :v_dim]
+        mask = select_blocks(q, k, **rule, gate="mass")
+        # lists of several lengths are computed together; the first block is what fills up the short ones
+        mask[0] &= ~1
+        mask[1] &= ~(1 << torch.arange(mask.shape[1]) % 2)[:, None].to(torch.int32)
+        own = select_blocks(q, k, **{**rule, "threshold": 0.999}, gate="mass")
+        mask |= own & ~1
+        mask[:, : max(1, rule["block_size"] // rule["tile"])] |= 1
+        for which in (1, 2):
+            inputs = [q, k.clone(), v.clone()]
+            inputs[which][2] = bad
+            ours, theirs = (
+                self.run(inputs, rule, x, 40, block_indices=mask) for x in ("portable", "reference")
+            )
+            hidden = [q, k.clone(), v.clone()]
+            hidden[which][2] = 0.0
+            cleaned = self.run(hidden, rule, "reference", 40, block_indices=mask)
+            finite = theirs[0].isfinite().all(2)
+            assert 0 < int(finite.sum()) < finite.numel()
+            assert same(theirs[0][finite], cleaned[0][finite])
+            assert same(theirs[2][finite], cleaned[2][finite])
+            for name, a, b in zip(("out", "lse", "dq"), ours, theirs, strict=False):
+                assert same(a, b), name
+            for a, b in zip(ours[3:], theirs[3:], strict=True):
+                assert torch.equal(a.isfinite(), b.isfinite())
+
+    def test_an_attended_value_is_seen(self) -> None:
+        rule = self.RULES[0]
+        q, k, v = qkv(30)
+        v[18, 0, 3], v[17, 0, 5], v[17, 0, 6] = torch.inf, -torch.inf, torch.nan
+        for v_dim in (8, 7):
+            out, *_ = self.run([q, k, v[..., :v_dim]], rule, "portable", 30)
+            expected, *_ = self.run([q, k, v[..., :v_dim]], rule, "reference", 30)
+            assert same(out, expected)
+            assert out[18:24, :, 3].eq(torch.inf).all()
+            assert out[17:24, :, 5].eq(-torch.inf).all()
+            assert out[17:24, :, 6].isnan().all()
+            assert out[:17].isfinite().all()
+
+    def test_a_block_of_minus_infinite_scores_weighs_nothing(self) -> None:
+        q, k, v = qkv(30)
+        q = q.abs()
+        k[4:8] = -torch.inf
+        for v_dim in (8, 7):
+            ours, theirs = (self.run([q, k, v[..., :v_dim]], self.RULES[0], x, 30) for x in BACKENDS)
+            assert ours[0][8:].isfinite().all()
+            assert same(ours[0], theirs[0])
+            assert same(ours[1], theirs[1])
+
+    @pytest.mark.parametrize("bad", BAD)
+    @pytest.mark.parametrize("backend", ["portable", "reference"])
+    def test_no_candidate_is_dropped(self, bad: float, backend: str) -> None:
+        """A tile whose masses are NaN attends to every block, the lowest ones up to `topk`."""
+        q, k, _ = qkv(40)
+        rule = {"block_size": 4, "tile": 8, "threshold": 0.9, "gate": "mass", "backend": backend}
+        before = select_blocks(q, k, **rule)
+        for which, at, tiles in ((0, 27, [3]), (1, 9, [2, 3, 4])):
+            inputs = [q.clone(), k.clone()]
+            inputs[which][at] = bad
+            mask = select_blocks(*inputs, **rule)
+            capped = select_blocks(*inputs, **rule, topk=4)
+            for tile in range(5):
+                blocks, own = (1 << 2 * tile + 2) - 1, 3 << 2 * tile
+                if tile in tiles:
+                    assert mask[:, tile, 0].eq(blocks).all(), tile
+                    assert capped[:, tile, 0].eq(own | 3).all(), tile
+                else:
+                    assert torch.equal(mask[:, tile], before[:, tile]), tile
+        share = SharedRule(4, 8, share=0.5, sink_blocks=0, local_blocks=0)
+        q[27] = bad
+        where = Sequences(batched_table(1, 40, 40, q.device), 40, 40)
+        packed = [x.transpose(0, 1)[None] for x in (q, k)]
+        mask = select_shared(*packed, where, share, softmax_scale=0.3, backend=backend)
+        assert mask[:, 3, 0].eq(255).all()
+        assert not mask[:, 4, 0].eq(1023).all()
+
+    def test_decode_steps(self) -> None:
+        """Later keys of a call do not affect earlier queries; a NaN key is attended, not dropped."""
+        rule = SharedRule(4, 8, threshold=0.9, sink_blocks=0, local_blocks=0)
+        clean = [x.transpose(0, 1)[None] for x in qkv(41)]
+        where = Sequences(batched_table(1, 3, 41, torch.device("cpu")), 3, 41)
+
+        def steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            settings = {"softmax_scale": 0.3, "steps": True}
+            return attention(q[:, :, 38:], k, v, where, rule, **settings)[0][0]
+
+        for which in range(3):
+            inputs = [x.clone() for x in clean]
+            inputs[which][:, :, 39] = torch.nan
+            out = steps(*inputs)
+            assert error(out[0], steps(*clean)[0]) < 1e-6
+            assert out[1].isnan().all()
+        clean[1][:, :, 2] = torch.nan
+        assert steps(*clean).isnan().all()
+
+
 class TestHugeSettings:
     """The cost depends on the sequences, and results equal those of settings that just cover them."""
 
@@ -129,6 +293,52 @@ class TestHugeSettings:
         step = [x.detach()[None].transpose(1, 2) for x in (tensors[0][69:], *tensors[1:])]
         assert error(batched_moba_attention(*step, **huge)[0][0, 0], results[0][0][69].detach()) < 1e-6
         assert time.process_time() - begin < 5
+
+    @pytest.mark.parametrize(
+        ("huge", "same"),
+        [
+            ({"block_size": 163840, "tile": 128}, {"block_size": 1024, "tile": 128}),
+            ({"block_size": 64, "tile": 64 * 10**6}, {"block_size": 64, "tile": 512}),
+            ({"block_size": 2**40, "tile": 2**40}, {"block_size": 512, "tile": 512}),
+            ({"block_size": 64, "tile": 128, "dense_below": 128 * 10**9}, {"block_size": 512, "tile": 512}),
+            ({"block_size": 64, "tile": 64, "topk": 10**9}, {"block_size": 64, "tile": 64, "topk": 8}),
+            (
+                {"block_size": 64, "tile": 64, "topk": 10**10, "sink_blocks": 10**9, "local_blocks": 10**9},
+                {"block_size": 512, "tile": 512},
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("v_dim", [64, 32])
+    def test_results_of_a_shared_choice(self, huge: dict, same: dict, v_dim: int) -> None:
+        """A block size of 163,840 for 500 tokens used to take seconds."""
+        tensors = [x.requires_grad_() for x in (*qkv(500, 4, 2, 64)[:2], torch.randn(500, 2, v_dim))]
+        begin, results = time.process_time(), []
+        for rule in (huge, same):
+            settings = {"gate": "mass", "threshold": 0.3, **rule}
+            out, lse = moba_attention(*tensors, **settings, return_lse=True)
+            results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), tensors)))
+        alike = "dense_below" not in huge and "sink_blocks" not in huge  # the same problems, so the same bits
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) if alike else error(a, b) < 1e-5
+        packed = [x.detach().transpose(0, 1)[None] for x in tensors]
+        shared = SharedRule(**{"threshold": 0.3, "sink_blocks": 0, "local_blocks": 0, **huge})
+        where = Sequences(batched_table(1, 1, 500, torch.device("cpu")), 1, 500)
+        step = attention(packed[0][:, :, 499:], *packed[1:], where, shared, softmax_scale=0.125, steps=True)
+        assert error(step[0][0, 0], results[0][0][499].detach()) < 1e-5
+        assert time.process_time() - begin < 3
+
+    def test_short_sequences_beside_a_long_one_under_a_shared_choice(self) -> None:
+        lengths = [10] * 100 + [1500]
+        inputs, cu = qkv(sum(lengths)), cumulative(lengths)
+        times = []
+        for sizes in ({"block_size": 1024, "tile": 1024}, {"block_size": 16, "tile": 16}):
+            begin = time.process_time()
+            rule = {**sizes, "threshold": 0.3, "gate": "mass"}
+            out = moba_attention(*inputs, **rule, cu_seqlens_q=cu)
+            times.append(time.process_time() - begin)
+            first = moba_attention(*(x[:10] for x in inputs), **rule)
+            assert error(out[:10], first) < 1e-6
+        assert times[0] < 5 * times[1] + 1
 
     def test_a_choice_is_filled_up_or_refused(self) -> None:
         q, k, _ = qkv(70)
@@ -428,3 +638,38 @@ class TestDefaultCache:
         )
         assert not any(isinstance(x, MobaLayer) for x in result.past_key_values.layers)
         monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", ours.__wrapped__)
+
+
+class TestSettingsBesideANestedTextConfig:
+    """A flat config, as older releases wrote it, has MoBA settings outside its text config."""
+
+    MOBA: ClassVar = {"block_size": 4, "topk": 2}
+
+    def config(self) -> Any:
+        values = tiny_family_config("qwen2_5_vl").to_dict()
+        text = {k: v for k, v in values.pop("text_config").items() if k != "model_type"}
+        values.pop("model_type")
+        return AutoConfig.for_model("qwen2_5_vl", **{**text, **values, "moba": self.MOBA})
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_models_built_from_it_follow_them(self, late: bool, tmp_path: Path) -> None:
+        config = self.config()
+        if late:  # as an attribute, after the text config was made
+            config = tiny_family_config("qwen2_5_vl")
+            config.moba = dict(self.MOBA)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="moba")
+        assert model.config.text_config.moba == self.MOBA
+        assert getattr(model.config, "moba", None) is None
+        patch_model(model, MobaConfig(8, 3))
+        model.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert "moba" not in saved
+        assert saved["text_config"]["moba"] == MobaConfig(8, 3).to_dict()
+
+    def test_two_that_differ_are_refused(self) -> None:
+        config = self.config()
+        config.text_config.moba = {"block_size": 8, "topk": 2}
+        with pytest.raises(
+            ValueError, match=r"two different MoBA settings: .*'block_size': 4.* outside its text_config"
+        ):
+            AutoModelForImageTextToText.from_config(config)

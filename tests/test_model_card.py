@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what it says, what it keeps, and what `verify` sees."""
+"""The model card of a converted checkpoint: its contents, and the checks of `verify`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_calls_it_shows_work(src: Path, tmp_path: Path) -> None:
         ),
         (
             Changes(MOBA, ContextLength(4096, "yarn")),
-            "The context is extended to 4,096 tokens (rope: yarn), which costs quality until the model is",
+            "The context is extended to 4,096 tokens (rope: yarn), which reduces quality until the model is",
         ),
     ],
 )
@@ -275,7 +275,7 @@ def test_results_of_these_settings_are_shown(src: Path, tmp_path: Path) -> None:
         "| measured | dense | MoBA |",
         "| --- | --- | --- |",
         "| a_b.txt, 4,095 tokens: loss of the last 2,048 (nats) | 2.5000 | 2.6250 (+0.1250) |",
-        "| a_b.txt: pairs of query and key attended | 100.0% | 31.2% |",
+        "| a_b.txt: attended query-key pairs | 100.0% | 31.2% |",
         "| task needle, 8,192 tokens: score | 1.00 (95 % interval 0.88 - 1.00) "
         "| 0.75 (95 % interval 0.62 - 1.00) |",
     ]

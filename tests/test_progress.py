@@ -1,4 +1,4 @@
-"""Progress bars: every long step of the command line has one, alone, and it ends where it should."""
+"""Every long step of the command line shows one progress bar, which ends complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Screen(io.StringIO):
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that keeps what it did: its texts, how far it came, and how many were open beside it."""
+    """A bar that records its texts, its progress, and how many bars are open."""
 
     seen: list[tuple[list[str], int, int]]
     shown: int
@@ -57,7 +57,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int, int]]:
-    """What bars do from now on, on a terminal: their texts, how far they came, and their totals."""
+    """The texts, progress and totals of all bars in the test, on a terminal."""
     Bar.seen, Bar.shown, Bar.screen = [], 0, Screen()
     monkeypatch.setattr(progress, "tqdm", Bar)
     return Bar.seen
@@ -118,11 +118,13 @@ def test_eval(bars: Any, model: Path, text: Path, tmp_path: Path, capsys: pytest
 
 
 def test_calibrate(bars: Any, model: Path, text: Path) -> None:
-    run("calibrate", model, "--text", text, "--length", "256", "--keys", "0.4", "--block-size", "8")
-    (first, *one), (second, *two), (third, *three) = bars
-    assert (first, one) == (["sensitivity"], [3, 3])
-    assert (second, two) == (["local costs"], [3, 3])
-    assert (third[0].split("%")[1], three) == (" of the keys", [6, 6])
+    rule = ("--preset", "default-per-query", "--block-size", "8")
+    run("calibrate", model, "--text", text, "--length", "256", "--keys", "0.4", *rule)
+    first, second, dense, chosen, *more = bars
+    assert (first, second) == ((["sensitivity"], 3, 3), (["local costs"], 3, 3))
+    assert (dense[0][0].split(", ")[1], *dense[1:]) == ("dense", 3, 3)
+    assert (chosen[0][0].split("%")[1], *chosen[1:]) == (" of the keys", 3, 3)
+    assert all(done == total for _, done, total in more)
 
 
 def test_plot(bars: Any, model: Path, text: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -39,7 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("recipes")
     for name in ("SRC", "MODEL"):
         save_tokenizer(save_tiny(place / name, layers=4))
-    text = "".join(chr(33 + i * i % 90) for i in range(9000))
+        model = AutoModelForCausalLM.from_pretrained(place / name)
+        for layer in model.model.layers:  # else a query attends all keys alike, and no block can be left out
+            layer.self_attn.q_proj.weight.data *= 15
+            layer.self_attn.k_proj.weight.data *= 15
+        model.save_pretrained(place / name)
+    text = "".join(random.Random(0).choices([chr(33 + i) for i in range(90)], k=9000))
     (place / "my.txt").write_text(text)
     (place / "book.txt").write_text(text[:700])
     return place
@@ -97,8 +103,8 @@ def test_shell(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     for command in commands:
         with pytest.raises(SystemExit) as caught:
             cli.main(command)
-        printed[command[0]] = capsys.readouterr().out
-        assert caught.value.code == 0, command
+        printed[command[0]], errors = capsys.readouterr()
+        assert caught.value.code == 0, (command, errors)
     assert list(printed) == ["inspect", "convert", "verify", "generate", "calibrate", "eval"]
     assert "blocks of 4096" in printed["inspect"]
     assert printed["verify"].count("ok ") == 5
@@ -110,7 +116,7 @@ def test_shell(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_what_is_installed() -> None:
-    """What a wheel must bring beside its modules."""
+    """Files that a wheel must contain in addition to its modules."""
     assert files("moba_hf").joinpath("py.typed").is_file()
     assert {path.name for path in files("moba_hf.patches").iterdir()} >= {"llama.py", "README.md"}
     found = {path.name for path in files("moba_hf.configs").iterdir() if path.name.endswith(".json")}

@@ -1,4 +1,4 @@
-"""The module by which `trust_remote_code=True` loads a converted checkpoint without `import moba_hf`."""
+"""The module that lets `trust_remote_code=True` load a converted checkpoint without `import moba_hf`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULE = "modeling_moba.py"
 
 @pytest.fixture(autouse=True)
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies the code of checkpoints to."""
+    """Redirects the folder to which transformers copies code of checkpoints."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
 

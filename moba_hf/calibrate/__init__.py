@@ -1,25 +1,30 @@
-"""Finds the number in a MoBA setting that keeps an allowed loss with the fewest keys, or that loses least
-within an allowed share of them, on texts like those that a model will read.
+"""Calibration: finds the sparsest MoBA setting with an allowed loss, or the best one with an allowed share.
 
-What it looks for depends on the setting that `Options` names:
+The result is measured on texts like those that the model will read. What is searched depends on the setting
+in `Options`:
 
-- `per_query`: where every query chooses for itself, each layer gets a topk or full attention;
-- `thresholds`: where a tile of queries shares a choice, the model gets one threshold, or each layer gets its
-  own if that surely lowers the loss at no more attended pairs.
+- `per_query`: if every query chooses for itself, each layer gets a topk or full attention.
+- `thresholds`: if a tile of queries shares a choice, the model gets one threshold. Each layer gets its own if
+  that significantly lowers the loss without attending to more pairs.
 
-Both work alike:
+Both searches have the same steps:
 
-1. `sensitivities`: one short forward and backward pass says how much an error of each layer's output matters.
-2. Local costs: one dense pass per text says how large that error is at every topk or threshold, and how many
-   pairs every threshold attends.
-3. A ladder gives the best setting at any share, by a Lagrange multiplier over the layers.
-4. Whole passes confirm, and count pairs.
+1. `sensitivities`: a short forward and backward pass measures how much an error of each layer's output
+   matters.
+2. Local costs: one dense pass per text measures how large that error is at every topk or threshold, and how
+   many pairs every threshold attends to.
+3. A ladder finds the best setting at any share, with a Lagrange multiplier over the layers.
+4. Whole passes confirm the loss and count pairs.
 
-A calibration of SmolLM2-135M takes minutes on two cores. In general it takes, per text of N tokens, one dense
-prefill with `samples` rows of attention in every layer, and one output projection for each rule or one choice
-of blocks for each threshold; one backward pass over 2,048 tokens, which needs the weights and about 2 GB per
-billion parameters of activations in bf16; and a prefill per text for dense attention and for every setting
-that is tried. For an 8B model at 32K tokens on one 80 GB GPU that is an estimated few minutes, most of it
+A calibration of SmolLM2-135M takes minutes on two cores. In general, a calibration consists of:
+
+- per text of N tokens, one dense prefill with `samples` rows of attention in every layer, and one output
+  projection for each rule or one choice of blocks for each threshold;
+- one backward pass over 2,048 tokens, which needs the weights plus about 2 GB of activations per billion
+  parameters in bf16;
+- per text, one prefill for dense attention and one for every setting that is tried.
+
+For an 8B model at 32K tokens on one 80 GB GPU, this is estimated to take a few minutes, most of it for
 loading; it has not been measured.
 """
 

@@ -1,20 +1,20 @@
-"""The best value for each layer within a total share, by a Lagrange multiplier."""
+"""The best value for each layer within a total share, found with a Lagrange multiplier."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TypeVar
 
-# A number of a layer: a topk or a threshold.
+# The value of a layer: a topk or a threshold.
 V = TypeVar("V", int, float)
-# layer -> value -> (share that it attends, cost)
+# layer -> value -> (attended share, cost)
 Choices = Mapping[int, Mapping[V, tuple[float, float]]]
 
 
 def cheapest(choices: Choices[V], total: float) -> dict[int, V]:
-    """The value of each layer with the least sum of costs whose shares sum to at most `total`.
+    """The value of each layer that minimises the sum of costs, with a sum of shares of at most `total`.
 
-    Where even the least shares exceed `total`, these.
+    If even the smallest shares exceed `total`, the values with the smallest shares.
     """
 
     def pick(price: float) -> dict[int, V]:
@@ -37,7 +37,7 @@ def cheapest(choices: Choices[V], total: float) -> dict[int, V]:
 
 
 def _spend(picked: dict[int, V], choices: Choices[V], total: float) -> dict[int, V]:
-    """Uses what the multiplier left of the total, by the best gain per share first."""
+    """Spends the rest of the total, which the multiplier left, on the best gain per share first."""
     while True:
         left = total - sum(choices[layer][value][0] for layer, value in picked.items())
         steps = []

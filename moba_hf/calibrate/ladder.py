@@ -1,4 +1,4 @@
-"""Settings in the order of what they attend: what the two strategies of a calibration have in common."""
+"""The interface of the two searches of a calibration: settings ordered by the share that they attend to."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Ladder(Protocol):
 
     @property
     def counts(self) -> str:
-        """What the share is: `results.KEY_BUDGET`, known in advance, or `CAUSAL_PAIRS`, told by a pass."""
+        """What the share counts: `results.KEY_BUDGET`, or `CAUSAL_PAIRS`, which needs a pass."""
 
     @property
     def least(self) -> float:
-        """The least share."""
+        """The smallest share."""
 
     @property
     def most(self) -> float:
         """The largest share of a setting that is not full attention in all layers."""
 
     def at(self, share: float) -> Point:
-        """The best setting within `share` by local costs: the one at `least` below that, dense at 1."""
+        """The best setting within `share` by local costs; the sparsest below `least`, dense at 1."""

@@ -1,4 +1,4 @@
-"""What a calibration is asked for."""
+"""The options of a calibration."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from moba_hf.op.numerics import check_int
 
 @dataclass(frozen=True)
 class Options:
-    """The goal of `calibrate`, the setting that it starts from, and how hard it looks.
+    """The goal of `calibrate`, the setting that it starts from, and the effort.
 
     Attributes:
-        max_loss: the allowed rise of the loss of the last `trailing` tokens of every text, in nats; or
-        keys: the allowed share, above 0 and at most 1. Where every query chooses for itself it is the key
-            budget; where a tile shares a choice it is the share of the dense causal (query, key) pairs that
-            the texts attend on average, counted in whole passes.
-        setting: the setting whose number is sought. Where a tile shares a choice (`tile` > 1) that is the
-            `threshold`, and everything else stays; otherwise it is the `topk` of each layer, or full
-            attention, while block size, forced blocks, gate and decoding stay. None: the settings of the
-            model, or the preset "default" if it has none.
-        block_sizes: the ones tried for a choice per query; one is used in all layers. Empty: that of
-            `setting`.
-        samples: queries per text and layer whose outputs the local costs compare.
-        confirmations: the most settings that one search tries in whole passes; 0: the local costs are
-            trusted, which only `keys` with a choice per query allows.
-        trailing: tokens at the end of a text whose loss counts.
-        seed: of the samples.
-        store: a JSON file that keeps the passes made, so that a stopped run goes on.
+        max_loss: the allowed increase of the loss of the last `trailing` tokens of every text, in nats.
+            Exactly one of `max_loss` and `keys` must be set.
+        keys: the allowed share, above 0 and at most 1. If every query chooses for itself, it is the key
+            budget. If a tile shares a choice, it is the average share of the dense causal query-key pairs
+            that are attended in the texts, counted in whole passes.
+        setting: the setting to tune. If a tile shares a choice (`tile` > 1), its `threshold` is tuned and
+            everything else stays. Otherwise each layer gets a `topk` or full attention, while block size,
+            sink and local blocks, gate and decoding stay. None: the settings of the model, or the preset
+            "default" if it has none.
+        block_sizes: the block sizes to try if every query chooses for itself; one is used in all layers.
+            Empty: that of `setting`.
+        samples: number of queries per text and layer from which local costs are computed.
+        confirmations: the most settings that one search tries in whole passes. 0: trust the local costs,
+            which is only possible with `keys` and a choice per query.
+        trailing: number of tokens at the end of a text whose loss counts.
+        seed: seed of the samples.
+        store: a JSON file for the results of passes, so that an interrupted run can be resumed.
 
     Raises:
-        ValueError: neither or both of `max_loss` and `keys`, or a value out of range. TypeError: a value of a
-            wrong type.
+        ValueError: neither or both of `max_loss` and `keys` are set, or a value is out of range.
+        TypeError: a value has the wrong type.
     """
 
     max_loss: float | None = None
@@ -49,7 +50,7 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
         if (self.max_loss is None) == (self.keys is None):
-            raise ValueError("give one of max_loss and keys")
+            raise ValueError("pass one of max_loss and keys")
         if self.keys is not None and not 0 < self.keys <= 1:
             raise ValueError(f"keys must be above 0 and at most 1, got {self.keys}")
         if self.max_loss is not None and not self.max_loss > 0:

@@ -1,4 +1,4 @@
-"""Whole passes over texts: what settings cost, with intervals, and how many pairs they attend."""
+"""Whole passes over texts: the loss of settings, with intervals, and how many pairs they attend to."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from moba_hf.evaluate.passes import passes_bar
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store
 
-# Tokens whose losses go together in an interval: neighbours are not independent.
+# Losses are averaged over stretches of this many tokens, because neighbouring tokens are not independent.
 _STRETCH = 64
 
 
 def check_texts(texts: Sequence[Tensor], length: int | None = None) -> int:
-    """The length of all texts. Raises ValueError unless they are `(1, length)` and alike."""
+    """The length of all texts. Raises ValueError if they are not `(1, length)` or their lengths differ."""
     length = length or (texts[0].shape[-1] if texts else 0)
     if not texts or any(text.ndim != 2 or text.shape != (1, length) for text in texts):
-        raise ValueError("texts must be token ids (1, length), all of one length")
+        raise ValueError("texts must be token ids (1, length), all of the same length")
     return length
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes over some texts, each made once.
+    """Passes over some texts; each pass runs only once.
 
     Attributes:
         texts: `(1, length)` token ids each.
-        trailing: tokens at the end of a text whose loss counts.
-        known: keeps the passes made.
-        name: of these texts in `known`.
+        trailing: number of tokens at the end of a text whose loss counts.
+        known: the store of finished passes.
+        name: name of these texts in `known`.
     """
 
     model: Any
@@ -50,14 +50,14 @@ class Passes:
 
     @property
     def length(self) -> int:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return self.texts[0].shape[1]
 
     def measured(self, point: Point, counts: str) -> Point:
-        """`point` with what one pass per text says of it.
+        """`point` with the results of one pass per text.
 
         Args:
-            counts: what `Point.keys` is; counted pairs replace estimated ones.
+            counts: what `Point.keys` counts; counted pairs replace estimated ones.
         """
         dense, found = self._all(None), self._all(point)
         rises = tuple(one["loss"] - before["loss"] for one, before in zip(found, dense, strict=True))
@@ -69,13 +69,13 @@ class Passes:
         return replace(point, keys=keys, rise=rises, error=errors, pairs=pairs)
 
     def difference(self, one: Point, other: Point) -> tuple[float, float | None]:
-        """Mean loss over all texts of one setting less that of another, and half of its 95 % interval."""
+        """Mean loss over all texts of `one` minus that of `other`, and half the width of its 95% interval."""
         found, before = self._all(one), self._all(other)
         mean = sum(a["loss"] - b["loss"] for a, b in zip(found, before, strict=True)) / len(found)
         return mean, half_interval(_apart(found, before))
 
     def _all(self, point: Point | None) -> list[dict[str, Any]]:
-        """One pass over every text under a setting; None: dense."""
+        """One pass over every text with a setting; None: dense."""
         name = "dense" if point is None else json.dumps(point.config, sort_keys=True)
         moba = None if point is None else MobaConfig.from_dict(point.config)
         keys = [f"{self.name} {i} {name}" for i in range(len(self.texts))]
@@ -89,7 +89,7 @@ class Passes:
 
 
 def one_pass(model: Any, ids: Tensor, config: MobaConfig | None, trailing: int) -> dict[str, Any]:
-    """One pass over `ids (1, length)`: mean losses of the trailing tokens and of their stretches, pairs."""
+    """One pass over `ids (1, length)`: mean losses of the trailing tokens and of stretches, pairs."""
     counted = nullcontext() if config is None else count_pairs(model, config, ids.shape[1])
     with counted as attended:
         losses = token_losses(model, ids, config)[-trailing:].double()
@@ -100,7 +100,7 @@ def one_pass(model: Any, ids: Tensor, config: MobaConfig | None, trailing: int) 
 
 
 def half_interval(values: Tensor) -> float | None:
-    """Half of the 95 % interval of the mean of `values (n,)`; None for fewer than two."""
+    """Half the width of the 95% interval of the mean of `values (n,)`; None for fewer than two values."""
     return None if len(values) < 2 else 1.96 * float(values.std()) / len(values) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""The topk of each layer, or full attention, for a choice that every query makes for itself."""
+"""The topk of each layer, or full attention, if every query chooses for itself."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ SHARES = (0.016, 0.023, 0.031, 0.047, 0.0625, 0.094, 0.125, 0.1875, 0.25, 0.375,
 
 @dataclass(frozen=True)
 class _Share:
-    """How the key budget of a model follows from that of the layers that MoBA may run in.
+    """Relates the key budget of a model to that of the layers that may use MoBA.
 
     Attributes:
-        attending: layers that attend keys. eligible: those that MoBA may run in.
-        others: sum of the shares of keys that the rest of them attend, such as windows.
+        attending: number of layers that attend to keys.
+        eligible: number of layers that may use MoBA.
+        others: sum of the shares of keys of the other layers, such as sliding windows.
     """
 
     attending: int
@@ -42,34 +43,34 @@ class _Share:
         return cls(eligible + len(limits), eligible, others)
 
     def of_eligible(self, keys: float) -> float:
-        """The budget of the eligible layers where the model's is `keys`."""
+        """The budget of the eligible layers if that of the model is `keys`."""
         return (keys * self.attending - self.others) / self.eligible
 
     def least(self, rule: LayerConfig, length: int) -> float:
-        """The least budget of the model under `rule`, every topk as small as its forced blocks allow."""
+        """The smallest budget of the model with `rule`: every topk covers only own, sink and local blocks."""
         own = min(1.0, (1 + rule.sink_blocks + rule.local_blocks) * rule.block_size / length)
         return (self.others + self.eligible * own) / self.attending
 
     def lowest(self, rules: Sequence[LayerConfig], length: int, keys: float | None) -> float:
-        """The least budget of all `rules`. Raises ValueError where `keys` is below it."""
+        """The smallest budget of all `rules`. Raises ValueError if `keys` is below it."""
         least = min(self.least(rule, length) for rule in rules)
         if keys is not None and keys < least - 1e-9:
             raise ValueError(
-                f"keys={keys} cannot be kept: {least:.1%} of the keys is the least that these block sizes "
-                f"attend at {length} tokens, kept blocks included; take smaller blocks"
+                f"keys={keys} is not possible: with these block sizes at least {least:.1%} of the keys are "
+                f"attended at {length} tokens, including kept blocks; use smaller blocks"
             )
         return least
 
 
 def allocate(costs: LocalCosts, keys: float) -> tuple[dict[int, int], float]:
-    """The topk of each layer (`blocks` in all: full) with the least sum of costs at a key budget.
+    """The topk of each layer (all blocks: full attention) with the smallest sum of costs at a key budget.
 
     Args:
-        costs: of one rule.
-        keys: mean over these layers of `min(1, topk * block_size / length)` that is allowed.
+        costs: the local costs of one rule.
+        keys: the allowed mean over these layers of `min(1, topk * block_size / length)`.
 
     Returns:
-        topk by layer, and the sum of costs. Where even the least topk exceeds the budget, that.
+        topk by layer, and the sum of costs. If even the smallest topk exceeds the budget, the smallest.
     """
     blocks = -(-costs.length // costs.rule.block_size)
     choices = {
@@ -84,7 +85,7 @@ def allocate(costs: LocalCosts, keys: float) -> tuple[dict[int, int], float]:
 
 
 def config_of(costs: LocalCosts, picked: dict[int, int], num_layers: int) -> MobaConfig:
-    """The settings with topk by layer; layers that attend every block, or that are not in it, stay full."""
+    """The settings with topk by layer; layers that attend to all blocks or are not in `picked` stay full."""
     rule = costs.rule
     blocks = -(-costs.length // rule.block_size)
     full = tuple(i for i in range(num_layers) if picked.get(i, blocks) >= blocks)
@@ -103,13 +104,13 @@ def config_of(costs: LocalCosts, picked: dict[int, int], num_layers: int) -> Mob
 
 @dataclass(frozen=True)
 class TopkLadder:
-    """Settings by key budget, over all rules that can keep it.
+    """Settings by key budget, from all rules with a sufficiently small budget.
 
     Attributes:
-        setting: the one that decoding is taken from.
-        num_layers: of the model, whose config `model_config` is.
+        setting: the setting whose decoding is used.
+        num_layers: number of layers of the model.
         tables: local costs, one per rule.
-        least: the least budget of all rules.
+        least: the smallest budget of all rules.
     """
 
     model_config: Any
@@ -122,7 +123,7 @@ class TopkLadder:
     most = 1.0
 
     def at(self, share: float) -> Point:
-        """The best setting at a key budget by local costs."""
+        """The best setting at a key budget, by local costs."""
         keys, length = max(share, self.least), self.tables[0].length
         able = [table for table in self.tables if self.share.least(table.rule, length) <= keys + 1e-9]
         found = [(*allocate(table, self.share.of_eligible(keys)), table) for table in able]
@@ -134,10 +135,10 @@ class TopkLadder:
 
 
 def topk_ladder(passes: Passes, setting: MobaConfig, options: Options) -> TopkLadder:
-    """The settings for a choice per query; it makes the dense passes that it needs.
+    """The ladder for a choice per query; runs the dense passes that it needs.
 
     Raises:
-        ValueError: a key budget below what the smallest block size attends.
+        ValueError: the key budget is smaller than possible.
     """
     model, length = passes.model, passes.length
     adapter, text_config = family_of(model)
@@ -153,7 +154,7 @@ def topk_ladder(passes: Passes, setting: MobaConfig, options: Options) -> TopkLa
 
 
 def _tables(passes: Passes, rules: Sequence[LayerConfig], options: Options) -> list[LocalCosts]:
-    """The layer-local costs of each rule, from dense passes or from what is kept of them."""
+    """The layer-local costs of each rule, from dense passes or from the store."""
     model, texts, seed = passes.model, passes.texts, options.seed
 
     def measure() -> Any:

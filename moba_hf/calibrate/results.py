@@ -1,4 +1,4 @@
-"""What a calibration found: settings of a trade-off curve, and the one that was chosen."""
+"""The results of a calibration: the settings of a trade-off curve, and the chosen one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.results import format_table
 
-# What `Point.keys` counts.
+# What `Point.keys` may count.
 KEY_BUDGET, CAUSAL_PAIRS = "key budget", "causal pairs"
 
 
@@ -19,13 +19,14 @@ class Point:
 
     Attributes:
         keys: the share that the goal `keys` limits: the key budget at the calibration length, or the share of
-            the dense causal pairs, which is counted where a pass was made and estimated elsewhere.
-        cost: sum of the layer-local costs, in nats to second order; it ranks settings.
-        config: the setting, as `MobaConfig.to_dict`.
-        rise: measured rise of the trailing loss per text, in nats, as run; None: no pass was made.
-        error: half of the paired 95 % interval of each rise; None in it: too few tokens.
-        pairs: counted share of the dense causal pairs, over the texts; None: no pass was made.
-        dense: whether no layer is sparse in it.
+            the dense causal pairs, which is counted if a pass was made and estimated otherwise.
+        cost: sum of the layer-local costs, in nats to second order; only for ranking settings.
+        config: the setting, as from `MobaConfig.to_dict`.
+        rise: measured increase of the trailing loss per text, in nats, as run; None: no pass was made.
+        error: half the width of the paired 95% interval of each increase; an entry is None if there are too
+            few tokens.
+        pairs: counted share of the dense causal pairs over the texts; None: no pass was made.
+        dense: whether all layers have full attention.
     """
 
     keys: float
@@ -38,17 +39,17 @@ class Point:
 
     @property
     def worst(self) -> float | None:
-        """The largest rise over the texts."""
+        """The largest increase over the texts."""
         return None if self.rise is None else max(self.rise)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """The thresholds of the layers, ascending and each once; empty: every query chooses for itself."""
+        """The distinct thresholds of the layers, ascending; empty: every query chooses for itself."""
         settings = [self.config, *self.config["layers"].values()]
         return tuple(sorted({one["threshold"] for one in settings if "threshold" in one}))
 
     def rises(self) -> str:
-        """The measured rises in words."""
+        """The measured increases in words."""
         if self.rise is None or self.error is None:
             return "-"
         return ", ".join(shown_rise(*one) for one in zip(self.rise, self.error, strict=True))
@@ -56,13 +57,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A threshold for each layer, beside one for the model with at least as many pairs.
+    """A threshold per layer, compared with a single threshold with at least as many pairs.
 
     Attributes:
-        one, by_layer: counted share of the dense causal pairs of each.
-        difference: mean loss of the trailing tokens of all texts with a threshold for each layer, less that
-            with one threshold, in nats.
-        error: half of its paired 95 % interval; None: too few tokens.
+        one: counted share of the dense causal pairs with a single threshold.
+        by_layer: counted share of the dense causal pairs with a threshold per layer.
+        difference: mean loss of the trailing tokens of all texts with a threshold per layer, minus that with
+            a single threshold, in nats.
+        error: half the width of its paired 95% interval; None: too few tokens.
     """
 
     one: float
@@ -72,22 +74,22 @@ class Comparison:
 
     @property
     def pays(self) -> bool:
-        """Whether the loss is lower at no more pairs, with an interval that excludes zero."""
+        """Whether the loss is lower without more pairs, and the interval excludes zero."""
         less = self.error is not None and self.difference + self.error < 0
         return less and self.by_layer <= self.one
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
     Attributes:
         config: the chosen setting.
-        length: tokens of the calibration texts.
-        counts: what `keys` of every point is: "key budget" or "causal pairs".
-        chosen: its point.
-        curve: points from few keys to all, confirmed where a pass was made.
-        comparison: whether a threshold for each layer pays; None: that was not asked.
+        length: number of tokens of each calibration text.
+        counts: what `keys` of every point counts: "key budget" or "causal pairs".
+        chosen: the point of the chosen setting.
+        curve: points from few keys to all keys; some are confirmed by a pass.
+        comparison: whether a threshold per layer is worthwhile; None: not compared.
         held_out: the chosen setting on the held-out texts; None: there are none.
     """
 
@@ -107,7 +109,7 @@ class Calibration:
         return values
 
     def report(self) -> str:
-        """The trade-off curve, what was chosen and how it did on held-out text."""
+        """The trade-off curve, the chosen setting, and its result on held-out texts."""
         shared = self.counts == CAUSAL_PAIRS
         table = format_table((_threshold_rows if shared else _topk_rows)(self.curve))
         parts = [table, self._chosen()]
@@ -116,11 +118,11 @@ class Calibration:
         if self.held_out is not None:
             assert self.held_out.pairs is not None
             parts.append(
-                f"Held-out text ({self.length} tokens that nothing was tuned on): rise "
+                f"Held-out text ({self.length} tokens not used for tuning): rise "
                 f"{self.held_out.rises()} at {_percent(self.held_out.pairs)} of the causal pairs"
             )
         if shared:
-            parts.append("Losses are as run: the choice of a tile hears all of its queries.")
+            parts.append("Losses are as run: the choice of a tile depends on all of its queries.")
         return "\n\n".join(parts)
 
     def _chosen(self) -> str:
@@ -140,7 +142,7 @@ class Calibration:
 
 
 def shown_rise(rise: float, error: float | None) -> str:
-    """A rise with its interval, `+.0021 ± .0010`."""
+    """An increase with its interval, e.g. `+0.0021 ± 0.0010`."""
     return f"{rise:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
@@ -171,8 +173,8 @@ def _threshold_rows(curve: Sequence[Point]) -> list[list[object]]:
 
 
 def _compared(found: Comparison) -> str:
-    verdict = "so each layer has its own" if found.pays else "which is no sure gain, so one serves all layers"
+    verdict = "so each layer gets its own" if found.pays else "no significant gain, so all layers share one"
     return (
-        f"A threshold for each layer, at {_percent(found.by_layer)} of the causal pairs, beside one for the "
-        f"model, at {_percent(found.one)}: loss {shown_rise(found.difference, found.error)}, {verdict}"
+        f"A threshold per layer ({_percent(found.by_layer)} of the causal pairs) compared with a single one "
+        f"({_percent(found.one)}): loss {shown_rise(found.difference, found.error)}, {verdict}"
     )

@@ -1,4 +1,4 @@
-"""One calibration from beginning to end."""
+"""Runs a calibration."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _CURVE = (0.05, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 def calibrate(
     model: Any, texts: Sequence[Tensor], options: Options, *, held_out: Sequence[Tensor] = ()
 ) -> Calibration:
-    """The best setting of `model` for texts like `texts`.
+    """Finds the best setting of `model` for texts like `texts`.
 
     Args:
         texts: `(1, length)` token ids each, all of the length that matters to you.
-        options: what is wanted.
-        held_out: further texts of that length, read only under the setting that was chosen.
+        options: the goal and the effort.
+        held_out: further texts of that length, read only with the chosen setting.
 
     Raises:
-        ValueError: texts of unequal length, options that do not fit the setting or the model, a share of keys
-            or pairs that no setting keeps, or a store of something else.
+        ValueError: the texts differ in length, the options do not fit the setting or the model, no setting
+            has the allowed share of keys or pairs, or the store belongs to another run.
     """
     length = check_texts(texts)
     if held_out:
@@ -68,17 +68,17 @@ def starting_setting(model: Any, preset: str | None = None, gate: str | None = N
 
     Args:
         preset: name of a preset; None: not given.
-        gate: how blocks are scored; None: as the setting says.
+        gate: how blocks are scored; None: that of the setting.
 
     Raises:
-        ValueError: an unknown preset or gate, or one that the setting cannot have.
+        ValueError: the preset or the gate is unknown, or the gate does not fit the setting.
     """
     setting = moba_config(family_of(model)[1]) if preset is None else MobaConfig.from_preset(preset)
     return setting if gate is None else replace(setting, gate=gate)
 
 
 def _find(ladder: Ladder, passes: Passes, options: Options, best: Point) -> tuple[Point, list[Point]]:
-    """What `options` ask for on one ladder, and the settings tried."""
+    """The setting of a ladder that meets the goal of `options`, and all settings that were tried."""
     if options.max_loss is not None:
         return within_loss(ladder, passes, options.max_loss, options.confirmations, best)
     assert options.keys is not None
@@ -86,8 +86,8 @@ def _find(ladder: Ladder, passes: Passes, options: Options, best: Point) -> tupl
     if found is None:
         least = min(point.keys for point in tried)
         raise ValueError(
-            f"keys={options.keys} was not kept: the least that was found is {least:.1%} of the causal pairs, "
-            "the blocks that are always attended included; allow more, or take smaller blocks or longer texts"
+            f"keys={options.keys} was not reached: the smallest share found is {least:.1%} of the causal "
+            "pairs, including kept blocks; allow more, or use smaller blocks or longer texts"
         )
     return found, tried
 
@@ -95,13 +95,14 @@ def _find(ladder: Ladder, passes: Passes, options: Options, best: Point) -> tupl
 def _by_layer(
     ladder: Ladder, passes: Passes, options: Options, one: Point
 ) -> tuple[Point, Comparison | None, list[Point]]:
-    """Compares `one` number for all layers with a number for each, and goes on with these where that pays.
+    """Compares `one` value for all layers with a value per layer, and continues with these if that is better.
 
     Args:
-        ladder: of the settings with a number for each layer.
+        ladder: the settings with a value per layer.
 
     Returns:
-        The better setting, the comparison (None: no setting of the ladder attends as little), settings tried.
+        The better setting, the comparison (None: all settings of the ladder attend to more), and the settings
+        that were tried.
     """
     rival, tried = within_keys(ladder, passes, one.keys, options.confirmations)
     if rival is None:
@@ -119,7 +120,7 @@ def _by_layer(
 
 
 def _curve(ladders: Sequence[Ladder], tried: Sequence[Point]) -> tuple[Point, ...]:
-    """The settings tried and those of the ladders at the shares of `_CURVE`, each once, by their share."""
+    """The tried settings and those of the ladders at the shares `_CURVE`, without duplicates, by share."""
     points = [*tried, *(ladder.at(share) for ladder in ladders for share in _CURVE)]
     once: dict[str, Point] = {}
     for point in points:
@@ -134,7 +135,7 @@ def _made_of(
     setting: MobaConfig,
     options: Options,
 ) -> dict[str, Any]:
-    """What the passes in a store depend on; nothing where none is kept."""
+    """What the passes in a store depend on; empty without a store."""
     if options.store is None:
         return {}
     return {

@@ -6,21 +6,21 @@ from moba_hf.calibrate.ladder import Ladder
 from moba_hf.calibrate.passes import Passes
 from moba_hf.calibrate.results import KEY_BUDGET, Point
 
-_LEAST = 0.03  # share that the search for an allowed loss goes down to
-_CLOSE = 0.98  # part of an allowed share that is near enough to it
+_LEAST = 0.03  # smallest share in the search for an allowed loss
+_CLOSE = 0.98  # a share within this factor of the allowed share is close enough
 
 
 def within_loss(
     ladder: Ladder, passes: Passes, max_loss: float, confirmations: int, best: Point
 ) -> tuple[Point, list[Point]]:
-    """Bisects the share, on a log scale, for the least that keeps every text within `max_loss`.
+    """Bisects the share, on a log scale, for the smallest with which every text stays within `max_loss`.
 
     Args:
-        confirmations: most settings that are tried.
-        best: a setting that keeps it.
+        confirmations: the most settings to try.
+        best: a setting that stays within `max_loss`.
 
     Returns:
-        The setting with the least share, `best` where none has less, and those tried.
+        The setting with the smallest share (`best` if none is smaller), and the settings that were tried.
     """
     low, high = max(ladder.least, _LEAST), min(ladder.most, best.keys)
     tried: list[Point] = []
@@ -39,16 +39,16 @@ def within_loss(
 def within_keys(
     ladder: Ladder, passes: Passes, keys: float, confirmations: int
 ) -> tuple[Point | None, list[Point]]:
-    """The setting that uses most of an allowed share.
+    """The setting with the largest share within the allowed one.
 
-    A key budget is kept by construction. What a shared choice attends is counted, and the share that is asked
-    of the ladder is corrected by what was found.
+    A key budget is met by construction. For a shared choice, the attended pairs are counted, and the share
+    that is requested from the ladder is corrected accordingly.
 
     Args:
-        confirmations: most settings that are tried; 0: the local costs are trusted.
+        confirmations: the most settings to try; 0: trust the local costs.
 
     Returns:
-        The setting, None where none that was tried keeps the share, and those tried.
+        The setting (None if every tried one exceeds the share), and the settings that were tried.
     """
     if ladder.counts == KEY_BUDGET:
         found = ladder.at(keys)
@@ -63,7 +63,7 @@ def within_keys(
         reached = tried[-1].keys
         if _CLOSE * keys <= reached <= keys:
             break
-        # after one that attends too much, aim a little lower than needed
+        # after a setting that attends to too much, aim slightly lower than necessary
         share = min(ladder.most, share * keys / reached * (1.0 if reached <= keys else 0.995))
     kept = [point for point in tried if point.keys <= keys]
     return max(kept, key=lambda p: p.keys, default=None), tried

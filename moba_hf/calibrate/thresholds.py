@@ -1,4 +1,4 @@
-"""The threshold of a choice that a tile of queries shares: one for the model, or one for each layer."""
+"""The threshold of a choice that a tile of queries shares: one for the model, or one per layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from moba_hf.op.shared_rule import SharedRule
 
 # From few pairs to many.
 THRESHOLDS = (0.5, 0.3, 0.2, 0.12, 0.07, 0.04, 0.025, 0.015, 0.01, 0.006, 0.003, 0.001, 0.0003)
-_PARTS = 12  # steps between neighbours of them that a setting may take, on a logarithmic scale
+_PARTS = 12  # a setting may also use this many steps between two neighbours, on a log scale
 
 
 def with_thresholds(setting: MobaConfig, thresholds: Mapping[int, float], num_layers: int) -> MobaConfig:
-    """`setting` with the `thresholds` of layers; what else its layers set for themselves stays."""
+    """`setting` with the `thresholds` of layers; other settings of single layers stay."""
     common = Counter(thresholds.values()).most_common(1)[0][0]
     layers = _other_overrides(setting, num_layers)
     for layer, threshold in thresholds.items():
@@ -36,7 +36,7 @@ def with_thresholds(setting: MobaConfig, thresholds: Mapping[int, float], num_la
 
 
 def _other_overrides(setting: MobaConfig, num_layers: int) -> dict[int, dict[str, Any]]:
-    """What single layers set besides the threshold, by index from 0."""
+    """The settings of single layers other than the threshold, by index from 0."""
     kept = {
         index % num_layers: {name: value for name, value in pairs if name != "threshold"}
         for index, pairs in setting.layers
@@ -45,10 +45,10 @@ def _other_overrides(setting: MobaConfig, num_layers: int) -> dict[int, dict[str
 
 
 def shared_rules(model: Any, setting: MobaConfig) -> dict[int, SharedRule]:
-    """The rules of the layers that share a choice, as the model runs them.
+    """The rules of the layers with a shared choice.
 
     Raises:
-        ValueError: no layer does, or some layer lets every query choose.
+        ValueError: no layer shares a choice, or in some layer every query chooses for itself.
     """
     adapter, text_config = family_of(model)
     num_layers = adapter.num_layers(text_config)
@@ -60,25 +60,25 @@ def shared_rules(model: Any, setting: MobaConfig) -> dict[int, SharedRule]:
             continue
         if not isinstance(rule, SharedRule):
             raise ValueError(
-                f"layer {layer} has tile=1, other layers share a choice: calibrate finds either topk or "
-                "thresholds; give a setting with one kind of choice"
+                f"layer {layer} has tile=1, but other layers share a choice: calibrate can find either topk "
+                "or thresholds; pass a setting with only one kind of choice"
             )
         found[layer] = replace(rule, rotary_pairs=adapter.rotary_pairs)
     if not found:
-        raise ValueError(
-            f"no layer of this {model.config.model_type} model would run MoBA under this setting"
-        )
+        raise ValueError(f"no layer of this {model.config.model_type} model would use MoBA with this setting")
     return found
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Local costs of every layer and threshold, and what they make of a model.
+    """Local costs of every layer and threshold, and the settings built from them.
 
     Attributes:
-        setting: the one whose threshold is sought. num_layers: of the model.
+        setting: the setting whose threshold is tuned.
+        num_layers: number of layers of the model.
         choices: layer -> threshold -> (share of the dense causal pairs, cost); from few pairs to many.
-        attending: layers that attend keys. others: sum of the shares of those without a shared choice.
+        attending: number of layers that attend to keys.
+        others: sum of the shares of layers without a shared choice.
     """
 
     setting: MobaConfig
@@ -89,7 +89,7 @@ class _Table:
     counts = CAUSAL_PAIRS
 
     def point(self, thresholds: Mapping[int, float], shares: float, cost: float) -> Point:
-        """A setting whose layers of the table attend `shares` in sum."""
+        """A setting whose layers in the table have shares with the sum `shares`."""
         config = with_thresholds(self.setting, thresholds, self.num_layers)
         return Point((shares + self.others) / self.attending, cost, config.to_dict())
 
@@ -124,17 +124,17 @@ class OneThreshold(_Table):
     """Settings with one threshold, by their share of pairs."""
 
     def at(self, share: float) -> Point:
-        """The setting that attends most within `share`."""
+        """The setting that attends to the most pairs within `share`."""
         if share >= 1:
             return self.dense()
         return next((point for point in reversed(self.even) if point.keys <= share), self.even[0])
 
 
 class ThresholdByLayer(_Table):
-    """Settings with a threshold for each layer, by their share of pairs."""
+    """Settings with a threshold per layer, by their share of pairs."""
 
     def at(self, share: float) -> Point:
-        """The thresholds with the least sum of costs within `share`."""
+        """The thresholds with the smallest sum of costs within `share`."""
         if share >= 1:
             return self.dense()
         picked = cheapest(self.choices, max(share, self.least) * self.attending - self.others)
@@ -145,24 +145,26 @@ class ThresholdByLayer(_Table):
 def threshold_ladders(
     passes: Passes, setting: MobaConfig, options: Options
 ) -> tuple[OneThreshold, ThresholdByLayer]:
-    """The families of settings for a shared choice; it makes the dense passes that it needs.
+    """The ladders for a shared choice; runs the dense passes that they need.
 
     Raises:
-        ValueError: options or a setting that do not fit a shared choice, or texts that it attends in full.
+        ValueError: the options or the setting do not fit a shared choice, or the texts are so short that the
+            setting gives full attention.
     """
     if options.block_sizes:
         raise ValueError(
-            f"block sizes are tried for a choice per query only, and this setting has tile={setting.tile}: "
-            "leave them out, or take a setting with tile=1 such as the preset default-per-query"
+            "block sizes are tried only if every query chooses for itself, but this setting has "
+            f"tile={setting.tile}: omit them, or use a setting with tile=1 such as the preset "
+            "default-per-query"
         )
     if options.confirmations < 1:
-        raise ValueError("confirmations=0: the pairs of a shared choice are known from whole passes only")
+        raise ValueError("confirmations=0: the pairs of a shared choice can only be counted in whole passes")
     rules = shared_rules(passes.model, setting)
     longest = max(rule.dense_len for rule in rules.values())
     if passes.length <= longest:
         raise ValueError(
-            f"this setting attends texts of {longest} tokens in full, and these have {passes.length}: "
-            "take longer ones"
+            f"this setting gives full attention up to {longest} tokens, but these texts have "
+            f"{passes.length}: use longer texts"
         )
     adapter, text_config = family_of(passes.model)
     rows = inspect_config(passes.model.config, setting, (passes.length,)).layers
@@ -180,7 +182,7 @@ def threshold_ladders(
 
 
 def _choices(passes: Passes, rules: Mapping[int, SharedRule], options: Options) -> Choices[float]:
-    """Shares and layer-local costs of each threshold, from dense passes or from what is kept of them."""
+    """Shares and layer-local costs of each threshold, from dense passes or from the store."""
     model, texts, seed = passes.model, passes.texts, options.seed
 
     def measure() -> Any:
@@ -193,7 +195,7 @@ def _choices(passes: Passes, rules: Mapping[int, SharedRule], options: Options) 
 
 
 def _between(measured: Sequence[tuple[float, float]]) -> dict[float, tuple[float, float]]:
-    """Shares and costs at `THRESHOLDS`, and at `_PARTS` steps from each to the next: straight lines."""
+    """Shares and costs at `THRESHOLDS` and at `_PARTS` steps between neighbours, linearly interpolated."""
     found: dict[float, tuple[float, float]] = {}
     for (high, one), (low, other) in pairwise(zip(THRESHOLDS, measured, strict=True)):
         for step in range(_PARTS + 1):

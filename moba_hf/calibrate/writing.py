@@ -1,4 +1,4 @@
-"""Puts settings into a checkpoint folder."""
+"""Stores settings in a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moba_hf.config import MobaConfig
 def write_settings(folder: str | Path, config: MobaConfig) -> None:
     """Stores `config` in the config.json of a checkpoint folder, and turns MoBA on in it.
 
-    The model card of a converted checkpoint then names these settings.
+    The model card of a converted checkpoint is updated too.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or the settings do not fit its model.
+        ValueError: the folder is not a checkpoint, or the settings do not fit its model.
     """
     place = Path(folder)
     values, model_config = read_model_config(place)
@@ -32,10 +32,10 @@ def write_settings(folder: str | Path, config: MobaConfig) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces the content of a file in one step; it keeps its mode, and an error leaves it as it was.
+    """Replaces the contents of a file in one step, keeping its mode; after an error the file is unchanged.
 
     Raises:
-        OSError: the file system refused.
+        OSError: the file cannot be written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

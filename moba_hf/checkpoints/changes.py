@@ -85,7 +85,7 @@ class Changes:
 
 
 def check_no_code(source: Path, files: Iterable[Path], config: PreTrainedConfig) -> None:
-    """Raises ValueError if the source has code of its own, which our module would replace or make trusted.
+    """Raises ValueError if the source contains code, which our module would replace or make trusted.
 
     Args:
         source: the folder; the module of an earlier conversion is accepted.

@@ -1,9 +1,9 @@
 """Layer-local costs of a choice that a tile of queries shares, at several thresholds, from one dense pass.
 
-As in `moba_hf.evaluate.local`: the error of a layer's output at sampled queries, weighted by how much the
-predictions depend on that output. The choice is made for the whole text, so the pairs that it attends are
-counted too. The queries and keys are those of the dense pass: where layers below are sparse, they differ a
-little, so both numbers are estimates.
+As in `moba_hf.evaluate.local`, a cost is the error of a layer's output at sampled queries, weighted by how
+much the predictions depend on that output. Blocks are chosen for the whole text, so attended pairs are
+counted too. Queries and keys are those of the dense pass. They would differ slightly if the layers below were
+sparse, so both numbers are estimates.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def threshold_errors(
     """Share of the dense causal pairs, and mean squared error of a layer's output, at each of `thresholds`.
 
     Args:
-        q: `(H, N, D)`. k: `(HK, N, D)`. v: `(HK, N, Dv)`.
-        positions: `(M,)`, of the queries whose outputs are compared.
+        q: `(H, N, D)`.
+        k: `(HK, N, D)`.
+        v: `(HK, N, Dv)`.
+        positions: `(M,)`, positions of the queries whose outputs are compared.
         project: the layer's output projection, `(M, H * Dv)` -> `(M, width)`.
     """
     length, blocks = k.shape[1], -(-k.shape[1] // rule.block_size)
@@ -75,11 +77,11 @@ def threshold_costs(
     samples: int = 48,
     seed: int = 0,
 ) -> ThresholdCosts:
-    """Shares of pairs and costs of layers at each threshold, averaged over texts: one dense pass per text.
+    """Shares of pairs and costs of layers at each threshold, averaged over texts; one dense pass per text.
 
     Args:
-        texts: `(1, length)` token ids each, all of one length.
-        rules: of the layers that are looked at; their threshold is not used.
+        texts: `(1, length)` token ids each, all of the same length.
+        rules: rules of the layers to measure; their thresholds are ignored.
         weights: nats per squared error of each layer, from `sensitivities`.
     """
     positions = sample_positions(texts[0].shape[1], samples, seed)

@@ -1,4 +1,4 @@
-"""Results on disk and on screen: a JSON store from which a run can resume, progress bars, tables."""
+"""Results on disk and on screen: a JSON store from which a run can resume, and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Store:
 
     Args:
         path: the file; None: keep results in memory only.
-        settings: JSON-ready values that, besides the keys, the results depend on.
+        settings: JSON-ready values on which the results depend, in addition to the keys.
 
     Raises:
         ValueError: the file exists but is not a store, was changed or damaged, or has other settings.

@@ -189,7 +189,7 @@ def find_adapter(model_type: str) -> Adapter:
         return found
     raise ValueError(
         f"no MoBA adapter for model_type {model_type!r}; known: {', '.join(known_families())}. "
-        "To add one, subclass moba_hf.hf.adapter.Adapter and publish it in the entry-point group "
+        "To add one, subclass moba_hf.hf.adapter.Adapter and publish it under the entry-point group "
         f"{ENTRY_POINTS!r} (patches/README.md shows how)"
     )
 

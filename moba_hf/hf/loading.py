@@ -1,6 +1,6 @@
 """Makes MoBA stay on when transformers saves and loads a model.
 
-A checkpoint has its MoBA settings in `config.moba`, but every load decides anew which attention runs: the
+A checkpoint has its MoBA settings in `config.moba`, but every load decides again which attention runs: the
 argument `attn_implementation`, else the field of that name in config.json, else dense attention. transformers
 does not save that field. So `from_pretrained` and `save_pretrained` of its models are wrapped. The first
 warns if a model with MoBA settings runs dense attention. The second saves the field for a model that uses
@@ -81,17 +81,24 @@ def dense_on_purpose() -> Iterator[None]:
 
 
 def place_settings(config: Any) -> None:
-    """Moves MoBA settings from the outer config, if they are there, to its text config, in place."""
+    """Moves MoBA settings from the outer config, if they are there, to its text config, in place.
+
+    Raises:
+        ValueError: the text config has different settings.
+    """
     if config is None or not has_adapter(getattr(config, "model_type", "")):
         return
     text = find_adapter(config.model_type).text_config(config)
-    if (
-        text is not config
-        and getattr(text, "moba", None) is None
-        and getattr(config, "moba", None) is not None
-    ):
-        text.moba = config.moba
-        del config.moba
+    if text is config or getattr(config, "moba", None) is None:
+        return
+    if getattr(text, "moba", None) not in (None, config.moba):
+        key = find_adapter(config.model_type).text_config_key
+        raise ValueError(
+            f"the config contains two different MoBA settings: {config.moba} outside its {key}, and "
+            f"{text.moba} inside, which would be used: delete the first"
+        )
+    text.moba = config.moba
+    del config.moba
 
 
 @contextmanager
@@ -136,19 +143,27 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def watch_loads() -> None:
-    """Wraps `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
+    """Wraps the construction, `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
     from transformers import PreTrainedModel
 
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
     if getattr(original, "_moba_watched", False):
         return
 
+    construct = PreTrainedModel.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        place_settings(config)  # before the text model takes its config; also of models without a checkpoint
+        construct(self, config, *args, **kwargs)
+
+    PreTrainedModel.__init__ = init  # type: ignore[method-assign]
+
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         _check_ranks(args, kwargs)
         loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        place_settings(getattr(model, "config", None))
         warn_if_dense(model)
         return loaded
 

@@ -18,26 +18,20 @@ from torch import Tensor
 
 from moba_hf.kernels import budgets, tuning
 from moba_hf.kernels.backward_own import own_dq, own_gradients
-from moba_hf.kernels.backward_routed import Rows, pair_dq, pair_gradients
+from moba_hf.kernels.backward_routed import BinSums, Rows, pair_dq, pair_gradients
 from moba_hf.kernels.backward_rows import row_stats, sum_partials
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.routing import key_format, pair_keys, retile, route
 from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
 from moba_hf.kernels.tuning_backward import BackwardTiles, backward_tiles
+from moba_hf.op.sequences import Attended, Sequences
 
 
 def attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_indices: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    saved: Attended,
+    sequences: Sequences,
     block_size: int,
     softmax_scale: float,
     *,
@@ -49,13 +43,15 @@ def attend_backward(
     Args:
         grad_out: `(batch, q_len, H, DV)`, any strides.
         grad_lse: fp32 `(batch, H, q_len)`, any strides.
-        q, k, v, block_indices, table, max_seqlen_q, max_seqlen_k, block_size, softmax_scale: the arguments of
-            `forward.attend`.
-        out, lse: the results of `forward.attend`.
+        saved: inputs and results of `forward.attend`.
+        sequences: as in `forward.attend`.
+        block_size: as in `forward.attend`.
+        softmax_scale: as in `forward.attend`.
         workspace: maximum bytes for the pairs and sums of a group; None: `budgets.BACKWARD_WORKSPACE`.
         tiles: tiles of the kernels; None: those of `backward_tiles`.
     """
-    q, k, v, out, grad_out = (rows_contiguous(x) for x in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (rows_contiguous(x) for x in (*saved[:4], grad_out))
+    lse, block_indices, table = saved.lse, saved.block_indices, sequences.table
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, v_dim, slots = k.shape[1], v.shape[3], block_indices.shape[3] - 1
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)]
@@ -69,7 +65,14 @@ def attend_backward(
     group_size = num_heads // num_kv_heads
     _, tokens = head_split(group_size, tuning.choices_for(q).route_rows)
     tiling = make_tiling(
-        q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=chunk_rows
+        q,
+        k,
+        table,
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
+        block_size=block_size,
+        tile=tokens,
+        chunk_rows=chunk_rows,
     )
     routed = slots > 0 and tiling.num_blocks > 0
     # The sum over pairs writes zeros to rows outside all sequences; without that sum, start from zeros.
@@ -138,17 +141,9 @@ def _one_group(
             first_row, slots = chunk * tiling.chunk_rows, keys.shape[2]
             partial = space.partial.flatten()[: keys.numel() * grad_q.shape[3]]
             whole = tiling.block_size <= tiles.held.n  # one kernel computes dq too
+            into = BinSums(sums, space.extra, fresh)
             pair_gradients(
-                rows,
-                tiling,
-                routes,
-                partial if whole else None,
-                sums,
-                space.extra,
-                slots,
-                first_row,
-                tiles.held,
-                fresh,
+                rows, tiling, routes, partial if whole else None, into, slots, first_row, tiles.held
             )
             if not whole:
                 pair_dq(rows, tiling, retile(routes, tiling, tiles.dq.m), partial, slots, first_row, tiles.dq)

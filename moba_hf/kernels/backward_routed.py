@@ -73,29 +73,39 @@ class Rows:
         return self.q.stride()[:3], self.k.stride()[:3], self.v.stride()[:3], (batch, head, token)
 
 
+@dataclass(frozen=True)
+class BinSums:
+    """Where the gradients of the keys and values of bins are summed.
+
+    Attributes:
+        sums: dk, then dv of each bin, fp32 `(bins, B * (D + DV))`.
+        extra: temporary memory, fp32 `(P // R, B * (D + DV))`.
+        fresh: overwrite `sums` instead of adding to it.
+    """
+
+    sums: Tensor
+    extra: Tensor
+    fresh: bool
+
+
 def pair_gradients(
     rows: Rows,
     tiling: Tiling,
     routes: Routes,
     partial: Tensor | None,
-    sums: Tensor,
-    extra: Tensor,
+    into: BinSums,
     slots: int,
     first_row: int,
     tile: tuning.Tile,
-    fresh: bool,
 ) -> None:
-    """Adds each bin's unscaled dk and dv to `sums`, fp32 `(bins, B * (D + DV))`; skips bins without pairs.
+    """Adds each bin's unscaled dk and dv to `into.sums`; skips bins without pairs.
 
     Args:
         routes: the pairs, with `rows` = R, a multiple of `tile.m`.
         partial: `(P, D)`, receives dq of every pair with a bin; the block must then fit `tile.n`. None: dq is
             not computed.
-        sums: dk, then dv of each bin.
-        extra: temporary memory, fp32 `(P // R, B * (D + DV))`.
         slots: K1.
         first_row: flat query row at which the chunk begins.
-        fresh: overwrite `sums` instead of adding to it.
     """
     head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], tiling.block_size
     key_tiles = triton.cdiv(block_size, tile.n)
@@ -107,9 +117,9 @@ def pair_gradients(
             rows.v,
             rows.grad_out,
             rows.stats,
-            sums if partial is None else partial,
-            sums,
-            extra,
+            into.sums if partial is None else partial,
+            into.sums,
+            into.extra,
             routes.pairs,
             routes.bin_begin,
             routes.tile_info,
@@ -129,15 +139,15 @@ def pair_gradients(
             BLOCK_N=tile.n,
             KEY_TILES=key_tiles,
             WITH_DQ=partial is not None,
-            FRESH=fresh,
+            FRESH=into.fresh,
             ONE_ROW=rows.q.shape[0] == 1,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
-        size = sums.shape[1]
-        fold = tuning.choices_for(sums).fold
+        size = into.sums.shape[1]
+        fold = tuning.choices_for(into.sums).fold
         _fold_kernel[(routes.num_bins, triton.cdiv(size, fold))](
-            sums, extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=fold, num_warps=4
+            into.sums, into.extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=fold, num_warps=4
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 WORKSPACE = 4 << 30
 # Maximum memory for the pairs and sums of a group of kv heads in the backward, in bytes.
 BACKWARD_WORKSPACE = 3 << 30
-# Bytes per pair besides its partial output: lse, the pair's key, the sort's keys and permutation.
+# Bytes per pair in addition to its partial output: lse, the pair's key, the sort's keys and permutation.
 _PAIR_OVERHEAD = 4 + 2 + 2 + 8 + 8
 # Bytes per pair for the separate sums of segments; a smaller number makes segments longer.
 _SEGMENT_BYTES = 32

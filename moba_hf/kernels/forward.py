@@ -27,6 +27,25 @@ from moba_hf.kernels.own import own_attention
 from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 from moba_hf.kernels.tiling import head_split, make_tiling
+from moba_hf.op.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Choices of `attend` that tests and benchmarks make themselves; None: `attend` makes them.
+
+    Attributes:
+        workspace: maximum bytes for partial outputs and pairs; None: `budgets.WORKSPACE`. It does not affect
+            the result.
+        resident: use the kernel that keeps a block's keys resident; None: by `tuning.routed_tile`.
+        use_decode: use the decode kernel; None: only for a few queries.
+        use_hopper: False: never use Gluon kernels; None: use them if `hopper.dispatch.available`.
+    """
+
+    workspace: int | None = None
+    resident: bool | None = None
+    use_decode: bool | None = None
+    use_hopper: bool | None = None
 
 
 def attend(
@@ -34,17 +53,12 @@ def attend(
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     block_size: int,
     softmax_scale: float,
     *,
-    workspace: int | None = None,
-    resident: bool | None = None,
-    use_decode: bool | None = None,
-    use_hopper: bool | None = None,
     by_row: bool = False,
+    forced: Forced | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)`, fp32, natural logarithm.
 
@@ -53,17 +67,13 @@ def attend(
         k: `(batch, HK, kv_len, D)`.
         v: `(batch, HK, kv_len, DV)`.
         block_indices: int32 `(batch, q_len, H, K)`, the own block in any slot, -1 for empty slots.
-        table: see `moba_hf.op.sequences`.
-        max_seqlen_q, max_seqlen_k: upper bounds on the queries and keys of one sequence.
         block_size: keys in a block.
         softmax_scale: factor of the scores.
-        workspace: maximum bytes for partial outputs and pairs; None: `budgets.WORKSPACE`. It does not affect
-            the result.
-        resident: use the kernel that keeps a block's keys resident; None: by `tuning.routed_tile`.
-        use_decode: use the decode kernel; None: only for a few queries.
-        use_hopper: False: never use Gluon kernels; None: use them if `hopper.dispatch.available`.
         by_row: row r of the table is batch row r, for every r, so the decode kernel writes every row.
+        forced: choices that are otherwise made here.
     """
+    forced, table, max_seqlen_q = forced or Forced(), sequences.table, sequences.max_seqlen_q
+    use_decode, resident = forced.use_decode, forced.resident
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if softmax_scale <= 0:  # the kernels take the maximum before scaling
         q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
@@ -74,18 +84,18 @@ def attend(
         use_decode = sparse_decode.takes(q, topk, max_seqlen_q, block_size)
     if use_decode and q.numel() > 0:
         return sparse_decode.decode_attention(
-            q, k, v, block_indices, table, max_seqlen_q, block_size, softmax_scale, by_row=by_row
+            q, k, v, block_indices, sequences, block_size, softmax_scale, by_row=by_row
         )
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
-    budget = budgets.WORKSPACE if workspace is None else workspace
+    budget = budgets.WORKSPACE if forced.workspace is None else forced.workspace
     rows = budgets.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
-    on_hopper = use_hopper is not False and resident is None and hopper.available(q, k, v)
+    on_hopper = forced.use_hopper is not False and resident is None and hopper.available(q, k, v)
     own = _own_stage(q, k, v, block_size, on_hopper)
     _, tokens = head_split(num_heads // k.shape[1], own.tile.m)
     if q.numel() == 0 or table.shape[0] == 0:
         return q.new_zeros(batch, q_len, num_heads, v_dim), lse
     tiling = make_tiling(
-        q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=rows
+        q, k, table, max_seqlen_q, sequences.max_seqlen_k, block_size=block_size, tile=tokens, chunk_rows=rows
     )
     inputs = Inputs(q, k, v, tiling, softmax_scale)
     final = topk == 1 or tiling.num_blocks == 0

@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
+from moba_hf.config import LayerConfig
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.gate_kernels import gate_fwd_kernel, gate_rest_kernel
@@ -35,6 +36,7 @@ from moba_hf.kernels.levels import tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
 from moba_hf.op.numerics import part_size
+from moba_hf.op.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -77,45 +79,37 @@ def summarize_mass(k: Tensor, tiling: Tiling, softmax_scale: float, rotary_pairs
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    block_size: int,
-    topk: int,
-    sink_blocks: int,
-    local_blocks: int,
-    mass_scale: float | None = None,
-    rotary_pairs: str = "halves",
+    q: Tensor, k: Tensor, sequences: Sequences, rule: LayerConfig, softmax_scale: float | None = None
 ) -> Tensor:
     """Chosen blocks, int32 `(batch, q_len, H, topk)`: the own block first, -1 for empty slots and padding.
 
     Args:
         q: `(batch, H, q_len, D)`.
         k: `(batch, HK, kv_len, D)`.
-        table: see `moba_hf.op.sequences`.
-        max_seqlen_q, max_seqlen_k: upper bounds on the queries and keys of one sequence.
-        block_size, topk, sink_blocks, local_blocks: the rule.
-        mass_scale: softmax scale for the mass gate; None: use the mean gate.
-        rotary_pairs: used by the mass gate, see `moba_hf.op.gates.MassSummary`.
+        softmax_scale: used by the mass gate only.
     """
+    assert rule.gate in ("mean", "mass")
     q, k = rows_contiguous(q), rows_contiguous(k)
-    choice = torch.full((q.shape[0], q.shape[2], q.shape[1], topk), -1, dtype=torch.int32, device=q.device)
-    if choice.numel() == 0 or table.shape[0] == 0:
+    choice = torch.full(
+        (q.shape[0], q.shape[2], q.shape[1], rule.topk), -1, dtype=torch.int32, device=q.device
+    )
+    if choice.numel() == 0 or sequences.table.shape[0] == 0:
         return choice
-    parts = 0 if mass_scale is None else block_size // part_size(block_size)
+    block_size = rule.block_size
+    parts = 0 if rule.gate == "mean" else block_size // part_size(block_size)
     tile = gate_tile(q, parts)
     _, tokens = head_split(q.shape[1] // k.shape[1], tile.m)
-    tiling = make_tiling(q, k, table, max_seqlen_q, max_seqlen_k, block_size=block_size, tile=tokens)
-    if topk <= 1 + sink_blocks + local_blocks:  # nothing is scored
+    limits = sequences.max_seqlen_q, sequences.max_seqlen_k
+    tiling = make_tiling(q, k, sequences.table, *limits, block_size=block_size, tile=tokens)
+    if rule.topk <= 1 + rule.sink_blocks + rule.local_blocks:  # nothing is scored
         empty = k.new_empty(k.shape[1], parts + 1, 1, k.shape[3])
         summary = Summary(empty, None if parts == 0 else empty, part=max(1, block_size // max(1, parts)))
-    elif mass_scale is None:
+    elif rule.gate == "mean":
         summary = summarize_means(k, tiling)
     else:
-        summary = summarize_mass(k, tiling, mass_scale, rotary_pairs)
-    gate(q, summary, tiling, choice, sink_blocks, local_blocks)
+        assert softmax_scale is not None
+        summary = summarize_mass(k, tiling, softmax_scale, rule.rotary_pairs)
+    gate(q, summary, tiling, choice, rule.sink_blocks, rule.local_blocks)
     return choice
 
 

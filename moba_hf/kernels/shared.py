@@ -20,6 +20,7 @@ from torch import Tensor
 from moba_hf.kernels import shared_hopper, shared_tuning, tuning
 from moba_hf.kernels.backward_routed import Rows
 from moba_hf.kernels.backward_rows import row_stats
+from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import padded, rows_contiguous
 from moba_hf.kernels.shared_attend import attend_lists
 from moba_hf.kernels.shared_backward import dkv_of_lists, dq_of_lists
@@ -102,8 +103,6 @@ def attend(
     tile: int,
     softmax_scale: float,
     *,
-    workspace: int | None = None,
-    shape: tuning.Tile | None = None,
     use_hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out (batch, q_len, H, DV)` in q's dtype and `lse (batch, H, q_len)`, fp32, natural logarithm.
@@ -113,8 +112,6 @@ def attend(
         k: `(batch, HK, kv_len, D)`.
         v: `(batch, HK, kv_len, DV)`.
         block_mask: int32 `(H, num_tiles, words)`, the result of `select`.
-        workspace: maximum bytes for the lists; None: `shared_tuning.LIST_WORKSPACE`.
-        shape: tile of the Triton kernel; None: by `shared_tuning.attend_tile`.
         use_hopper: run the Gluon kernel; None: if it supports these inputs.
     """
     q, k, v, block_mask = (
@@ -128,17 +125,16 @@ def attend(
     plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return out, lse
-    if shape is None:
-        dims = (padded(q.shape[3]), padded(v.shape[3]))
-        capability = tuning.capability(q.device)
-        shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
+    dims, capability = (padded(q.shape[3]), padded(v.shape[3])), tuning.capability(q.device)
+    shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:
         use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
     left_by = shared_hopper.SHAPE.n if use_hopper else 0
-    for first, lists in _chunks_of_lists(block_mask, plan, workspace):
+    inputs = SharedInputs(q, k, v, plan, softmax_scale)
+    for first, lists in _chunks_of_lists(block_mask, plan, None):
         if use_hopper:
-            shared_hopper.attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale)
-        attend_lists(q, k, v, out, lse, plan, lists, first, softmax_scale, shape, left_by)
+            shared_hopper.attend_lists(inputs, out, lse, lists, first)
+        attend_lists(inputs, out, lse, lists, first, shape, left_by)
     return out, lse
 
 

@@ -15,36 +15,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import device_of, dot, narrow, padded
 from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_lists import Lists
-from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tuning import Tile
 
 
 def attend_lists(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: SharedInputs,
     out: Tensor,
     lse: Tensor,
-    plan: SharedPlan,
     lists: Lists,
     first_tile: int,
-    softmax_scale: float,
     tile: Tile,
     left_by: int = 0,
 ) -> None:
     """Writes `out (batch, q_len, H, DV)` and `lse (batch, H, q_len)` for the rows of the listed tiles.
 
     Args:
-        q: `(batch, H, q_len, D)`, last dimension contiguous.
-        k, v: `(batch, HK, kv_len, D or DV)`, last dimension contiguous.
         lists: the lists of the tiles from `first_tile` on.
         left_by: handle only tiles whose keys in overlapped blocks are not a multiple of this number; the
             Hopper kernel skips these. 0: handle all tiles.
     """
+    q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
     parts = triton.cdiv(plan.tile, tile.m)
@@ -65,7 +60,7 @@ def attend_lists(
             q.shape[2],
             first_tile,
             lists.blocks.shape[2],
-            softmax_scale * 1.4426950408889634,
+            inputs.softmax_scale * 1.4426950408889634,
             GROUP=group,
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,

@@ -24,6 +24,9 @@ from moba_hf.op.shared import SharedRule
 # 131,072 tokens and 16 rows this takes 0.68 ms; with 1,024 columns 0.81 ms, with eight rows 1.27 ms.
 _COLUMNS, _ROWS, _WARP = 512, 2, 128
 
+# Bits that replace every NaN mass. The bisection starts at -1, so its width must fit in int32.
+_NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
+
 
 def choose(
     masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
@@ -108,6 +111,9 @@ def _tile_masses(
                 mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=inside, other=0.0
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
+        # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
+        bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), _NOT_A_NUMBER)
+        mean = bits.to(tl.float32, bitcast=True)
         tl.store(scratch_ptr + column, mean, mask=column < columns)
         largest = tl.maximum(largest, tl.max(tl.max(tl.where(column < columns, mean, 0.0), 1), 0))
     return largest
@@ -133,7 +139,7 @@ def _tally(scratch_ptr, columns, bound, sink, local, COUNT: tl.constexpr, BLOCK_
 def _bound(scratch_ptr, columns, limit, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The smallest bits with `_tally(bits) < limit`, and that tally."""
     low = -1
-    high = 0x7F800000
+    high = tl.cast(_NOT_A_NUMBER, tl.int32)
     while high - low > 1:
         middle = low + (high - low) // 2
         fits = _tally(scratch_ptr, columns, middle, sink, local, COUNT, BLOCK_N) < limit
@@ -214,7 +220,7 @@ def _choose_kernel(
         )
         tl.debug_barrier()  # below, threads read what others wrote
         if THRESHOLD:
-            bound = (largest * threshold).to(tl.int32, bitcast=True)
+            bound = tl.minimum((largest * threshold).to(tl.int32, bitcast=True), _NOT_A_NUMBER)
         if SHARE:
             share_bits, share_before = _bound(scratch_ptr, columns, share, sink, local, False, BLOCK_N)
         if TOPK:
@@ -241,7 +247,7 @@ def _choose_kernel(
                 rank = share_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
                 share_ties += tl.sum(tie.to(tl.int32), 0)
                 passes = passes & (
-                    (bits > share_bits) | (tie & (share_before + rank.to(tl.float32) * mass < share))
+                    (bits > share_bits) | (tie & ~(share_before + rank.to(tl.float32) * mass >= share))
                 )
             if TOPK:
                 tie = candidate & free & (bits == count_bits)

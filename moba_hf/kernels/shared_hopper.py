@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from moba_hf.kernels.hopper import dispatch
+from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import device_of, num_processors
 from moba_hf.kernels.shared_lists import Lists
-from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tuning import Tile
 
 SHAPE = Tile(m=128, n=64, warps=4, stages=4)
@@ -22,19 +22,16 @@ def takes(q: Tensor, k: Tensor, v: Tensor, block_size: int, tile: int) -> bool:
 
 
 def attend_lists(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: SharedInputs,
     out: Tensor,
     lse: Tensor,
-    plan: SharedPlan,
     lists: Lists,
     first_tile: int,
-    softmax_scale: float,
 ) -> None:
     """`shared_attend.attend_lists` for tiles whose keys in overlapped blocks are a multiple of `SHAPE.n`."""
     from moba_hf.kernels.shared_hopper_attend import attend_lists_kernel
 
+    q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
     with device_of(q):
@@ -54,7 +51,7 @@ def attend_lists(
             k.shape[1],
             q.shape[2],
             *q.stride()[:3],
-            softmax_scale * 1.4426950408889634,
+            inputs.softmax_scale * 1.4426950408889634,
             G=q.shape[1] // k.shape[1],
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,

@@ -29,6 +29,7 @@ from moba_hf.kernels.layout import (
     load_rows,
     row_offset,
 )
+from moba_hf.op.sequences import Sequences
 
 
 def num_segments(tuned: tuning.Choices, block_size: int, blocks: int = 0, processors: int = 0) -> int:
@@ -52,8 +53,7 @@ def decode_attention(
     k: Tensor,
     v: Tensor,
     choice: Tensor,
-    table: Tensor,
-    max_seqlen_q: int,
+    sequences: Sequences,
     block_size: int,
     softmax_scale: float,
     *,
@@ -70,6 +70,7 @@ def decode_attention(
         segments: number of segments per block; None: by `num_segments`.
     """
     batch, num_heads, q_len, head_dim = q.shape
+    table = sequences.table
     topk, v_dim, tuned = choice.shape[3], v.shape[3], tuning.choices_for(q)
     if segments is None:
         segments = num_segments(tuned, block_size, choice.numel(), num_processors(q))
@@ -83,7 +84,7 @@ def decode_attention(
         if by_row
         else torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
     )
-    queries = q_len if by_row else max(1, min(max_seqlen_q, q_len))
+    queries = q_len if by_row else max(1, min(sequences.max_seqlen_q, q_len))
     with device_of(q):
         if table.shape[0] > 0:
             _decode_kernel[(table.shape[0] * queries, num_heads, topk * segments)](

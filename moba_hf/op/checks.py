@@ -21,7 +21,7 @@ from moba_hf.op.backends import load_backend
 from moba_hf.op.numerics import part_size
 from moba_hf.op.operators import flat_rule, select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref
-from moba_hf.op.sequences import Sequences, packed_table
+from moba_hf.op.sequences import Attended, Sequences, packed_table
 
 
 @dataclass
@@ -120,12 +120,11 @@ class Case:
         return scores, 2**-15 * scores.abs() + 2**-18 * gate_ref(q.abs(), means.abs())
 
     def attend(self, choice: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The backend's `(out, lse)` for `choice`; keywords are those of `kernels.attend`."""
+        """The backend's `(out, lse)` for `choice`; keywords are those of `kernels.forward.Forced`."""
         if kwargs:
-            from moba_hf import kernels
+            from moba_hf.kernels.forward import Forced, attend
 
-            args = (self.table, *self.longest, self.block_size, self.scale)
-            return kernels.attend(self.q, self.k, self.v, choice, *args, **kwargs)
+            return attend(self.q, self.k, self.v, choice, *self.where, forced=Forced(**kwargs))
         return load_backend(self.backend).forward(self.q, self.k, self.v, choice, *self.where)
 
     @property
@@ -249,7 +248,6 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     """
     from moba_hf.kernels import attend_backward
 
-    args = (case.table, *case.longest, case.block_size, case.scale)
     out, lse = load_backend("triton").forward(case.q, case.k, case.v, choice, *case.where)
     covered = lse > -torch.inf
     grad_out = torch.randn(out.shape, device=out.device).to(case.dtype)
@@ -270,7 +268,8 @@ def assert_gradients(case: Case, choice: Tensor, **kwargs: Any) -> tuple[Tensor,
     def plain(twin: Case) -> tuple[Tensor, Tensor]:
         return plain_attention_and_lse(twin, choice)
 
-    grads = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, choice, *args, **kwargs)
+    saved = Attended(case.q, case.k, case.v, out, lse, choice)
+    grads = attend_backward(grad_out, grad_lse, saved, *case.where, **kwargs)
     truths, lows = by_autograd(torch.float64, exact), by_autograd(case.dtype, plain)
     for name, x, grad, truth, low in zip("qkv", (case.q, case.k, case.v), grads, truths, lows, strict=True):
         _require(

@@ -79,6 +79,29 @@ def _widened(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
 
+def masked_product(weights: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
+    """`weights (t, A, B) @ x (t, B, D)` without the terms in `hidden`, even if `x` is not finite there.
+
+    Args:
+        weights: `(t, A, B)`.
+        x: `(t, B, D)`.
+        hidden: bool `(t, A, B)`; None: no terms are hidden, or `x` is finite and hidden weights are 0.
+    """
+    if hidden is None:
+        return torch.bmm(weights, x)
+    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
+    seen = (~hidden).to(x.dtype)
+    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
+        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
+    return result
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether the sums of all tensors are finite, which implies that all elements are."""
+    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    return bool(torch.stack(sums).isfinite().all())
+
+
 def has_tangent(*tensors: Tensor) -> bool:
     """Whether any of the tensors has a forward-mode AD tangent."""
     if torch.compiler.is_compiling():

@@ -110,16 +110,13 @@ def moba_attention(
             expected = "(total_q, num_heads, topk)" if tile == 1 else "(num_heads, num_tiles, words)"
             raise ValueError(f"block_indices must be {expected}, got {tuple(block_indices.shape)}")
         block_indices = block_indices[None] if tile == 1 else block_indices
-    out, lse = attention(
-        as_batch(q),
-        as_batch(k),
-        as_batch(v),
-        sequences,
-        rule,
-        softmax_scale=default_scale(q) if softmax_scale is None else float(softmax_scale),
-        block_indices=block_indices,
-        backend=backend,
-    )
+    qkv = (as_batch(q), as_batch(k), as_batch(v))
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    given: Any = {"softmax_scale": scale, "backend": backend}
+    if block_indices is None:
+        out, lse = attention(*qkv, sequences, rule, **given)
+    else:
+        out, lse = attention_over(*qkv, block_indices, sequences, rule, **given)
     return (out[0], lse[0].float()) if return_lse else out[0]
 
 
@@ -178,7 +175,6 @@ def attention(
     softmax_scale: float,
     backend: str = "auto",
     block_means: Tensor | None = None,
-    block_indices: Tensor | None = None,
     steps: bool = False,
     heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -197,8 +193,6 @@ def attention(
         block_means: `(batch, num_kv_heads, blocks, width)`, the summaries `kept_of(rule)` from a cache of
             each row's complete blocks, counted from `kv_start`, followed by arbitrary values. None: computed
             here, which reads all keys.
-        block_indices: a given choice, int32 `(batch, q_len, num_heads, topk)`, or the block mask of a shared
-            choice; None: blocks are chosen here.
         steps: the queries are decode steps: with a shared choice, each chooses for itself (step 8 of
             `moba_hf.op.shared`).
         heard: `(batch, num_heads, rows, head_dim)`, with `steps` the queries just before `q` that steps of a
@@ -210,32 +204,58 @@ def attention(
     if backend != "reference":
         refuse_tangents(q, k, v)
     if isinstance(rule, SharedRule):
-        if block_indices is not None:
-            check_mask(block_indices, q, sequences, rule)
         settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
         if steps:
             return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means, heard=heard)
-        return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+        return shared_attention(q, k, v, sequences, rule, **settings)
     check_head_dim(rule, q)
-    if block_indices is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         rule = _shortened(rule, int(sequences.max_seqlen_k))
     name = choose_backend(backend, q, k, v, rule)
     runs = load_backend(name)
-    if block_indices is not None:
-        check_choice(block_indices, q, rule.topk)
-        if check_values(q):
-            check_choice_values(block_indices, sequences.table, rule.block_size)
-    elif _is_decode(q, k, v, sequences, rule, runs):
+    if _is_decode(q, k, v, sequences, rule, runs):
         if block_means is None:
             block_means = block_means_of(k, sequences.kv_start, rule.block_size, name, kept_of(rule))
         return decode_op(q, k, v, block_means, sequences.table, *flat_rule(rule), softmax_scale, name)
-    else:
-        flat = (*flat_sequences(sequences), *flat_rule(rule))
-        block_indices = select_op(q.detach(), k.detach(), *flat, softmax_scale, name, block_means)
+    flat = flat_sequences(sequences)
+    choice = select_op(q.detach(), k.detach(), *flat, *flat_rule(rule), softmax_scale, name, block_means)
     if runs.differentiable:  # plain torch, so autograd needs no operator
+        return runs.forward(q, k, v, choice, sequences, rule.block_size, softmax_scale)
+    return attend_op(q, k, v, choice, *flat, rule.block_size, softmax_scale, name)
+
+
+def attention_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    sequences: Sequences,
+    rule: Rule,
+    *,
+    softmax_scale: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`attention` with a given choice of blocks.
+
+    Args:
+        block_indices: int32 `(batch, q_len, num_heads, topk)`, or the block mask of a shared choice.
+    """
+    if backend != "reference":
+        refuse_tangents(q, k, v)
+    if isinstance(rule, SharedRule):
+        check_mask(block_indices, q, sequences, rule)
+        settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
+        return shared_attention(q, k, v, sequences, rule, **settings, block_mask=block_indices)
+    check_head_dim(rule, q)
+    name = choose_backend(backend, q, k, v, rule)
+    check_choice(block_indices, q, rule.topk)
+    if check_values(q):
+        check_choice_values(block_indices, sequences.table, rule.block_size)
+    runs = load_backend(name)
+    if runs.differentiable:
         return runs.forward(q, k, v, block_indices, sequences, rule.block_size, softmax_scale)
-    flat_where = flat_sequences(sequences)
-    return attend_op(q, k, v, block_indices, *flat_where, rule.block_size, softmax_scale, name)
+    flat = flat_sequences(sequences)
+    return attend_op(q, k, v, block_indices, *flat, rule.block_size, softmax_scale, name)
 
 
 def kept_of(rule: Rule) -> Kept:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES, Summary
-from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
 from moba_hf.op.sequences import Attended
 
 # Maximum numbers of elements of score matrices, of partial outputs, and of one group of tiles on a CPU. On
@@ -218,27 +218,6 @@ class _Tile(NamedTuple):
     hidden: Tensor | None
 
 
-def _product(weights: Tensor, x: Tensor, hidden: Tensor | None, finite: bool) -> Tensor:
-    """`weights (t, A, B) @ x (t, B, D)` where `weights` is 0 at `hidden`, without 0 x NaN there.
-
-    Args:
-        finite: everything in `x` is known to be finite.
-    """
-    if finite or hidden is None:
-        return torch.bmm(weights, x)
-    result = torch.bmm(weights.masked_fill(hidden, 0.0), x.nan_to_num(0.0, 0.0, 0.0))
-    seen = (~hidden).to(x.dtype)
-    for odd, where in ((torch.nan, x.isnan()), (torch.inf, x == torch.inf), (-torch.inf, x == -torch.inf)):
-        result += torch.where(torch.bmm(seen, where.to(x.dtype)) > 0, odd, 0.0)
-    return result
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether all elements are known to be finite: their sums are."""
-    sums = [x.detach().sum(dtype=accumulate_dtype(x.dtype)) for x in tensors]
-    return bool(torch.stack(sums).isfinite().all())
-
-
 class _Tiles:
     """Gathers the inputs of one chunk's tiles from a sequence's strided `(heads, length, dim)` tensors."""
 
@@ -357,7 +336,7 @@ def attend(
         table: see `moba_hf.op.sequences`.
     """
     batch, num_heads, q_len, _ = q.shape
-    dtype, finite = accumulate_dtype(q.dtype), _finite(v)
+    dtype, finite = accumulate_dtype(q.dtype), all_finite(v)
     out = q.new_zeros(batch, q_len, num_heads, v.shape[3])
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     space = _Partials(v.shape[3], dtype, q.device)
@@ -370,7 +349,9 @@ def attend(
                 high = tile.scores.amax(2, keepdim=True).clamp_(min=torch.finfo(dtype).min)  # all may be -inf
                 weights = tile.scores.sub_(high).exp_()
                 partial.index_copy_(
-                    0, pairs, _product(weights, tile.values, tile.hidden, finite).flatten(0, 1)
+                    0,
+                    pairs,
+                    masked_product(weights, tile.values, None if finite else tile.hidden).flatten(0, 1),
                 )
                 top.scatter_(0, pairs, high.flatten())
                 mass.scatter_(0, pairs, weights.sum(2).flatten())
@@ -397,7 +378,7 @@ def attend_backward(
     """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_indices = saved
     num_heads, dtype = q.shape[1], accumulate_dtype(q.dtype)
-    finite = _finite(q, k, v, grad_out, out)
+    finite = all_finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
     space = _Partials(q.shape[3], dtype, q.device)
@@ -410,17 +391,17 @@ def attend_backward(
             partial = space.take(tiles)
             grad_kv = [x[row, :, keys_at] for x in sums]
             for group, pairs, tile in tiles.groups():
-                at, hidden = tile.row, tile.hidden
+                at, hidden = tile.row, None if finite else tile.hidden
                 turned = None if hidden is None else hidden.transpose(1, 2)
                 d_tile = tiles.gather(d_out, at)
                 weights = tile.scores.sub_(tiles.gather(lse_row, at)).exp_()
                 d_scores = torch.bmm(d_tile, tile.values.transpose(1, 2))
                 d_scores.sub_(tiles.gather(d_row, at)).mul_(weights)
-                partial.index_copy_(0, pairs, _product(d_scores, tile.keys, hidden, finite).flatten(0, 1))
+                partial.index_copy_(0, pairs, masked_product(d_scores, tile.keys, hidden).flatten(0, 1))
                 queries = tiles.gather(tiles.q, at)
                 grads = (
-                    _product(d_scores.transpose(1, 2), queries, turned, finite),
-                    _product(weights.transpose(1, 2), d_tile, turned, finite),
+                    masked_product(d_scores.transpose(1, 2), queries, turned),
+                    masked_product(weights.transpose(1, 2), d_tile, turned),
                 )
                 for total, grad in zip(grad_kv, grads, strict=True):
                     _add_blocks(total, grad, tiles.routed.kv_head[group], tiles.routed.block[group])

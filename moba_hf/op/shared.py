@@ -18,7 +18,9 @@ first token:
    their mass must be at least `threshold` times the largest mass of any candidate. With `share`, candidates
    (including sink and local blocks) are taken in order of mass until they reach that share. With both, a
    block must pass both. With `topk`, there are at most that many blocks in total, and the heaviest are taken.
-   If masses are equal, the lower index comes first.
+   If masses are equal, the lower index comes first. If a score is not finite (a NaN or inf in a sampled
+   query or in the keys of a candidate), the masses of the tile are NaN, and every candidate is taken, the
+   lowest first up to `topk`: none is dropped silently.
 6. Tiles that begin before `dense_below` attend to every key up to the row.
 7. Output and `lse` are those of the softmax over the attended keys. The choice is not differentiated.
 8. A decode step with a sparse choice has a list of its own: the one that its tile would have if it ended with

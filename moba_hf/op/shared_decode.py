@@ -76,6 +76,8 @@ def choose(
     earlier = block < candidates[..., None]  # (batch, M, C + 1)
     own = ~earlier & (block <= (position // rule.block_size)[..., None])
     dense = ((start < rule.dense_below) & (position >= 0))[..., None]
+    if columns == 0:
+        return own[:, None].expand(-1, num_heads, -1, -1)
     chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
     if columns == 0:
         return own[:, None].expand_as(chosen)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.gates import PairedMassSummary
-from moba_hf.op.numerics import accumulate_dtype, full_precision, part_size
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
 from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
@@ -67,7 +67,7 @@ def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
 def _choose_tiles(
     q: Tensor, gate: PairedMassSummary, rows: list[list[int]], rule: SharedRule, scratch: Scratch
 ) -> Tensor:
-    """Blocks that a run of tiles attends, bool `(H, tiles, blocks up to the last)`; q is `(H, q_len, D)`."""
+    """Blocks that a run of tiles attends to, bool `(H, tiles, blocks up to the last)`; q: `(H, q_len, D)`."""
     device = q.device
     table = torch.tensor(rows, device=device)
     begin, count = table[:, 3], table[:, 2] - table[:, 1]
@@ -83,7 +83,7 @@ def _choose_tiles(
         return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
     sampled, speaks = _sampled_rows(begin, count, rule.sample)
     at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    seen = int(candidates[0])  # all rows see so many
+    seen = int(candidates[0])  # number of candidates of all tiles
     hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
     weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
     weights = weights.unflatten(1, at.shape)
@@ -96,9 +96,9 @@ def _choose_tiles(
 
 
 def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
-    """The softmax of the scores of `q (H, M, D)` over `seen` blocks and those after that are not `hidden`.
+    """The softmax of the scores of `q (H, M, D)` over the first `seen` blocks and later ones not in `hidden`.
 
-    A row without blocks gets zeros. The same as `gate.scores` and a softmax, without a logarithm per block.
+    A row without blocks gets zeros. Equals `gate.scores` and a softmax, but needs no logarithm per block.
 
     Args:
         hidden: bool `(M, further blocks)`.
@@ -107,7 +107,7 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
 
 
 def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
-    """What each part of a block, then its smallest key, adds to `row_masses`: `(H, M, parts + 1, blocks)`."""
+    """The terms of `row_masses` of each part and smallest key of blocks: `(H, M, parts + 1, blocks)`."""
     kv_heads, parts = gate.mean.shape[:2]
     columns = seen + hidden.shape[1]
     queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])
@@ -147,11 +147,11 @@ def take_candidates(mass: Tensor, candidates: Tensor, rule: SharedRule) -> Tenso
     forced = earlier & ((block < rule.sink_blocks) | (block >= (candidates - rule.local_blocks)[:, None]))
     wanted = earlier & ~forced
     if rule.threshold is not None:
-        wanted = wanted & (mass >= rule.threshold * mass.amax(2, keepdim=True))
+        wanted = wanted & ~(mass < rule.threshold * mass.amax(2, keepdim=True))  # NaN drops no block
     if rule.share is not None:
         value, index = mass.sort(dim=2, descending=True, stable=True)
         before = value.cumsum(2) - value
-        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, before < rule.share)
+        wanted = wanted & torch.zeros_like(wanted.expand_as(mass)).scatter_(2, index, ~(before >= rule.share))
     if rule.topk is not None:
         left = rule.topk - rule.own_blocks - forced.sum(1)
         order = mass.masked_fill(~wanted, -1.0).sort(dim=2, descending=True, stable=True).indices
@@ -185,10 +185,13 @@ def attend(
     lse = torch.full((batch, num_heads, q_len), -torch.inf, dtype=dtype, device=q.device)
     with full_precision(q.device):
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
-            outs = seq.q.new_empty(len(seq.order), tile, v.shape[3])
-            lses = seq.q.new_empty(len(seq.order), tile)
+            outs = seq.q.new_empty(len(seq.order), seq.tile, v.shape[3])
+            lses = seq.q.new_empty(len(seq.order), seq.tile)
             for problems in seq.batches():
-                _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+                part, part_lse = outs[problems.place], lses[problems.place]
+                _attend_batch(seq, problems, part, part_lse)
+                if not all_finite(part):  # a weight of 0 may have been multiplied by a NaN
+                    _attend_not_finite(seq, problems, part, part_lse)
             place = seq.places()
             rows = out[seq.batch, seq.queries].flatten(0, 1)
             _take(outs.flatten(0, 1), place.t().flatten(), rows)
@@ -220,3 +223,21 @@ def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Ten
             out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
             lse.copy_(total)
         first = False
+
+
+def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
+    """`_attend_batch` for inputs that are not finite, which must not affect rows that do not see them."""
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for piece in seq.pieces(problems):
+        top = piece.scores.amax(2)
+        nothing = top == -torch.inf  # every score of the row is -inf
+        weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)
+        part = masked_product(weights, piece.values, piece.hidden())
+        log = (top - weights.amax(2).log_()).masked_fill_(nothing, -torch.inf)
+        total = torch.logaddexp(lse, log)
+        base = total.clamp(min=torch.finfo(seq.dtype).min)
+        out.mul_((lse - base).exp_()[..., None])
+        out += part.mul_((log - base).exp_()[..., None])
+        lse.copy_(total)
+    out.masked_fill_((lse == -torch.inf)[..., None], torch.nan)

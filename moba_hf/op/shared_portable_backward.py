@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.op.numerics import accumulate_dtype, full_precision
+from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared_problems import each_sequence
 
@@ -22,7 +22,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_mask = saved
-    dtype = accumulate_dtype(q.dtype)
+    dtype, finite = accumulate_dtype(q.dtype), all_finite(q, k, v, grad_out, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     with full_precision(q.device):
@@ -32,7 +32,7 @@ def attend_backward(
             d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
             lse_row = seq.flat(lse[seq.batch, :, seq.queries, None], fill=torch.inf)
             d_q, d_values = torch.zeros_like(seq.q), torch.zeros_like(seq.values)
-            d_keys = d_values.new_zeros(len(d_values), block_size * k.shape[3])
+            d_keys = d_values.new_zeros(len(d_values), seq.block_size * k.shape[3])
             for problems in seq.batches():
                 d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
                 queries = seq.gather(seq.q, problems.row)
@@ -40,14 +40,20 @@ def attend_backward(
                 for piece in seq.pieces(problems):
                     weights = piece.weights(log)
                     d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
-                    part.baddbmm_(d_scores, piece.keys.transpose(1, 2))
-                    _add_blocks(d_keys, piece.index, torch.bmm(d_scores.transpose(1, 2), queries))
-                    _add_blocks(d_values, piece.index, torch.bmm(weights.transpose(1, 2), d_tile))
+                    hidden = None if finite else piece.hidden()
+                    turned = None if hidden is None else hidden.transpose(1, 2)
+                    part += masked_product(d_scores, piece.keys.transpose(1, 2), hidden)
+                    grads = (
+                        masked_product(d_scores.transpose(1, 2), queries, turned),
+                        masked_product(weights.transpose(1, 2), d_tile, turned),
+                    )
+                    for total, grad in zip((d_keys, d_values), grads, strict=True):
+                        _add_blocks(total, piece.index, grad)
                 d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
             d_q = (d_q[:-1] * softmax_scale).unflatten(0, (q.shape[1], -1))
             grad_q[seq.batch, :, seq.queries] = d_q.to(q.dtype)
             for total, grad in ((grad_k, d_keys), (grad_v, d_values)):
-                blocks = grad.view(seq.num_kv_heads, seq.count * block_size, -1)
+                blocks = grad.view(seq.num_kv_heads, seq.count * seq.block_size, -1)
                 total[seq.batch, :, seq.slots] += blocks[:, : seq.length]
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 

@@ -36,22 +36,22 @@ def budget(elements: int, x: Tensor) -> int:
 
 
 def shifted_exp(scores: Tensor, shift: Tensor) -> Tensor:
-    """`exp(scores - shift)` in place, never so small that its products leave the normal numbers.
+    """`exp(scores - shift)` in place, limited from below so that its products are not subnormal.
 
-    CPUs are slow at the numbers below them.
+    CPUs compute slowly with subnormal numbers.
     """
     least = math.ceil(math.log(torch.finfo(scores.dtype).tiny)) + 20
     return scores.sub_(shift).clamp_(min=least).exp_()
 
 
 class Scratch:
-    """Memory of one dtype that steps use again, by name: touching new pages is slow."""
+    """Named buffers of one dtype that steps reuse, because touching new pages is slow."""
 
     def __init__(self, like: Tensor):
         self.like, self.space = like, dict[str, Tensor]()
 
     def room(self, name: str, *shape: int) -> Tensor:
-        """Memory `name` as an uninitialized tensor of this shape."""
+        """The buffer `name` as an uninitialised tensor of this shape."""
         size = math.prod(shape)
         if name not in self.space or self.space[name].numel() < size:
             self.space[name] = self.like.new_empty(size)
@@ -77,13 +77,14 @@ class Problems:
 
 @dataclass
 class Piece:
-    """A piece of the lists of a batch.
+    """A piece of the block lists of a batch.
 
     Attributes:
         index: `(P, n)` rows of the sequence's blocks.
-        keys, values: `(P, D, n B)` and `(P, n B, Dv)`.
+        keys: `(P, D, n B)`.
+        values: `(P, n B, Dv)`.
         scores: `(P, T, n B)`, scaled, -inf where a row may not attend.
-        later: as in `Problems`, of the last keys; None: every row attends all.
+        later: as in `Problems`, for the last keys; None: every row attends to all keys.
     """
 
     index: Tensor
@@ -97,6 +98,14 @@ class Piece:
         if self.later is not None:
             self.scores[:, :, -self.later.shape[2] :].masked_fill_(self.later, value)
 
+    def hidden(self) -> Tensor | None:
+        """Keys that a row may not attend to, bool `(P, T, n B)`; None: there are none."""
+        if self.later is None:
+            return None
+        hidden = torch.zeros_like(self.scores, dtype=torch.bool)
+        hidden[:, :, -self.later.shape[2] :] = self.later
+        return hidden
+
     def weights(self, shift: Tensor) -> Tensor:
         """`exp(scores - shift)` in place of the scores, exactly 0 where a row may not attend."""
         shifted_exp(self.scores, shift)
@@ -105,15 +114,18 @@ class Piece:
 
 
 class SequenceBlocks:
-    """One sequence's queries, keys and values, laid out for gathers, in the dtype that sums are held in.
+    """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     Attributes:
-        q: `(H * M + 1, D)`, scaled, then a row of zeros for rows that are none.
-        keys: `(D, HK * NB, B)`, zero past the end: products with keys laid out so are a quarter faster.
-        values: `(HK * NB, B * Dv)`, likewise.
+        tile: at most the length of the sequence.
+        block_size: at most the length of the sequence.
+        q: `(H * M + 1, D)`, scaled; the last row is zero, for "no row".
+        keys: `(D, HK * NB, B)`, zero after the end; products with this layout are a quarter faster.
+        values: `(HK * NB, B * Dv)`, zero after the end.
         chosen: bool `(H * tiles, NB)`.
-        begin, size, position: `(tiles,)`, of a tile's rows in this call: the first among the sequence's
-            queries, how many, the position of the first.
+        begin: `(tiles,)`, index of a tile's first row in this call among the sequence's queries.
+        size: `(tiles,)`, number of a tile's rows in this call.
+        position: `(tiles,)`, position of a tile's first row in this call.
     """
 
     def __init__(
@@ -127,16 +139,18 @@ class SequenceBlocks:
         block_size: int,
         scale: float,
     ):
-        self.dtype, self.tile, self.block_size = accumulate_dtype(q.dtype), tile, block_size
+        self.dtype = accumulate_dtype(q.dtype)
         self.batch, first = rows[0][0], rows[0][1]
         self.queries = slice(first, rows[-1][2])
         self.slots = slice(rows[0][4], rows[0][5])
         self.length = self.slots.stop - self.slots.start
+        # limit both sizes, so that a short sequence costs no more than its queries and keys
+        self.tile, self.block_size = min(tile, self.length), min(block_size, self.length)
         self.num_heads, self.num_kv_heads = q.shape[1], k.shape[1]
-        self.count = -(-self.length // block_size)
+        self.count = -(-self.length // self.block_size)
         self.q = self.flat(q[self.batch, :, self.queries], factor=scale)
         across = self._padded(k).permute(2, 0, 1).contiguous()
-        self.keys = across.view(-1, self.num_kv_heads * self.count, block_size)
+        self.keys = across.view(-1, self.num_kv_heads * self.count, self.block_size)
         self.values = self._padded(v).reshape(self.num_kv_heads * self.count, -1)
         self.chosen = chosen.flatten(0, 1)
         self.scratch = Scratch(self.q)
@@ -151,7 +165,7 @@ class SequenceBlocks:
         self.counts: list[int] = counts[self.order].tolist()
 
     def flat(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
-        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a row of `fill` for rows that are none."""
+        """`factor * x (H, M, ...)` as `(H * M + 1, ...)`, with a last row of `fill` for "no row"."""
         rows = x.shape[0] * x.shape[1]
         result = x.new_empty((rows + 1, *x.shape[2:]), dtype=self.dtype)
         torch.mul(x.to(self.dtype), factor, out=result[:rows].view(x.shape))
@@ -178,7 +192,7 @@ class SequenceBlocks:
         queries, end = self.queries.stop - self.queries.start, 0
         lane = torch.arange(self.tile, device=self.order.device)
         whole = (self.size == self.tile).tolist()
-        alike = lane > lane[:, None] if self.tile >= self.block_size else None
+        alike = lane > lane[:, None] if self.tile % self.block_size == 0 else None
         while end < len(self.counts):
             begin, count = end, self.counts[end]
             keys = min(count * self.block_size, _PIECE_KEYS)
@@ -199,7 +213,7 @@ class SequenceBlocks:
 
     def _later(self, blocks: Tensor, position: Tensor) -> Tensor:
         """Which keys of a tile's own blocks, the last of `blocks (P, n)`, are after `position (P, T)`."""
-        own = blocks[:, -max(1, self.tile // self.block_size) :, None]
+        own = blocks[:, self.tile // -self.block_size :, None]  # as many as a tile overlaps
         key = (own * self.block_size + torch.arange(self.block_size, device=own.device)).flatten(1)
         return key[:, None, :] > position[:, :, None]
 

@@ -72,8 +72,9 @@ def chosen_candidates_ref(mass: Tensor, rule: SharedRule) -> list[int]:
     wanted = []
     before = 0.0  # the mass of the heavier ones
     for block in order:
-        passes = rule.threshold is None or values[block] >= rule.threshold * values[order[0]]
-        passes = passes and (rule.share is None or before < rule.share)
+        # negated, so that NaN masses drop no block
+        passes = rule.threshold is None or not values[block] < rule.threshold * values[order[0]]
+        passes = passes and (rule.share is None or not before >= rule.share)
         if passes and block not in forced:
             wanted.append(block)
         before += values[block]
@@ -136,9 +137,14 @@ def attend_shared_ref(
         rows = torch.arange(begin, end, device=q.device)
         in_block = chosen[:, number, key // block_size]
         attended[:, rows - (kv_len - q_len)] = in_block[:, None] & (key <= rows[:, None])
-    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * scale
+    of_key = "khd"
+    if not all(bool(x.isfinite().all()) for x in (q, keys, values)):  # 0 * NaN is NaN: separate keys per row
+        hidden = ~attended[..., None]
+        keys, values = (x.transpose(0, 1)[:, None].masked_fill(hidden, 0.0) for x in (keys, values))
+        of_key = "hqkd"
+    scores = torch.einsum(f"qhd,{of_key}->hqk", q.to(dtype), keys) * scale
     scores = scores.masked_fill(~attended, -torch.inf)
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values)
+    out = torch.einsum(f"hqk,{of_key}->qhd", scores.softmax(dim=-1), values)
     return out.to(q.dtype), scores.logsumexp(dim=-1)
 
 

@@ -116,13 +116,7 @@ class TritonBackend:
         softmax_scale: float,
         block_means: Tensor | None,
     ) -> Tensor:
-        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
-        numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
-        assert rule.gate in ("mean", "mass")
-        scale = softmax_scale if rule.gate == "mass" else None
-        return kernels.select_blocks(
-            q, k, sequences.table, *lengths, *numbers, mass_scale=scale, rotary_pairs=rule.rotary_pairs
-        )
+        return kernels.select_blocks(q, k, sequences, rule, softmax_scale)
 
     def forward(
         self,
@@ -134,8 +128,7 @@ class TritonBackend:
         block_size: int,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
-        return kernels.attend(q, k, v, block_indices, sequences.table, *lengths, block_size, softmax_scale)
+        return kernels.attend(q, k, v, block_indices, sequences, block_size, softmax_scale)
 
     def backward(
         self,
@@ -146,9 +139,7 @@ class TritonBackend:
         block_size: int,
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = (sequences.max_seqlen_q, sequences.max_seqlen_k)
-        args = (sequences.table, *lengths, block_size, softmax_scale)
-        return kernels.attend_backward(grad_out, grad_lse, *saved, *args)
+        return kernels.attend_backward(grad_out, grad_lse, saved, sequences, block_size, softmax_scale)
 
     def decode(
         self,
@@ -162,5 +153,4 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         numbers = (rule.block_size, rule.topk, rule.sink_blocks, rule.local_blocks)
         choice = kernels.choose_blocks(q, block_means, sequences.table, k.shape[2], *numbers)
-        args = (sequences.table, q.shape[2], k.shape[2], rule.block_size, softmax_scale)
-        return kernels.attend(q, k, v, choice, *args, by_row=True)
+        return kernels.attend(q, k, v, choice, sequences, rule.block_size, softmax_scale, by_row=True)

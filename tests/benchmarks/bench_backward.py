@@ -35,12 +35,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moba_hf.bench.measure import inputs
 from moba_hf.bench.rows import HEAD_DIM, K, Row
 from moba_hf.bench.timing import GIB, median_ms
+from moba_hf.config import LayerConfig
 from moba_hf.kernels import attend, attend_backward, select_blocks, tuning_backward
 from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op.checks import Case, assert_gradients
 from moba_hf.op.ops import moba_attention
-from moba_hf.op.sequences import batched_table
+from moba_hf.op.sequences import Attended, Sequences, batched_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = (
@@ -80,15 +81,14 @@ def variants(row: Row) -> dict[str, BackwardTiles]:
 def problem_of(row: Row) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
     """The inputs of a row's backward, made by its forward, and the backward call."""
     q, k, v = (x.transpose(0, 1)[None] for x in inputs(row))
-    table = batched_table(1, row.length, row.length, q.device)
-    sizes = (row.length, row.length, row.block_size)
-    choice = select_blocks(q, k, table, *sizes, row.topk, 0, 0)
-    out, lse = attend(q, k, v, choice, table, *sizes, HEAD_DIM**-0.5)
+    sequences = Sequences(batched_table(1, row.length, row.length, q.device), row.length, row.length)
+    choice = select_blocks(q, k, sequences, LayerConfig(row.block_size, row.topk))
+    out, lse = attend(q, k, v, choice, sequences, row.block_size, HEAD_DIM**-0.5)
     grad_out, grad_lse = torch.randn_like(out), torch.zeros_like(lse)
 
     def call(**kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (grad_out, grad_lse, q, k, v, out, lse, choice, table)
-        return attend_backward(*tensors, *sizes, HEAD_DIM**-0.5, **kwargs)
+        saved = Attended(q, k, v, out, lse, choice)
+        return attend_backward(grad_out, grad_lse, saved, sequences, row.block_size, HEAD_DIM**-0.5, **kwargs)
 
     return (grad_out, q, k, v, out, lse, choice), call
 

@@ -1,17 +1,17 @@
-"""What a preset with a shared choice costs in loss, as run and read causally, by the package's own choice.
+"""The loss that a preset with a shared choice costs, as run and with a causal choice.
 
     python tests/benchmarks/bench_causal_lists.py --check
     python tests/benchmarks/bench_causal_lists.py --model DIR --texts texts.npz --out OUT
     python tests/benchmarks/bench_causal_lists.py --model DIR --texts texts.npz --out OUT --neighbours
     python tests/benchmarks/bench_causal_lists.py --out OUT --report
 
-"as run": a tile's list comes from the rows that the preset samples, later ones too. "causal": each row's list
-is the one that its tile would have if the tile ended with this row (`cuts` of
-`moba_hf.op.shared_reference`): the sampled rows before it and itself vote. Attention runs block by block on
-the CPU, over the blocks that any row of a tile attends. Texts are those of `shared_texts.py`; for each: mean
-losses of 64-token stretches of the last quarter, and the share of the causal pairs over all rows, heads and
-layers. Answers are kept in OUT/causal.json as they are made: a stopped run goes on. 95 % intervals are
-from stretches, paired with dense.
+"as run": a tile's blocks are chosen from its sampled rows, including rows after the one that attends.
+"causal": each row gets the blocks that its tile would have if the tile ended with this row (`cuts` of
+`moba_hf.op.shared_reference`), so only the sampled rows before it and the row itself are used. Attention runs
+block by block on the CPU, over the blocks of any row of a tile. For each text of `shared_texts.py`, the
+script measures mean losses of 64-token stretches of the last quarter, and the share of causal pairs over all
+rows, heads and layers. Results are written to OUT/causal.json immediately, so an interrupted run can be
+resumed. 95% intervals are computed from stretches, paired with dense attention.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from moba_hf.op.shared_reference import attend_shared_ref, select_shared_ref
 from moba_hf.op.shared_rule import SharedRule
 
 NAME, STRETCH = "lists_of_rows", 64
-TILES = 8  # tiles whose rows are scored at once
-PAIRS = 1 << 20  # (row, key) pairs of one call
+TILES = 8  # number of tiles to score at a time
+PAIRS = 1 << 20  # number of (row, key) pairs per call
 KINDS = ("test/", "test-copies/", "test-recurring/", "dev/", "dev-copies/")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule, and how it is read.
+    """A rule and how it is applied.
 
     Attributes:
-        rule: None: dense attention.
-        causal: each row's list comes from rows of its tile up to itself.
-        means: adds each dropped block by its mean key and value, weighted by its number of keys.
+        rule: the rule; None: dense attention.
+        causal: each row's blocks are chosen from rows of its tile up to itself.
+        means: represent each dropped block by its mean key and value, weighted by its number of keys.
     """
 
     rule: SharedRule | None = None
@@ -68,10 +68,11 @@ class Setting:
 
 
 def choose(q: Tensor, k: Tensor, setting: Setting, scale: float) -> Tensor:
-    """Candidates that rows attend, bool `(H, tiles, T or 1, N / B)`; 1: the rows of a tile attend alike.
+    """Candidates that rows attend to, bool `(H, tiles, T or 1, N / B)`; 1 if all rows of a tile share them.
 
     Args:
-        q: `(H, N, D)`, whole tiles. k: `(HK, N, D)`.
+        q: `(H, N, D)`, whole tiles.
+        k: `(HK, N, D)`.
     """
     rule = setting.rule
     assert rule is not None
@@ -111,13 +112,16 @@ def tile_masses(q: Tensor, gate: PairedMassSummary, setting: Setting, number: Te
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Setting, scale: float) -> Tensor:
-    """Output `(H, N, D)` over the candidates `chosen`, blocks that tiles overlap, and means if asked.
+    """Output `(H, N, D)` over the candidates `chosen`, the blocks that tiles overlap, and means (if wanted).
 
-    Each (head, tile) is one dense problem over the blocks that any of its rows attends; those with equally
-    many run in one call.
+    Each (head, tile) is one dense problem over the blocks of any of its rows; problems with equally many
+    blocks run in one call.
 
     Args:
-        q: `(H, N, D)`. k, v: `(HK, N, D)`. chosen: what `choose` returned.
+        q: `(H, N, D)`.
+        k: `(HK, N, D)`.
+        v: `(HK, N, D)`.
+        chosen: the result of `choose`.
     """
     rule = setting.rule
     assert rule is not None
@@ -152,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Setting, sc
 
 
 def batches(counts: Tensor, pairs: int) -> Iterator[tuple[Tensor, int]]:
-    """Problems with equally many blocks, of `pairs` (row, key) pairs each, and how many blocks."""
+    """Yields batches of problems with equally many blocks, up to `pairs` (row, key) pairs, and the number."""
     order = counts.argsort(stable=True)
     sizes = counts[order]
     for count, number in zip(
@@ -163,7 +167,7 @@ def batches(counts: Tensor, pairs: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def pairs_of(chosen: Tensor, rule: SharedRule) -> Tensor:
-    """The causal pairs that each head attends, fp64 `(H,)`."""
+    """Number of causal pairs that each head attends to, fp64 `(H,)`."""
     _, tiles, lists, _ = chosen.shape
     row = torch.arange(tiles * rule.tile)
     inside = row + 1 - row // rule.tile * rule.tile // rule.block_size * rule.block_size
@@ -171,7 +175,7 @@ def pairs_of(chosen: Tensor, rule: SharedRule) -> Tensor:
 
 
 class Attention:
-    """The attention function of the model: one setting at a time, and the pairs that it attended."""
+    """The attention function of the model for the current setting; it counts the attended pairs."""
 
     def __init__(self) -> None:
         self.setting = Setting()
@@ -209,7 +213,7 @@ def measure(model: Any, ids: Tensor, setting: Setting) -> dict[str, Any]:
 
 
 def report(answers: dict[str, dict[str, Any]]) -> None:
-    """For each setting and kind of text: how many texts, pairs, mean rise over dense, its 95 % interval."""
+    """Prints number of texts, pairs, and mean increase over dense with its 95% interval."""
     dense = answers.get("dense", {})
     for label, found in answers.items():
         for kind in KINDS:
@@ -225,7 +229,7 @@ def report(answers: dict[str, dict[str, Any]]) -> None:
 
 
 def check() -> None:
-    """Compares choice and attention with the package's reference, row by row where lists are causal."""
+    """Compares choice and attention with the package's reference, row by row for causal choices."""
     torch.manual_seed(0)
     scale, length = 0.5, 192
     q, k, v = (torch.randn(h, length, 16) * 2.0 for h in (4, 2, 2))
@@ -262,11 +266,11 @@ def check() -> None:
             share = float(pairs.mean()) / (length * (length + 1) / 2)
             print(f"{setting.label()}: error {error:.1e}, pairs {share:.3f}")
             check_means(q, k, v, chosen, replace(setting, means=True), scale)
-    print("as it should be")
+    print("all checks passed")
 
 
 def check_means(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Setting, scale: float) -> None:
-    """Compares some rows with a softmax over single keys and the means of dropped blocks."""
+    """Compares some rows with a softmax over the single keys and the means of dropped blocks."""
     rule = setting.rule
     assert rule is not None
     got, size = attend(q, k, v, chosen, setting, scale), rule.block_size
@@ -287,10 +291,10 @@ def check_means(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Settin
 
 
 def settings(preset: str, neighbours: bool) -> list[Setting]:
-    """Dense and the preset in both readings; or what lies beside it."""
+    """Dense and the preset, as run and causal; with `neighbours`, similar settings instead."""
     rule = MobaConfig.from_preset(preset).for_layer(0, 1)
     if not isinstance(rule, SharedRule):
-        raise SystemExit(f"preset {preset!r} is no shared choice (tile > 1)")
+        raise SystemExit(f"preset {preset!r} has no shared choice (tile > 1)")
     if not neighbours:
         return [Setting(rule, causal=True), Setting(), Setting(rule)]
     others = [replace(rule, sample=n) for n in (1, 4)]
@@ -299,7 +303,7 @@ def settings(preset: str, neighbours: bool) -> list[Setting]:
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
-    """Measures what `path` does not hold yet, text by text."""
+    """Measures, text by text, what is not yet in `path`."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=NAME)
     model.eval()
     stored, end = np.load(args.texts), time.monotonic() + args.limit
@@ -321,17 +325,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder of the checkpoint")
-    parser.add_argument("--texts", help="what shared_texts.py wrote")
+    parser.add_argument("--texts", help="file written by shared_texts.py")
     parser.add_argument("--out", type=Path, default=Path("out/causal"))
-    parser.add_argument("--preset", default="default", help="one with tile > 1")
+    parser.add_argument("--preset", default="default", help="a preset with tile > 1")
     parser.add_argument(
         "--neighbours", action="store_true", help="other samples, and means of dropped blocks"
     )
-    parser.add_argument("--names", nargs="+", default=["test/", "test-copies/"], help="beginnings of names")
-    parser.add_argument("--length", type=int, default=8192, help="a multiple of the tile")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no new text begins")
-    parser.add_argument("--report", action="store_true", help="only the table")
-    parser.add_argument("--check", action="store_true", help="compares with the reference, and ends")
+    parser.add_argument(
+        "--names", nargs="+", default=["test/", "test-copies/"], help="prefixes of text names"
+    )
+    parser.add_argument("--length", type=int, default=8192, help="tokens per text, a multiple of the tile")
+    parser.add_argument("--limit", type=float, default=1e9, help="start no new text after this many seconds")
+    parser.add_argument("--report", action="store_true", help="only print the table")
+    parser.add_argument("--check", action="store_true", help="compare with the reference, then exit")
     args = parser.parse_args()
     if args.check:
         check()

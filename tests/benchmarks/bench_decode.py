@@ -1,11 +1,11 @@
-"""Decode steps at length: stock cache and dense attention against MobaCache, dense and sparse.
+"""Decode steps with a long cache: the stock cache with dense attention against MobaCache, dense and sparse.
 
     python tests/benchmarks/bench_decode.py                      # one layer on the CPU
     python tests/benchmarks/bench_decode.py --device cuda        # stages and a whole model, CUDA graphs
     python tests/benchmarks/bench_decode.py --model DIR --text FILE   # loss and bytes of a shared choice, CPU
-    TRITON_INTERPRET=1 python tests/benchmarks/bench_decode.py --device cuda --tiny  # the same, anywhere
+    TRITON_INTERPRET=1 python tests/benchmarks/bench_decode.py --device cuda --tiny  # the GPU code, anywhere
 
-Nothing is timed before its numbers are right: sparse rows against the reference, dense rows against sdpa.
+All results are checked before timing: sparse rows against the reference, dense rows against sdpa.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moba_hf.hf.attention import moba_attention_forward
 
 
 def layer(config: LlamaConfig) -> Any:
-    """What the attention functions read of an attention module."""
+    """An object with the attributes of an attention module that the attention functions read."""
     module = nn.Module()
     module.config, module.layer_idx, module.is_causal = config, 0, True
     module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -47,7 +47,7 @@ def one_layer_config(args: argparse.Namespace, decode: str) -> LlamaConfig:
 
 
 def median_ms(step: Callable[[], Any], runs: int) -> float:
-    """Median milliseconds of `runs` calls after two more that do not count."""
+    """Median milliseconds of `runs` calls, after two warm-up calls."""
     times = []
     for i in range(runs + 2):
         begin = time.perf_counter()
@@ -103,7 +103,7 @@ def bench_layer(args: argparse.Namespace) -> None:
 
 
 def check(got: Tensor, expected: Tensor) -> None:
-    """Correctness gate: bf16 rounding of the output and of the softmax weights, no more."""
+    """Checks that the error is at most the bf16 rounding of the output and of the softmax weights."""
     error, size = (got - expected).abs().max(), expected.abs().max()
     assert error <= 2**-6 * size, f"wrong by {error:.2e} where values reach {size:.2e}"
 
@@ -121,19 +121,25 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=16)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--whole", action="store_true", help="GPU: compile the whole model (slow to start)")
-    parser.add_argument("--profile", action="store_true", help="GPU: where the time of a step goes")
-    parser.add_argument("--sdpa", nargs="+", help='GPU: ways of sdpa, as "cudnn, enable_gqa"; default: all')
-    parser.add_argument("--tiles", type=int, help="GPU: how many tiles of the split-key kernel; default: all")
-    parser.add_argument("--no-flex", action="store_true", help="GPU: leave out flex attention")
+    parser.add_argument("--profile", action="store_true", help="GPU: profile a step")
+    parser.add_argument(
+        "--sdpa", nargs="+", help='GPU: sdpa variants, e.g. "cudnn, enable_gqa"; default: all'
+    )
+    parser.add_argument(
+        "--tiles", type=int, help="GPU: number of tiles of the split-key kernel; default: all"
+    )
+    parser.add_argument("--no-flex", action="store_true", help="GPU: do not time flex attention")
     parser.add_argument("--out", help="GPU: folder for CSV and Markdown")
-    parser.add_argument("--model", help="a checkpoint: what sparse steps of a shared choice cost and read")
+    parser.add_argument("--model", help="a checkpoint: measure loss and bytes of sparse steps")
     parser.add_argument(
         "--text", nargs="+", help="with --model: text files, or FILE.npz:NAME of shared_texts.py"
     )
     parser.add_argument("--preset", default="default", help="with --model: a preset with tile > 1")
     parser.add_argument("--threshold", type=float, nargs="+", help="with --model: thresholds of the steps")
     parser.add_argument("--tokens", type=int, default=8192, help="with --model: tokens of each text")
-    parser.add_argument("--steps", type=int, default=1024, help="with --model: the last so many")
+    parser.add_argument(
+        "--steps", type=int, default=1024, help="with --model: how many last tokens are steps"
+    )
     args = parser.parse_args()
     if args.model:
         if not args.text or args.steps % 64 or not 64 < args.steps < args.tokens:

@@ -34,6 +34,7 @@ from shared_masks import random_mask, share_of
 from moba_hf.bench import peers
 from moba_hf.bench.timing import elapsed_ms, median_ms
 from moba_hf.kernels import shared, shared_hopper, shared_tuning, tuning
+from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.shared_attend import attend_lists
 from moba_hf.kernels.shared_choose import choose
 from moba_hf.kernels.shared_lists import Lists, block_lists
@@ -140,7 +141,7 @@ class Call:
         shape = shared_tuning.attend_tile(
             (128, 128), 2, rule.tile, rule.block_size, tuning.capability(q.device)
         )
-        given = (q, k, self.v, out, lse, plan)
+        given = (SharedInputs(q, k, self.v, plan, self.scale), out, lse, lists, 0)
         list_firsts = range(0, plan.num_tiles, lists.counts.shape[0])
 
         def every(call: Callable[[int], Any], starts: range) -> Callable[[], None]:
@@ -160,9 +161,9 @@ class Call:
             "lists": every(lambda at: block_lists(self.mask, plan, at, lists), list_firsts),
         }
         if len(list_firsts) == 1:
-            result["attend, Triton"] = lambda: attend_lists(*given, lists, 0, self.scale, shape)
+            result["attend, Triton"] = lambda: attend_lists(*given, shape)
             if shared_hopper.takes(q, k, self.v, rule.block_size, rule.tile):
-                result["attend, Gluon"] = lambda: shared_hopper.attend_lists(*given, lists, 0, self.scale)
+                result["attend, Gluon"] = lambda: shared_hopper.attend_lists(*given)
         return result
 
 

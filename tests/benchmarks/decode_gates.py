@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from moba_hf import MobaCache, kernels
+from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.op.block_means import block_means_of
-from moba_hf.op.sequences import batched_table
+from moba_hf.op.sequences import Sequences, batched_table
 
 
 def check(name: str, got: Tensor, expected: Tensor, share: float = 2**-6) -> None:
@@ -31,7 +32,8 @@ def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> Non
     heads, device = config.num_attention_heads, keys.device
     queries = torch.randn(1, heads, 200, keys.shape[3], device=device, dtype=keys.dtype)
     rule = (args.block_size, args.topk, 0, 0)
-    whole = kernels.select_blocks(queries, keys, batched_table(1, 200, length, device), 200, length, *rule)
+    sequences = Sequences(batched_table(1, 200, length, device), 200, length)
+    whole = kernels.select_blocks(queries, keys, sequences, LayerConfig(*rule))
     means = block_means_of(keys, None, args.block_size, "triton")
     for count in (1, 5, 16):
         some, table = queries[:, :, -count:], batched_table(1, count, length, device)
@@ -39,7 +41,10 @@ def gate(cache: MobaCache, config: LlamaConfig, args: argparse.Namespace) -> Non
         same = choice.sort(3).values == whole[:, -count:].sort(3).values
         assert same.all(), f"{int((~same).sum())} of {same.numel()} chosen blocks differ from prefill's"
         out, _ = decode_attention(
-            some, keys, values, choice, table, count, args.block_size, keys.shape[3] ** -0.5, by_row=True
+            *(some, keys, values, choice, Sequences(table, count, length)),
+            args.block_size,
+            keys.shape[3] ** -0.5,
+            by_row=True,
         )
         if count == 1:
             check("sparse", out[0], reference_row(some, keys, values, args))

@@ -1,4 +1,4 @@
-"""What sparse decode steps cost a model in loss, and the bytes that they read over those of dense steps."""
+"""The loss that sparse decode steps cost a model, and the bytes they read compared with dense steps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op import shared_decode
 from moba_hf.op.shared_rule import SharedRule
 
-# Steps in one call: after the end of a prompt every row is a step of its own, however many a call holds.
+# Steps per call: after the end of a prompt every row is its own step, no matter how many rows a call has.
 ROWS = 16
 
 
 class Reads:
-    """Numbers of keys, values and summaries that steps read, over those of dense steps.
+    """How many numbers (of keys, values and summaries) steps read.
 
     Attributes:
-        dense: every key and value once for each kv head.
-        by_head: what each query head chose, read by itself, as the portable path does.
-        by_group: what any head of a group chose, read once, as a kernel can.
-        summaries: of the candidates, once for each kv head.
+        dense: every key and value once per kv head.
+        by_head: the blocks of each query head, read separately, as in the portable path.
+        by_group: the blocks of all heads of a group, each read once, as a kernel can.
+        summaries: summaries of the candidates, once per kv head.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Reads:
     def line(self) -> str:
         parts = (("by head", self.by_head), ("by group", self.by_group))
         shares = ", ".join(f"{name} {(x + self.summaries) / self.dense:.1%}" for name, x in parts)
-        return f"bytes over dense, summaries included: {shares} (summaries {self.summaries / self.dense:.1%})"
+        return f"bytes read, of dense: {shares} (of which summaries {self.summaries / self.dense:.1%})"
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def step_losses(model: torch.nn.Module, cache: MobaCache, ids: Tensor, begin: in
 
 
 def token_ids(text: str, tokenizer: Any) -> Tensor:
-    """Token ids `(1, N)` of a text file, or of one text in a file of `shared_texts.py`: "FILE.npz:NAME"."""
+    """Token ids `(1, N)` of a text file, or of "FILE.npz:NAME", a text in a file of `shared_texts.py`."""
     path, _, name = text.partition(".npz:")
     if name:
         return torch.from_numpy(np.load(path + ".npz")[name].astype(np.int64))[None]
@@ -97,12 +97,12 @@ def bench(args: argparse.Namespace) -> None:
     model, tokenizer = load_checkpoint(args.model, "float32", device="cpu")
     moba = MobaConfig.from_preset(args.preset)
     if not isinstance(moba.for_layer(0, int(model.config.num_hidden_layers)), SharedRule):
-        raise SystemExit(f"preset {args.preset!r} is no shared choice (tile > 1)")
+        raise SystemExit(f"preset {args.preset!r} has no shared choice (tile > 1)")
     print(f"{args.model}, preset {args.preset}, {moba.in_words()}; {args.steps} steps up to {args.tokens}")
     for text in args.text:
         ids = token_ids(text, tokenizer)[:, : args.tokens]
         if ids.shape[1] < args.tokens:
-            raise SystemExit(f"{text} has {ids.shape[1]} tokens, {args.tokens} are needed")
+            raise SystemExit(f"{text} has {ids.shape[1]} tokens, but {args.tokens} are needed")
         begin = args.tokens - args.steps
         patch_model(model, dataclasses.replace(moba, decode="sparse"))
         cache = MobaCache(model.config, max_cache_len=args.tokens)

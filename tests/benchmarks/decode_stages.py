@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from moba_hf import MobaCache, kernels
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning import Tile
-from moba_hf.op.sequences import batched_table
+from moba_hf.op.sequences import Sequences, batched_table
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -103,7 +103,7 @@ class Stages:
             return kernels.choose_blocks(q, kept, table, layer.max_cache_len, size, topk, 0, 0)
 
         def attend(layer: Any, segments: int | None = None) -> object:
-            rest = (choices[layer], table, count, size, self.scale)
+            rest = (choices[layer], Sequences(table, count, self.length), size, self.scale)
             return decode_attention(q, layer.keys, layer.values, *rest, by_row=True, segments=segments)
 
         choices = {layer: choose(layer) for layer in self.layers}

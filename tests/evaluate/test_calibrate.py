@@ -155,9 +155,9 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Options(**settings)  # type: ignore[arg-type]
     for texts in ([], [ids, tiny_ids(32)], [ids[0]]):
-        with pytest.raises(ValueError, match="one length"):
+        with pytest.raises(ValueError, match="the same length"):
             calibrate(model, texts, Options(keys=0.5))
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         calibrate(model, [ids], Options(keys=0.5), held_out=[tiny_ids(32)])
 
 
@@ -222,7 +222,7 @@ def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyP
     options = Options(keys=0.18, setting=PER_QUERY, block_sizes=(8, 16), trailing=64, samples=8)
     with monkeypatch.context() as patch:
         patch.setattr(per_query, "local_costs", lambda *_, **__: pytest.fail("a pass was made"))
-        with pytest.raises(ValueError, match=r"18\.8% of the keys is the least"):
+        with pytest.raises(ValueError, match=r"at least 18\.8% of the keys are attended"):
             calibrate(model, texts, options)
     found = calibrate(model, texts, replace(options, keys=0.19, block_sizes=(16, 8)))
     assert found.config.block_size == 8  # 16 cannot keep it

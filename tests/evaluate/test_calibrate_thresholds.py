@@ -1,4 +1,4 @@
-"""Calibration of a shared choice: goals are kept as counted; layers get their own number where it pays."""
+"""Calibration of a shared choice: counted shares meet the goal; layers get their own if it helps."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig, use_moba
-from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds
+from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds, write_settings
 from moba_hf.evaluate import token_losses
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.local_shared import threshold_errors
@@ -27,8 +27,8 @@ LAYERS = 3
 class Constructed:
     """A model whose loss and pairs are functions of the thresholds, so that the best setting is known.
 
-    Layer i attends a share of `.1 + .9 (1 - t)` of the pairs at threshold t, and costs `weights[i] * t` nats.
-    What the local look at it finds is off by the factors `share_off` and `cost_off`.
+    At threshold t, layer i attends to a share of `.1 + .9 (1 - t)` of the pairs and costs `weights[i] * t`
+    nats. The local estimates are off by the factors `share_off` and `cost_off`.
     """
 
     def __init__(self, weights: tuple[float, ...], share_off: float = 1.0, cost_off: float = 1.0):
@@ -69,12 +69,12 @@ def construct(monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> Const
 
 @pytest.mark.parametrize("off", [0.9, 1.0, 1.1])
 def test_an_allowed_share_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, off: float) -> None:
-    """However far off the estimate of the pairs is: they are counted."""
+    """The estimate of the pairs may be far off, because they are counted."""
     made = construct(monkeypatch, (1.0, 1.0, 1.0), share_off=off)
     found = calibrate(tiny_model(), [tiny_ids(64)], Options(keys=0.8, setting=SETTING))
     assert 0.95 * 0.8 < found.chosen.keys <= 0.8
     assert found.chosen.keys == found.chosen.pairs == made.truth(found.config)[0]
-    assert found.config.layers == ()  # equal layers: one number serves all
+    assert found.config.layers == ()  # equal layers need only one threshold
     assert found.comparison is None or not found.comparison.pays
 
 
@@ -86,7 +86,7 @@ def test_an_allowed_loss_is_kept_with_few_pairs(monkeypatch: pytest.MonkeyPatch)
     assert found.chosen.worst is not None
     assert found.chosen.worst == pytest.approx(factor * made.truth(found.config)[1])
     assert found.chosen.worst <= 0.6
-    best = made.pairs(0.2 / factor)  # the largest threshold that keeps it
+    best = made.pairs(0.2 / factor)  # the largest threshold within the allowed loss
     assert best - 1e-9 <= found.chosen.keys < 1.02 * best
 
 
@@ -124,12 +124,12 @@ def test_the_thresholds_of_layers_are_the_best_of_the_table(monkeypatch: pytest.
         grid = product(thresholds.THRESHOLDS, repeat=LAYERS)
         configs = (thresholds.with_thresholds(SETTING, dict(enumerate(t)), LAYERS) for t in grid)
         best = min(loss for pairs, loss in map(made.truth, configs) if pairs <= share)
-        assert point.cost <= best + 1e-9  # which may stand between those of the grid
+        assert point.cost <= best + 1e-9  # the point may be between those of the grid
 
 
-def test_what_cannot_be_kept_is_refused_or_left_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_goals_are_refused_or_left_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     construct(monkeypatch, (1e4, 1e4, 1e4))
-    with pytest.raises(ValueError, match=r"keys=0.3 was not kept: the least that was found is 55.0%"):
+    with pytest.raises(ValueError, match=r"keys=0.3 was not reached: the smallest share found is 55.0%"):
         calibrate(tiny_model(), [tiny_ids(64)], Options(keys=0.3, setting=SETTING))
     found = calibrate(tiny_model(), [tiny_ids(64)], Options(max_loss=0.1, setting=SETTING))
     assert found.chosen.dense
@@ -183,7 +183,7 @@ def test_a_real_calibration_reports_what_a_pass_finds() -> None:
         assert point.error is not None
         assert all(error is not None and error > 0 for error in point.error)
     assert found.chosen.keys <= 0.6
-    # held-out text tunes nothing
+    # held-out text is not used for tuning
     assert replace(found, held_out=None) == calibrate(model, texts, options)
 
 
@@ -251,12 +251,12 @@ def test_layers_without_a_shared_choice_are_counted_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"block_sizes": (8,)}, "block sizes are tried for a choice per query only.*tile=16"),
-        ({}, {"confirmations": 0}, "known from whole passes only"),
+        ({}, {"block_sizes": (8,)}, "block sizes are tried only if every query chooses.*tile=16"),
+        ({}, {"confirmations": 0}, "only be counted in whole passes"),
         ({"layers": {1: {"tile": 1, "topk": 4}}}, {}, "layer 1 has tile=1"),
         ({"full_attention_layers": (0, 1, 2)}, {}, "no layer of this llama model"),
         ({"full_attention_layers": (7,)}, {}, "layer 7"),
-        ({"dense_below": 128}, {}, "attends texts of 128 tokens in full"),
+        ({"dense_below": 128}, {}, "gives full attention up to 128 tokens"),
     ],
 )
 def test_senseless_combinations_are_refused_before_any_pass(
@@ -284,8 +284,8 @@ def test_a_stopped_run_makes_no_pass_twice(tmp_path: Path, monkeypatch: pytest.M
         calibrate(model, [tiny_ids(256)], options)
     monkeypatch.setattr(thresholds, "threshold_costs", lambda *_, **__: pytest.fail("looked at twice"))
     again = calibrate(model, [tiny_ids(256)], options)
-    assert len({str(config) for config in made}) == len(made) - 1  # the one that was stopped
-    # another goal goes on with the same passes
+    assert len({str(config) for config in made}) == len(made) - 1  # only the interrupted pass ran twice
+    # another goal reuses the same passes
     calibrate(model, [tiny_ids(256)], replace(options, keys=None, max_loss=1e3))
     monkeypatch.undo()
     assert again == calibrate(model, [tiny_ids(256)], replace(options, store=None))
@@ -307,7 +307,7 @@ def test_where_a_calibration_starts() -> None:
 
 @pytest.fixture
 def shared(checkpoint: Path, tmp_path: Path) -> Path:  # noqa: F811
-    """A checkpoint with a shared choice of small tiles, and a text twice as long as is read."""
+    """A checkpoint with a shared choice of small tiles, and a text with twice the tokens that are read."""
     folder = tmp_path / "shared"
     rule = ("--tile", 16, "--block-size", 8, "--threshold", 0.01, "--sink-blocks", 1, "--local-blocks", 1)
     from moba_hf_cli import main
@@ -344,12 +344,27 @@ def test_the_command_writes_thresholds_that_reload_to_the_same_logits(
     run(capsys, "plot", "budget", out, "--out", tmp_path / "x.png")
 
 
+def test_thresholds_of_layers_reload_to_the_same_logits(shared: Path) -> None:
+    config = thresholds.with_thresholds(SETTING, {0: 0.3, 1: 0.02, 2: 0.3}, LAYERS)
+    assert config.threshold == 0.3
+    write_settings(shared, config)
+    loaded = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float32, attn_implementation="sdpa")
+    ids, logits = tiny_ids(300), []
+    for setting in (config, replace(config, layers=())):
+        with torch.no_grad(), use_moba(dense, setting):
+            logits.append(dense(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits[0])
+    assert not torch.equal(*logits)
+
+
 def test_the_command_refuses_what_does_not_fit(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from moba_hf_cli import main
 
     text = ("--text", shared / "text.txt", "--length", 128, "--keys", 0.5)
     for args, message in (
-        (("--block-size", 8), "block sizes are tried for a choice per query only"),
+        (("--block-size", 8), "block sizes are tried only if every query chooses"),
         (("--gate", "mean"), "needs gate='mass'"),
         (("--preset", "poem"), "poem"),
         (("--max-loss", 0.1), "one of max_loss and keys"),

@@ -119,7 +119,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "other.json"
     for text in ("[1, 2]", "3", "null", "{}", '{"recall": 1, "tasks": [2], "curve": [3], "perplexity": [4]}'):
         file.write_text(text)
-        with pytest.raises(ValueError, match=f"holds no results for '{kind}'"):
+        with pytest.raises(ValueError, match=f"contains no results for '{kind}'"):
             plots.from_json(kind, str(file))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_hf.config import LayerConfig
 from moba_hf.kernels import append, choose_blocks, dense_decode_attention, select_blocks, update_block_means
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.tiling import make_tiling
@@ -54,7 +55,7 @@ def assert_choice_is_prefill_choice(
     batch, _, q_len, _ = q.shape
     length = k.shape[2]
     table = batched_table(batch, q_len, length, k.device, kv_start=starts)
-    whole = select_blocks(q, k, table, q_len, length, *rule)[:, -count:]
+    whole = select_blocks(q, k, Sequences(table, q_len, length), LayerConfig(*rule))[:, -count:]
     means = means_of(k, starts, rule[0], [length]).nan_to_num(3.0)
     table = batched_table(batch, count, length, k.device, kv_start=starts)
     choice = choose_blocks(q[:, :, -count:], means, table, length, *rule)

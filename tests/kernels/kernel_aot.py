@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moba_hf.config import LayerConfig
 from moba_hf.kernels import (
     append,
     attend,
@@ -39,10 +40,11 @@ from moba_hf.kernels import (
     tuning,
     update_block_means,
 )
+from moba_hf.kernels.forward import Forced
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.kernels.tuning_backward import BackwardTiles
-from moba_hf.op.sequences import batched_table
+from moba_hf.op.sequences import Attended, Sequences, batched_table
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -167,12 +169,10 @@ def forward_call(
         q = tensor(queries, num_heads, head_dim)
         k, v = tensor(length, num_kv_heads, head_dim), tensor(length, num_kv_heads, v_dim or head_dim)
         table = batched_table(1, queries, length, q.device)
-        rule = (block_size, topk, 0, 0)
-        given = (q, k, table, queries, length, *rule)
-        scale = head_dim**-0.5 if gate == "mass" else None
+        sequences, scale = Sequences(table, queries, length), head_dim**-0.5
         with fewer_levels(levels) if levels else nullcontext():
-            choice = select_blocks(*given, mass_scale=scale)
-        attend(q, k, v, choice, table, queries, length, block_size, head_dim**-0.5, resident=resident)
+            choice = select_blocks(q, k, sequences, LayerConfig(block_size, topk, gate=gate), scale)
+        attend(q, k, v, choice, sequences, block_size, scale, forced=Forced(resident=resident))
 
     return call
 
@@ -202,9 +202,9 @@ def backward_call(
         out = torch.empty(1, length, num_heads, v_dim or head_dim, dtype=dtype)
         lse = torch.empty(1, num_heads, length)
         choice = torch.zeros(1, length, num_heads, topk, dtype=torch.int32)
-        table = batched_table(1, length, length, q.device)
-        rule = (length, length, block_size, head_dim**-0.5)
-        attend_backward(out, lse, q, k, v, out, lse, choice, table, *rule, tiles=tiles)
+        sequences = Sequences(batched_table(1, length, length, q.device), length, length)
+        saved = Attended(q, k, v, out, lse, choice)
+        attend_backward(out, lse, saved, sequences, block_size, head_dim**-0.5, tiles=tiles)
 
     return call
 
@@ -236,7 +236,8 @@ def decode_call(
         append(k, v, at, *new)
         update_block_means(means, k, start, at, queries, block_size)
         choice = choose_blocks(q, means, table, length, block_size, topk, 0, 0)
-        decode_attention(q, k, v, choice, table, queries, block_size, head_dim**-0.5, by_row=True)
+        sequences = Sequences(table, queries, length)
+        decode_attention(q, k, v, choice, sequences, block_size, head_dim**-0.5, by_row=True)
         dense_decode_attention(q, k, v, table, head_dim**-0.5)
 
     return call

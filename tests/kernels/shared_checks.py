@@ -8,11 +8,12 @@ gradients must equal those of the fp32 reference under the kernel's own choice, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import shared
+from moba_hf.kernels import shared, shared_tuning
 from moba_hf.kernels.shared_plan import make_shared_plan
 from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Attended, Sequences
@@ -69,10 +70,18 @@ def checked_choice(case: Case, rule: SharedRule, **kwargs: object) -> Tensor:
     return mask
 
 
-def assert_attention(case: Case, rule: SharedRule, mask: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """The kernels' `(out, lse)` under `mask`, compared with the reference; keywords go to `shared.attend`."""
+def assert_attention(
+    case: Case, rule: SharedRule, mask: Tensor, workspace: int | None = None, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    """The kernels' `(out, lse)` under `mask`, compared with the reference; keywords go to `shared.attend`.
+
+    Args:
+        workspace: maximum bytes for lists.
+    """
     limits = (sequences_of(case), rule.block_size, rule.tile, case.scale)
-    out, lse = shared.attend(case.q, case.k, case.v, mask, *limits, **kwargs)
+    budget = shared_tuning.LIST_WORKSPACE if workspace is None else workspace
+    with mock.patch.object(shared_tuning, "LIST_WORKSPACE", budget):
+        out, lse = shared.attend(case.q, case.k, case.v, mask, *limits, **kwargs)
     error = size = 0.0
     covered = torch.zeros(case.q.shape[2], dtype=torch.bool)
     for tiles, queries, (q, k, v) in each_sequence(case, rule.tile):

@@ -14,6 +14,7 @@ from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
 from moba_hf.op.checks import Case, assert_gradients
+from moba_hf.op.sequences import Attended
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -103,12 +104,10 @@ def test_runs_are_bit_identical(block_size: int) -> None:
     choice = case.select()
     out, lse = case.attend(choice)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    args = (choice, case.table, *case.longest, case.block_size, case.scale)
+    saved = Attended(case.q, case.k, case.v, out, lse, choice)
 
     def run(workspace: int | None = None) -> tuple[torch.Tensor, ...]:
-        return attend_backward(
-            grad_out, grad_lse, case.q, case.k, case.v, out, lse, *args, workspace=workspace
-        )
+        return attend_backward(grad_out, grad_lse, saved, *case.where, workspace=workspace)
 
     first = run()
     for _ in range(3):
@@ -127,12 +126,12 @@ def test_never_waits_for_the_device() -> None:
         case.block_size = block_size
         choice = case.select()
         out, lse = case.attend(choice)
-        args = (choice, case.table, *case.longest, case.block_size, case.scale)
-        grads = attend_backward(out, lse, case.q, case.k, case.v, out, lse, *args)  # compiled
+        saved = Attended(case.q, case.k, case.v, out, lse, choice)
+        grads = attend_backward(out, lse, saved, *case.where)  # compiled
         torch.use_deterministic_algorithms(False)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            again = attend_backward(out, lse, case.q, case.k, case.v, out, lse, *args)
+            again = attend_backward(out, lse, saved, *case.where)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
@@ -142,8 +141,7 @@ def test_captured_in_a_graph() -> None:
     case = case_of([(600, 900), (100, 100)], topk=4)
     choice = case.select()
     out, lse = case.attend(choice)
-    args = (out, lse, case.q, case.k, case.v, out, lse, choice, case.table, *case.longest)
-    args += (case.block_size, case.scale)
+    args = (out, lse, Attended(case.q, case.k, case.v, out, lse, choice), *case.where)
     expected = attend_backward(*args)
     graph = torch.cuda.CUDAGraph()
     torch.use_deterministic_algorithms(False)

@@ -154,14 +154,10 @@ class TestRows:
         choice = case.expected_choice()
         out, lse = assert_attention(case, choice, use_decode=True)
         for segments in (1, 3):
-            split = decode_attention(
-                case.q, case.k, case.v, choice, case.table, 3, block_size, case.scale, segments=segments
-            )
+            split = decode_attention(case.q, case.k, case.v, choice, *case.where, segments=segments)
             assert torch.allclose(split[0].float(), out.float(), atol=4e-3, rtol=2**-7)
             assert torch.allclose(split[1], lse, atol=1e-4, rtol=1e-5)
-        again = decode_attention(
-            case.q, case.k, case.v, choice, case.table, 3, block_size, case.scale, by_row=True
-        )
+        again = decode_attention(case.q, case.k, case.v, choice, *case.where, by_row=True)
         assert torch.equal(again[0], out)
         assert torch.equal(again[1], lse)
 

@@ -11,6 +11,7 @@ from moba_hf.kernels.tuning import Tile
 from moba_hf.kernels.tuning_backward import BackwardTiles
 from moba_hf.op import ops
 from moba_hf.op.checks import Case, assert_gradients
+from moba_hf.op.sequences import Attended
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -111,11 +112,11 @@ def test_future_tokens_get_no_gradient() -> None:
     """Only queries before token 40 contribute to the loss, so keys from 40 on get exact zeros."""
     case = Case([(90, 90)], num_heads=4, num_kv_heads=2, topk=3)
     choice = case.expected_choice()
-    args = (choice, case.table, *case.longest, case.block_size, case.scale)
-    out, lse = attend(case.q, case.k, case.v, *args)
+    out, lse = attend(case.q, case.k, case.v, choice, *case.where)
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     grad_out[:, 40:], grad_lse[:, :, 40:] = 0, 0
-    dq, dk, dv = attend_backward(grad_out, grad_lse, case.q, case.k, case.v, out, lse, *args)
+    saved = Attended(case.q, case.k, case.v, out, lse, choice)
+    dq, dk, dv = attend_backward(grad_out, grad_lse, saved, *case.where)
     for grad in (dq, dk, dv):
         assert (grad[:, :, 40:] == 0).all()
         assert (grad[:, :, :40] != 0).any(3).all()
@@ -150,7 +151,8 @@ def test_empty_inputs() -> None:
     for lengths in ([(0, 40)], [(0, 0)]):
         case = Case(lengths)
         q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
-        args = (case.select(), case.table, *case.longest, case.block_size, case.scale)
-        out, lse = case.attend(args[0])
-        for x, grad in zip((q, k, v), attend_backward(out, lse, q, k, v, out, lse, *args), strict=True):
+        choice = case.select()
+        out, lse = case.attend(choice)
+        grads = attend_backward(out, lse, Attended(q, k, v, out, lse, choice), *case.where)
+        for x, grad in zip((q, k, v), grads, strict=True):
             assert torch.equal(grad, torch.zeros_like(x))

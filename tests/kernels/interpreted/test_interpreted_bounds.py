@@ -1,4 +1,4 @@
-"""The bounds of padded rows by a kernel: those that torch takes from the mask, and few operators."""
+"""The kernel for the bounds of padded rows: it agrees with torch operators and needs few launches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mask_of(spans: list[tuple[int, int]], length: int) -> Tensor:
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("more", [0, 9])
 def test_equal_those_of_torch(q_len: int, more: int) -> None:
-    """Also where the mask goes on after the queries, and where its rows are no neighbours in memory."""
+    """Also if the mask continues after the queries, and if its rows are not contiguous in memory."""
     given = mask_of(SPANS, 23 + more)
     given[:, 23:] = True
     offset = 23 - q_len
@@ -47,7 +47,7 @@ def test_equal_those_of_torch(q_len: int, more: int) -> None:
 
 
 def test_many_blocks_and_holes() -> None:
-    """Runs that cross the blocks of the kernel; a hole at their edge, inside, and of one slot."""
+    """Runs across several blocks of the kernel; holes at a block's edge, inside it, and of one slot."""
     length = 2 * 4096 + 100
     spans = [(0, length), (4095, length), (4096, length), (3, 8192)]
     table, kv_start, unbroken = row_bounds(mask_of(spans, length), length - 1, 1)
@@ -74,13 +74,13 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Its decode steps read no value, as on a GPU."""
+    """A model whose decode steps read no values, as on a GPU."""
     monkeypatch.setattr(rows_module, "check_values", lambda x: False)
     monkeypatch.setattr(block_means, "_on_host", lambda x: False)
     original = TritonCacheKernels.row_bounds
 
     def one_launch(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _disable_current_modes():  # what the interpreter does for it is not counted
+        with _disable_current_modes():  # do not count the operators of the interpreter
             return original(*args)
 
     monkeypatch.setattr(TritonCacheKernels, "row_bounds", one_launch)

@@ -175,8 +175,9 @@ def test_segments_of_a_block(segments: int) -> None:
     choice = torch.zeros(2, 3, 4, 3, dtype=torch.int32)
     choice[0] = torch.tensor([2, 0, 1])
     choice[1] = torch.tensor([1, 0, -1])
-    expected = load_backend("reference").forward(q, k, v, choice, Sequences(table, 3, 300), 100, 0.25)
-    got = decode_attention(q, k, v, choice, table, 3, 100, 0.25, by_row=True, segments=segments)
+    args = (q, k, v, choice, Sequences(table, 3, 300), 100, 0.25)
+    expected = load_backend("reference").forward(*args)
+    got = decode_attention(*args, by_row=True, segments=segments)
     torch.testing.assert_close(got, expected)
 
 

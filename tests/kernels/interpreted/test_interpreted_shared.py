@@ -12,6 +12,7 @@ from moba_hf.op.ops import attention
 from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import SharedRule, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
+from moba_hf.op.shared_reference import select_shared_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -102,3 +103,21 @@ def test_the_operator_runs_the_kernels() -> None:
         grads.append([out.detach(), *(x.grad for x in tensors)])
     for got, expected in zip(*grads, strict=True):
         assert torch.allclose(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [({"threshold": 0.9}, 9), ({"share": 0.3}, 9), ({"threshold": 0.9, "topk": 5}, 4)]
+)
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_masses_that_are_no_numbers_drop_no_block(
+    limit: dict[str, float], free: int, which: str, bad: float
+) -> None:
+    case = Case([(160, 160)], head_dim=16)
+    rule = SharedRule(16, 16, sample=2, sink_blocks=0, local_blocks=0, **limit)
+    getattr(case, which)[0, 0, 149 if which == "q" else 20, 3] = bad
+    mask = shared.select(case.q, case.k, sequences_of(case), rule, case.scale)
+    chosen = unpack_blocks(mask[0, 9], 10).tolist()
+    assert chosen == [block < free or block == 9 for block in range(10)]
+    expected = select_shared_ref(*(x[0].transpose(0, 1) for x in (case.q, case.k)), rule, case.scale)
+    assert torch.equal(unpack_blocks(mask[0], 10)[9], expected[0, 9])
