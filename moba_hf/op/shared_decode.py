@@ -79,8 +79,6 @@ def choose(
     if columns == 0:
         return own[:, None].expand(-1, num_heads, -1, -1)
     chosen = torch.empty(batch, num_heads, length, columns + 1, dtype=torch.bool, device=q.device)
-    if columns == 0:
-        return own[:, None].expand_as(chosen)
     step = mass_step(q, kept, rule)
     step = step if heard is None else max(step, rule.tile)
     for row in range(batch):
