@@ -140,7 +140,10 @@ def test_a_front_matter_gains_lines_and_loses_none(front: str, expected: str, ne
 
 @pytest.mark.parametrize(
     "block",
-    ["a: &a [*a]", "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))])],
+    [
+        "a: &a [*a]",
+        "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]),
+    ],
     ids=["of itself", "of aliases"],
 )
 def test_aliases_in_a_front_matter_are_not_followed(block: str) -> None:
@@ -196,7 +199,9 @@ def test_the_card_of_a_source_is_kept(src: Path, tmp_path: Path) -> None:
         (lambda path: path.write_text("<!-- moba-hf: end --> <!-- moba-hf: begin"), r"README\.md: the marks"),
         (lambda path: path.write_text(SECTION + SECTION), r"README\.md: the marks"),
         (
-            lambda path: path.write_text("\ufeff---\n# <!-- moba-hf: begin -->\n# <!-- moba-hf: end -->\n---\n"),
+            lambda path: path.write_text(
+                "\ufeff---\n# <!-- moba-hf: begin -->\n# <!-- moba-hf: end -->\n---\n"
+            ),
             r"README\.md: the mark .* must not be in the front matter",
         ),
     ],
