@@ -193,6 +193,31 @@ def test_generate_errors(run: Any, converted: Path, prompt: Path, tmp_path: Path
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moba": {"block_size": "8", "topk": 2}}, "block_size must be an int"),
+        ({"moba": {"block_size": 8, "topk": 2, "layers": [1]}}, "layers must map"),
+        ({"moba": {"block_size": 8, "topk": 2, "full_attention_layers": "x"}}, "full_attention_layers"),
+        ({"moba": [1]}, "must be a mapping"),
+        ({"dtype": 1}, "config.json"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_labels": 3 * 10**7}, "num_labels is 30000000"),
+    ],
+)
+def test_generate_refuses_wrong_configs(
+    changes: dict[str, Any], message: str, run: Any, converted: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(converted, tmp_path / "wrong")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+    code, out, err = run("generate", folder, "--prompt", "!!", "--max-new-tokens", "1")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+
+
 TEMPLATE = "{{ bos_token }}({{ messages[0]['content'] }}){% if add_generation_prompt %}:{% endif %}"
 
 

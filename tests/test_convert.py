@@ -378,6 +378,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken link": (lambda s: (s / "gone").symlink_to("nowhere"), r"gone: is a broken link"),
     "link to a folder": (lambda s: (s / "loop").symlink_to(s), r"loop: is a link to a folder"),
     "pipe": (lambda s: os.mkfifo(s / "pipe"), r"pipe: is neither a file nor a folder"),
+    "link to a device": (
+        lambda s: (s / "zero").symlink_to("/dev/zero"),
+        r"zero: is neither a file nor a folder",
+    ),
 }
 
 

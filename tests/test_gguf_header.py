@@ -39,10 +39,18 @@ def swap_norms(data: Data) -> None:
     put(data, places[1], offsets[1])
 
 
+def lengthen(data: Data) -> None:
+    """An array of 2^32 bytes; the reader of the gguf package takes hours for it."""
+    put(data, after(data, TYPES) + 4, 0, "I")
+    put(data, after(data, TYPES) + 8, 2**32)
+
+
 TOKENS = b"tokenizer.ggml.tokens"
+TYPES = b"tokenizer.ggml.token_type"
 NORM = b"output_norm.weight"
 DAMAGES: dict[str, tuple[Callable[[Data], None], str]] = {
     "2^32 items": (lambda d: put(d, after(d, TOKENS) + 8, 2**32), "items of tokenizer.ggml.tokens"),
+    "2^32 bytes": (lengthen, "items of tokenizer.ggml.token_type"),
     "an array of arrays": (lambda d: put(d, after(d, TOKENS) + 4, 9, "I"), "type 9"),
     "a long string": (lambda d: put(d, after(d, TOKENS) + 16, 2**62), "characters"),
     "many tensors": (lambda d: put(d, 8, 2**40), "tensors"),

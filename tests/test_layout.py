@@ -37,7 +37,7 @@ LAYERS = [
     {"hf.loading"},
     {"hf.cache", "hf.default_cache"},
     {"hf.dynamic_layer", "hf.static_layer"},
-    {"hf.cache_layer"},
+    {"hf.cache_layer", "hf.recent_queries"},
     {"hf.places", "hf.adapter", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},
     {"op.inputs"},

@@ -15,7 +15,10 @@ from checkpoints import edit_json, save_tiny, save_tokenizer, write_tiny_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from moba_hf import MobaConfig, convert_checkpoint
+from moba_hf.checkpoints.inspection import inspect_checkpoint
 from moba_hf.checkpoints.load import find_source, load_checkpoint, load_tokenizer
+from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.testing import build_model
 
 sys.path.append(str(Path(__file__).parent / "patches"))
@@ -123,6 +126,9 @@ def test_finds_a_model_of_the_cache(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert find_source("owner/tiny") == place / "snapshots" / ("a" * 40)
     assert type(load_checkpoint("owner/tiny")[0]).__name__ == "LlamaForCausalLM"
+    made = convert_checkpoint("owner/tiny", tmp_path / "dst", MobaConfig(8, 2))
+    assert verify_checkpoint(made, "owner/tiny").passed
+    assert inspect_checkpoint("owner/tiny", MobaConfig(8, 2)).layers == inspect_checkpoint(made).layers
 
 
 def test_refuses_a_pipe(folder: Path) -> None:

@@ -83,7 +83,7 @@ def scan(folder: Path) -> Tree:
             if any(fnmatch(path.name, pattern) for pattern in patterns):
                 tree.left_out.append(name)
                 continue
-            if path.is_symlink() and not path.is_file():
+            if path.is_symlink() and (path.is_dir() or not path.exists()):
                 what = (
                     "a link to a folder; replace it with the folder itself"
                     if path.is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,8 +64,14 @@ class Store:
         text = json.dumps(values, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        try:
+            beside.write_text(text + "\n", encoding="utf-8")
+            if self.path.exists():
+                shutil.copymode(self.path, beside)
+            beside.replace(self.path)
+        except BaseException:  # a full disk or a signal
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def format_table(rows: Sequence[Sequence[object]]) -> str:

@@ -22,6 +22,7 @@ from moba_hf.hf.layout import Layout
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.mask import moba_mask
 from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds
+from moba_hf.hf.recent_queries import RecentQueries, last_rows
 from moba_hf.hf.rows import Rows
 from moba_hf.op.backends import choose_backend, reads_chosen_only
 from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
@@ -161,6 +162,8 @@ def _attend(
     kinds = row_kinds(layer, q_len, kv_len, plan.decode_max_len)
     if layer is not None and layer.assisted:
         _warn_of_assistance(plan, q_len, kv_len)
+    recent = _recent(layer, plan)
+    known = None if recent is None else recent.before(kv_len - q_len, query)
     outs = []
     for begin, end, kind in kinds:
         rows, keys, where = (query, key, value), key, layout
@@ -169,9 +172,24 @@ def _attend(
             rows = (query[:, :, begin:end], key[:, :, :seen], value[:, :, :seen])
             where = layout.between(begin, end)
         rule = {PREFILL: plan.rule, DENSE: None, DECODE: plan.decode_rule}[kind]
-        call = _Call(rows, scale, where, rule, steps=kind == DECODE)
+        heard = None
+        if recent is not None and kind == DECODE:
+            heard = last_rows(known, query[:, :, :begin], plan.hears - 1)
+        call = _Call(rows, scale, where, rule, kind == DECODE, heard)
         outs.append(_attend_rows(call, plan, backend, layer, keys))
+    if recent is not None:
+        recent.record(query, kv_len - q_len, plan.hears)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | None:
+    """Where the cache layer keeps the queries that decode steps hear; None: every step asks alone.
+
+    Static layers do not keep them. In compiled graphs their number would differ from call to call.
+    """
+    if plan.hears == 0 or torch.compiler.is_compiling():
+        return None
+    return getattr(layer, "recent", None)
 
 
 @dataclass(frozen=True)
@@ -183,6 +201,8 @@ class _Call:
         layout: the sequences in them.
         rule: the rule; None: attend to every key.
         steps: they are decode steps.
+        heard: `(batch, num_heads, rows, head_dim)`, queries of the rows just before them that steps of a
+            shared choice hear; None: every step asks alone.
     """
 
     qkv: tuple[Tensor, Tensor, Tensor]
@@ -190,6 +210,7 @@ class _Call:
     layout: Layout
     rule: Rule | None
     steps: bool
+    heard: Tensor | None = None
 
 
 def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached: Tensor) -> Tensor:
@@ -215,7 +236,7 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
     if steps and not torch.compiler.is_compiling():
         _warn_of_reads(rule, kept, backend)
     settings: Any = {"softmax_scale": call.scale, "backend": backend, "block_means": kept, "steps": steps}
-    return attention(query, key, value, sequences, rule, **settings)[0]
+    return attention(query, key, value, sequences, rule, **settings, heard=call.heard)[0]
 
 
 def _needs_table(layout: Layout, query: Tensor, kv_len: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, tracked
+from moba_hf.hf.recent_queries import RecentQueries
 from moba_hf.op.block_means import BlockMeans, writable
 
 # The least number of slots that a buffer grows by; longer buffers grow by an eighth.
@@ -23,6 +24,9 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
 
     Args:
         max_cache_len: initial number of slots; 0: as needed.
+
+    Attributes:
+        recent: the queries of the last rows, if decode steps hear them.
     """
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):
@@ -31,6 +35,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         self._assist_from: int | None = None
         self.reserve = max_cache_len
         self.block_means = BlockMeans()
+        self.recent = RecentQueries()
         super().__init__(**kwargs)
 
     @property
@@ -59,7 +64,12 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
             self._buffers = self._buffers or [value, value]
             self._buffers[which] = value
             self._length = value.shape[-2] if value.dim() > 1 else 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Discards everything that was computed from the cached tokens."""
         self.block_means.forget(self._length)
+        self.recent.forget()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -67,7 +77,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         self._buffers = [
             x.new_empty((*x.shape[:2], self.reserve, x.shape[3])) for x in (key_states, value_states)
         ]
-        self.block_means.forget(0)
+        self._forget()
         self.is_initialized = True
 
     def update(
@@ -122,7 +132,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
             dtype = torch.promote_types(self._buffers[i].dtype, x.dtype)
             if dtype != self._buffers[i].dtype:
                 self._buffers[i] = self._buffers[i].to(dtype)
-                self.block_means.forget(self._length)
+                self._forget()
 
     def _grow(self, capacity: int) -> None:
         assert self._buffers is not None
@@ -142,7 +152,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         """Empties the layer and forgets its prompt; its buffers are kept for the next prompt."""
         self._length, self._assist_from = 0, None
         self.prompt, self.assisted = None, False
-        self.block_means.forget(0)
+        self._forget()
 
     @property
     def at_prompt_end(self) -> bool:
@@ -173,6 +183,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         removed = min(-tokens_to_remove, self._length)
         self._length -= removed
         self.block_means.cropped(removed, self._length)
+        self.recent.cropped(self._length)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a selection of rows; only slots in use are copied."""
@@ -186,6 +197,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
             new[:, :, : self._length] = rows
             self._buffers[i] = new
         self.block_means.map_rows(change)
+        self.recent.map_rows(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.registry import Registry
+from moba_hf.op.shared_rule import SharedRule
 
 # Attribute of an attention module that turns its rule off temporarily.
 SUSPENDED = "moba_suspended"
@@ -37,6 +38,8 @@ class LayerPlan:
         decode_max_len: calls with at most this many queries are decode steps, unless the cache records the
             end of the prompt.
         dense_len: sequences of at most this many tokens get full attention.
+        hears: decode steps hear the earlier rows of their tile of this many queries, so a cache keeps the
+            queries of the last rows, also those that attended to every key; 0: they do not.
     """
 
     rule: Rule | None
@@ -44,6 +47,7 @@ class LayerPlan:
     decode_rule: Rule | None
     decode_max_len: int
     dense_len: int = 0
+    hears: int = 0
 
 
 def moba_config(config: Any) -> MobaConfig:
@@ -141,10 +145,13 @@ def _plan(
 ) -> str:
     def make() -> LayerPlan:
         moba: MobaConfig = getattr(_kept, settings)
-        rule = None if suspended else moba.for_layer(layer_idx, num_layers)
+        whole = moba.for_layer(layer_idx, num_layers)
+        hears = whole.tile if isinstance(whole, SharedRule) and moba.decode == "sparse" else 0
+        rule = None if suspended else whole
         if rule is not None:
             rule = dataclasses.replace(rule, rotary_pairs=rotary_pairs)
         decode_rule = rule if moba.decode == "sparse" else None
-        return LayerPlan(rule, stock, decode_rule, moba.decode_max_len, 0 if rule is None else rule.dense_len)
+        dense_len = 0 if rule is None else rule.dense_len
+        return LayerPlan(rule, stock, decode_rule, moba.decode_max_len, dense_len, hears)
 
     return _keep("plan", (settings, layer_idx, num_layers, rotary_pairs, stock, suspended), make)

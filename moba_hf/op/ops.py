@@ -176,6 +176,7 @@ def attention(
     backend: str = "auto",
     block_means: Tensor | None = None,
     steps: bool = False,
+    heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """MoBA over strided `(batch, heads, length, dim)` views, without unpadding, repeating or copying them.
 
@@ -192,7 +193,10 @@ def attention(
         block_means: `(batch, num_kv_heads, blocks, width)`, the summaries `kept_of(rule)` from a cache of
             each row's complete blocks, counted from `kv_start`, followed by arbitrary values. None: computed
             here, which reads all keys.
-        steps: the queries are decode steps: with a shared choice, each is its own tile.
+        steps: the queries are decode steps: with a shared choice, each chooses for itself (step 8 of
+            `moba_hf.op.shared`).
+        heard: `(batch, num_heads, rows, head_dim)`, with `steps` the queries just before `q` that steps of a
+            shared choice hear beside those of `q`; None: every step asks alone.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).
@@ -202,7 +206,7 @@ def attention(
     if isinstance(rule, SharedRule):
         settings: Any = {"softmax_scale": softmax_scale, "backend": backend}
         if steps:
-            return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means)
+            return shared_steps(q, k, v, sequences, rule, **settings, kept=block_means, heard=heard)
         return shared_attention(q, k, v, sequences, rule, **settings)
     check_head_dim(rule, q)
     if not torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ sequence and one query head, with T = `tile`, B = `block_size`, and positions co
 first token:
 
 1. A tile is the queries at positions `[t T, (t + 1) T)`; a block is the keys at `[b B, (b + 1) B)`. If a
-   call has only some rows of a tile (a chunk of a prefill, a decode step), these rows are the tile.
+   call has only some rows of a tile (a chunk of a prefill), these rows are the tile.
 2. The *candidates* of a tile are the blocks that end before its first position `t T`, no matter which of its
    rows are in the call. So all candidates are complete.
 3. The masses of the candidates for one query are the softmax over the candidates of their mass gate scores
@@ -23,6 +23,11 @@ first token:
    lowest first up to `topk`: none is dropped silently.
 6. Tiles that begin before `dense_below` attend to every key up to the row.
 7. Output and `lse` are those of the softmax over the attended keys. The choice is not differentiated.
+8. A decode step with a sparse choice has a list of its own: the one that its tile would have if it ended with
+   the step. So it hears the rows of its tile up to itself, in this call and in earlier ones, as far as the
+   cache has kept their queries, and never later rows. Rows of the prompt are heard too, whatever they
+   attended to. The candidates stay the same while the tile is open, so the masses of all rows are over the
+   same blocks. With a cache that keeps no queries, every step asks alone, also if a call has several.
 
 So a tile's choice depends on all of its rows: a row can be influenced by later tokens of its tile, but never
 by later tiles.

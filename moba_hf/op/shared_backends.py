@@ -71,14 +71,17 @@ class SharedKernels(Protocol):
         sequences: Sequences,
         rule: SharedRule,
         softmax_scale: float,
+        heard: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """`out` and `lse` as `attend`; every query is its own tile, and every batch row one sequence.
+        """`out` and `lse` as `attend`; decode steps, and every batch row is one sequence.
 
         Does not wait for the device.
 
         Args:
             kept: `(batch, num_kv_heads, blocks, width)`, the summaries `gates.KeptMass(rule.rotary_pairs)` of
                 each row's complete blocks, followed by arbitrary finite values.
+            heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that the steps hear, see
+                `moba_hf.op.shared`; None: every step asks alone.
         """
         ...
 
@@ -201,7 +204,8 @@ class SharedPortable:
         sequences: Sequences,
         rule: SharedRule,
         softmax_scale: float,
+        heard: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         from moba_hf.op import shared_decode
 
-        return shared_decode.decode(q, k, v, kept, sequences.table, rule, softmax_scale)
+        return shared_decode.decode(q, k, v, kept, sequences.table, rule, softmax_scale, heard)

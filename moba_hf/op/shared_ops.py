@@ -163,12 +163,13 @@ def decode_shared_op(
     rotary_pairs: str,
     softmax_scale: float,
     backend: str,
+    heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`SharedKernels.decode` as one operator, without gradients."""
     shape = (block_size, tile, threshold, share, topk)
     rule = _rule(*shape, sink_blocks, local_blocks, sample, dense_below, rotary_pairs)
     sequences = Sequences(table, q.shape[2], k.shape[2])
-    return _kernels(backend).decode(q, k, v, kept, sequences, rule, softmax_scale)
+    return _kernels(backend).decode(q, k, v, kept, sequences, rule, softmax_scale, heard)
 
 
 @decode_shared_op.register_fake
@@ -249,29 +250,85 @@ def shared_steps(
     softmax_scale: float,
     backend: str = "auto",
     kept: Tensor | None = None,
+    heard: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`shared_attention` for decode steps: every query is its own tile, and every batch row one sequence.
+    """`shared_attention` for decode steps: every query chooses for itself, see `moba_hf.op.shared`.
 
-    Arguments and results are those of `shared_attention`, except:
+    Every batch row is one sequence. Arguments and results are those of `shared_attention`, except:
 
     Args:
         kept: summaries from the cache, see `SharedKernels.decode`; None: computed here, which reads all keys.
+        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that steps hear beside those
+            of `q`; None: every step asks alone.
     """
     assert sequences.by_row
     name = choose_backend(backend, q, k, v, rule)
     settings: Any = {"softmax_scale": softmax_scale, "backend": name}
     many = q.shape[2] > 1
+    if heard is not None:
+        heard = heard[:, :, max(0, heard.shape[2] - rule.tile + 1) :]
     if _kernels(name).differentiable or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        if heard is not None:
+            return _one_by_one(q, k, v, sequences, rule, heard, settings)
         where = each_query(sequences, q.shape[2]) if many else sequences
         return shared_attention(q, k, v, where, rule, **settings)
     if not _kernels(name).decodes:
         if not many:
-            return shared_attention(q, k, v, sequences, rule, **settings)
+            return _one_step(q, k, v, sequences, rule, heard, settings)
         name = "portable"  # recomputing the summaries of all keys for every query would be slower
     elif kept is None and not many:
-        return shared_attention(q, k, v, sequences, rule, **settings)
+        return _one_step(q, k, v, sequences, rule, heard, settings)
     if kept is None:
         what = KeptMass(rule.rotary_pairs)
         kept = block_means_of(k, sequences.kv_start, rule.block_size, name, what)
     flat = (sequences.table, *flat_shared_rule(rule))
-    return decode_shared_op(q, k, v, kept, *flat, softmax_scale, name)
+    return decode_shared_op(q, k, v, kept, *flat, softmax_scale, name, heard)
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    heard: Tensor,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """`_one_step` for each query of a call; arguments as for `shared_steps`."""
+    batch, length = q.shape[0], q.shape[2]
+    tables = each_query(sequences, length).table.view(batch, length, -1)
+    outs, lses = [], []
+    for m in range(length):
+        table = tables[:, m] - torch.tensor([0, m, m, 0, 0], dtype=torch.int32, device=q.device)
+        where = Sequences(table, 1, sequences.max_seqlen_k, True, sequences.kv_start)
+        known = torch.cat([heard, q[:, :, :m]], 2)
+        known = known[:, :, max(0, known.shape[2] - rule.tile + 1) :]
+        out, lse = _one_step(q[:, :, m : m + 1], k, v, where, rule, known, settings)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def _one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    rule: SharedRule,
+    heard: Tensor | None,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """One decode step as the last row of its tile, whose earlier rows only help to choose.
+
+    It summarises all keys. Shapes do not depend on values, so nothing waits for the device.
+    """
+    if heard is None or heard.shape[2] == 0:
+        return shared_attention(q, k, v, sequences, rule, **settings)
+    row, q_begin, q_end, k_begin, k_end = sequences.table.unbind(1)
+    rows, real = heard.shape[2], q_end - q_begin
+    earlier = ((k_end - k_begin - 1) % rule.tile).clamp(max=rows) * real
+    columns = [row, rows - earlier, rows + real, k_begin, k_end]
+    tiles = Sequences(torch.stack(columns, 1), min(rows + 1, rule.tile), sequences.max_seqlen_k)
+    queries = torch.cat([heard, q.detach()], 2)
+    mask = select_shared(queries, k, tiles, rule, **settings)[:, : num_tiles(sequences, q, rule.tile)]
+    return shared_attention(q, k, v, sequences, rule, **settings, block_mask=mask)

@@ -6,13 +6,14 @@ num_kv_heads, v_dim)`, with the last query at the position of the last key. It c
 inputs), and the attention is differentiable by autograd.
 
 If a sequence is read in several calls, tiles may be cut. `cuts` are the positions at which a further call
-begins, so this is also the reference for chunks of a prefill and for decode steps.
+begins, so this is also the reference for chunks of a prefill. `shared_steps_ref` is that for decode steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,3 +160,36 @@ def shared_attention_ref(
     chosen = select_shared_ref(q, k, rule, softmax_scale, cuts)
     limits = {"block_size": rule.block_size, "tile": rule.tile}
     return attend_shared_ref(q, k, v, chosen, **limits, softmax_scale=softmax_scale, cuts=cuts)
+
+
+def shared_steps_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: SharedRule,
+    softmax_scale: float | None = None,
+    heard: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode steps of one sequence: a step's list is that of its tile if the tile ended with the step.
+
+    Args:
+        heard: the first so many rows of `q` are not steps; they only help to choose. None: there are none,
+            and every step asks alone.
+
+    Returns:
+        `out (steps, num_heads, v_dim)` and `lse (num_heads, steps)`, as `attend_shared_ref`.
+    """
+    limits: dict[str, Any] = {
+        "block_size": rule.block_size,
+        "tile": rule.tile,
+        "softmax_scale": softmax_scale,
+    }
+    outs, lses = [], []
+    for row in range(heard or 0, q.shape[0]):
+        keys, values = (x[: k.shape[0] - q.shape[0] + row + 1] for x in (k, v))
+        asking = q[row : row + 1] if heard is None else q[: row + 1]
+        chosen = select_shared_ref(asking, keys, rule, softmax_scale)[:, -1:]
+        out, lse = attend_shared_ref(q[row : row + 1], keys, values, chosen, **limits)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, 1)

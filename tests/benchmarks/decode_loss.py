@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ class Reads:
     def counted(self) -> Iterator[None]:
         choose = shared_decode.choose
 
-        def counting(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, scale: float) -> Tensor:
-            chosen = choose(q, kept, position, rule, scale)
+        def counting(q: Tensor, kept: Tensor, position: Tensor, rule: SharedRule, *rest: Any) -> Tensor:
+            chosen = choose(q, kept, position, rule, *rest)
             self._add(chosen, q, kept, position, rule)
             return chosen
 
@@ -69,17 +70,17 @@ class Reads:
 
 @torch.no_grad()
 def step_losses(model: torch.nn.Module, cache: MobaCache, ids: Tensor, begin: int) -> Tensor:
-    """Losses of `ids[0, begin:]`, predicted by decode steps on a cache with the tokens before `begin - 1`.
+    """Losses of `ids[0, begin:]`, each predicted by a step on a copy of `cache`.
 
-    Afterwards, the cache is cropped to its previous length.
+    `cache` contains the tokens before `begin - 1`. It is copied, because cropping the steps away again would
+    lose the queries of its open tile, which they hear.
     """
-    losses = []
+    losses, cache = [], copy.deepcopy(cache)
     for at in range(begin - 1, ids.shape[1] - 1, ROWS):
         rows = ids[:, at : min(at + ROWS, ids.shape[1] - 1)]
         logits = model(rows, **cache_kwargs(model, cache), use_cache=True).logits[0].float()
         targets = ids[0, at + 1 : at + 1 + rows.shape[1]]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
-    cache.crop(begin - ids.shape[1])
     return torch.cat(losses)
 
 
@@ -103,7 +104,7 @@ def bench(args: argparse.Namespace) -> None:
         if ids.shape[1] < args.tokens:
             raise SystemExit(f"{text} has {ids.shape[1]} tokens, but {args.tokens} are needed")
         begin = args.tokens - args.steps
-        patch_model(model, moba)
+        patch_model(model, dataclasses.replace(moba, decode="sparse"))
         cache = MobaCache(model.config, max_cache_len=args.tokens)
         prefill(model, ids[:, :begin], cache=cache, progress=False)
         patch_model(model, dataclasses.replace(moba, decode="full"))

@@ -1,7 +1,11 @@
 """Calibration finds planted answers, keeps its budget, and resumes after an interruption."""
 
+import errno
 import json
 import math
+import os
+import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "patches")]
+from checkpoints import snapshot
+from families import tiny_config
 
 from moba_hf import MobaConfig, use_moba
 from moba_hf.calibrate import Options, allocate, calibrate, config_of, passes, per_query, write_settings
@@ -19,6 +27,8 @@ from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
 from moba_hf.op.reference import attend_ref, select_blocks_ref
+from moba_hf.testing import build_model
+from moba_hf_cli.signals import Ended
 
 PER_QUERY = MobaConfig.from_preset("default-per-query")
 
@@ -190,6 +200,47 @@ def test_settings_are_written_into_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 7"):
         write_settings(tmp_path, MobaConfig(8, 4, full_attention_layers=(7,)))
     assert sorted(p.name for p in tmp_path.iterdir() if "part" in p.name) == []
+
+
+def test_only_the_settings_of_a_config_change(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = {**json.loads(path.read_text()), "about": "é"}
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    path.chmod(0o600)
+    write_settings(tmp_path, MobaConfig(8, 4))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert '"é"' in path.read_text(encoding="utf-8")
+    added = {"moba": MobaConfig(8, 4).to_dict(), "attn_implementation": "moba"}
+    assert json.loads(path.read_text(encoding="utf-8")) == {**values, **added}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Ended(15)])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_an_error_while_writing_leaves_the_config_alone(
+    error: BaseException, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    tiny_model().save_pretrained(tmp_path)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(os, where, fail)
+    with pytest.raises(type(error)):
+        write_settings(tmp_path, MobaConfig(8, 4))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_flat_vision_language_config_still_loads(tmp_path: Path) -> None:
+    build_model(tiny_config("qwen2_5_vl")).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    text = values.pop("text_config")
+    text.pop("model_type")
+    (tmp_path / "config.json").write_text(json.dumps({**text, **values}))
+    write_settings(tmp_path, MobaConfig(8, 4))
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path).config
+    assert config.text_config._attn_implementation == "moba"
+    assert config.text_config.hidden_size == text["hidden_size"]
 
 
 def test_how_the_model_was_loaded_does_not_matter() -> None:

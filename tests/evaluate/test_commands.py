@@ -119,6 +119,37 @@ def test_errors_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("length", [0, -5])
+@pytest.mark.parametrize(
+    "command", [("eval",), ("calibrate", "--keys", 0.5), ("plot", "routing", "--out", "x.png")]
+)
+def test_lengths_below_one_are_refused(
+    command: tuple[Any, ...], length: int, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (*command, checkpoint, "--text", checkpoint / "text.txt", "--length", length)
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in given])
+    assert stop.value.code == 2
+    printed, err = capsys.readouterr()
+    assert printed == ""
+    assert err == "moba-hf: Invalid value for '--length': Input should be greater than or equal to 1\n"
+
+
+def test_out_that_cannot_be_written(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before the work; where the disk fills up meanwhile, the results are printed."""
+    rule = ("--block-size", 16, "--topk", 2)
+    args = ("eval", checkpoint, "--text", checkpoint / "text.txt", "--length", 64, *rule, "--out")
+    for out, message in (("/proc/x.json", "cannot be written"), ("/dev/full", "No space left on device")):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in (*args, out)])
+        printed, err = capsys.readouterr()
+        assert stop.value.code == 2
+        assert message in err
+        assert err.count("\n") == 1
+        assert bool(printed) == (out == "/dev/full")
+    assert json.loads(printed)["perplexity"]
+
+
 def test_lm_eval_runs_a_local_task_under_moba(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,7 @@
 """`evaluate` as a whole: when a store is reused, what is refused before any pass, what is shown."""
 
+import errno
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,28 @@ def test_a_run_stopped_anywhere_ends_in_the_same_result(
     monkeypatch.undo()
     assert whole(store) == expected
     assert whole(store) == expected  # nothing left to compute, and lists stay lists
+
+
+def test_a_store_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store.json"
+    store = Store(path, {})
+    store.get("a", lambda: 1)
+    path.chmod(0o600)
+    store.get("b", lambda: 2)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "replace", fail)
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            store.get("c", lambda: 3)
+        del store.answers["c"]
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.parametrize("change", ["model", "config", "dtype", "text", "seed"])

@@ -8,6 +8,8 @@ from shared_checks import assert_attention, assert_gradients, assert_plan, check
 
 from moba_hf.kernels import shared
 from moba_hf.op.checks import Case
+from moba_hf.op.ops import attention
+from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import SharedRule, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
 from moba_hf.op.shared_reference import select_shared_ref
@@ -56,6 +58,24 @@ def test_ties_go_to_the_lower_block(limit: dict[str, float], taken: list[int]) -
         expected = [block < count or block >= candidates - 1 for block in range(candidates + 1)]
         for head in range(2):
             assert unpack_blocks(mask[head, tile], candidates + 1).tolist() == expected
+
+
+@pytest.mark.parametrize("heard", [None, 0, 9, 40])
+def test_a_decode_step_hears_earlier_rows(heard: int | None) -> None:
+    """No kernel computes steps: those of a prefill choose for the open tile, whose last row is the step."""
+    torch.manual_seed(0)
+    rule, start = SharedRule(16, 32, threshold=0.5, sample=4), torch.tensor([0, 13, 83])
+    q = torch.randn(3, 4, 1, 32)
+    before = None if heard is None else torch.randn(3, 4, heard, 32)
+    k, v = (2 * torch.randn(3, 2, 126, 32) for _ in range(2))
+    sequences = Sequences(batched_table(3, 1, 126, q.device, start), 1, 126, kv_start=start)
+    got, expected = (
+        attention(q, k, v, sequences, rule, softmax_scale=0.3, backend=name, steps=True, heard=before)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    alone = attention(q, k, v, sequences, rule, softmax_scale=0.3, backend="reference", steps=True)
+    assert torch.allclose(expected[0], alone[0]) == (not heard)
 
 
 @pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
