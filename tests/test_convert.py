@@ -527,3 +527,14 @@ def test_refuses_a_mount_point(src: Path, out: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(convert, "new_folder", lambda *_, **__: pytest.fail("copied"))
     with pytest.raises(ValueError, match="a b: is a mount point"):
         convert_checkpoint(src, out / "a b", MOBA, overwrite=True)
+
+
+def test_settings_outside_the_text_config_are_replaced(tmp_path: Path) -> None:
+    build_model(tiny_config("qwen2_5_vl")).save_pretrained(tmp_path / "src")
+    edit_json(tmp_path / "src" / "config.json", moba=MOBA_2.to_dict())
+    made = convert_checkpoint(tmp_path / "src", tmp_path / "dst", OTHER)
+    assert "moba" not in json.loads((made / "config.json").read_text())
+    report = verify_checkpoint(made, tmp_path / "src")
+    assert report.passed, report
+    loaded = AutoModelForImageTextToText.from_pretrained(made)
+    assert loaded.config.text_config.moba == OTHER.to_dict()

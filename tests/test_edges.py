@@ -120,6 +120,24 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True).all())
 
 
+@pytest.mark.parametrize("rule", [{"topk": 2}, {"tile": 16, "threshold": 0.02, "gate": "mass"}])
+def test_a_gradient_of_lse_that_is_not_finite_spares_keys_that_its_query_does_not_see(
+    rule: dict[str, Any],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(48, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    out, lse = moba_attention(q, k, v, block_size=8, backend="portable", return_lse=True, **rule)
+    grad_lse = torch.ones_like(lse)
+    grad_lse[:, 20] = torch.nan
+    torch.autograd.backward([out, lse], [torch.ones_like(out), grad_lse])
+    for x in (q, k, v):
+        assert x.grad is not None
+    assert k.grad[20].isnan().all()
+    assert k.grad[21:].isfinite().all()
+    assert v.grad.isfinite().all()
+    assert q.grad[torch.arange(48) != 20].isfinite().all()
+
+
 class TestNotFiniteUnderASharedChoice:
     """Hidden keys affect neither the output nor the gradients of a row, only the choice of its tile."""
 

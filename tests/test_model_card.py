@@ -138,6 +138,20 @@ def test_a_front_matter_gains_lines_and_loses_none(front: str, expected: str, ne
     assert made == f"{expected}\n{SECTION}\n{BODY}".replace("\n", newline)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "a: &a [*a]",
+        "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]),
+    ],
+    ids=["of itself", "of aliases"],
+)
+def test_aliases_in_a_front_matter_are_not_followed(block: str) -> None:
+    made = CARD.text(f"---\n{block}\ntags: [b]\n---\n{BODY}", SECTION)
+    added = "base_model: org/tiny\nlibrary_name: transformers"
+    assert made == f"---\n{block}\ntags: [moba, b]\n{added}\n---\n\n{SECTION}\n{BODY}"
+
+
 def test_a_byte_order_mark_and_a_missing_last_newline() -> None:
     assert CARD.text("\ufeff" + FRONT + BODY, SECTION).startswith("\ufeff---\nlanguage")
     made = CARD.text(FRONT.rstrip("\n"), SECTION)
@@ -184,6 +198,12 @@ def test_the_card_of_a_source_is_kept(src: Path, tmp_path: Path) -> None:
         (lambda path: path.write_text("<!-- moba-hf: begin -->"), r"README\.md: the marks"),
         (lambda path: path.write_text("<!-- moba-hf: end --> <!-- moba-hf: begin"), r"README\.md: the marks"),
         (lambda path: path.write_text(SECTION + SECTION), r"README\.md: the marks"),
+        (
+            lambda path: path.write_text(
+                "\ufeff---\n# <!-- moba-hf: begin -->\n# <!-- moba-hf: end -->\n---\n"
+            ),
+            r"README\.md: the mark .* must not be in the front matter",
+        ),
     ],
 )
 def test_refuses_a_card_that_cannot_be_kept(

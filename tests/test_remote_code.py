@@ -120,6 +120,23 @@ def test_it_is_off_by_default(tmp_path: Path) -> None:
     assert not (tmp_path / "saved" / MODULE).exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT
+def test_an_adapter_on_it_loads(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    made = convert_checkpoint(save_tiny(tmp_path / "src"), tmp_path / "dst", MOBA, remote_code=True)
+    base = AutoModelForCausalLM.from_pretrained(made, trust_remote_code=True)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.randint(1, 90, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = loaded(ids).logits
+        assert torch.equal(logits, plain(ids).logits)
+        assert not torch.equal(logits, AutoModelForCausalLM.from_pretrained(made)(ids).logits)
+    assert loaded.config._attn_implementation == "moba"
+
+
 def test_a_model_that_runs_dense_keeps_the_module(tmp_path: Path) -> None:
     made = convert_checkpoint(save_tiny(tmp_path / "src"), tmp_path / "dst", MOBA, remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(made)
@@ -172,6 +189,15 @@ def test_refuses_a_source_with_code_of_its_own(tmp_path: Path) -> None:
             convert_checkpoint(src, tmp_path / "dst", MOBA, remote_code=True)
         (src / name).unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+def test_refuses_a_tokenizer_with_code(tmp_path: Path) -> None:
+    src = save_tokenizer(save_tiny(tmp_path / "src"))
+    edit_json(src / "tokenizer_config.json", auto_map={"AutoTokenizer": ["org/other--mine.Mine", None]})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: has an auto_map"):
+        convert_checkpoint(src, tmp_path / "dst", MOBA, remote_code=True)
+    assert not (tmp_path / "dst").exists()
+    convert_checkpoint(src, tmp_path / "dst", MOBA)
 
 
 def test_refuses_a_model_without_a_language_head(tmp_path: Path) -> None:

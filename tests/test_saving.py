@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from checkpoints import save_tiny
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, modeling_utils
 
 from moba_hf import MobaConfig, convert_checkpoint, patch_model, unpatch_model
 from moba_hf.testing import build_model
@@ -52,6 +53,21 @@ def test_models_that_do_not_run_moba_are_saved_as_before(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "plain")
     assert saved_switch(tmp_path / "plain") is None
     assert not (tmp_path / "plain" / "moba_hf.json").exists()
+
+
+def test_the_files_are_there_when_a_save_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = convert_checkpoint(save_tiny(tmp_path / "src"), tmp_path / "dst", MOBA, remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(made)
+    uploaded: list[str] = []
+
+    def upload(_self: object, folder: Path, *_args: object, **_kwargs: object) -> None:
+        uploaded.extend(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(modeling_utils, "hf_api", Mock())
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", Mock())
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert {"config.json", "model.safetensors", "moba_hf.json", "modeling_moba.py"} <= {*uploaded}
 
 
 def test_a_failed_save_leaves_no_switch_behind(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def check_no_code(source: Path, files: Iterable[Path], config: PreTrainedConfig)
                 f"{source / name}: is code of the source, which trust_remote_code=True would run too, so "
                 f"{_OPTION} is not allowed; {_INSTEAD}"
             )
+        # of the tokenizer or processor, which may also be code of another repository
+        settings = name.suffix == ".json" and name.stem.endswith("_config") and name.parent == Path()
+        if settings and AUTO_MAP in read_json_object(source / name):
+            raise ValueError(
+                f"{source / name}: has an auto_map, whose code trust_remote_code=True would run too, so "
+                f"{_OPTION} is not allowed; {_INSTEAD}"
+            )
 
 
 def loading_class(config: PreTrainedConfig) -> str:

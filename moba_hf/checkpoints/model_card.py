@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
 from moba_hf.checkpoints.changes import Changes
 from moba_hf.checkpoints.measured import plain
@@ -129,7 +130,7 @@ def read_card(folder: Path) -> str | None:
     """The card in a folder; None: there is none.
 
     Raises:
-        ValueError: it is not UTF-8 text, or the marks of our section are incomplete.
+        ValueError: it is not UTF-8 text, or the marks of our section are incomplete or in the front matter.
     """
     path = folder / CARD
     if path.is_dir():
@@ -138,7 +139,9 @@ def read_card(folder: Path) -> str | None:
         return None
     try:
         text = path.read_bytes().decode()
-        _find_section(text)
+        place, front = _find_section(text), REGEX_YAML_BLOCK.search(text.removeprefix(_BOM))
+        if place is not None and front is not None and place[0] < front.end():
+            raise ValueError(f"the mark '{_OPENS} ... -->' must not be in the front matter")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error})") from error
     except ValueError as error:
@@ -247,15 +250,24 @@ def _completed(block: str, wanted: dict[str, Any], newline: str) -> str:
     if lacking:
         lines = ModelCardData(**lacking).to_yaml(newline)
         longer = f"{block}{newline}{lines}" if block.strip() else lines
-        if _metadata(longer) == {**known, **lacking}:
+        if _is_same(_metadata(longer), {**known, **lacking}):
             block, known = longer, {**known, **lacking}
     tags = known.get("tags")
     if isinstance(tags, list) and _TAG not in tags:
         longer = re.sub(r"(?m)^(tags:[ \t]*\r?\n)([ \t]*)- ", rf"\1\2- {_TAG}{newline}\2- ", block, count=1)
         longer = re.sub(r"(?m)^tags:[ \t]*\[", f"tags: [{_TAG}, ", longer, count=1)
-        if _metadata(longer) == {**known, "tags": [_TAG, *tags]}:
+        if _is_same(_metadata(longer), {**known, "tags": [_TAG, *tags]}):
             return longer
     return block
+
+
+def _is_same(found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    """Whether two front matters have the same entries.
+
+    They are compared as YAML, which writes a shared value once: `==` would follow every alias, which takes
+    forever with aliases of aliases and never ends with an alias of itself.
+    """
+    return found is not None and yaml_dump(found) == yaml_dump(wanted)
 
 
 def _metadata(block: str) -> dict[str, Any] | None:

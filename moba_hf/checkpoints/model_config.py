@@ -100,6 +100,7 @@ def with_moba(values: Mapping[str, Any], moba: MobaConfig, key: str | None) -> d
     if not values.get(key):
         return {**values, NAME: moba.to_dict(), "attn_implementation": switch}
     text = {name: value for name, value in values[key].items() if name != _PRIVATE}
+    values.pop(NAME, None)  # settings at the top level would contradict those of the text config
     return {**values, key: {**text, NAME: moba.to_dict()}, "attn_implementation": switch}
 
 

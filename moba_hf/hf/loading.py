@@ -102,24 +102,21 @@ def place_settings(config: Any) -> None:
 
 
 @contextmanager
-def switch_kept(model: Any) -> Iterator[bool]:
-    """Inside the block, the config of a model that uses MoBA has `attn_implementation`, so that it is saved.
-
-    Yields whether the model uses MoBA.
-    """
+def switch_kept(model: Any) -> Iterator[None]:
+    """Inside the block, the config of a model that uses MoBA has `attn_implementation`, to be saved."""
     config = getattr(model, "config", None)
     if config is None or not has_adapter(getattr(config, "model_type", "")):
-        yield False
+        yield
         return
     text = find_adapter(config.model_type).text_config(config)
     runs = text._attn_implementation == NAME and getattr(text, "moba", None) is not None
     if not runs or "attn_implementation" in config.__dict__:
-        yield runs
+        yield
         return
     key = find_adapter(config.model_type).text_config_key
     config.attn_implementation = NAME if text is config else {key: NAME}
     try:
-        yield True
+        yield
     finally:
         config.__dict__.pop("attn_implementation", None)
 
@@ -143,8 +140,8 @@ def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def watch_loads() -> None:
-    """Wraps the construction, `from_pretrained` and `save_pretrained` of `PreTrainedModel`, once."""
-    from transformers import PreTrainedModel
+    """Wraps the construction, loading and saving of `PreTrainedModel`, and the saving of its config, once."""
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     original: Any = PreTrainedModel.__dict__["from_pretrained"].__func__
     if getattr(original, "_moba_watched", False):
@@ -174,15 +171,27 @@ def watch_loads() -> None:
 
     @functools.wraps(saves)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        with switch_kept(self) as runs_moba:
-            result = saves(self, save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        if (folder / "config.json").is_file():
-            if runs_moba and not (folder / RECORD).exists():
-                (folder / RECORD).write_text(
-                    json.dumps({"about": LOADING}, indent=2) + "\n", encoding="utf-8"
-                )
-            write_missing_module(folder, self.config)
-        return result
+        with switch_kept(self):
+            return saves(self, save_directory, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+    saves_config: Any = PreTrainedConfig.__dict__["save_pretrained"]
+
+    # Our files are written with the config, because saving a model may upload its folder at the end.
+    @functools.wraps(saves_config)
+    def save_config(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = saves_config(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if _has_switch(self) and not (folder / RECORD).exists():
+            (folder / RECORD).write_text(json.dumps({"about": LOADING}, indent=2) + "\n", encoding="utf-8")
+        write_missing_module(folder, self)
+        return result
+
+    PreTrainedConfig.save_pretrained = save_config  # type: ignore[method-assign]
+
+
+def _has_switch(config: Any) -> bool:
+    """Whether the field `attn_implementation` of a config turns MoBA on."""
+    field = config.__dict__.get("attn_implementation")
+    return field == NAME or (isinstance(field, dict) and NAME in field.values())

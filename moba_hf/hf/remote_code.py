@@ -1,7 +1,7 @@
 """The module in a checkpoint that lets `trust_remote_code=True` load it with MoBA, without `import moba_hf`.
 
 `auto_map` in config.json names a class of this module. The module imports moba_hf, and its class delegates to
-the auto class, so the loaded model is the same as after `import moba_hf`.
+the class of transformers, so the loaded model is the same as after `import moba_hf`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ClassName(transformers.ClassName):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """Loads the model, now that transformers knows "moba"."""
-        return transformers.AutoClass.from_pretrained(*args, **{**kwargs, "trust_remote_code": False})
+        return transformers.ClassName.from_pretrained(*args, **{**kwargs, "trust_remote_code": False})
 '''
 
 

@@ -378,7 +378,7 @@ def attend_backward(
     """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_indices = saved
     num_heads, dtype = q.shape[1], accumulate_dtype(q.dtype)
-    finite = all_finite(q, k, v, grad_out, out)
+    finite = all_finite(q, k, v, grad_out, grad_lse, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v)]
     space = _Partials(q.shape[3], dtype, q.device)

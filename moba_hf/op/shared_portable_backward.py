@@ -22,7 +22,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v for a fixed choice, from `lse`; shapes as in `attend`."""
     q, k, v, out, lse, block_mask = saved
-    dtype, finite = accumulate_dtype(q.dtype), all_finite(q, k, v, grad_out, out)
+    dtype, finite = accumulate_dtype(q.dtype), all_finite(q, k, v, grad_out, grad_lse, out)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     with full_precision(q.device):
