@@ -249,7 +249,7 @@ class TestCheckpoints:
             ):
                 caplog.clear()
                 AutoModelForCausalLM.from_pretrained(tmp_path / folder, **given)
-                assert ("runs full attention" in caplog.text) == warns
+                assert ("uses full attention" in caplog.text) == warns
             caplog.clear()
             train(tmp_path, "moba", AutoModelForCausalLM.from_pretrained(tmp_path / "moba"), steps=1)
             assert "training turns MoBA on" in caplog.text

@@ -136,7 +136,7 @@ def test_choice(heads: tuple[int, int], rule: tuple[int, int, int, int], count: 
     assert_choice_is_prefill_choice(q.bfloat16(), k.bfloat16(), torch.tensor([0, 226]), rule, count)
 
 
-@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("spread", [1e-3, pytest.param(1.0, marks=pytest.mark.slow), 1e3])
 def test_choice_at_any_distance_below_the_largest_score(spread: float) -> None:
     """The search starts near the largest score: clustered, spread-out and negative scores, and outliers."""
     torch.manual_seed(0)
