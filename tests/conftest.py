@@ -20,6 +20,8 @@ _DEPRECATIONS = [
 ]
 
 
+# Files whose tests take a minute each.
+_LONG = ("test_interpreted.py", "test_distributed.py")
 # Marks of tests that are left out if they cannot run or were not requested, and how to run them.
 _LEFT_OUT = {
     "gpu": "that need a CUDA device; run them on a machine with one by `make test-gpu`",
@@ -49,7 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if skipped & set(item.keywords)
     }
     config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
+    kept = [item for item in items if item not in left_out]
+    # tests of a minute come first: as the last ones they would keep one process busy while the others wait
+    items[:] = sorted(kept, key=lambda item: item.path.name not in _LONG)
     config.stash[_COUNTS] = Counter(left_out.values())
 
 
