@@ -52,6 +52,19 @@ def save_tokenizer(folder: Path, size: int = 96) -> Path:
     return folder
 
 
+class Letters:
+    """A tokenizer with one token for each of 128 bytes, and no special tokens."""
+
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
+        class Output:
+            input_ids = [list(x.encode()) for x in text] if isinstance(text, list) else list(text.encode())
+
+        return Output
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(128)}
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Sets fields of a JSON object in place; None removes one."""
     values = {**json.loads(path.read_text()), **changes}

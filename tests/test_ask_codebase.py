@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save_tiny, save_tokenizer
+from example_scripts import load_example
 
 from moba_hf.evaluate.repositories import Repository
 
@@ -19,13 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("ask_codebase", ROOT / "examples" / "ask_codebase.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ask_codebase"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("ask_codebase")
 
 
 def test_answers_do_not_depend_on_the_cache(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit_json, save_tiny, save_tokenizer
+from example_scripts import load_example
 from transformers import AutoModelForCausalLM
 
 import moba_hf_cli as cli
@@ -22,12 +22,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def demo() -> Any:
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("demo")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,11 @@
 
 A checkpoint has its MoBA settings in `config.moba`, but every load decides again which attention runs: the
 argument `attn_implementation`, else the field of that name in config.json, else dense attention. transformers
-does not save that field. So `from_pretrained` and `save_pretrained` of its models are wrapped. The first
-warns if a model with MoBA settings runs dense attention. The second saves the field for a model that uses
-MoBA, a note that names this package, and the module that the config may name (`moba_hf.hf.remote_code`).
-Neither changes its result, and there is no effect without `import moba_hf`.
+does not save that field. So four methods are wrapped: `__init__`, `from_pretrained` and `save_pretrained` of
+`PreTrainedModel`, and `save_pretrained` of `PreTrainedConfig`. Construction moves MoBA settings from a
+vision-language config to its text config. Loading warns if a model with MoBA settings runs dense attention.
+Saving stores the field for a model that uses MoBA, a note that names this package, and the module that the
+config may name (`moba_hf.hf.remote_code`). There is no effect without `import moba_hf`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_ids, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from tiny import tiny_ids, tiny_model, tiny_windowed
+from transformers import AutoModelForImageTextToText
 
 sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "patches")]
 from checkpoints import snapshot
@@ -282,24 +282,10 @@ def test_a_budget_below_the_least_setting_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_windows_and_layers_without_keys_are_in_the_budget_as_inspect_counts_them() -> None:
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        use_sliding_window=True,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = tiny_windowed()
     options = Options(keys=0.3, setting=PER_QUERY, block_sizes=(8,), trailing=64, samples=8)
     found = calibrate(model, [tiny_ids(128)], options)
-    counted = inspect_config(config, found.config, (128,)).lengths[0].key_budget
+    counted = inspect_config(model.config, found.config, (128,)).lengths[0].key_budget
     assert found.chosen.keys == counted
     assert 0.25 < counted <= 0.3
     assert [i for i in range(4) if found.config.for_layer(i, 4) is not None] == [1, 3]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from test_commands import checkpoint, run  # noqa: F401  the fixture
-from tiny import tiny_ids, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import tiny_ids, tiny_model, tiny_windowed
+from transformers import AutoModelForCausalLM
 
 from moba_hf import MobaConfig, use_moba
 from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds, write_settings
@@ -216,21 +216,7 @@ def test_the_rest_of_a_setting_stays_and_old_thresholds_go(monkeypatch: pytest.M
 
 
 def test_layers_without_a_shared_choice_are_counted_as_they_are() -> None:
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        use_sliding_window=True,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = tiny_windowed()
     for layer in model.model.layers:  # far from uniform attention
         layer.self_attn.q_norm.weight.data *= 8
     setting = replace(SETTING, full_attention_layers=(3,))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import Letters
 from tiny import tiny_model
 
 from moba_hf import MobaConfig
@@ -18,19 +19,6 @@ from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.perplexity import by_position
 from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store
-
-
-class Letters:
-    """A tokenizer with one token for each of 128 bytes."""
-
-    def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
-        class Output:
-            input_ids = [list(x.encode()) for x in text] if isinstance(text, list) else list(text.encode())
-
-        return Output
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(i): i for i in range(128)}
 
 
 def source(name: str = "r", line: bytes = b"value = 1\n") -> Repository:

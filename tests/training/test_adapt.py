@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_scripts import load_example
 from tiny_models import tiny, tokens
 from transformers import AutoModelForCausalLM
 
@@ -18,15 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def adapt() -> Any:
-    spec = importlib.util.spec_from_file_location("adapt", ROOT / "examples" / "adapt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["adapt"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("adapt")
 
 
 def learnable(rows: int, length: int, seed: int) -> np.ndarray[Any, Any]:

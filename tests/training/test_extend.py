@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from example_scripts import load_example
 from tiny_models import tiny, tokens
 
 from moba_hf import MobaConfig
@@ -20,13 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def extend() -> Any:
-    spec = importlib.util.spec_from_file_location("extend", ROOT / "examples" / "extend.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["extend"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("extend")
 
 
 def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:

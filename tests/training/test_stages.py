@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import Letters
 from tiny_models import tiny, tokens
 from transformers import AutoConfig, TrainingArguments
 
@@ -184,19 +185,6 @@ def test_repositories_on_disk(tmp_path: Path) -> None:
         assert one.name == other.name
         assert np.array_equal(one.ids, other.ids)
         assert np.array_equal(one.files, other.files)
-
-
-class Letters:
-    """A tokenizer of bytes, for texts without special tokens."""
-
-    def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
-        class Output:
-            input_ids = [list(x.encode()) for x in text] if isinstance(text, list) else list(text.encode())
-
-        return Output
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(i): i for i in range(128)}
 
 
 def test_files_come_after_what_they_import(tmp_path: Path) -> None:
