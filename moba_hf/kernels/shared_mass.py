@@ -349,8 +349,6 @@ def _row_masses_kernel(
                             mass += tl.sum(tl.reshape(weight, (BLOCK_M, PARTS, BLOCK_N)), 1)
                         else:
                             terms = ()
-                            if masked:
-                                least = tl.where((start + column)[None, :] < seen[:, None], least, -1e30)
                             top = least
                             for part in tl.static_range(PARTS):
                                 center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
