@@ -129,7 +129,7 @@ def attend(
     shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:
         use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
-    left_by = shared_hopper.SHAPE.n if use_hopper else 0
+    left_by = shared_hopper.whole_keys(block_size) if use_hopper else 0
     inputs = SharedInputs(q, k, v, plan, softmax_scale)
     for first, lists in _chunks_of_lists(block_mask, plan, None):
         if use_hopper:
