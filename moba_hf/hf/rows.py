@@ -67,7 +67,7 @@ class Rows:
         kv_len: keys per row; with a static cache, its number of slots.
         q_offset: slot of the first query; a 0-d tensor for a static cache.
         device: device of the queries.
-        masks: the masks of the forward.
+        masks: the masks of the forward; None: there are none.
 
     Attributes:
         known: the layout, if it is known before a layer asks.
@@ -82,8 +82,9 @@ class Rows:
         kv_len: int,
         q_offset: int | Tensor,
         device: torch.device | str,
-        masks: Masks = Masks(),
+        masks: Masks | None = None,
     ):
+        masks = Masks() if masks is None else masks
         # torch.jit.trace turns sizes into tensors
         self.batch, self.q_len, self.kv_len = (
             int(size) if isinstance(size, Tensor) else size for size in (batch, q_len, kv_len)
