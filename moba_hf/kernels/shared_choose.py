@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import device_of, next_power_of_2
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import CHOOSE, ChooseTile
@@ -41,7 +41,7 @@ def choose(
     """
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
-    columns = min(shape.columns, max(32, masses.step, triton.next_power_of_2(blocks)))
+    columns = min(shape.columns, max(32, masses.step, next_power_of_2(blocks)))
     with device_of(scratch):
         _choose_kernel[(tiles, num_heads)](
             masses.mass,
