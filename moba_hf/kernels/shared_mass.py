@@ -51,7 +51,7 @@ class Masses:
     @classmethod
     def empty(cls, chunk: int, num_heads: int, rows: int, blocks: int, step: int, like: Tensor) -> Masses:
         """Uninitialised masses for `chunk` tiles."""
-        blocks = triton.cdiv(max(1, blocks), step) * step
+        blocks = cdiv(max(1, blocks), step) * step
         shape = (chunk, num_heads, rows)
         return cls(
             torch.empty(*shape, blocks, dtype=torch.float16, device=like.device),
@@ -86,13 +86,13 @@ def row_masses(
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], centers.shape[0]
     group = num_heads // num_kv_heads
     rows = rule.tile // rule.sample
-    heads = min(triton.next_power_of_2(group), max(1, tile.m // min(rows, tile.m)))
+    heads = min(next_power_of_2(group), max(1, tile.m // min(rows, tile.m)))
     block_rows = min(rows, tile.m)
     tiles = tile.m // (heads * block_rows)
     chunk = masses.mass.shape[0]
     grid = (
-        triton.cdiv(chunk, tiles) * triton.cdiv(rows, block_rows),
-        num_kv_heads * triton.cdiv(group, heads),
+        cdiv(chunk, tiles) * cdiv(rows, block_rows),
+        num_kv_heads * cdiv(group, heads),
     )
     with device_of(q):
         _row_masses_kernel[grid](
