@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import INTERPRETED, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import INTERPRETED, cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.op.numerics import part_size
