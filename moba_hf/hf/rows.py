@@ -30,7 +30,7 @@ from moba_hf.hf.spans import (
 )
 from moba_hf.op.backends import cache_kernels
 from moba_hf.op.inputs import check_values
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, constant_table
 
 _CUSTOM = (
     "MoBA supports 2-D padding masks only, got a custom mask that lets tokens attend to later ones; use a "
@@ -230,11 +230,12 @@ class Rows:
         # a static cache never counts as whole, so that one graph serves all steps
         whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
         kv_start = None if plain or (whole and self.q_len == 1) else self._copied(start)
-        sequences = Sequences(self._copied(table.astype(np.int32)), self.q_len, self.kv_len, True, kv_start)
+        there = constant_table(self._copied(table.astype(np.int32)))
+        sequences = Sequences(there, self.q_len, self.kv_len, True, kv_start)
         return Layout(sequences, whole=whole, starts=tuple(start.tolist()))
 
     def _packed(self, spans: np.ndarray) -> Layout:
-        table = self._copied(spans[:, [0, 1, 2, 1, 2]].astype(np.int32))
+        table = constant_table(self._copied(spans[:, [0, 1, 2, 1, 2]].astype(np.int32)))
         longest = int((spans[:, 2] - spans[:, 1]).max(initial=0))
         return Layout(Sequences(table, longest, longest, by_row=False), spans=spans.tolist())
 
