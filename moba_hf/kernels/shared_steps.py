@@ -24,7 +24,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import shared_tuning, tuning
-from moba_hf.kernels.launch import device_of, dot, narrow, num_processors, padded, rows_contiguous
+from moba_hf.kernels.launch import (
+    cdiv,
+    device_of,
+    dot,
+    narrow,
+    next_power_of_2,
+    num_processors,
+    padded,
+    rows_contiguous,
+)
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_COLUMNS,
@@ -105,14 +114,14 @@ def choose(
         padded(head_dim), q.element_size(), parts, tuning.capability(q.device)
     )
     rows, group = rule.tile // rule.sample, num_heads // kept.shape[1]
-    heads = triton.next_power_of_2(group)
+    heads = next_power_of_2(group)
     block_m = max(16, min(tile.m, heads * rows))
-    row_parts = triton.cdiv(heads * rows, block_m)
+    row_parts = cdiv(heads * rows, block_m)
     programs = items * kept.shape[1] * row_parts
     if splits is None:
         wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS // programs
-        splits = max(1, min(wanted, triton.cdiv(blocks, tile.n), shared_tuning.MOST_STEP_SPLITS))
-    columns = min(shared_tuning.STEP_COLUMNS, max(32, tile.n, triton.next_power_of_2(blocks)))
+        splits = max(1, min(wanted, cdiv(blocks, tile.n), shared_tuning.MOST_STEP_SPLITS))
+    columns = min(shared_tuning.STEP_COLUMNS, max(32, tile.n, next_power_of_2(blocks)))
     each = Masses.tile_bytes(num_heads, rows, blocks + tile.n, tile.n) + 4 * num_heads * (blocks + tile.n)
     budget = shared_tuning.MASS_WORKSPACE if workspace is None else workspace
     chunk = max(1, min(items, budget // each))
@@ -137,10 +146,10 @@ def choose(
                 HALVES=rule.rotary_pairs == "halves", BLOCK_M=block_m, BLOCK_N=tile.n, STAGES=tile.stages,
                 num_warps=tile.warps,
             )  # fmt: skip
-            _means_kernel[(count, num_heads, triton.cdiv(stored, columns))](
+            _means_kernel[(count, num_heads, cdiv(stored, columns))](
                 masses.mass, masses.high, totals, means, *shared, stored, rule.block_size, rule.dense_below,
                 TILE=rule.tile, SAMPLE=rule.sample, ROWS=rows, BLOCK_R=min(rows, shared_tuning.STEP_ROWS),
-                SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits), BLOCK_N=columns, STEP=tile.n,
+                SPLITS=splits, PADDED_SPLITS=next_power_of_2(splits), BLOCK_N=columns, STEP=tile.n,
                 num_warps=4,
             )  # fmt: skip
             _choose_kernel[(count, num_heads)](
@@ -149,7 +158,7 @@ def choose(
                 1.0 if rule.share is None else rule.share,
                 0 if rule.topk is None else rule.topk - rule.own_blocks,
                 rule.sink_blocks, rule.local_blocks, TILE=rule.tile,
-                BLOCK_N=max(32, min(1024, triton.next_power_of_2(stored))),
+                BLOCK_N=max(32, min(1024, next_power_of_2(stored))),
                 THRESHOLD=rule.threshold is not None, SHARE=rule.share is not None,
                 TOPK=rule.topk is not None, num_warps=4,
             )  # fmt: skip

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import shared_tuning, tuning
-from moba_hf.kernels.launch import device_of, dot, num_processors, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, next_power_of_2, num_processors, padded
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_COLUMNS,
@@ -62,11 +62,11 @@ def attend(
     group = num_heads // num_kv_heads
     dims = (padded(head_dim), padded(v_dim))
     tile = shared_tuning.step_attend_tile(dims, q.element_size(), tuning.capability(q.device))
-    block_m = min(tile.m, max(16, triton.next_power_of_2(group)))
-    row_parts = triton.cdiv(group, block_m)
+    block_m = min(tile.m, max(16, next_power_of_2(group)))
+    row_parts = cdiv(group, block_m)
     if splits is None:
         wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS
-        most = min(shared_tuning.MOST_STEP_SPLITS, triton.cdiv(k.shape[2], block_size))
+        most = min(shared_tuning.MOST_STEP_SPLITS, cdiv(k.shape[2], block_size))
         splits = max(1, min(wanted // max(1, items * num_kv_heads * row_parts), most))
     shape = (batch, length, num_heads, splits)
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=q.device)
@@ -79,7 +79,7 @@ def attend(
         with device_of(q):
             _union_lists_kernel[(items, num_kv_heads)](
                 block_mask, blocks, counts, words, group,
-                BLOCK=min(1024, max(64, triton.next_power_of_2(words * 32))), num_warps=4,
+                BLOCK=min(1024, max(64, next_power_of_2(words * 32))), num_warps=4,
             )  # fmt: skip
             _attend_steps_kernel[(splits, num_kv_heads * row_parts, items)](
                 q, k, v, partial, partial_lse, blocks, counts, block_mask, table,

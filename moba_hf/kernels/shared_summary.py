@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, narrow, padded, rows_contiguous
+from moba_hf.kernels.launch import cdiv, device_of, narrow, padded, rows_contiguous
 from moba_hf.kernels.layout import head_offset, row_offset
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tiling import bisect
@@ -75,7 +75,7 @@ def update_kept_mass(
     k = rows_contiguous(k)
     kv_start = None if kv_start is None else kv_start.to(torch.int64)
     batch, num_kv_heads, slots, head_dim = k.shape
-    windows = int(triton.cdiv(min(behind, slots), block_size))
+    windows = cdiv(min(behind, slots), block_size)
     if k.numel() == 0 or windows == 0:
         return
     size = part_size(block_size)
