@@ -134,7 +134,7 @@ def choose(
         count = min(chunk, items - first)
         shared = (table, first, length, known)
         with device_of(q):
-            _masses_kernel[(count, kept.shape[1] * row_parts, splits)](
+            _step_masses_kernel[(count, kept.shape[1] * row_parts, splits)](
                 q, heard, kept, kept.view(spread_dtype(kept.dtype)), masses.mass, masses.high, totals,
                 *shared,
                 q.stride()[:3], heard.stride()[:3], kept.stride()[:3], stored, num_heads, group,
@@ -146,13 +146,13 @@ def choose(
                 HALVES=rule.rotary_pairs == "halves", BLOCK_M=block_m, BLOCK_N=tile.n, STAGES=tile.stages,
                 num_warps=tile.warps,
             )  # fmt: skip
-            _means_kernel[(count, num_heads, cdiv(stored, columns))](
+            _step_means_kernel[(count, num_heads, cdiv(stored, columns))](
                 masses.mass, masses.high, totals, means, *shared, stored, rule.block_size, rule.dense_below,
                 TILE=rule.tile, SAMPLE=rule.sample, ROWS=rows, BLOCK_R=min(rows, shared_tuning.STEP_ROWS),
                 SPLITS=splits, PADDED_SPLITS=next_power_of_2(splits), BLOCK_N=columns, STEP=tile.n,
                 num_warps=4,
             )  # fmt: skip
-            _choose_kernel[(count, num_heads)](
+            _choose_step_kernel[(count, num_heads)](
                 means, block_mask, *shared[:3], stored, words, rule.block_size, rule.dense_below,
                 1.0 if rule.threshold is None else rule.threshold,
                 1.0 if rule.share is None else rule.share,
@@ -204,7 +204,7 @@ def _query_values(q_ptr, heard_ptr, q_at, heard_at, in_call, before, dim, inside
 
 
 @triton.jit(do_not_specialize=["first_item", "length", "known", "dense_below"])
-def _masses_kernel(
+def _step_masses_kernel(
     q_ptr,
     heard_ptr,
     center_ptr,
@@ -310,7 +310,7 @@ def _masses_kernel(
 
 
 @triton.jit(do_not_specialize=["first_item", "length", "known", "dense_below"])
-def _means_kernel(
+def _step_means_kernel(
     mass_ptr,
     high_ptr,
     total_ptr,
@@ -376,7 +376,7 @@ def _means_kernel(
         "first_item", "length", "words", "dense_below", "topk", "sink_blocks", "local_blocks",
     ]
 )  # fmt: skip
-def _choose_kernel(
+def _choose_step_kernel(
     mean_ptr,
     mask_ptr,
     table_ptr,

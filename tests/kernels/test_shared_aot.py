@@ -70,7 +70,12 @@ def _check_steps(name: str, capability: int) -> None:
         assert report.shared <= _SHARED[capability], report
         assert report.columns <= 512, report
         assert report.spills <= 64, report
-    assert {"_update_kept_mass_kernel", "_masses_kernel", "_means_kernel", "_attend_steps_kernel"} <= seen
+    assert {
+        "_update_kept_mass_kernel",
+        "_step_masses_kernel",
+        "_step_means_kernel",
+        "_attend_steps_kernel",
+    } <= seen
 
 
 def _check(name: str, capability: int) -> None:
