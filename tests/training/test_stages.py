@@ -33,7 +33,7 @@ from moba_hf.training.stages import POSITION, load_stage, save_stage
 TWO = Schedule(
     (
         Stage(1024, MobaConfig(8, 4), tokens=3000, theta=4e4),
-        Stage(2048, MobaConfig(16, 4, full_attention_layers=(-1,)), tokens=4096, rope="linear"),
+        Stage(2048, MobaConfig(16, 4, full_attention_layers=(-1,)), 4096, rope="linear", dense_tail=128),
     )
 )
 
@@ -55,6 +55,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"rope": "none"}, "rope must be one of"),
+        ({"dense_tail": 33}, "dense_tail=33 must be at most half of length=64 and a multiple of tile=1"),
         ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 needs rope="),
     ],
 )
