@@ -130,7 +130,7 @@ def losses_of(model: Any, texts: Sequence[Tensor], rule: MobaConfig | None, leng
 
 
 def measure(args: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> dict[str, Any]:
-    """What `args` asks for under the rule `name`; an error becomes part of the result, so others still run."""
+    """What `args` asks for under the rule `name`; an error becomes part of the result, so others run."""
     (rule, dense), row = rule_of(name), {"rule": name, "length": args.length, "label": args.label}
     started = time.monotonic()
     try:
