@@ -18,6 +18,7 @@ from moba_hf import MobaConfig
 from moba_hf.evaluate.repositories import load_repositories, save_repositories
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import attending_everything
+from moba_hf.op.dense import dense_tail_attention
 from moba_hf.training import (
     LongRowTrainer,
     Repository,
@@ -151,6 +152,32 @@ def test_the_trainer_takes_the_same_step(offload: bool, tmp_path: Path) -> None:
     plain, pieces = after(Trainer), after(LongRowTrainer, piece=10, offload=offload)
     for name, x in plain.items():
         torch.testing.assert_close(pieces[name], x, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_of_the_dense_tail(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def given(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+
+    q, k, v = given(1, 9, 96, 64), given(1, 3, 700, 64), given(1, 3, 700, 64)
+    keys, values = (x.detach().float().repeat_interleave(3, 1).requires_grad_() for x in (k, v))
+    query = q.detach().float().requires_grad_()
+    scores = (query @ keys.transpose(2, 3)).div(8).masked_fill(_later(96, 700), -torch.inf)
+    expected = (scores.softmax(3) @ values).transpose(1, 2)
+    out = dense_tail_attention(q, k, v, 0.125)
+    up = given(*out.shape).detach()
+    wanted = list(torch.autograd.grad(expected, (query, keys, values), up.float()))
+    wanted[1:] = [x.unflatten(1, (3, 3)).sum(2) for x in wanted[1:]]
+    got = torch.autograd.grad(out, (q, k, v), up)
+    for one, other in zip((out, *got), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2e-2, atol=2e-2)
+
+
+def _later(queries: int, keys: int) -> torch.Tensor:
+    return ~torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
 
 
 def repository(size: int, seed: int, files: tuple[int, ...] = (0,)) -> Repository:
