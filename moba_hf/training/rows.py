@@ -22,7 +22,7 @@ Ids = np.ndarray[Any, Any]
 IGNORED = -100
 _ASKED = ("string", "number", "signature", "signature")  # kinds of lookups are drawn from these
 _NEAREST = 32  # the shortest distance of a lookup, before it is moved to the end of a line
-_ASKED_IN_TAIL = 0.75  # share of the tail that lookups fill at most
+_ASKED_IN_TAIL = 0.6  # share of the tail that lookups fill at most
 
 
 class Rows(Dataset[dict[str, Tensor]]):
