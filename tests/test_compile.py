@@ -18,6 +18,13 @@ from moba_hf.op.registry import Registry
 
 SPARSE = MobaConfig(block_size=8, topk=3, decode="sparse")
 FULL = MobaConfig(block_size=8, topk=3)
+SHARED = MobaConfig(block_size=8, tile=16, threshold=0.5, gate="mass", sink_blocks=1, decode="sparse")
+STEPS = {
+    "mean": SPARSE,
+    "mass": MobaConfig(block_size=8, topk=3, gate="mass", decode="sparse"),
+    "shared": SHARED,
+    "full": FULL,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +49,17 @@ def padded(ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def static_cache(model: Any, kind: str) -> Any:
+    if kind == "moba":
+        return MobaCache(model.config, static=True, max_cache_len=128)
+    return StaticCache(config=model.config, max_cache_len=128)
+
+
 class TestPrefill:
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_one_graph(self, masked: bool) -> None:
+    @pytest.mark.parametrize(("rule", "masked"), [(FULL, False), (FULL, True), (SHARED, True)])
+    def test_one_graph(self, rule: MobaConfig, masked: bool) -> None:
         """The model has never run before, so nothing depends on state left by an eager call."""
-        model, ids, counter = tiny(FULL), tokens(2, 50), CompileCounterWithBackend("aot_eager")
+        model, ids, counter = tiny(rule), tokens(2, 50), CompileCounterWithBackend("aot_eager")
         mask = padded(ids) if masked else torch.ones_like(ids)
         given = {"attention_mask": mask} if masked else {}
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -102,18 +115,33 @@ def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
     model, ids = tiny(rule), tokens(2, 50)
     kwargs = {"attention_mask": padded(ids), "max_new_tokens": 64, "do_sample": False}
 
-    def cache() -> Any:
-        if kind == "moba":
-            return MobaCache(model.config, static=True, max_cache_len=128)
-        return StaticCache(config=model.config, max_cache_len=128)
-
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
     expected = model.generate(ids, **cache_kwargs(model.generate, MobaCache(model.config)), **kwargs)
     for _ in range(2):
-        out = model.generate(ids, **cache_kwargs(model.generate, cache()), compile_config=config, **kwargs)
+        out = model.generate(
+            ids, **cache_kwargs(model.generate, static_cache(model, kind)), compile_config=config, **kwargs
+        )
         assert torch.equal(out, expected)
     assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kind", ["moba", "stock"])
+@pytest.mark.parametrize("rule", STEPS)
+def test_a_step_without_generate_is_one_graph(rule: str, kind: str) -> None:
+    """The graph contains the mask, which `generate` creates before its graph begins."""
+    model, ids, counter = tiny(STEPS[rule]), tokens(2, 60), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    logits = []
+    with torch.no_grad():
+        for run in (model, compiled):
+            given = cache_kwargs(model, static_cache(model, kind))
+            model(ids[:, :50], **given)
+            steps = (run(ids[:, i : i + 1], **given).logits[:, -1] for i in range(50, 60))
+            logits.append(torch.stack([*steps]))
+    torch.testing.assert_close(*logits)
+    assert counter.frame_count == 1
     assert not counters["graph_break"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.hf.places import Prompt
-from moba_hf.op.block_means import MEANS, BlockMeans
+from moba_hf.op.block_means import BlockMeans
 from moba_hf.op.gates import Kept
 
 # Attribute of a key tensor that refers to its cache layer.
@@ -72,7 +72,7 @@ class Summarised:
         kv_start: Tensor | None,
         block_size: int,
         starts_read: tuple[int, ...] | None = None,
-        kept: Kept = MEANS,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Up-to-date summaries of complete blocks; `keys` is what `update` returned. See `BlockMeans`."""
         settings: tuple[Any, ...] = (kv_start, block_size, self.backend, starts_read, kept)

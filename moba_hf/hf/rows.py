@@ -30,7 +30,7 @@ from moba_hf.hf.spans import (
 )
 from moba_hf.op.backends import cache_kernels
 from moba_hf.op.inputs import check_values
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, constant_table
 
 _CUSTOM = (
     "MoBA supports 2-D padding masks only, got a custom mask that lets tokens attend to later ones; use a "
@@ -67,7 +67,7 @@ class Rows:
         kv_len: keys per row; with a static cache, its number of slots.
         q_offset: slot of the first query; a 0-d tensor for a static cache.
         device: device of the queries.
-        masks: the masks of the forward.
+        masks: the masks of the forward; None: there are none.
 
     Attributes:
         known: the layout, if it is known before a layer asks.
@@ -82,8 +82,9 @@ class Rows:
         kv_len: int,
         q_offset: int | Tensor,
         device: torch.device | str,
-        masks: Masks = Masks(),
+        masks: Masks | None = None,
     ):
+        masks = Masks() if masks is None else masks
         # torch.jit.trace turns sizes into tensors
         self.batch, self.q_len, self.kv_len = (
             int(size) if isinstance(size, Tensor) else size for size in (batch, q_len, kv_len)
@@ -229,11 +230,12 @@ class Rows:
         # a static cache never counts as whole, so that one graph serves all steps
         whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
         kv_start = None if plain or (whole and self.q_len == 1) else self._copied(start)
-        sequences = Sequences(self._copied(table.astype(np.int32)), self.q_len, self.kv_len, True, kv_start)
+        there = constant_table(self._copied(table.astype(np.int32)))
+        sequences = Sequences(there, self.q_len, self.kv_len, True, kv_start)
         return Layout(sequences, whole=whole, starts=tuple(start.tolist()))
 
     def _packed(self, spans: np.ndarray) -> Layout:
-        table = self._copied(spans[:, [0, 1, 2, 1, 2]].astype(np.int32))
+        table = constant_table(self._copied(spans[:, [0, 1, 2, 1, 2]].astype(np.int32)))
         longest = int((spans[:, 2] - spans[:, 1]).max(initial=0))
         return Layout(Sequences(table, longest, longest, by_row=False), spans=spans.tolist())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.backward_routed import Rows, load_stats
-from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_BATCH,
@@ -61,7 +61,7 @@ def own_gradients(
     """
     q, k = rows.q, rows.k
     head_dim, v_dim, block_size = q.shape[3], rows.v.shape[3], tiling.block_size
-    key_tiles = triton.cdiv(block_size, tile.n)
+    key_tiles = cdiv(block_size, tile.n)
     assert grad_q is None or key_tiles == 1
     blocks = tiling.num_blocks + tiling.num_seqs
     with device_of(q):
@@ -107,7 +107,7 @@ def own_dq(rows: Rows, tiling: Tiling, grad_q: Tensor, routed: bool, tile: tunin
     """Completes `grad_q (batch, H, q_len, D)` for all sequences; `routed`: it holds the routed part."""
     q, k = rows.q, rows.k
     group_size = q.shape[1] // k.shape[1]
-    row_tiles = triton.cdiv(tiling.block_size * group_size, tile.m)
+    row_tiles = cdiv(tiling.block_size * group_size, tile.m)
     blocks = tiling.num_blocks + tiling.num_seqs
     with device_of(q):
         _own_dq_kernel[(blocks * row_tiles, k.shape[1])](

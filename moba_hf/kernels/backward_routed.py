@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     LOG2_E,
@@ -108,7 +108,7 @@ def pair_gradients(
         first_row: flat query row at which the chunk begins.
     """
     head_dim, v_dim, block_size = rows.q.shape[3], rows.v.shape[3], tiling.block_size
-    key_tiles = triton.cdiv(block_size, tile.n)
+    key_tiles = cdiv(block_size, tile.n)
     assert partial is None or key_tiles == 1
     with device_of(rows.q):
         _pair_gradients_kernel[(routes.tile_info.shape[0] * key_tiles,)](
@@ -146,7 +146,7 @@ def pair_gradients(
         )
         size = into.sums.shape[1]
         fold = tuning.choices_for(into.sums).fold
-        _fold_kernel[(routes.num_bins, triton.cdiv(size, fold))](
+        _fold_kernel[(routes.num_bins, cdiv(size, fold))](
             into.sums, into.extra, routes.bin_begin, SIZE=size, ROWS=routes.rows, BLOCK=fold, num_warps=4
         )
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, narrow, padded
 from moba_hf.kernels.layout import (
     LOG2_E,
     STAT_COLUMNS,
@@ -46,7 +46,7 @@ def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor) -> T
     tile = tuning.choices_for(out).row_stats
     block_m = tile.rows(v_dim)
     with device_of(out):
-        _row_stats_kernel[(triton.cdiv(rows, block_m),)](
+        _row_stats_kernel[(cdiv(rows, block_m),)](
             out,
             grad_out,
             lse,
@@ -81,7 +81,7 @@ def sum_partials(grad_q: Tensor, partial: Tensor, keys: Tensor, no_bin: int, fir
     tile = tuning.choices_for(grad_q).sum_partials
     block_m = tile.rows(head_dim)
     with device_of(grad_q):
-        _sum_partials_kernel[(triton.cdiv(rows * num_heads, block_m),)](
+        _sum_partials_kernel[(cdiv(rows * num_heads, block_m),)](
             grad_q,
             partial,
             keys,

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, narrow, padded, rows_contiguous
+from moba_hf.kernels.launch import cdiv, device_of, narrow, next_power_of_2, padded, rows_contiguous
 from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, head_offset, row_offset
 from moba_hf.kernels.tiling import Tiling, bisect
 
 
 def _rows(block_size: int) -> int:
     """Number of partial sums; it affects the order of summation, so it depends on the block size alone."""
-    return min(64, int(triton.next_power_of_2(block_size)))
+    return min(64, next_power_of_2(block_size))
 
 
 def block_mean(k: Tensor, tiling: Tiling) -> Tensor:
@@ -67,7 +67,7 @@ def update_block_means(
     k = rows_contiguous(k)
     kv_start = None if kv_start is None else kv_start.to(torch.int64)
     batch, num_kv_heads, _, head_dim = k.shape
-    windows = int(triton.cdiv(min(behind, k.shape[2]), block_size))
+    windows = cdiv(min(behind, k.shape[2]), block_size)
     if k.numel() == 0 or windows == 0:
         return
     on_device = isinstance(length, Tensor)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, dot, padded, rows_contiguous
+from moba_hf.kernels.launch import cdiv, device_of, dot, next_power_of_2, padded, rows_contiguous
 from moba_hf.kernels.layout import (
     SEQ_COLUMNS,
     SEQ_K_BEGIN,
@@ -76,16 +76,16 @@ def choose_blocks(
         raise ValueError(f"at most {_MOST_BLOCKS} blocks can be counted, got {columns}: use longer ones")
     count = topk - 1 - sink_blocks - local_blocks
     scored = count > 0 and columns > 0
-    room = 16 * triton.cdiv(columns, 16) if scored else 16
+    room = 16 * cdiv(columns, 16) if scored else 16
     keys = torch.empty(batch, length, num_heads, room, dtype=torch.int32, device=q.device)
     tuned = tuning.choices_for(q)
     tile, width = tuned.mean_gate, tuned.choose_columns  # the gate's tile, so near-ties break the same way
-    bits = tile_bits(triton.cdiv(max(0, kv_len - 1) // block_size, tile.n))
-    held = min(tuned.choose_held, max(64, triton.next_power_of_2(columns)))
+    bits = tile_bits(cdiv(max(0, kv_len - 1) // block_size, tile.n))
+    held = min(tuned.choose_held, max(64, next_power_of_2(columns)))
     with device_of(q):
         if scored:
-            tiles = triton.cdiv(length * group_size, tile.m)
-            _score_kernel[(triton.cdiv(columns, width), num_kv_heads, batch * tiles)](
+            tiles = cdiv(length * group_size, tile.m)
+            _score_kernel[(cdiv(columns, width), num_kv_heads, batch * tiles)](
                 q,
                 means,
                 keys,

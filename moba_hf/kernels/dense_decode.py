@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, dot, num_processors, padded, rows_contiguous
+from moba_hf.kernels.launch import (
+    cdiv,
+    device_of,
+    dot,
+    next_power_of_2,
+    num_processors,
+    padded,
+    rows_contiguous,
+)
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_COLUMNS,
@@ -64,8 +72,8 @@ def dense_decode_attention(
     if tile is None:
         tile = tuning.dense_decode_tile(dims, q.element_size(), tuning.capability(q.device))
     rows = length * (num_heads // num_kv_heads)
-    block_m = min(tile.m, max(16, triton.next_power_of_2(rows)))
-    tiles = triton.cdiv(rows, block_m)
+    block_m = min(tile.m, max(16, next_power_of_2(rows)))
+    tiles = cdiv(rows, block_m)
     groups = max(1, batch * num_kv_heads * tiles)
     tuned = tuning.choices_for(q)
     wanted = num_processors(q) * (programs or tuned.dense_decode_programs)

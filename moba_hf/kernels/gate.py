@@ -24,14 +24,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.gate_kernels import gate_fwd_kernel, gate_rest_kernel
-from moba_hf.kernels.launch import device_of, num_processors, padded, rows_contiguous
+from moba_hf.kernels.launch import cdiv, device_of, num_processors, padded, rows_contiguous
 from moba_hf.kernels.levels import tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
@@ -129,7 +128,7 @@ def gate(
     levels, exact = tuning.gate_levels(count, tiling.max_blocks, tile.n)
     launch = tuning.gate_launch(tile, levels, summary.parts, tuning.capability(q.device))
     heads, _ = head_split(group, tile.m)
-    splits = triton.cdiv(group, heads)
+    splits = cdiv(group, heads)
     counter = torch.zeros(num_kv_heads, dtype=torch.int32, device=q.device)
     length = 1 if exact else tiling.num_rows * group
     listed = torch.empty((num_kv_heads, length), dtype=torch.int32, device=q.device)
@@ -162,7 +161,7 @@ def gate(
             TILES_PER_BLOCK=tiling.tiles_per_block,
             HEADS=heads,
             LEVELS=levels,
-            TILE_BITS=tile_bits(triton.cdiv(tiling.max_blocks, tile.n)),
+            TILE_BITS=tile_bits(cdiv(tiling.max_blocks, tile.n)),
             EXACT=exact,
             num_warps=launch.warps,
             **constants,
@@ -175,7 +174,7 @@ def gate(
                 *sizes,
                 *summary.scales,
                 LEVELS=launch.rest_levels,
-                TILE_BITS=tile_bits(triton.cdiv(tiling.num_blocks, tile.n)),
+                TILE_BITS=tile_bits(cdiv(tiling.num_blocks, tile.n)),
                 num_warps=launch.rest_warps,
                 **constants,
             )

@@ -78,9 +78,19 @@ def num_processors(x: Tensor) -> int:
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up. For the host: `triton.cdiv` can also run in kernels, which makes it slow."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two of at least `n`, for the host like `cdiv`."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def padded(dim: int) -> int:
     """`dim` rounded up to a power of two, at least 16, the minimum of the matrix units."""
-    return max(16, int(triton.next_power_of_2(dim)))
+    return max(16, next_power_of_2(dim))
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

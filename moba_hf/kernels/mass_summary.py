@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.launch import device_of, narrow, next_power_of_2, padded
 from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, row_offset
 from moba_hf.kernels.tiling import Tiling, bisect
 from moba_hf.op.numerics import part_size, spread_dtype
@@ -48,7 +48,7 @@ def mass_summary(k: Tensor, tiling: Tiling, rotary_pairs: str = "halves") -> tup
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             HALVES=rotary_pairs == "halves",
-            BLOCK_N=min(64, triton.next_power_of_2(size)),
+            BLOCK_N=min(64, next_power_of_2(size)),
             num_warps=4 if size > 16 else 1,
         )
     return centers, spreads

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, narrow, next_power_of_2, padded
 from moba_hf.kernels.layout import LN_2
 
 
@@ -37,7 +37,7 @@ def merge(
     tile = tuning.choices_for(out).merge
     block_m = tile.rows(v_dim)
     with device_of(out):
-        _merge_kernel[(triton.cdiv(rows * num_heads, block_m),)](
+        _merge_kernel[(cdiv(rows * num_heads, block_m),)](
             out,
             lse,
             partial,
@@ -49,7 +49,7 @@ def merge(
             out.shape[1],
             num_heads,
             SLOTS=slots,
-            PADDED_SLOTS=triton.next_power_of_2(slots),
+            PADDED_SLOTS=next_power_of_2(slots),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
             BLOCK_M=block_m,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.inputs import Inputs
-from moba_hf.kernels.launch import device_of, dot, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
 from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tiling import find_tile, head_split
@@ -41,7 +41,7 @@ def own_attention(
     q, k, v, tiling = inputs.q, inputs.k, inputs.v, inputs.tiling
     num_heads, num_kv_heads, head_dim, v_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     heads, _ = head_split(num_heads // num_kv_heads, tile.m)
-    splits = triton.cdiv(num_heads // num_kv_heads, heads)
+    splits = cdiv(num_heads // num_kv_heads, heads)
     first_row = chunk * tiling.chunk_rows
     with device_of(q):
         _own_kernel[(tiling.max_tiles, num_kv_heads * splits)](

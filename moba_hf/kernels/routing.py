@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     RUN_BATCH,
@@ -74,7 +74,7 @@ def pair_keys(choice: Tensor, tiling: Tiling, chunk: int, num_kv_heads: int) -> 
     dtype, bias = key_format(num_bins)
     keys = torch.full((rows, num_heads, topk - 1), num_bins + bias, dtype=dtype, device=choice.device)
     heads, _ = head_split(num_heads // num_kv_heads, tuning.choices_for(choice).route_rows)
-    splits = triton.cdiv(num_heads // num_kv_heads, heads)
+    splits = cdiv(num_heads // num_kv_heads, heads)
     with device_of(choice):
         _pair_key_kernel[(tiling.max_tiles, num_kv_heads * splits)](
             choice,
@@ -93,11 +93,11 @@ def pair_keys(choice: Tensor, tiling: Tiling, chunk: int, num_kv_heads: int) -> 
             bias,
             tiling.block_size,
             TOPK=topk,
-            PADDED_TOPK=triton.next_power_of_2(topk),
+            PADDED_TOPK=next_power_of_2(topk),
             TILE=tiling.tile,
             TILES_PER_BLOCK=tiling.tiles_per_block,
             HEADS=heads,
-            BLOCK_M=triton.next_power_of_2(tiling.tile * heads),
+            BLOCK_M=next_power_of_2(tiling.tile * heads),
             num_warps=4,
         )
     return keys
@@ -127,7 +127,7 @@ def _tiled(pairs: Tensor, bin_begin: Tensor, tiling: Tiling, num_bins: int, rows
     tile_info = torch.empty(bound, INFO_COLUMNS.value, dtype=torch.int32, device=device)
     with device_of(pairs):
         block = tuning.choices_for(pairs).route_tiles
-        _tile_info_kernel[(triton.cdiv(bound, block),)](
+        _tile_info_kernel[(cdiv(bound, block),)](
             tile_info,
             bin_begin,
             tile_begin,

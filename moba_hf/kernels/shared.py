@@ -30,7 +30,7 @@ from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
 from moba_hf.op.numerics import part_size
-from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.sequences import Attended, Sequences, derived
 from moba_hf.op.shared import SharedRule
 
 MAX_BLOCK_SIZE = 256  # loops over the parts of a block are unrolled
@@ -129,7 +129,7 @@ def attend(
     shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:
         use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
-    left_by = shared_hopper.SHAPE.n if use_hopper else 0
+    left_by = shared_hopper.whole_keys(block_size) if use_hopper else 0
     inputs = SharedInputs(q, k, v, plan, softmax_scale)
     for first, lists in _chunks_of_lists(block_mask, plan, None):
         if use_hopper:
@@ -186,8 +186,10 @@ def attend_backward(
 
 
 def _plan(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, tile: int) -> SharedPlan:
-    limits = sequences.max_seqlen_q, sequences.max_seqlen_k
-    return make_shared_plan(q, k, sequences.table, *limits, block_size=block_size, tile=tile)
+    table, limits = sequences.table, (sequences.max_seqlen_q, sequences.max_seqlen_k)
+    sizes = {"block_size": block_size, "tile": tile}
+    key = ("shared plan", q.shape[0], q.shape[2], k.shape[0], k.shape[2], *limits, block_size, tile)
+    return derived(table, key, lambda: make_shared_plan(q, k, table, *limits, **sizes))
 
 
 def _chunks_of_lists(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.inputs import SharedInputs
-from moba_hf.kernels.launch import device_of, dot, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
@@ -42,7 +42,7 @@ def attend_lists(
     q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
-    parts = triton.cdiv(plan.tile, tile.m)
+    parts = cdiv(plan.tile, tile.m)
     group = num_heads // num_kv_heads
     with device_of(q):
         _attend_lists_kernel[(tiles * group * parts, num_kv_heads)](

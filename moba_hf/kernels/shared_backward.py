@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows, load_stats
-from moba_hf.kernels.launch import add_dot, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
@@ -36,7 +36,7 @@ def dq_of_lists(
     group = q.shape[1] // k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
     with device_of(q):
-        _dq_kernel[(tiles * group * triton.cdiv(plan.tile, tile.m), k.shape[1])](
+        _dq_kernel[(tiles * group * cdiv(plan.tile, tile.m), k.shape[1])](
             q,
             k,
             v,
@@ -77,7 +77,7 @@ def dkv_of_lists(
     """
     q, k, v = rows.q, rows.k, rows.v
     blocks = min(lists.counts.shape[0], plan.num_blocks + plan.num_seqs - first_block)
-    parts = triton.cdiv(plan.block_size, tile.n)
+    parts = cdiv(plan.block_size, tile.n)
     with device_of(q):
         _dkv_kernel[(blocks * parts, k.shape[1])](
             q,

@@ -15,21 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import device_of, next_power_of_2
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
+from moba_hf.kernels.shared_tuning import CHOOSE, ChooseTile
 from moba_hf.op.shared import SharedRule
-
-# Columns and rows per step, columns per warp: each thread adds up the rows of its columns. On an H200 with
-# 131,072 tokens and 16 rows this takes 0.68 ms; with 1,024 columns 0.81 ms, with eight rows 1.27 ms.
-_COLUMNS, _ROWS, _WARP = 512, 2, 128
 
 # Bits that replace every NaN mass. The bisection starts at -1, so its width must fit in int32.
 _NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
 
 
 def choose(
-    masses: Masses, scratch: Tensor, plan: SharedPlan, rule: SharedRule, first_tile: int, block_mask: Tensor
+    masses: Masses,
+    scratch: Tensor,
+    plan: SharedPlan,
+    rule: SharedRule,
+    first_tile: int,
+    block_mask: Tensor,
+    shape: ChooseTile = CHOOSE,
 ) -> None:
     """Writes `block_mask (H, num_tiles, words)` for the tiles of `masses`, from `first_tile` on.
 
@@ -38,7 +41,7 @@ def choose(
     """
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
-    columns = min(_COLUMNS, max(32, masses.step, triton.next_power_of_2(blocks)))
+    columns = min(shape.columns, max(32, masses.step, next_power_of_2(blocks)))
     with device_of(scratch):
         _choose_kernel[(tiles, num_heads)](
             masses.mass,
@@ -62,13 +65,14 @@ def choose(
             TILE=rule.tile,
             SAMPLE=rule.sample,
             ROWS=rows,
-            BLOCK_R=min(rows, _ROWS),
+            BLOCK_R=min(rows, shape.rows),
             BLOCK_N=columns,
+            UNROLL=shape.unroll,
             STEP=masses.step,
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
-            num_warps=max(1, columns // _WARP),
+            num_warps=max(1, columns // shape.per_warp),
         )
 
 
@@ -86,6 +90,7 @@ def _tile_masses(
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Writes the tile's masses (means over `[first_row, last_row)`) to `scratch_ptr`; returns the largest."""
@@ -97,7 +102,7 @@ def _tile_masses(
         step = start // STEP + tl.arange(0, STEPS)
         column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
         mean = tl.zeros([STEPS, STEP], tl.float32)
-        for at in range(0, ROWS, BLOCK_R):
+        for at in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=UNROLL):
             each = at + tl.arange(0, BLOCK_R)
             there = (each >= first_row) & (each < last_row)
             row = item * ROWS + each
@@ -105,10 +110,10 @@ def _tile_masses(
             total = tl.load(total_ptr + row * 2 + 1, mask=there, other=1.0)
             both = there[:, None] & (step * STEP < columns)[None, :]
             unit = tl.load(high_ptr + row[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30)
-            weight = tl.exp2(unit - high[:, None]) / (total * count)[:, None]
-            inside = there[:, None, None] & (column < columns)[None, :, :]
+            weight = tl.exp2(unit - high[:, None]) * (1.0 / (total * count))[:, None]
+            # a mask per step keeps loads wide; masses past the last column of a step were written too
             mass = tl.load(
-                mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=inside, other=0.0
+                mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=both[:, :, None], other=0.0
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
         # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
@@ -174,6 +179,7 @@ def _choose_kernel(
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
     STEP: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SHARE: tl.constexpr,
@@ -216,6 +222,7 @@ def _choose_kernel(
             ROWS,
             BLOCK_R,
             BLOCK_N,
+            UNROLL,
             STEP,
         )
         tl.debug_barrier()  # below, threads read what others wrote

@@ -12,13 +12,19 @@ from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.tuning import Tile
 
 SHAPE = Tile(m=128, n=64, warps=4, stages=4)
+_SMALL_BLOCK = SHAPE.n // 2  # two of them are one step
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, block_size: int, tile: int) -> bool:
     """Whether `attend_lists` supports these `(batch, heads, length, dim)` tensors and this rule."""
-    if tile != SHAPE.m or block_size % SHAPE.n:
+    if tile != SHAPE.m or (block_size % SHAPE.n and block_size != _SMALL_BLOCK):
         return False
     return dispatch.available(q, k, v)
+
+
+def whole_keys(block_size: int) -> int:
+    """`attend_lists` handles the tiles whose keys in overlapped blocks are a multiple of this number."""
+    return min(block_size, SHAPE.n)
 
 
 def attend_lists(
@@ -28,17 +34,18 @@ def attend_lists(
     lists: Lists,
     first_tile: int,
 ) -> None:
-    """`shared_attend.attend_lists` for tiles whose keys in overlapped blocks are a multiple of `SHAPE.n`."""
+    """`shared_attend.attend_lists` for the tiles that `whole_keys` allows."""
     from moba_hf.kernels.shared_hopper_attend import attend_lists_kernel
 
     q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    piece = (SHAPE.n, None) if plan.block_size >= SHAPE.n else (plan.block_size, 64)
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
     with device_of(q):
         attend_lists_kernel[(num_processors(q),)](
             q,
-            dispatch._descriptor(k, SHAPE.n),
-            dispatch._descriptor(v, SHAPE.n),
+            dispatch._descriptor(k, *piece),
+            dispatch._descriptor(v, *piece),
             out,
             lse,
             plan.tiles,

@@ -6,8 +6,9 @@ Persistent programs take (tile, head) items from a queue, one kv head after anot
 A producer warp streams the listed blocks, then the blocks that the tile overlaps, through the ring of
 `hopper.common`. Two consumer warpgroups hold half of the tile's rows each. Items are drawn two ahead: while
 one is attended, the queries of the next and the description of the one after it are loaded. A row's result
-does not depend on which program draws it. Tiles whose last step of keys is not full are left to
-`shared_attend`, since keys past their end must not be read.
+does not depend on which program draws it. A step has BLOCK_N keys: a part of a block, or two blocks. Tiles
+that end within a step, or within a block if a step has two, are left to `shared_attend`, since keys past
+their end must not be read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier, load_tile
+from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier, load_tile, reinterpret
 
 
 @gluon.jit
@@ -52,26 +53,118 @@ def _rows(batch, q_begin, q_end, head, row, q_strides):
 
 @gluon.jit
 def _steps(position, rows, count, TILE: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Number of listed key tiles, of all key tiles (0 if this kernel skips the tile), first own position."""
+    """Number of steps with listed keys only, of all steps (0 if the tile is skipped), first own position.
+
+    If a step has two blocks, the tile's own blocks follow the listed ones without a gap, and one half of the
+    last step may be left over.
+    """
+    UNIT: gl.constexpr = BLOCK_SIZE if BLOCK_SIZE < BLOCK_N else BLOCK_N
+    PER_STEP: gl.constexpr = BLOCK_N // UNIT
     first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
     own = position + rows - first
-    listed = count * (BLOCK_SIZE // BLOCK_N)
-    whole = (rows > 0) & (own % BLOCK_N == 0)
-    return listed, gl.where(whole, listed + own // BLOCK_N, 0), first
+    listed = count * (BLOCK_SIZE // UNIT)
+    whole = (rows > 0) & (own % UNIT == 0)
+    total = (listed + own // UNIT + (PER_STEP - 1)) // PER_STEP
+    return listed // PER_STEP, gl.where(whole, total, 0), first
 
 
 @gluon.jit
-def _fill(k_desc, v_desc, ring, batch, head, key, step, STAGES: gl.constexpr):
-    """Copies the tile of keys that begins at slot `key`, and its values, into the ring."""
+def _copy(desc, tiles, ready, stage, batch, head, key, second, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Copies a step to `tiles[stage]`: the rows from slot `key` on, or the blocks at `key` and `second`.
+
+    Shared memory holds 64 columns of all rows of a stage, then the next 64 columns. So the rows of one block
+    do not lie together: blocks are copied in pieces of 64 columns.
+    """
+    PIECE: gl.constexpr = desc.block_type.shape
+    if PIECE[2] == BLOCK_N:
+        mbarrier.expect(ready.index(stage), desc.block_type.nbytes)
+        load_tile(desc, [batch, head, key, 0], ready.index(stage), tiles.index(stage))
+    else:
+        ACROSS: gl.constexpr = tiles.shape[4] // PIECE[3]
+        pieces = reinterpret(tiles, tiles.dtype, [STAGES * ACROSS * 2] + PIECE, desc.layout)
+        mbarrier.expect(ready.index(stage), ACROSS * 2 * desc.block_type.nbytes)
+        for i in gl.static_range(ACROSS):
+            at = (stage * ACROSS + i) * 2
+            load_tile(desc, [batch, head, key, i * PIECE[3]], ready.index(stage), pieces.index(at))
+            load_tile(desc, [batch, head, second, i * PIECE[3]], ready.index(stage), pieces.index(at + 1))
+
+
+@gluon.jit
+def _fill(k_desc, v_desc, ring, batch, head, key, second, step, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Copies the keys and values of a step into the ring; see `_copy`."""
     keys, values, k_ready, v_ready, k_free, v_free = ring
     stage = step % STAGES
     phase = (step // STAGES & 1) ^ 1
     mbarrier.wait(k_free.index(stage), phase)
-    mbarrier.expect(k_ready.index(stage), k_desc.block_type.nbytes)
-    load_tile(k_desc, [batch, head, key, 0], k_ready.index(stage), keys.index(stage))
+    _copy(k_desc, keys, k_ready, stage, batch, head, key, second, BLOCK_N, STAGES)
     mbarrier.wait(v_free.index(stage), phase)
-    mbarrier.expect(v_ready.index(stage), v_desc.block_type.nbytes)
-    load_tile(v_desc, [batch, head, key, 0], v_ready.index(stage), values.index(stage))
+    _copy(v_desc, values, v_ready, stage, batch, head, key, second, BLOCK_N, STAGES)
+
+
+@gluon.jit
+def _stream(
+    k_desc,
+    v_desc,
+    ring,
+    place,
+    entries,
+    sizes,
+    step,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fills the ring with an item's listed blocks, then its own ones, a part of a block per step."""
+    batch, head, k_begin, first = place
+    count, listed, total, own = sizes
+    PER_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
+    block = gl.load(entries, mask=listed > 0, other=0).to(gl.int32)
+    for i in range(listed):
+        begin = k_begin + block * BLOCK_SIZE + i % PER_BLOCK * BLOCK_N
+        more = gl.minimum(i + 1, listed - 1) // PER_BLOCK
+        block = gl.load(entries + more).to(gl.int32)
+        _fill(k_desc, v_desc, ring, batch, head, begin, begin, step, BLOCK_N, STAGES)
+        step += 1
+    for i in range(listed, total):
+        begin = k_begin + first + (i - listed) * BLOCK_N
+        _fill(k_desc, v_desc, ring, batch, head, begin, begin, step, BLOCK_N, STAGES)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _stream_pairs(
+    k_desc,
+    v_desc,
+    ring,
+    place,
+    entries,
+    sizes,
+    step,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Like `_stream`, with two blocks per step.
+
+    If the number of blocks is odd, the last one is copied twice. The copy lies behind the last key that any
+    row sees, so it is masked like the own keys behind a row.
+    """
+    batch, head, k_begin, first = place
+    count, listed, total, own = sizes
+    last = count + own // BLOCK_SIZE - 1
+    block = gl.load(entries, mask=count > 0, other=0).to(gl.int32)
+    second = gl.load(entries + 1, mask=count > 1, other=0).to(gl.int32)
+    for i in range(total):
+        at = 2 * i
+        key = gl.where(at < count, block * BLOCK_SIZE, first + (at - count) * BLOCK_SIZE)
+        beside = first + (gl.minimum(at + 1, last) - count) * BLOCK_SIZE
+        beside = gl.where(at + 1 < count, second * BLOCK_SIZE, beside)
+        block = gl.load(entries + at + 2, mask=at + 2 < count, other=0).to(gl.int32)
+        second = gl.load(entries + at + 3, mask=at + 3 < count, other=0).to(gl.int32)
+        _fill(k_desc, v_desc, ring, batch, head, k_begin + key, k_begin + beside, step, BLOCK_N, STAGES)
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -96,7 +189,6 @@ def _produce(
     items, drawn, taken = queue
     tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    PER_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     item = gl.program_id(0)
     following = item + gl.num_programs(0)
     step = 0
@@ -119,17 +211,14 @@ def _produce(
         k_begin = gl.load(info + 4)
         entries = list_ptr + at * list_length
         if total > 0:
-            block = gl.load(entries, mask=listed > 0, other=0).to(gl.int32)
-            for i in range(listed):
-                begin = k_begin + block * BLOCK_SIZE + i % PER_BLOCK * BLOCK_N
-                more = gl.minimum(i + 1, listed - 1) // PER_BLOCK
-                block = gl.load(entries + more).to(gl.int32)
-                _fill(k_desc, v_desc, ring, batch, kv_head, begin, step, STAGES)
-                step += 1
-            for i in range(listed, total):
-                begin = k_begin + first + (i - listed) * BLOCK_N
-                _fill(k_desc, v_desc, ring, batch, kv_head, begin, step, STAGES)
-                step += 1
+            place = (batch, kv_head, k_begin, first)
+            sizes = (count, listed, total, position + rows - first)
+            if BLOCK_SIZE < BLOCK_N:
+                step = _stream_pairs(
+                    k_desc, v_desc, ring, place, entries, sizes, step, BLOCK_SIZE, BLOCK_N, STAGES
+                )
+            else:
+                step = _stream(k_desc, v_desc, ring, place, entries, sizes, step, BLOCK_SIZE, BLOCK_N, STAGES)
         item = following
         following = later
         turn += 1
@@ -272,7 +361,7 @@ def _consume(
         )
         listed, total, first = _steps(position, q_end - q_begin, count, TILE, BLOCK_SIZE, BLOCK_N)
         if total > 0:
-            last_seen = listed * BLOCK_N + position - first + s_row
+            last_seen = count * BLOCK_SIZE + position - first + s_row
             acc, high, mass, step = _attend(
                 q_smem, ring, step, listed, total, last_seen, scale, BLOCK_N, D, DV, STAGES
             )
@@ -333,7 +422,7 @@ def attend_lists_kernel(
     for i in gl.static_range(2):
         mbarrier.init(drawn.index(i), count=1)
         mbarrier.init(taken.index(i), count=2)
-    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    ring = allocate_ring(k_desc, v_desc, dtype, BLOCK_N, D, DV, STAGES, 2)
     queue = (items, drawn, taken)
     pointers = (tile_ptr, list_ptr, count_ptr, counter_ptr)
     q_strides = (q_stride_b, q_stride_h, q_stride_n)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import device_of, next_power_of_2
 from moba_hf.kernels.shared_plan import SharedPlan
 
 
@@ -69,7 +69,7 @@ def block_lists(block_mask: Tensor, plan: SharedPlan, first_tile: int, lists: Li
             blocks,
             plan.block_size,
             TILE=plan.tile,
-            BLOCK=min(1024, max(64, triton.next_power_of_2(blocks))),
+            BLOCK=min(1024, max(64, next_power_of_2(blocks))),
             num_warps=4 if blocks > 256 else 1,
         )
 
@@ -141,7 +141,7 @@ def tile_lists(block_mask: Tensor, plan: SharedPlan, group: int, first_block: in
             GROUP=group,
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,
-            BLOCK=min(1024, max(64, triton.next_power_of_2(plan.num_tiles))),
+            BLOCK=min(1024, max(64, next_power_of_2(plan.num_tiles))),
             num_warps=4 if plan.num_tiles > 256 else 1,
         )
 

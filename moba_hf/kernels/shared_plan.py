@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
 from moba_hf.op.shared import mask_words, tile_bound
 
 COLUMNS = tl.constexpr(8)
@@ -77,10 +77,10 @@ def make_shared_plan(
             num_seqs,
             block_size,
             tile,
-            BLOCK_S=min(1024, triton.next_power_of_2(max(1, num_seqs))),
+            BLOCK_S=min(1024, next_power_of_2(max(1, num_seqs))),
         )
         if num_tiles:
-            _tiles_kernel[(triton.cdiv(num_tiles, 128),)](
+            _tiles_kernel[(cdiv(num_tiles, 128),)](
                 table, offsets, tiles, num_seqs, num_tiles, tile, BLOCK=128, num_warps=4
             )
     return SharedPlan(

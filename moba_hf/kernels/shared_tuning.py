@@ -17,9 +17,35 @@ class MassTile(Tile):
 
     Attributes:
         wide: multiply all parts of the blocks of a step in one matrix product instead of one per part.
+        lean: the loop with fewer instructions: masks only where a row needs them, sums added up at the end.
+        vote: with `lean`, take square roots only in warps with a row that needs one.
     """
 
     wide: bool = False
+    lean: bool = False
+    vote: bool = False
+
+
+@dataclass(frozen=True)
+class ChooseTile:
+    """How a program of `shared_choose` adds up the masses of a tile's rows.
+
+    Attributes:
+        columns: blocks per step.
+        rows: rows per step.
+        per_warp: blocks per warp.
+        unroll: steps over rows that the compiler merges, so that their loads are in flight together.
+    """
+
+    columns: int
+    rows: int
+    per_warp: int
+    unroll: int = 1
+
+
+# Each thread adds up the rows of its columns. H200, 131,072 tokens, 16 rows: 0.68 ms; with 1,024 columns
+# 0.81 ms, with eight rows 1.27 ms.
+CHOOSE = ChooseTile(512, 2, 128)
 
 
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import device_of, narrow, num_processors, padded
+from moba_hf.kernels.launch import cdiv, device_of, narrow, next_power_of_2, num_processors, padded
 from moba_hf.kernels.layout import (
     LN_2,
     LOG2_E,
@@ -35,9 +35,9 @@ from moba_hf.op.sequences import Sequences
 def num_segments(tuned: tuning.Choices, block_size: int, blocks: int = 0, processors: int = 0) -> int:
     """Number of segments per block, if `blocks` blocks are attended in all on `processors` SMs."""
     shortest, longest = tuned.decode_segments
-    least = int(triton.cdiv(block_size, longest))
+    least = cdiv(block_size, longest)
     wanted = processors * tuned.decode_programs // max(1, blocks)
-    return max(least, min(wanted, int(triton.cdiv(block_size, shortest))))
+    return max(least, min(wanted, cdiv(block_size, shortest)))
 
 
 def takes(q: Tensor, topk: int, max_seqlen_q: int, block_size: int) -> bool:
@@ -74,8 +74,8 @@ def decode_attention(
     topk, v_dim, tuned = choice.shape[3], v.shape[3], tuning.choices_for(q)
     if segments is None:
         segments = num_segments(tuned, block_size, choice.numel(), num_processors(q))
-    segment = int(triton.cdiv(block_size, segments))
-    block_n = min(tuned.decode_keys, triton.next_power_of_2(block_size))
+    segment = cdiv(block_size, segments)
+    block_n = min(tuned.decode_keys, next_power_of_2(block_size))
     shape, device = (batch, q_len, num_heads, topk * segments), q.device
     partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=device)
     # rows outside all sequences are not visited and must keep an initial -inf
@@ -139,10 +139,10 @@ def merge_parts(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> tup
             lse,
             q_len,
             PARTS=parts,
-            PADDED_PARTS=triton.next_power_of_2(parts),
+            PADDED_PARTS=next_power_of_2(parts),
             V_DIM=v_dim,
             PADDED_V=padded(v_dim),
-            BLOCK_P=min(most, max(least, triton.next_power_of_2(parts))),
+            BLOCK_P=min(most, max(least, next_power_of_2(parts))),
             num_warps=4,
         )
     return out, lse

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of
+from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     SEQ_BATCH,
@@ -110,9 +110,9 @@ def make_tiling(
         chunk_rows: flat query rows per chunk; None: all.
     """
     rows, num_seqs = q.shape[0] * q.shape[2], table.shape[0]
-    parts = triton.cdiv(block_size, min(tile, block_size))
+    parts = cdiv(block_size, min(tile, block_size))
     chunk_rows = max(1, rows if chunk_rows is None else min(chunk_rows, rows))
-    chunks = max(1, triton.cdiv(rows, chunk_rows))
+    chunks = max(1, cdiv(rows, chunk_rows))
     max_seqlen_k = min(max_seqlen_k, k.shape[2])
     max_blocks = max(0, max_seqlen_k - 1) // block_size
     table = table.contiguous()
@@ -124,7 +124,7 @@ def make_tiling(
         tile_offset=tile_offset,
         num_seqs=num_seqs,
         block_size=block_size,
-        tile=triton.cdiv(block_size, parts),
+        tile=cdiv(block_size, parts),
         tiles_per_block=parts,
         num_blocks=min(num_seqs * max_blocks, max(0, k.shape[0] * k.shape[2] - 1) // block_size),
         max_blocks=max_blocks,
@@ -143,7 +143,7 @@ def make_tiling(
             block_size,
             TILE=tiling.tile,
             TILES_PER_BLOCK=parts,
-            BLOCK_S=min(1024, triton.next_power_of_2(max(1, num_seqs))),
+            BLOCK_S=min(1024, next_power_of_2(max(1, num_seqs))),
         )
     return tiling
 

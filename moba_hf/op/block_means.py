@@ -95,7 +95,7 @@ class BlockMeans:
         block_size: int,
         backend: str,
         starts_read: tuple[int, ...] | None = None,
-        kept: Kept = MEANS,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Updates and returns the summaries of the complete blocks of slots `[kv_start, length)`.
 
@@ -107,11 +107,13 @@ class BlockMeans:
             block_size: tokens per block.
             backend: the backend that was chosen for tensors like `keys`.
             starts_read: values of `kv_start` on the host, if known; saves waiting for the device.
-            kept: the kind of summary. If `kv_start`, `block_size` or `kept` has changed, all are recomputed.
+            kept: the kind of summary; None: the mean. If `kv_start`, `block_size` or `kept` has changed, all
+                are recomputed.
 
         Returns:
             `(batch, HK, NB, width)`; for means `width` is D.
         """
+        kept = MEANS if kept is None else kept
         same = self.block_size == block_size and self.kept == kept
         if not self.empty and not (same and self._starts_at(kv_start, starts_read)):
             self.forget(length if isinstance(length, int) else capacity)
@@ -221,7 +223,7 @@ class BlockMeans:
 
 
 def block_means_of(
-    keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str, kept: Kept = MEANS
+    keys: Tensor, kv_start: Tensor | None, block_size: int, backend: str, kept: Kept | None = None
 ) -> Tensor:
     """Summaries of all complete blocks of `keys`, from each row's start; see `BlockMeans.bring_up`."""
     means = BlockMeans()

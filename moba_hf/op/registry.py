@@ -13,8 +13,17 @@ class Registry:
     code (`torch._dynamo.assume_constant_result`); `getattr` may run inside.
     """
 
+    def __init__(self) -> None:
+        self._attributes: dict[str, str] = {}
+
     def keep(self, name: str, make: Callable[[], Any]) -> str:
-        """Stores `make()` under `name` if the name is new, and returns `name`."""
-        if not hasattr(self, name):
-            setattr(self, name, make())
-        return name
+        """Stores `make()` if `name` is new, and returns the attribute that holds the object.
+
+        The attribute is a plain identifier: torch before 2.13 splits attributes at dots to guard them.
+        """
+        if name not in self._attributes:
+            made = make()
+            attribute = f"kept_{len(self._attributes)}"
+            setattr(self, attribute, made)
+            self._attributes[name] = attribute
+        return self._attributes[name]

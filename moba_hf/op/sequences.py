@@ -11,11 +11,15 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
 
 COLUMNS = ("batch", "q_begin", "q_end", "k_begin", "k_end")
 
@@ -115,3 +119,27 @@ class Attended(NamedTuple):
     out: Tensor
     lse: Tensor
     block_indices: Tensor
+
+
+# By table: what backends have computed from it. Only tables that nobody writes to again.
+_derived: Any = WeakTensorKeyDictionary()
+
+
+def constant_table(table: Tensor) -> Tensor:
+    """`table` itself, remembered as one that is never written to again, see `derived`."""
+    _derived[table] = {}
+    return table
+
+
+def derived(table: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """`make()`, computed once per `table` and `key` if the table is constant, for all layers of a forward.
+
+    Other tables, such as those of compiled graphs, whose memory may be written to again, get a new result.
+    """
+    kept = _derived.get(table)
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    found: T = kept[key]
+    return found

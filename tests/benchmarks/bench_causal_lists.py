@@ -8,7 +8,7 @@
 "as run": a tile's blocks are chosen from its sampled rows, including rows after the one that attends.
 "causal": each row gets the blocks that its tile would have if the tile ended with this row (`cuts` of
 `moba_hf.op.shared_reference`), so only the sampled rows before it and the row itself are used. Attention runs
-block by block on the CPU, over the blocks of any row of a tile. For each text of `shared_texts.py`, the
+block by block, over the blocks of any row of a tile. For each text of `shared_texts.py`, the
 script measures mean losses of 64-token stretches of the last quarter, and the share of causal pairs over all
 rows, heads and layers. Results are written to OUT/causal.json immediately, so an interrupted run can be
 resumed. 95% intervals are computed from stretches, paired with dense attention.
@@ -39,8 +39,8 @@ from moba_hf.op.shared_reference import attend_shared_ref, select_shared_ref
 from moba_hf.op.shared_rule import SharedRule
 
 NAME, STRETCH = "lists_of_rows", 64
-TILES = 8  # number of tiles to score at a time
-PAIRS = 1 << 20  # number of (row, key) pairs per call
+TILES = {"cpu": 8, "cuda": 64}  # number of tiles to score at a time
+PAIRS = {"cpu": 1 << 20, "cuda": 1 << 26}  # number of (row, key) pairs per call
 KINDS = ("test/", "test-copies/", "test-recurring/", "dev/", "dev-copies/")
 
 
@@ -79,8 +79,9 @@ def choose(q: Tensor, k: Tensor, setting: Setting, scale: float) -> Tensor:
     gate = PairedMassSummary(k, rule.block_size, scale, rule.rotary_pairs)
     tiles, lists = q.shape[1] // rule.tile, rule.tile if setting.causal else 1
     chosen = torch.zeros(q.shape[0], tiles, lists, q.shape[1] // rule.block_size, dtype=torch.bool)
-    for first in range(0, tiles, TILES):
-        number = torch.arange(first, min(tiles, first + TILES))
+    step = TILES[q.device.type]
+    for first in range(0, tiles, step):
+        number = torch.arange(first, min(tiles, first + step))
         mass = tile_masses(q, gate, setting, number)
         candidates = (number * rule.tile // rule.block_size).repeat_interleave(lists)
         taken = take_candidates(mass.flatten(1, 2), candidates, rule)
@@ -163,7 +164,9 @@ def batches(counts: Tensor, pairs: int) -> Iterator[tuple[Tensor, int]]:
         *(x.tolist() for x in sizes.unique_consecutive(return_counts=True)), strict=True
     ):
         some, order = order[:number], order[number:]
-        yield from ((part, count) for part in some.split(max(1, PAIRS // (pairs * count))))
+        yield from (
+            (part, count) for part in some.split(max(1, PAIRS[counts.device.type] // (pairs * count)))
+        )
 
 
 def pairs_of(chosen: Tensor, rule: SharedRule) -> Tensor:
@@ -290,12 +293,14 @@ def check_means(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, setting: Settin
             assert torch.allclose(got[head, row], want, atol=1e-5), (setting.label(), head, row)
 
 
-def settings(preset: str, neighbours: bool) -> list[Setting]:
-    """Dense and the preset, as run and causal; with `neighbours`, similar settings instead."""
-    rule = MobaConfig.from_preset(preset).for_layer(0, 1)
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """Dense and the preset, as run and causal; with `--neighbours`, similar settings instead."""
+    rule = MobaConfig.from_preset(args.preset).for_layer(0, 1)
     if not isinstance(rule, SharedRule):
-        raise SystemExit(f"preset {preset!r} has no shared choice (tile > 1)")
-    if not neighbours:
+        raise SystemExit(f"preset {args.preset!r} has no shared choice (tile > 1)")
+    given = {name: getattr(args, name) for name in ("tile", "block_size", "threshold", "sample")}
+    rule = replace(rule, **{name: value for name, value in given.items() if value is not None})
+    if not args.neighbours:
         return [Setting(rule, causal=True), Setting(), Setting(rule)]
     others = [replace(rule, sample=n) for n in (1, 4)]
     causal = [Setting(others[0], causal=True), Setting(rule, causal=True, means=True)]
@@ -305,17 +310,19 @@ def settings(preset: str, neighbours: bool) -> list[Setting]:
 def run(args: argparse.Namespace, path: Path) -> None:
     """Measures, text by text, what is not yet in `path`."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=NAME)
-    model.eval()
+    model.eval().to(args.device)
+    torch.set_default_device(args.device)
     stored, end = np.load(args.texts), time.monotonic() + args.limit
     path.parent.mkdir(parents=True, exist_ok=True)
     answers: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     names = [n for prefix in args.names for n in stored.files if n.startswith(prefix)]
-    for setting, name in product(settings(args.preset, args.neighbours), names):
+    for setting, name in product(settings(args), names):
         found = answers.setdefault(setting.label(), {})
         if name in found or time.monotonic() > end:
             continue
         begin = time.process_time()
-        found[name] = measure(model, torch.from_numpy(stored[name][: args.length].astype(np.int64)), setting)
+        ids = torch.from_numpy(stored[name][: args.length].astype(np.int64)).to(args.device)
+        found[name] = measure(model, ids, setting)
         path.write_text(json.dumps(answers))
         print(f"{name}, {setting.label()}: {time.process_time() - begin:.0f} CPU s", flush=True)
 
@@ -327,7 +334,10 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the checkpoint")
     parser.add_argument("--texts", help="file written by shared_texts.py")
     parser.add_argument("--out", type=Path, default=Path("out/causal"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", default="default", help="a preset with tile > 1")
+    for option, kind in (("--tile", int), ("--block-size", int), ("--threshold", float), ("--sample", int)):
+        parser.add_argument(option, type=kind, help="instead of the preset's")
     parser.add_argument(
         "--neighbours", action="store_true", help="other samples, and means of dropped blocks"
     )

@@ -25,7 +25,8 @@ import argparse
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 from parallel_model import CUDA, RESERVE, Ranks, alone, llama, random_ids, spread
 from parallel_parts import equality, one_layer, training
+from shared_masks import RandomLists, share_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -45,8 +47,7 @@ from transformers.utils import logging
 import moba_hf
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.op import shared_ops
-from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, tile_table
+from moba_hf.op.shared import SharedRule
 
 K = 1024
 PARTS = ("b", "e", "c-layer", "a", "c-10m", "d")
@@ -55,66 +56,16 @@ SHARE = 0.02
 DENSE_LIMIT = 60.0
 
 
-class RandomLists:
-    """While active, replaces each computed shared choice by a random one with `SHARE` of the pairs."""
-
-    def __init__(self) -> None:
-        self.key: Any = None
-        self.attended = self.pairs = 0.0
-        self.mask = torch.empty(0)
-        self.original = shared_ops.select_shared
-
-    def __enter__(self) -> RandomLists:
-        shared_ops.select_shared = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shared_ops.select_shared = self.original
-
-    def __call__(self, q: Tensor, k: Tensor, sequences: Any, rule: SharedRule, **kwargs: Any) -> Tensor:
-        chosen = self.original(q, k, sequences, rule, **kwargs)
-        key = (q.shape, k.shape[2])
-        if key != self.key:  # the layers of a chunk share one mask
-            if q.shape[2] == k.shape[2]:
-                self.attended = self.pairs = 0.0
-            self.key = key
-            self.mask, attended, pairs = _random_mask(q, k.shape[2], sequences, rule)
-            self.attended, self.pairs = self.attended + attended, self.pairs + pairs
-        assert self.mask.shape == chosen.shape
-        return self.mask
-
-
-def _random_mask(q: Tensor, kv_len: int, sequences: Any, rule: SharedRule) -> tuple[Tensor, float, float]:
-    """A `block_mask` for one unpadded sequence whose queries attend `SHARE` of their pairs on average.
-
-    Returns the mask, the number of pairs that a head attends, and the number of causal pairs.
-    """
-    tile, block = rule.tile, rule.block_size
-    bound = num_tiles(sequences, q, tile)
-    table = tile_table(sequences.table, tile, bound)
-    used, position = table[:, 2] > table[:, 1], table[:, 3].long()
-    grid = (position // tile * tile)[:, None]
-    number = torch.arange((kv_len + block - 1) // block, device=q.device)[None]
-    candidate = ((number + 1) * block <= grid) & used[:, None]
-    own = (number * block < grid + tile) & ~((number + 1) * block <= grid) & used[:, None]
-    rows = q.shape[2]
-    pairs = rows * (kv_len - rows) + rows * (rows + 1) / 2
-    rate = (SHARE * pairs - rows * tile / 2) / (tile * block * max(1, int(candidate.sum())))
-    words = mask_words(sequences.max_seqlen_k, block)
-    heads, taken = [], 0
-    for _ in range(q.shape[1]):
-        chosen = candidate & (torch.rand(candidate.shape, device=q.device) < rate)
-        taken += int(chosen.sum())
-        heads.append(pack_blocks(chosen | own, words))
-    attended = rows * (tile + 1) / 2 + taken / len(heads) * tile * block
-    return torch.stack(heads), attended, pairs
-
-
 def read(model: Any, ids: Tensor, cache: MobaCache, chunk: int, **kwargs: Any) -> None:
     """Reads a prompt into an empty cache in chunks, every token under the rule (`dense_tail=0`)."""
     cache.reset()
     kwargs = {"dense_tail": 0, "progress": False, **cache_kwargs(moba_hf.prefill, cache), **kwargs}
     moba_hf.prefill(model, ids, chunk, **kwargs)
+
+
+def random_lists(rule: MobaConfig) -> AbstractContextManager[RandomLists | None]:
+    """Replaces the choices of a shared rule; None: another rule, which is left alone."""
+    return RandomLists(lambda _keys, _queries: SHARE) if rule.tile > 1 else nullcontext()
 
 
 def rates(length: int, seconds: float, peak: float) -> dict[str, str]:
@@ -139,12 +90,16 @@ class Prefills:
         self.lengths = [512, 1024] if args.tiny else args.lengths
         self.chunk = 256 if args.tiny else 64 * K
         self.config = llama("8B", args.tiny)
+        shared = MobaConfig.from_preset("default")
+        if args.tiny:
+            shared = MobaConfig(8, tile=16, threshold=0.01, gate="mass")
+        elif args.rule:
+            tile, block, sample = map(int, args.rule.split("/"))
+            shared = replace(shared, tile=tile, block_size=block, sample=sample)
         self.rules = {
             "fine": MobaConfig(16, 3) if args.tiny else MobaConfig(128, 8),
-            "shared choice, 2 % of pairs": MobaConfig(64, tile=128, threshold=0.01, gate="mass"),
+            "shared choice, 2 % of pairs": shared,
         }
-        if args.tiny:
-            self.rules["shared choice, 2 % of pairs"] = MobaConfig(8, tile=16, threshold=0.01, gate="mass")
         self.seconds: dict[tuple[str, int], float] = {}
 
     def run(self) -> None:
@@ -153,7 +108,7 @@ class Prefills:
         self.ranks.say(f"the model is loaded and drawn after {time.monotonic() - begin:.1f} s")
         self.chunked(model)
         self.dense(model, self.lengths[:2])
-        self.one_gpu(self.lengths[:2])
+        self.one_gpu(self.lengths[:1])
         self.dense(model, self.lengths[2:])
 
     def chunked(self, model: Any) -> None:
@@ -166,11 +121,12 @@ class Prefills:
         for name, rule in self.rules.items():
             moba_hf.patch_model(model, rule)
             last = 0.0
-            with RandomLists() if rule.tile > 1 else nullcontext() as lists:
+            with random_lists(rule) as lists:
                 for length in lengths:
                     if not self.ranks.room(2.6 * last + 1, f"b, {name}, {length:,}"):
                         break
                     ids = random_ids(self.config, length, self.ranks.device)
+                    share = None if lists is None else self.drawn(lists, rule, length, self.ranks.count)
                     if last == 0.0:
                         begin = time.monotonic()
                         read(model, ids, cache, self.chunk)  # compiles
@@ -178,11 +134,24 @@ class Prefills:
                     last, peak = self.ranks.timed(partial(read, model, ids, cache, self.chunk))
                     self.seconds[name, length] = last
                     cells = rates(length, last, peak)
-                    if lists is not None:
-                        cells["share_of_pairs"] = f"{lists.attended / lists.pairs:.4f}"
+                    if share is not None:
+                        cells["share_of_pairs"] = f"{share:.4f}"
                     self.ranks.row("b", f"8B, {name}", length, **cells)
             if name == "fine" and self.decode and self.ranks.room(10, "e"):
                 self.steps(model, cache)
+
+    def drawn(self, lists: RandomLists, settings: MobaConfig, length: int, shared_by: int) -> float:
+        """Draws the choices of a prompt in chunks; returns their share of its pairs."""
+        rule = settings.for_layer(0, 1)
+        assert isinstance(rule, SharedRule)
+        lists.masks.clear()
+        heads, attended, begin = self.config.num_attention_heads // shared_by, 0.0, 0
+        for end in [*range(self.chunk, length - 1, self.chunk), length - 1]:
+            mask = lists.draw(end, end - begin, heads, rule, self.ranks.device)
+            causal = (end * (end + 1) - begin * (begin + 1)) / 2
+            attended += causal * share_of(mask, end, rule, end - begin)
+            begin = end
+        return attended / (begin * (begin + 1) / 2)
 
     @torch.no_grad()
     def steps(self, model: Any, cache: MobaCache) -> None:
@@ -243,16 +212,19 @@ class Prefills:
             cache = MobaCache(model.config, max_cache_len=max(lengths) + 256)
             for name, rule in self.rules.items():
                 moba_hf.patch_model(model, rule)
-                with RandomLists() if rule.tile > 1 else nullcontext():
+                with random_lists(rule) as lists:
                     for length in lengths:
-                        if (name, length) in self.seconds:
-                            self._alone(model, name, length, cache)
+                        if (name, length) not in self.seconds:
+                            continue
+                        if lists is not None:
+                            self.drawn(lists, rule, length, 1)
+                        self._alone(model, name, length, cache)
         dist.barrier()
 
     def _alone(self, model: Any, name: str, length: int, cache: MobaCache) -> None:
         ids = random_ids(self.config, length, self.ranks.device)
         if length == self.lengths[0]:
-            read(model, ids, cache, self.chunk)
+            read(model, ids[:, : self.chunk], cache, self.chunk)
         start = time.perf_counter()
         read(model, ids, cache, self.chunk)
         if CUDA:
@@ -313,6 +285,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="start nothing that would end after this time"
     )
+    parser.add_argument("--rule", metavar="TILE/BLOCK/SAMPLE", help="the shared choice; default: the preset")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -210,10 +210,30 @@ def kernel() -> Iterator[Rule]:
         yield replace(base, causal=False, **changes)
 
 
+def shipped() -> Iterator[Rule]:
+    """The preset's tile and sampling, and their neighbours, on the test texts."""
+    for tile, stride, alpha in (
+        (128, 2, 0.01),
+        (64, 2, 0.01),
+        (128, 2, 0.0125),
+        (128, 4, 0.01),
+        (128, 1, 0.0125),
+        (64, 4, 0.01),
+        (128, 2, 0.003),
+        (64, 2, 0.003),
+        (128, 2, 0.03),
+        (64, 2, 0.03),
+        (128, 8, 0.01),
+    ):
+        rule = Rule(tile=tile, block=32, alpha=alpha, stride=stride, hears_itself=True)
+        yield from with_causal([rule])
+
+
 def long() -> Iterator[Rule]:
     """16K and 32K, on the test texts: the shipped rule, per-query choices, the published rules."""
+    shipped = Rule(tile=128, block=32, stride=2, hears_itself=True)
     for alpha in (0.01, 0.03, 0.1, 0.003):
-        yield from with_causal([Rule(tile=64, block=32, alpha=alpha, means=True)])
+        yield from with_causal([replace(shipped, alpha=alpha)])
     yield from (Rule(tile=1, block=32, topk=k, gate=g) for k in (64, 128) for g in ("mean", "mass"))
     yield from (Rule("antidiagonal", 128, 128, share=s) for s in (0.9, 0.95))
     yield from (Rule("pooled", 128, 128, share=s) for s in (0.9, 0.98))
@@ -222,6 +242,7 @@ def long() -> Iterator[Rule]:
 
 SUITES = {
     "kernel": (kernel, (PLAIN, COPIES)),
+    "shipped": (shipped, (PLAIN, COPIES)),
     "long": (long, (PLAIN, COPIES)),
     "questions": (questions, ("dev/", "dev-copies/")),
     "cheaper": (cheaper, ("dev/", "dev-copies/")),
@@ -327,7 +348,9 @@ def chosen_blocks(q: Tensor, k: Tensor, rule: Rule, scale: float, row: int) -> s
     own = range(begin // size, (begin + rule.tile - 1) // size + 1)
     forced = {*own, *range(max(0, own[0] - rule.local), own[0]), *range(min(rule.sink, own[0]))}
     end = row + 1 if rule.causal else begin + rule.tile
-    voters = range(begin, end, rule.stride)
+    voters: Sequence[int] = range(begin, end, rule.stride)
+    if rule.hears_itself:
+        voters = sorted({*range(begin + rule.stride - 1, end, rule.stride), end - 1})
     mean: dict[int, float] = dict.fromkeys(range(begin // size), 0.0)
     top = dict(mean)
     for i in voters:
@@ -376,6 +399,7 @@ def check() -> None:
     rules = [base, replace(base, causal=True), replace(base, tile=16), replace(base, tile=4, causal=True)]
     rules += [replace(base, share=0.0, alpha=0.4, means=True), replace(base, stride=4, causal=True)]
     rules += [replace(base, own=True, means=True), replace(base, strongest=0.3, causal=True)]
+    rules += [replace(base, stride=4, hears_itself=True, causal=c) for c in (False, True)]
     rules += [replace(base, alpha=0.1, both="and", cap=3), replace(base, dense_below=48, local=2, sink=2)]
     for rule in rules:
         got, pairs = attend(q, k, v, rule, scale)

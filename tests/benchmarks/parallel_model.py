@@ -1,14 +1,13 @@
 """Llama models with random weights over the ranks of `torchrun`, and helpers for the parts of bench_parallel.
 
-transformers shards a model only while loading it. So rank 0 writes the checkpoint as a sparse file, which
-takes no space and reads as zeros. Then every rank draws each weight, with a seed derived from its name, and
+transformers shards a model only while loading it. So rank 0 writes a checkpoint of zeros without their
+storage. Then every rank draws each weight, with a seed derived from its name, and
 keeps its part, so that the weights are the same for any number of ranks.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig
+from transformers.utils import WEIGHTS_NAME
 
 from moba_hf import MobaConfig
 
 CUDA = torch.cuda.is_available()
 GIB = 1 << 30
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 # Bytes on a GPU in addition to weights and cache: activations of a chunk, workspaces, libraries.
 RESERVE = 12 * GIB
+# A rank that waits longer than this for the others ends the run.
+HANG = timedelta(seconds=90)
 
 
 class Ranks:
@@ -43,9 +43,11 @@ class Ranks:
         self.start, self.seconds = time.monotonic(), seconds
         local = int(os.environ["LOCAL_RANK"])
         self.device = torch.device("cuda", local) if CUDA else torch.device("cpu")
+        given: dict[str, Any] = {"timeout": HANG}
         if CUDA:
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if CUDA else "gloo", timeout=timedelta(minutes=10))
+            given["device_id"] = self.device
+        dist.init_process_group("nccl" if CUDA else "gloo", **given)
 
     def say(self, *words: Any) -> None:
         """Prints on rank 0, without buffering."""
@@ -125,26 +127,11 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def write_hole(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
-    """Writes a checkpoint of zeros that takes no disk space."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in _shapes(config).items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
+def write_zeros(config: LlamaConfig, dtype: torch.dtype, folder: Path) -> None:
+    """Writes a checkpoint of zeros; each weight is a view of one number, so there is nothing to read."""
+    zero = torch.zeros((), dtype=dtype)
+    torch.save({name: zero.expand(shape) for name, shape in _shapes(config).items()}, folder / WEIGHTS_NAME)
     config.save_pretrained(folder)
-
-
-def _roomy_folder(size: int) -> str:
-    """A folder on a disk with room for `size` bytes; on a RAM disk, reading a sparse file uses memory."""
-    places = [tempfile.gettempdir(), str(Path.cwd()), "/dev/shm"]
-    return next((x for x in places if os.path.isdir(x) and shutil.disk_usage(x).free > size), places[0])
 
 
 @torch.no_grad()
@@ -152,6 +139,8 @@ def draw_weights(model: Any, config: LlamaConfig, ranks: Ranks) -> None:
     """Fills every parameter with this rank's part of random normal values; norms are ones."""
     whole = _shapes(config)
     for name, parameter in model.named_parameters():
+        if not parameter.is_contiguous():  # still a view of the zero in the checkpoint
+            parameter.data = parameter.data.contiguous()
         local = parameter.data
         local = local.to_local() if hasattr(local, "to_local") else local
         if local.dim() == 1:
@@ -173,8 +162,8 @@ def spread(config: LlamaConfig, ranks: Ranks, dtype: torch.dtype = torch.bfloat1
         return alone(config, ranks, dtype)
     names: list[str | None] = [None]
     if ranks.rank == 0:
-        folder = Path(tempfile.mkdtemp(dir=_roomy_folder(2 * sum(map(prod, _shapes(config).values())))))
-        write_hole(config, dtype, folder)
+        folder = Path(tempfile.mkdtemp())
+        write_zeros(config, dtype, folder)
         names = [str(folder)]
     dist.broadcast_object_list(names, device=ranks.device)
     try:
@@ -182,6 +171,7 @@ def spread(config: LlamaConfig, ranks: Ranks, dtype: torch.dtype = torch.bfloat1
             names[0],
             attn_implementation="moba",
             dtype=dtype,
+            use_safetensors=False,
             distributed_config=DistributedConfig(tp_size=ranks.count),
         )
         dist.barrier()

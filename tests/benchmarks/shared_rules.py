@@ -38,6 +38,8 @@ class Rule:
         topk: number of blocks, kept ones included; 0: no limit.
         cap: maximum number of candidates in addition to the kept blocks; 0: no limit.
         stride: the mass comes from rows 0, stride, 2 stride, ... of a tile.
+        hears_itself: the sampled rows are the last of each run of `stride`, and with causal lists a row also
+            hears itself, as in the package.
         pool: use means of this many queries instead of sampled rows.
         before: weight of the previous tile's mass relative to the tile's own.
         strongest: the mass is the larger of the mean over rows and `strongest` times the maximum over rows.
@@ -63,6 +65,7 @@ class Rule:
     topk: int = 0
     cap: int = 0
     stride: int = 1
+    hears_itself: bool = False
     pool: int = 1
     before: float = 0.0
     strongest: float = 0.0
@@ -91,7 +94,7 @@ class Rule:
         shown = ("part", "alpha", "share", "topk", "cap", "stride", "pool", "before", "strongest", "floor")
         shown += ("true_every", "sink", "local", "dense_below", "dense_last", "antidiagonal")
         parts += [f"{name} {getattr(self, name):g}" for name in shown if name in differing]
-        flags = [f" +{name}" for name in ("own", "means") if getattr(self, name)]
+        flags = [f" +{name}" for name in ("own", "means", "hears_itself") if getattr(self, name)]
         return " ".join(parts) + "".join(flags) + (" causal" if self.causal else "")
 
 
@@ -178,7 +181,8 @@ def tile_mass(weights: Tensor, rule: Rule) -> Tensor:
     """Mass `(heads, tiles, blocks)`, or `(heads, rows, blocks)` if lists are causal, from rows' weights."""
     heads, rows, columns = weights.shape
     tiles = weights.view(heads, rows // rule.tile, rule.tile, columns)
-    sampled = tiles[:, :, rule.pool - 1 :: rule.stride * rule.pool]
+    first = rule.stride - 1 if rule.hears_itself else rule.pool - 1
+    sampled = tiles[:, :, first :: rule.stride * rule.pool]
     votes = sampled.sum(2)
     earlier = torch.cat([votes[:, :1] * 0, votes[:, :-1]], 1) * rule.before
     if not rule.causal or rule.tile == 1:
@@ -187,10 +191,13 @@ def tile_mass(weights: Tensor, rule: Rule) -> Tensor:
             mass = torch.maximum(mass, rule.strongest * sampled.amax(2))
         return mass
     at = torch.arange(rule.tile, device=weights.device)
-    if rule.stride > 1:
+    if rule.stride > 1 and not rule.hears_itself:
         tiles = tiles.clone()
         tiles[:, :, at % rule.stride > 0] = 0
     heard = tiles.cumsum(2)
+    if rule.hears_itself:
+        silent = tiles.masked_fill((at % rule.stride == rule.stride - 1)[:, None], 0.0)
+        heard = (tiles - silent).cumsum(2) + silent
     if rule.pool > 1:  # whole groups, and the partial group that ends at a row
         whole = tiles.masked_fill((at % rule.pool < rule.pool - 1)[:, None], 0.0)
         heard = whole.cumsum(2) - whole + tiles

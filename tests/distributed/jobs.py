@@ -245,9 +245,12 @@ JOBS = (tensor_parallel, tensor_parallel_gradients, fsdp, ulysses, through_accel
 
 
 def main(*steps: str) -> None:
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     for step in steps:
         name, folder = step.split("=", 1)
         {job.__name__: job for job in JOBS}[name](folder)

@@ -59,14 +59,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Report:
-    """The `ptxas` report of one kernel: 32-bit registers per thread, spilled bytes, shared memory in bytes,
-    columns of tensor memory (compute capability 10)."""
+    """The `ptxas` report of one kernel: 32-bit registers per thread, spilled bytes, whether it serialised the
+    warpgroup matrix products, shared memory in bytes, columns of tensor memory (compute capability 10)."""
 
     kernel: str
     capability: int
     warps: int
     registers: int
     spills: int
+    serialised: bool
     shared: int
     columns: int
 
@@ -123,13 +124,13 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capabili
     """Compiles one launch for compute capability `capability`, as 80, 90, 100."""
     source, options = source_of(*launch)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills = _ptxas(built.asm["ptx"], capability)
+    said = _ptxas(built.asm["ptx"], capability)
     memory = built.metadata.shared, built.metadata.tmem_size or 0
-    return Report(launch[0].__name__, capability, options.get("num_warps", 4), registers, spills, *memory)
+    return Report(launch[0].__name__, capability, options.get("num_warps", 4), *said, *memory)
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers per thread and spilled bytes, from the `ptxas` bundled with triton."""
+def _ptxas(ptx: str, capability: int) -> tuple[int, int, bool]:
+    """Registers per thread, spilled bytes, and whether wgmma is serialised, by the `ptxas` of triton."""
     binary = get_ptxas(capability).path
     target = re.search(r"\.target (\S+)", ptx).group(1).rstrip(",")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,8 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
         command = [binary, "-v", f"--gpu-name={target}", str(file), "-o", str(Path(folder) / "out")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(x) for x in re.findall(r"Used (\d+) registers", said))
-    return registers, sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", said))
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", said))
+    return registers, spills, "are serialized" in said
 
 
 def forward_call(

@@ -17,7 +17,16 @@ from moba_hf.kernels import shared, shared_tuning
 from moba_hf.kernels.shared_plan import make_shared_plan
 from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Attended, Sequences
-from moba_hf.op.shared import SharedRule, tile_table, unpack_blocks
+from moba_hf.op.shared import (
+    WORD_BITS,
+    SharedRule,
+    mask_words,
+    num_tiles,
+    pack_blocks,
+    sequence_tiles,
+    tile_table,
+    unpack_blocks,
+)
 from moba_hf.op.shared_reference import attend_shared_ref, select_shared_ref, tile_masses_ref, tiles_ref
 
 ERROR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
@@ -68,6 +77,28 @@ def checked_choice(case: Case, rule: SharedRule, **kwargs: object) -> Tensor:
         last = tiles.stop
     assert (mask[:, last:] == 0).all(), "tiles that are not needed"
     return mask
+
+
+def listed_choice(case: Case, rule: SharedRule, most: int) -> Tensor:
+    """A random choice whose tiles list 0 to `most` blocks besides those that they overlap, head by head."""
+    sequences = sequences_of(case)
+    chosen = torch.zeros(
+        case.num_heads,
+        num_tiles(sequences, case.q, rule.tile),
+        mask_words(sequences.max_seqlen_k, rule.block_size) * WORD_BITS,
+        dtype=torch.bool,
+    )
+    for tiles, rows in sequence_tiles(sequences, case.q, rule.tile):
+        for tile, (_, q_begin, q_end, position, *_keys) in zip(
+            range(tiles.start, tiles.stop), rows, strict=True
+        ):
+            candidates = position // rule.tile * rule.tile // rule.block_size
+            end = -(-(position + q_end - q_begin) // rule.block_size)
+            chosen[:, tile, candidates:end] = True
+            for head in range(case.num_heads):
+                listed = torch.randperm(candidates)[: (tile + head) % (most + 1)]
+                chosen[head, tile, listed] = True
+    return pack_blocks(chosen, chosen.shape[2] // WORD_BITS).to(case.q.device)
 
 
 def assert_attention(

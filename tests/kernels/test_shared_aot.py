@@ -17,19 +17,22 @@ kernel_aot = pytest.importorskip("kernel_aot", reason="TRITON_INTERPRET is set")
 _SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _VARIANTS = {
     "128/64": (SharedRule(64, 128, threshold=0.01, sample=8), 128, 128),
+    "128/32": (SharedRule(32, 128, threshold=0.01, sample=8), 128, 128),
     "64/32 d64": (SharedRule(32, 64, threshold=0.01, sample=1), 64, 64),
     "128/128 d256": (SharedRule(128, 128, share=0.9, topk=20, sample=8), 256, 256),
     "64/64 d192 v128": (SharedRule(64, 64, threshold=0.01, sample=8), 192, 128),
 }
 
 
-def _call(rule: SharedRule, head_dim: int, v_dim: int) -> Callable[[], object]:
+def _call(
+    rule: SharedRule, head_dim: int, v_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], object]:
     """A call that chooses, attends and computes gradients; no values are computed."""
     length, heads = 4096, 8
 
     def call() -> None:
-        q = torch.empty(1, heads, length, head_dim, dtype=torch.bfloat16)
-        k, v = (torch.empty(1, 2, length, x, dtype=torch.bfloat16) for x in (head_dim, v_dim))
+        q = torch.empty(1, heads, length, head_dim, dtype=dtype)
+        k, v = (torch.empty(1, 2, length, x, dtype=dtype) for x in (head_dim, v_dim))
         sequences = Sequences(batched_table(1, length, length, q.device), length, length)
         limits = (sequences, rule.block_size, rule.tile, head_dim**-0.5)
         mask = shared.select(q, k, sequences, rule, head_dim**-0.5)
@@ -56,6 +59,20 @@ def _check(name: str, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_one_variant(capability: int) -> None:
     _check("64/32 d64", capability)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
+def test_gluon(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    """The Gluon kernel keeps its matrix products asynchronous."""
+    rule = SharedRule(block_size, 128, threshold=0.01, sample=8)
+    launches = kernel_aot.recorded_for(_call(rule, head_dim, head_dim, dtype), 90)
+    (launch,) = (x for x in launches if x[0].is_gluon())
+    report = kernel_aot.compile_launch(launch, 90)
+    assert report.shared <= _SHARED[90], report
+    assert report.registers >= 8, report
+    assert report.spills <= 64, report
+    assert not report.serialised, report
 
 
 @pytest.mark.slow

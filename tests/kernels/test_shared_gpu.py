@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared_checks import assert_attention, assert_gradients, checked_choice, sequences_of
+from shared_checks import assert_attention, assert_gradients, checked_choice, listed_choice, sequences_of
 
 pytest.importorskip("triton")
 
 from moba_hf.kernels import shared, shared_hopper
 from moba_hf.op.checks import Case
 from moba_hf.op.sequences import Sequences, batched_table
-from moba_hf.op.shared import SharedRule
+from moba_hf.op.shared import SharedRule, pack_blocks, unpack_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 RAGGED = [(300, 1000), (700, 700), (1, 513), (129, 129)]
 ALIGNED = [(512, 1024), (640, 640), (100, 513), (1, 129), (192, 320)]
+# tiles that end after an odd number of blocks of 32, with few rows, and in the middle of such a block
+HALVES = [(480, 992), (96, 1184), (32, 672), (64, 96), (32, 32), (7, 544), (33, 545), (1, 1), (160, 800)]
+LENGTHS = {"aligned": ALIGNED, "ragged": RAGGED, "halves": HALVES}
 
 
 def _case(lengths: list[tuple[int, int]] = RAGGED, **kwargs: object) -> Case:
@@ -44,14 +47,75 @@ def test_blocks_and_tiles(block_size: int, tile: int, num_kv_heads: int) -> None
 
 
 @pytest.mark.parametrize(("head_dim", "v_dim"), [(128, 128), (64, 64), (128, 64)])
-@pytest.mark.parametrize("lengths", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
-def test_gluon_equals_triton(lengths: list[tuple[int, int]], head_dim: int, v_dim: int) -> None:
-    case, rule = _case(lengths, head_dim=head_dim, v_dim=v_dim), SharedRule(64, 128, threshold=0.3, sample=8)
-    if not shared_hopper.takes(case.q, case.k, case.v, 64, 128):
-        pytest.skip("needs compute capability 9.0 and a known Triton")
+@pytest.mark.parametrize("lengths", list(LENGTHS))
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_gluon_equals_triton(block_size: int, lengths: str, head_dim: int, v_dim: int) -> None:
+    case = _case(LENGTHS[lengths], head_dim=head_dim, v_dim=v_dim)
+    rule = SharedRule(block_size, 128, threshold=0.3, sample=8)
+    _needs_gluon(case, rule)
     mask = checked_choice(case, rule)
     for use_hopper in (True, False):
         assert_attention(case, rule, mask, use_hopper=use_hopper)
+
+
+def _needs_gluon(case: Case, rule: SharedRule) -> None:
+    if not shared_hopper.takes(case.q, case.k, case.v, rule.block_size, rule.tile):
+        pytest.skip("needs compute capability 9.0 and a known Triton")
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("most", [1, 5])
+@pytest.mark.parametrize("lengths", list(LENGTHS))
+@pytest.mark.parametrize(
+    ("head_dim", "v_dim", "num_kv_heads", "dtype"),
+    [(128, 128, 2, torch.bfloat16), (64, 128, 8, torch.float16), (128, 64, 1, torch.float16)],
+)
+def test_lists_of_few_blocks(
+    block_size: int,
+    most: int,
+    lengths: str,
+    head_dim: int,
+    v_dim: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> None:
+    """No block, one block, odd and even numbers; slots behind and before the sequences are NaN."""
+    shape = {"head_dim": head_dim, "v_dim": v_dim, "num_kv_heads": num_kv_heads, "num_heads": 8}
+    case = _case(LENGTHS[lengths], dtype=dtype, spare=64, **shape)
+    rule = SharedRule(block_size, 128, threshold=0.3, sample=8)
+    _needs_gluon(case, rule)
+    mask = listed_choice(case, rule, most)
+    for x in (case.q, case.k, case.v):
+        x[:, :, :64] = torch.nan
+        x[:, :, -64:] = torch.nan
+    assert_attention(case, rule, mask, use_hopper=False)
+    first = assert_attention(case, rule, mask, use_hopper=True)
+    chunked = assert_attention(case, rule, mask, use_hopper=True, workspace=1 << 12)
+    assert all(torch.equal(a, b) for a, b in zip(first, chunked, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pairs_of_small_blocks_equal_large_blocks_bit_for_bit(head_dim: int) -> None:
+    """Each program attends several items, so that the ring of the Gluon kernel wraps around many times."""
+    case = _case([(4096, 6144), (2048, 2048)], head_dim=head_dim, num_heads=16, num_kv_heads=4)
+    large, small = (SharedRule(x, 128, threshold=0.3, sample=8) for x in (64, 32))
+    _needs_gluon(case, small)
+    mask = listed_choice(case, large, 40)
+    halves = unpack_blocks(mask, mask.shape[2] * 32).repeat_interleave(2, -1)
+    wanted = assert_attention(case, large, mask, use_hopper=True)
+    for _ in range(2):
+        found = assert_attention(case, small, pack_blocks(halves, 2 * mask.shape[2]), use_hopper=True)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_long_lists_of_small_blocks() -> None:
+    case = _case([(3000, 6000), (2080, 2080)], head_dim=128, num_heads=8, num_kv_heads=2)
+    rule = SharedRule(32, 128, threshold=0.3, sample=8)
+    _needs_gluon(case, rule)
+    mask = listed_choice(case, rule, 90)
+    first, second = (assert_attention(case, rule, mask, use_hopper=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_attention(case, rule, mask, use_hopper=False)
 
 
 def test_runs_and_budgets_agree_bit_for_bit() -> None:

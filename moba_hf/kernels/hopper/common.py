@@ -20,9 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moba_hf.kernels.layout import INFO_COLUMNS, RUN_BEGIN, RUN_END
 
-# Gluon renamed these: thread_barrier until Triton 3.6, async_copy_global_to_shared until 3.7.
+# Gluon renamed these: thread_barrier until Triton 3.6, async_copy_global_to_shared until 3.7, _reinterpret
+# until 3.8.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
+    gl.shared_memory_descriptor._reinterpret
+)
 load_rows = (
     async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 )
@@ -72,10 +76,19 @@ def query_offsets(
 
 
 @gluon.jit
-def allocate_ring(k_desc, v_desc, dtype: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+def allocate_ring(
+    k_desc,
+    v_desc,
+    dtype: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
     """Shared memory and barriers of a ring: keys, values, then the ready and free barriers of each."""
-    keys = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -206,11 +206,15 @@ def routed_attention(
     _start(kernel, q, args, compile_only, **constants, num_warps=4)
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
-    """Tensor descriptor for TMA to read `x (batch, heads, length, dim)`, `rows` tokens at a time."""
+def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:
+    """Tensor descriptor for TMA to read `x (batch, heads, length, dim)`, `rows` tokens at a time.
+
+    Args:
+        columns: columns read at a time; None: all.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, rows, x.shape[3]]
+    block = [1, 1, rows, columns or x.shape[3]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

@@ -183,7 +183,7 @@ def own_kernel(
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
-    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    ring = allocate_ring(k_desc, v_desc, dtype, BLOCK_N, D, DV, STAGES, 2)
     scale = softmax_scale * LOG2_E
     data = (q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_kv_heads * G, q_len, q_strides, scale)
     if work > 0:

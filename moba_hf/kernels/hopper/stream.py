@@ -137,7 +137,7 @@ def stream_kernel(
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     q0 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
     q1 = gl.allocate_shared_memory(dtype, [64, D], q_shared)
-    ring = allocate_ring(k_desc, v_desc, dtype, STAGES, 2)
+    ring = allocate_ring(k_desc, v_desc, dtype, BLOCK_N, D, DV, STAGES, 2)
     scale = softmax_scale * LOG2_E
     data = (q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale)
     if total > 0:

@@ -7,6 +7,7 @@ import torch
 from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice, sequences_of
 
 from moba_hf.kernels import shared
+from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.op.checks import Case
 from moba_hf.op.ops import attention
 from moba_hf.op.sequences import Sequences, batched_table
@@ -128,3 +129,15 @@ def test_masses_that_are_no_numbers_drop_no_block(
     assert chosen == [block < free or block == 9 for block in range(10)]
     expected = select_shared_ref(*(x[0].transpose(0, 1) for x in (case.q, case.k)), rule, case.scale)
     assert torch.equal(unpack_blocks(mask[0], 10)[9], expected[0, 9])
+
+
+@pytest.mark.parametrize(("wide", "factor"), [(True, 1), (True, 6), (False, 6)])
+def test_the_lean_loop_of_the_mass_kernel(wide: bool, factor: int) -> None:
+    """Programs span sequences and tiles of unlike length; large queries need the square root of variances."""
+    rule = SharedRule(32, 32, threshold=0.3, sample=8)
+    case = Case([(40, 170), (0, 5), (33, 33), (1, 77), (16, 48)], num_heads=4, num_kv_heads=2, head_dim=32)
+    case.q.mul_(factor)
+    old = checked_choice(case, rule, mass_tile=MassTile(32, 16, 4, 2, wide))
+    lean = MassTile(32, 16, 4, 2, wide, lean=True, vote=True)
+    assert torch.equal(old, checked_choice(case, rule, mass_tile=lean))
+    assert torch.equal(old, checked_choice(case, rule, mass_tile=lean, workspace=1))
