@@ -233,7 +233,7 @@ def table(results: list[dict[str, Any]]) -> str:
         moba, log = one["moba"], one["log"]
         cells = [
             f"{one['length']:,}",
-            f"{moba['block_size']}/{moba['topk']}",
+            f"{moba['block_size']}/{moba['topk'] or 'tile ' + str(moba['tile'])}",
             one["steps"],
             f"{one['tokens']:,}",
             one["seconds"],
