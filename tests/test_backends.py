@@ -16,7 +16,7 @@ from moba_hf.op import backends
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.backends import PortableBackend
 from moba_hf.op.dense import dense_attention
-from moba_hf.op.gates import block_mean
+from moba_hf.op.gates import Kept, KeptMeans, block_mean
 from moba_hf.op.registry import Registry
 from moba_hf.op.sequences import Sequences, batched_table
 
@@ -36,7 +36,7 @@ EVERYTHING = {
 class SpyKernels:
     """Cache kernels in torch that record that they ran."""
 
-    min_block_size, max_append_rows, max_dense_queries = 1, 1 << 20, 16
+    max_append_rows, max_dense_queries = 1 << 20, 16
 
     def append(
         self, keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor
@@ -60,6 +60,9 @@ class SpyKernels:
             begin = 0 if kv_start is None else int(kv_start[row])
             taken = block_mean(keys[row, :, begin : int(length)], block_size)
             means[row, :, : taken.shape[1]] = taken
+
+    def summarizes(self, kept: Kept, head_dim: int, block_size: int) -> bool:
+        return isinstance(kept, KeptMeans)
 
     def takes(self, device: torch.device) -> bool:
         return True

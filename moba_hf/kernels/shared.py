@@ -38,14 +38,19 @@ MAX_BLOCK_SIZE = 256  # loops over the parts of a block are unrolled
 
 def unsupported_rule(rule: SharedRule, head_dim: int) -> str | None:
     """Why the kernels do not support a rule, or None if they do."""
-    for name in ("block_size", "tile"):
-        size = getattr(rule, name)
-        if size < 16 or size & (size - 1):
-            return f"{name}={size} is not a power of two of at least 16"
-    if rule.block_size > MAX_BLOCK_SIZE:
-        return f"block_size={rule.block_size} is more than {MAX_BLOCK_SIZE}"
+    if rule.tile < 16 or rule.tile & (rule.tile - 1):
+        return f"tile={rule.tile} is not a power of two of at least 16"
     if rule.sample & (rule.sample - 1):
         return f"sample={rule.sample} is not a power of two"
+    return unsupported_blocks(rule.block_size, head_dim)
+
+
+def unsupported_blocks(block_size: int, head_dim: int) -> str | None:
+    """Why the kernels do not summarise such blocks, or None if they do."""
+    if block_size < 16 or block_size & (block_size - 1):
+        return f"block_size={block_size} is not a power of two of at least 16"
+    if block_size > MAX_BLOCK_SIZE:
+        return f"block_size={block_size} is more than {MAX_BLOCK_SIZE}"
     if head_dim % 2:
         return f"head_dim={head_dim} is odd"
     return None

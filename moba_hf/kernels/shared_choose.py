@@ -22,7 +22,7 @@ from moba_hf.kernels.shared_tuning import CHOOSE, ChooseTile
 from moba_hf.op.shared import SharedRule
 
 # Bits that replace every NaN mass. The bisection starts at -1, so its width must fit in int32.
-_NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
+NOT_A_NUMBER = tl.constexpr(0x7FFFFFFE)
 
 
 def choose(
@@ -117,7 +117,7 @@ def _tile_masses(
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
         # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
-        bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), _NOT_A_NUMBER)
+        bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), NOT_A_NUMBER)
         mean = bits.to(tl.float32, bitcast=True)
         tl.store(scratch_ptr + column, mean, mask=column < columns)
         largest = tl.maximum(largest, tl.max(tl.max(tl.where(column < columns, mean, 0.0), 1), 0))
@@ -144,13 +144,85 @@ def _tally(scratch_ptr, columns, bound, sink, local, COUNT: tl.constexpr, BLOCK_
 def _bound(scratch_ptr, columns, limit, sink, local, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The smallest bits with `_tally(bits) < limit`, and that tally."""
     low = -1
-    high = tl.cast(_NOT_A_NUMBER, tl.int32)
+    high = tl.cast(NOT_A_NUMBER, tl.int32)
     while high - low > 1:
         middle = low + (high - low) // 2
         fits = _tally(scratch_ptr, columns, middle, sink, local, COUNT, BLOCK_N) < limit
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle)
     return high, _tally(scratch_ptr, columns, high, sink, local, COUNT, BLOCK_N)
+
+
+@triton.jit
+def write_choice(
+    scratch_ptr,
+    mask_ptr,
+    largest,
+    dense,
+    columns,
+    last_block,
+    words,
+    threshold,
+    share,
+    topk,
+    sink,
+    local,
+    BLOCK_N: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SHARE: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    """Writes the bit mask of the blocks that a tile takes, from its masses; all candidates if `dense`.
+
+    `columns` is the number of candidates. Blocks from there up to `last_block` are the tile's own.
+    """
+    bound = 0
+    share_bits = 0
+    share_before = 0.0
+    count_bits = 0
+    count_before = 0.0
+    room = 0.0
+    if not dense:
+        if THRESHOLD:
+            bound = tl.minimum((largest * threshold).to(tl.int32, bitcast=True), NOT_A_NUMBER)
+        if SHARE:
+            share_bits, share_before = _bound(scratch_ptr, columns, share, sink, local, False, BLOCK_N)
+        if TOPK:
+            # The cap counts blocks that pass the other tests; these are the heaviest ones not kept anyway.
+            forced = sink + local - tl.maximum(0, sink + local - columns)
+            room = (topk - forced).to(tl.float32)
+            count_bits, count_before = _bound(scratch_ptr, columns, room, sink, local, True, BLOCK_N)
+    share_ties = 0
+    count_ties = 0
+    for start in range(0, words * 32, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        candidate = column < columns
+        taken = candidate
+        if not dense:
+            mass = tl.load(scratch_ptr + column, mask=candidate, other=0.0)
+            bits = mass.to(tl.int32, bitcast=True)
+            free = (column >= sink) & (column < columns - local)
+            passes = candidate
+            if THRESHOLD:
+                passes = passes & (bits >= bound)
+            if SHARE:
+                tie = candidate & (bits == share_bits)
+                rank = share_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+                share_ties += tl.sum(tie.to(tl.int32), 0)
+                passes = passes & (
+                    (bits > share_bits) | (tie & ~(share_before + rank.to(tl.float32) * mass >= share))
+                )
+            if TOPK:
+                tie = candidate & free & (bits == count_bits)
+                rank = count_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
+                count_ties += tl.sum(tie.to(tl.int32), 0)
+                passes = passes & ((bits > count_bits) | (tie & (count_before + rank.to(tl.float32) < room)))
+            taken = candidate & (passes | (column < sink) | (column >= columns - local))
+        taken = taken | ((column >= columns) & (column < last_block))
+        bit = tl.arange(0, 32)
+        word = tl.arange(0, BLOCK_N // 32)
+        value = tl.sum(tl.reshape(taken.to(tl.int32), (BLOCK_N // 32, 32)) << bit[None, :], 1)
+        tl.store(mask_ptr + start // 32 + word, value, mask=start // 32 + word < words)
 
 
 @triton.jit(do_not_specialize=["first_tile", "words", "dense_below", "topk", "sink_blocks", "local_blocks"])
@@ -200,12 +272,7 @@ def _choose_kernel(
     local = tl.minimum(local_blocks, columns)
     item = number.to(tl.int64) * num_heads + head
     scratch_ptr += item * blocks
-    bound = 0
-    share_bits = 0
-    share_before = 0.0
-    count_bits = 0
-    count_before = 0.0
-    room = 0.0
+    largest = 0.0
     if not dense:
         first_row = (position - first) // SAMPLE
         last_row = (end - 1 - first) // SAMPLE + 1
@@ -226,44 +293,8 @@ def _choose_kernel(
             STEP,
         )
         tl.debug_barrier()  # below, threads read what others wrote
-        if THRESHOLD:
-            bound = tl.minimum((largest * threshold).to(tl.int32, bitcast=True), _NOT_A_NUMBER)
-        if SHARE:
-            share_bits, share_before = _bound(scratch_ptr, columns, share, sink, local, False, BLOCK_N)
-        if TOPK:
-            # The cap counts blocks that pass the other tests; these are the heaviest ones not kept anyway.
-            forced = sink + local - tl.maximum(0, sink + local - columns)
-            room = (topk - forced).to(tl.float32)
-            count_bits, count_before = _bound(scratch_ptr, columns, room, sink, local, True, BLOCK_N)
     mask_ptr += head.to(tl.int64) * mask_stride_h + (first_tile + number).to(tl.int64) * mask_stride_t
-    share_ties = 0
-    count_ties = 0
-    for start in range(0, words * 32, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        candidate = column < columns
-        taken = candidate
-        if not dense:
-            mass = tl.load(scratch_ptr + column, mask=candidate, other=0.0)
-            bits = mass.to(tl.int32, bitcast=True)
-            free = (column >= sink) & (column < columns - local)
-            passes = candidate
-            if THRESHOLD:
-                passes = passes & (bits >= bound)
-            if SHARE:
-                tie = candidate & (bits == share_bits)
-                rank = share_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
-                share_ties += tl.sum(tie.to(tl.int32), 0)
-                passes = passes & (
-                    (bits > share_bits) | (tie & ~(share_before + rank.to(tl.float32) * mass >= share))
-                )
-            if TOPK:
-                tie = candidate & free & (bits == count_bits)
-                rank = count_ties + tl.cumsum(tie.to(tl.int32), 0) - tie.to(tl.int32)
-                count_ties += tl.sum(tie.to(tl.int32), 0)
-                passes = passes & ((bits > count_bits) | (tie & (count_before + rank.to(tl.float32) < room)))
-            taken = candidate & (passes | (column < sink) | (column >= columns - local))
-        taken = taken | ((column >= columns) & (column < last_block))
-        bit = tl.arange(0, 32)
-        word = tl.arange(0, BLOCK_N // 32)
-        value = tl.sum(tl.reshape(taken.to(tl.int32), (BLOCK_N // 32, 32)) << bit[None, :], 1)
-        tl.store(mask_ptr + start // 32 + word, value, mask=start // 32 + word < words)
+    write_choice(
+        scratch_ptr, mask_ptr, largest, dense, columns, last_block, words,
+        threshold, share, topk, sink, local, BLOCK_N, THRESHOLD, SHARE, TOPK,
+    )  # fmt: skip

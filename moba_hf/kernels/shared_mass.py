@@ -157,7 +157,7 @@ _VOTED_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["f"] * 40))
 
 
 @triton.jit
-def _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
+def part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
     """log2 `(M, N)` of the estimated mass of one part, from its means and variances `(D, N)`."""
     moved = dot(squares, spread) * square_scale
     far = tl.sqrt(moved * (2 * LOG2_SIZE))
@@ -166,7 +166,7 @@ def _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constex
 
 @triton.jit
 def _lean_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr, VOTE: tl.constexpr):
-    """`_term` with the factors of the variance folded together."""
+    """`part_term` with the factors of the variance folded together."""
     moved = dot(squares, spread)
     far = 2 * LOG2_SIZE * square_scale
     near = 0.5 * square_scale
@@ -341,7 +341,7 @@ def _row_masses_kernel(
                             center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
                             at_wide = wide_s + start * HALF
                             spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
-                            term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                            term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
                             term = tl.where((start + w_column)[None, :] < seen[:, None], term, -1e30)
                             new_high = tl.maximum(tl.maximum(high, tl.max(least, 1)), tl.max(term, 1))
                             weight = tl.exp2(term - new_high[:, None])
@@ -353,7 +353,7 @@ def _row_masses_kernel(
                             for part in tl.static_range(PARTS):
                                 center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
                                 spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
-                                term = _term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                                term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
                                 terms = terms + (term,)  # type: ignore[assignment]
                                 top = tl.maximum(top, term)
                             top = tl.where(there_column, top, -1e30)

@@ -8,7 +8,8 @@ One program per (flat block, kv head) computes in fp32:
 - per block, the key with the smallest norm, the first one if several are equal.
 `centers (HK, P + 1, NB, D)`, in the key dtype, holds the means and then the smallest key;
 `spreads (HK, P, NB, D / 2)`, in `spread_dtype`, holds the variances. In this layout a tile of blocks is read
-contiguously. Reference: `moba_hf.op.gates.MassGate`.
+contiguously. A cache keeps the same vectors of each block next to each other, see `gates.KeptMass`.
+Reference: `moba_hf.op.gates.MassGate`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, narrow, padded, rows_contiguous
+from moba_hf.kernels.layout import head_offset, row_offset
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tiling import bisect
 from moba_hf.op.numerics import part_size, spread_dtype
@@ -54,6 +56,98 @@ def shared_summary(k: Tensor, plan: SharedPlan, rotary_pairs: str) -> tuple[Tens
     return centers, spreads
 
 
+def update_kept_mass(
+    kept: Tensor,
+    k: Tensor,
+    kv_start: Tensor | None,
+    length: int | Tensor,
+    behind: int,
+    block_size: int,
+    rotary_pairs: str,
+) -> None:
+    """Writes the summaries of the blocks that the last `behind` tokens completed, as `gates.KeptMass` does.
+
+    Args:
+        kept: `(batch, HK, NB, width)`, contiguous blocks; other blocks stay unchanged.
+        k: `(batch, HK, >= length, D)`.
+        kv_start, length, behind: see `block_mean.update_block_means`.
+    """
+    k = rows_contiguous(k)
+    kv_start = None if kv_start is None else kv_start.to(torch.int64)
+    batch, num_kv_heads, slots, head_dim = k.shape
+    windows = cdiv(min(behind, slots), block_size)
+    if k.numel() == 0 or windows == 0:
+        return
+    size = part_size(block_size)
+    with device_of(k):
+        _update_kept_mass_kernel[(windows, num_kv_heads, batch)](
+            k,
+            kept,
+            kept.view(spread_dtype(kept.dtype)),
+            kv_start,
+            length,
+            behind,
+            kept.shape[2],
+            kept.stride()[:3],
+            k.stride()[:3],
+            ON_DEVICE=isinstance(length, Tensor),
+            PARTS=block_size // size,
+            SIZE=size,
+            HALF=head_dim // 2,
+            PADDED_HALF=padded(head_dim // 2),
+            HALVES=rotary_pairs == "halves",
+            num_warps=1,
+        )
+
+
+@triton.jit
+def _summarize(
+    k_ptr,
+    k_stride_n,
+    center_at,
+    center_step,
+    spread_at,
+    spread_step,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Writes the summary of the block at `k_ptr`; a step leads from one part to the next."""
+    pair = tl.arange(0, PADDED_HALF)
+    inside = pair < HALF
+    low = pair if HALVES else 2 * pair
+    high = pair + HALF if HALVES else 2 * pair + 1
+    row = tl.arange(0, SIZE)
+    spread_ptr = spread_at
+    spread_at += pair
+    least = float("inf")
+    smallest = 0
+    for part in range(PARTS):
+        at = (part * SIZE + row).to(tl.int64)[:, None] * k_stride_n
+        a = tl.load(k_ptr + at + low[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        b = tl.load(k_ptr + at + high[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        norms = tl.sum(a * a + b * b, 1)
+        norm = tl.min(norms, 0)
+        where = tl.min(tl.where(norms == norm, row, SIZE), 0)
+        smallest = tl.where(norm < least, part * SIZE + where, smallest)
+        least = tl.minimum(norm, least)
+        mean_a = tl.sum(a, 0) / SIZE
+        mean_b = tl.sum(b, 0) / SIZE
+        a = a - mean_a[None, :]
+        b = b - mean_b[None, :]
+        spread = tl.sum(a * a + b * b, 0) / (2 * SIZE)
+        tl.store(center_at + low, narrow(mean_a, center_at), mask=inside)
+        tl.store(center_at + high, narrow(mean_b, center_at), mask=inside)
+        tl.store(spread_at, narrow(spread, spread_ptr), mask=inside)
+        center_at += center_step
+        spread_at += spread_step
+    k_ptr += tl.cast(smallest, tl.int64) * k_stride_n
+    tl.store(center_at + low, tl.load(k_ptr + low, mask=inside, other=0.0), mask=inside)
+    tl.store(center_at + high, tl.load(k_ptr + high, mask=inside, other=0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "blocks"])
 def _shared_summary_kernel(
     k_ptr,
@@ -80,34 +174,48 @@ def _shared_summary_kernel(
         first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
         k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head * k_stride_h
         k_ptr += first * k_stride_n
-        pair = tl.arange(0, PADDED_HALF)
-        inside = pair < HALF
-        low = pair if HALVES else 2 * pair
-        high = pair + HALF if HALVES else 2 * pair + 1
-        row = tl.arange(0, SIZE)
+        step = tl.cast(blocks, tl.int64)
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * (2 * HALF)
-        spread_at = spread_ptr + (head * PARTS * blocks + number) * HALF + pair
-        least = float("inf")
-        smallest = 0
-        for part in range(PARTS):
-            at = (part * SIZE + row).to(tl.int64)[:, None] * k_stride_n
-            a = tl.load(k_ptr + at + low[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            b = tl.load(k_ptr + at + high[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            norms = tl.sum(a * a + b * b, 1)
-            norm = tl.min(norms, 0)
-            where = tl.min(tl.where(norms == norm, row, SIZE), 0)
-            smallest = tl.where(norm < least, part * SIZE + where, smallest)
-            least = tl.minimum(norm, least)
-            mean_a = tl.sum(a, 0) / SIZE
-            mean_b = tl.sum(b, 0) / SIZE
-            a = a - mean_a[None, :]
-            b = b - mean_b[None, :]
-            spread = tl.sum(a * a + b * b, 0) / (2 * SIZE)
-            step = tl.cast(part, tl.int64) * blocks
-            tl.store(center_at + step * (2 * HALF) + low, narrow(mean_a, center_ptr), mask=inside)
-            tl.store(center_at + step * (2 * HALF) + high, narrow(mean_b, center_ptr), mask=inside)
-            tl.store(spread_at + step * HALF, narrow(spread, spread_ptr), mask=inside)
-        center_at += tl.cast(blocks, tl.int64) * (PARTS * 2 * HALF)
-        k_ptr += tl.cast(smallest, tl.int64) * k_stride_n
-        tl.store(center_at + low, tl.load(k_ptr + low, mask=inside, other=0.0), mask=inside)
-        tl.store(center_at + high, tl.load(k_ptr + high, mask=inside, other=0.0), mask=inside)
+        spread_at = spread_ptr + (head * PARTS * blocks + number) * HALF
+        _summarize(
+            k_ptr, k_stride_n, center_at, step * (2 * HALF), spread_at, step * HALF,
+            PARTS, SIZE, HALF, PADDED_HALF, HALVES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "behind", "kept_rows"])
+def _update_kept_mass_kernel(
+    k_ptr,
+    center_ptr,
+    spread_ptr,
+    start_ptr,
+    length,
+    behind,
+    kept_rows,
+    kept_strides,
+    k_strides,
+    ON_DEVICE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Handles one (window of new tokens, kv head, batch row): the block that ends in the window, if any."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    start = batch * 0
+    if start_ptr is not None:
+        start = tl.load(start_ptr + batch).to(tl.int64)
+    if ON_DEVICE:
+        length = tl.load(length)
+    tokens = length.to(tl.int64) - start
+    block = tl.maximum(tokens - behind, 0) // (PARTS * SIZE) + tl.program_id(0)
+    if ((block + 1) * (PARTS * SIZE) <= tokens) & (block < kept_rows):
+        k_ptr += head_offset(batch, head, k_strides) + (start + block * (PARTS * SIZE)) * k_strides[2]
+        at = row_offset(batch, head, block, kept_strides)
+        spread_at = spread_ptr + at + (PARTS + 1) * (2 * HALF)
+        _summarize(
+            k_ptr, k_strides[2], center_ptr + at, 2 * HALF, spread_at, HALF,
+            PARTS, SIZE, HALF, PADDED_HALF, HALVES,
+        )  # fmt: skip

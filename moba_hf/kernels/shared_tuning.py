@@ -125,3 +125,31 @@ def backward_tiles(
         return Tile(16, 16, 4, 1)
 
     return SharedBackwardTiles(first(_DQ, 1 << 30, True), first(_HELD, block_size, False))
+
+
+# Decode steps: programs per multiprocessor to aim for, most splits of the blocks, and, where the masses of a
+# step are averaged, columns per program and rows at a time.
+STEP_PROGRAMS = 4
+MOST_STEP_SPLITS = 64
+STEP_COLUMNS = 256
+STEP_ROWS = 4
+
+# Not measured yet: those of a prefill with fewer rows.
+_STEP_MASS = (MassTile(64, 16, 4, 3), MassTile(64, 16, 4, 2), MassTile(64, 16, 4, 1))
+_STEP_ATTEND = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+
+
+def step_mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
+    """The tile of the masses of a decode step; arguments as for `mass_tile`."""
+    for tile in _STEP_MASS:
+        if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
+            return tile
+    return _STEP_MASS[-1]
+
+
+def step_attend_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
+    """The tile of `shared_steps_attend`: `m` heads at most, `n` keys."""
+    for tile in _STEP_ATTEND:
+        if fits(tile.shared_memory(dims, itemsize), device_capability):
+            return tile
+    return _STEP_ATTEND[-1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.backend_table import BACKENDS, check_backend
+from moba_hf.op.gates import Kept
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.registry import Registry
 from moba_hf.op.sequences import Attended, Sequences
@@ -27,12 +28,10 @@ class CacheKernels(Protocol):
     """A backend's kernels for caches and for full attention of a few queries; none waits for the device.
 
     Attributes:
-        min_block_size: smallest block size that `update_means` supports.
         max_append_rows: most rows (batch * heads * new tokens) that `append` supports.
         max_dense_queries: most queries per row that `dense_decode` supports.
     """
 
-    min_block_size: int
     max_append_rows: int
     max_dense_queries: int
 
@@ -56,6 +55,22 @@ class CacheKernels(Protocol):
             means: `(batch, HK, blocks + 1, D)`.
             keys: `(batch, HK, >= length, D)`.
         """
+
+    def update_mass(
+        self,
+        kept: Tensor,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        length: int | Tensor,
+        behind: int,
+        block_size: int,
+        rotary_pairs: str,
+    ) -> None:
+        """Like `update_means`, for the summaries `gates.KeptMass(rotary_pairs)`."""
+
+    def summarizes(self, kept: Kept, head_dim: int, block_size: int) -> bool:
+        """Whether there is a kernel for the summaries `kept`."""
+        ...
 
     def takes(self, device: torch.device) -> bool:
         """Whether these kernels can run on `device`."""

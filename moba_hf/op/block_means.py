@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.backends import load_backend
-from moba_hf.op.gates import Kept, KeptMeans
+from moba_hf.op.gates import Kept, KeptMass, KeptMeans
 from moba_hf.op.operators import update_means_op
 
 # Number of key elements that one step of an update may gather.
@@ -125,10 +125,12 @@ class BlockMeans:
             kv_start = None  # no padding on the left, so the blocks of all rows are in the same slots
         if self.behind:
             kernels = load_backend(backend).cache
-            if kernels is not None and kept == MEANS and block_size >= kernels.min_block_size:
+            if kernels is not None and kernels.summarizes(kept, keys.shape[3], block_size):
                 on_device = length if isinstance(length, Tensor) else None
                 slots = 0 if isinstance(length, Tensor) else length
-                update_means_op(means, keys, kv_start, on_device, slots, self.behind, block_size, backend)
+                pairs = kept.rotary_pairs if isinstance(kept, KeptMass) else None
+                given = (kv_start, on_device, slots, self.behind, block_size, backend, pairs)
+                update_means_op(means, keys, *given)
             elif isinstance(length, int) and (kv_start is None or _on_host(keys)):
                 self._update_slices(keys, length, kv_start)
             else:

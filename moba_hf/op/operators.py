@@ -187,10 +187,17 @@ def update_means_op(
     behind: int,
     block_size: int,
     backend: str,
+    rotary_pairs: str | None = None,
 ) -> None:
-    """`CacheKernels.update_means` as one operator; `slots` is used if `length` is None."""
-    written = slots if length is None else length
-    _cache_kernels(backend).update_means(means, keys, kv_start, written, behind, block_size)
+    """`CacheKernels.update_means` as one operator; `slots` is used if `length` is None.
+
+    With `rotary_pairs` it is `CacheKernels.update_mass`.
+    """
+    kernels, written = _cache_kernels(backend), slots if length is None else length
+    if rotary_pairs is None:
+        kernels.update_means(means, keys, kv_start, written, behind, block_size)
+    else:
+        kernels.update_mass(means, keys, kv_start, written, behind, block_size, rotary_pairs)
 
 
 @update_means_op.register_fake

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moba_hf import kernels
 from moba_hf.config import LayerConfig
-from moba_hf.kernels import shared
+from moba_hf.kernels import shared, shared_steps
+from moba_hf.kernels.shared_summary import update_kept_mass
+from moba_hf.op import shared_decode
+from moba_hf.op.gates import Kept, KeptMass, KeptMeans
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule
 
@@ -17,7 +18,6 @@ from moba_hf.op.shared import SharedRule
 class TritonCacheKernels:
     """The Triton kernels for caches."""
 
-    min_block_size = kernels.MIN_BLOCK_SIZE
     max_append_rows = kernels.MAX_APPENDED_ROWS
     max_dense_queries = kernels.MAX_DECODE_QUERIES
 
@@ -37,6 +37,23 @@ class TritonCacheKernels:
     ) -> None:
         kernels.update_block_means(means, keys, kv_start, length, behind, block_size)
 
+    def update_mass(
+        self,
+        kept: Tensor,
+        keys: Tensor,
+        kv_start: Tensor | None,
+        length: int | Tensor,
+        behind: int,
+        block_size: int,
+        rotary_pairs: str,
+    ) -> None:
+        update_kept_mass(kept, keys, kv_start, length, behind, block_size, rotary_pairs)
+
+    def summarizes(self, kept: Kept, head_dim: int, block_size: int) -> bool:
+        if isinstance(kept, KeptMass):
+            return shared.unsupported_blocks(block_size, head_dim) is None
+        return isinstance(kept, KeptMeans) and block_size >= kernels.MIN_BLOCK_SIZE
+
     def takes(self, device: torch.device) -> bool:
         return kernels.unsupported_device(device) is None
 
@@ -53,7 +70,7 @@ class TritonShared:
     """The Triton kernels for the shared choice."""
 
     differentiable = False
-    decodes = False
+    decodes = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: SharedRule) -> str | None:
         reason = kernels.unsupported(q, k, v, rule.block_size)
@@ -89,8 +106,20 @@ class TritonShared:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return shared.attend_backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
 
-    def decode(self, *_: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("there is no kernel for decode steps of a shared choice")
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor,
+        sequences: Sequences,
+        rule: SharedRule,
+        softmax_scale: float,
+        heard: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if q.shape[2] > kernels.MAX_DECODE_QUERIES:
+            return shared_decode.decode(q, k, v, kept, sequences.table, rule, softmax_scale, heard)
+        return shared_steps.decode(q, k, v, kept, sequences.table, rule, softmax_scale, heard)
 
 
 class TritonBackend:

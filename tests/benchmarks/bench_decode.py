@@ -114,6 +114,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy model at 300 tokens")
     parser.add_argument("--length", type=int, default=131072, help="cached tokens of the layer benchmark")
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 524288])
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.05, 0.03],
+        help="GPU: share of the cached tokens that a shared choice attends, for each of --lengths",
+    )  # fmt: skip
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -134,7 +138,9 @@ def main() -> None:
     parser.add_argument(
         "--text", nargs="+", help="with --model: text files, or FILE.npz:NAME of shared_texts.py"
     )
-    parser.add_argument("--preset", default="default", help="with --model: a preset with tile > 1")
+    parser.add_argument(
+        "--preset", default="default", help="with --model or on a GPU: a preset with tile > 1"
+    )
     parser.add_argument("--threshold", type=float, nargs="+", help="with --model: thresholds of the steps")
     parser.add_argument("--tokens", type=int, default=8192, help="with --model: tokens of each text")
     parser.add_argument(
@@ -152,7 +158,7 @@ def main() -> None:
         bench_layer(args)
         return
     if args.tiny:
-        args.lengths, args.block_size, args.topk = [150, 300], 16, 4
+        args.lengths, args.block_size, args.topk, args.shares = [150, 300], 16, 4, [0.5, 0.5]
     elif not torch.cuda.is_available():
         raise SystemExit("no GPU here; --tiny runs the same code at toy size")
     from decode_gpu import bench

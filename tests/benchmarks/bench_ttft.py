@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
         "--runs",
         type=int,
         default=None,
-        help="runs of MoBA, the best one counts: 2; with --shared, of all: 7",
+        help="runs of MoBA, the best one counts: 2; with --shared, of each: 7 to 2",
     )
     parser.add_argument(
         "--repeat-limit", type=int, default=131_072, help="longest prompt with this many runs"

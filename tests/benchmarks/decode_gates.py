@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from moba_hf import MobaCache, kernels
 from moba_hf.config import LayerConfig
 from moba_hf.hf.attention import moba_attention_forward
+from moba_hf.hf.rows import Rows
 from moba_hf.kernels.sparse_decode import decode_attention
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.sequences import Sequences, batched_table
@@ -63,9 +64,9 @@ def gate_model(model: Any, cache: MobaCache, config: LlamaConfig, args: argparse
     length = int(first.cumulative_length)
     dtype, device = first.keys.dtype, first.keys.device
     q = torch.randn(1, config.num_attention_heads, 1, first.keys.shape[3], device=device, dtype=dtype)
-    written = (torch.arange(first.max_cache_len, device=device) < length).to(torch.int8)
+    rows = Rows(1, 1, first.max_cache_len, torch.tensor(length - 1, device=device), device)
     key = first.keys.view(first.keys.shape)
     key.moba_layer = first
-    got = moba_attention_forward(module, q, key, first.values, written[None, None, None])[0]
+    got = moba_attention_forward(module, q, key, first.values, rows)[0]
     keys, values = first.keys[:, :, :length], first.values[:, :, :length]
     check("model", got[0], reference_row(q, keys, values, args))

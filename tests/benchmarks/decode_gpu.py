@@ -14,6 +14,7 @@ import torch
 from decode_gates import gate, gate_model
 from decode_model import bench_model, fused_elementwise, profile
 from decode_setup import Clock, Row, filled_cache, model_config, take_means
+from decode_shared import SharedStages, gate_shared, take_summaries
 from decode_stages import bench_stages
 from transformers import LlamaForCausalLM
 
@@ -46,17 +47,24 @@ def bench(args: argparse.Namespace) -> None:
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="moba").eval()
     gate(cache, config, args)
     gate_model(model, cache, config, args)
+    gate_shared(config, args, device)
     print("gate: green (choices equal prefill's; rows equal the reference and dense attention)", flush=True)
     stages, best = [], {}
     for length in args.lengths:
         rows, best[length] = bench_stages(cache, config, length, args, clock)
         stages += rows
         write(args.out, "decode_stages", stages)
+    shared = {}
+    for length, share in zip(args.lengths, args.shares, strict=True):
+        shared[length] = SharedStages(cache, config, length, share, args)
+        take_summaries(cache, shared[length].rule, length)
+        stages += shared[length].measure(clock)
+        write(args.out, "decode_stages", stages)
     results = []
     with fused_elementwise(not args.whole and device == "cuda"):
         for length in args.lengths:
             take_means(cache, config, length)
-            results += bench_model(model, cache, config, length, best[length], args, clock)
+            results += bench_model(model, cache, config, shared[length], best[length], args, clock)
             write(args.out, "decode_model", results)
         if args.profile and device == "cuda":
             profile(model, cache)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from decode_gates import check
 from decode_setup import Clock, Row, set_length
+from decode_shared import SharedStages, replaced_choice, settings_of, take_summaries
 from decode_stages import dense_sdpa
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
@@ -50,12 +51,13 @@ def bench_model(
     model: Any,
     cache: MobaCache,
     config: LlamaConfig,
-    length: int,
+    shared: SharedStages,
     best_sdpa: str,
     args: argparse.Namespace,
     clock: Clock,
 ) -> list[Row]:
-    """Tokens per second of the whole model: sparse, dense with our kernel, dense with the best sdpa."""
+    """Tokens per second of the whole model: sparse, dense by our kernel and the best of sdpa, shared."""
+    length = shared.length
     device = cache.layers[0].keys.device
     weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed" not in n)
     token = torch.ones(1, 1, dtype=torch.int64, device=device)
@@ -66,14 +68,14 @@ def bench_model(
     def step() -> Tensor:
         return run(token, **cache_kwargs(model, cache), use_cache=True).logits
 
-    def measure(name: str, sparse: bool) -> None:
+    def measure(name: str, sparse: bool, moved: int | None = None) -> None:
         set_length(cache, length)
         logits[name] = step().float()
         if not sparse and len(logits) > 2:
             check(name, logits[name], logits["dense, split keys"], 2**-4)
         set_length(cache, length)
         ms = clock.us(step) / 1e3
-        moved = weights + bytes_per_token(config, args, sparse, length)
+        moved = weights + (bytes_per_token(config, args, sparse, length) if moved is None else moved)
         rows.append(
             {
                 "length": length,
@@ -101,6 +103,17 @@ def bench_model(
         model.set_attn_implementation("moba")
     model.config.moba["decode"] = "sparse"
     best = min(row["ms"] for row in rows if row["attention"] != "sparse")
+    per_query, model.config.moba = model.config.moba, settings_of(args).to_dict()
+    take_summaries(cache, shared.rule, length)
+    for hears, heard in (("alone", None), (f"hears {shared.rule.tile - 1}", shared.heard)):
+        with replaced_choice(shared.choice, heard):
+            name = f"shared {100 * shared.share:g} %, {hears}"
+            measure(name, True, shared.moved * config.num_hidden_layers)
+    if args.profile and device.type == "cuda":
+        with replaced_choice(shared.choice, shared.heard):
+            set_length(cache, length)
+            profile(model, cache)
+    model.config.moba = per_query
     for row in rows:
         row["x best dense"] = round(best / row["ms"], 2)
     return rows

@@ -1,7 +1,7 @@
 """Time to first token under the shared choice, beside dense attention, in one process.
 
     python tests/benchmarks/bench_ttft.py --shared
-    python tests/benchmarks/bench_ttft.py --shared --candidates default 128/32/4 128/32/4/2048
+    python tests/benchmarks/bench_ttft.py --shared --candidates default 128/32/4 128/32/4/2048 128/32/4/4096
     python tests/benchmarks/bench_ttft.py --shared 8192=.3 --lengths 8192
 
 All stages of the choice run; it is then replaced by a random causal one with a stated share of the pairs,
@@ -44,8 +44,8 @@ DEFAULT_SHARES = {
     131_072: 0.05,
 }
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 131_072)
-# Longer prompts are run twice and not warmed up as a whole.
-LONG = 32_768
+# Longer prompts are run three times; beyond `LONG` twice, and not warmed up as a whole.
+SHORT, LONG = 8192, 32_768
 
 
 def parse_shares(given: list[str]) -> dict[int, float]:
@@ -109,13 +109,31 @@ class Runs:
     def __init__(self, args: Any):
         self.settings = {name: candidate(name) for name in args.candidates}
         self.shares = parse_shares(args.shared)
-        self.runs, self.none = args.runs or 7, args.none
+        self.runs, self.none = args.runs, args.none
         lengths = args.lengths or ([200, 400] if args.tiny else LENGTHS)
         edges = {x.dense_below + 64 for x in self.settings.values() if x.dense_below}
         self.lengths = sorted({*lengths, *(() if args.tiny else edges)})
         self.lists = RandomLists(lambda length, _: share_at(length, self.shares))
         self.model = build(args.tiny)
         reserve()
+
+    def candidates(self, length: int) -> dict[str, MobaConfig]:
+        """The candidates to time at a length.
+
+        On prompts of many times its `dense_below`, a candidate is as fast as the same one without.
+        """
+        plain = [x for x in self.settings.values() if not x.dense_below]
+        return {
+            name: settings
+            for name, settings in self.settings.items()
+            if length <= 8 * settings.dense_below
+            or settings in plain
+            or replace(settings, dense_below=0) not in plain
+        }
+
+    def repeats(self, length: int) -> int:
+        """Number of timed runs at a length."""
+        return self.runs or (7 if length <= SHORT else 3 if length <= LONG else 2)
 
     def once(self, ids: torch.Tensor, name: str, cache: bool) -> Any:
         """One timed forward; `name` is "sdpa", "none" or a candidate."""
@@ -130,7 +148,8 @@ class Runs:
         torch.manual_seed(length)
         ids = torch.randint(config.vocab_size, (1, length), device=device)
         line: dict[str, Any] = {"tokens": length, "cache": cache_fits(self.model, length)}
-        for name, settings in self.settings.items():
+        candidates = self.candidates(length)
+        for name, settings in candidates.items():
             rule = rule_of(settings)
             if length > rule.dense_len:
                 mask = self.lists.draw(length, length, config.num_attention_heads, rule, device)
@@ -138,12 +157,12 @@ class Runs:
             config.moba = settings.to_dict()
             attention_alone(self.model, length, "moba")
         attention_alone(self.model, length, "sdpa")
-        names = ["sdpa", *self.settings, *(["none"] if self.none else [])]
+        names = ["sdpa", *candidates, *(["none"] if self.none else [])]
         if length <= LONG:
             for name in names:
                 self.once(ids, name, line["cache"])
         tries: dict[str, list[Any]] = {name: [] for name in names}
-        for number in range(self.runs if length <= LONG else 2):
+        for number in range(self.repeats(length)):
             for name in names if number % 2 == 0 else reversed(names):
                 tries[name].append(self.once(ids, name, line["cache"]))
         for name, found in tries.items():
@@ -193,7 +212,7 @@ def cells(line: dict[str, Any], settings: dict[str, MobaConfig]) -> list[str]:
         return f"{line[name]:.4f} ({line[f'{name}_median']:.4f})"
 
     found = []
-    for name in settings:
+    for name in (x for x in settings if x in line):
         share = line.get(f"{name}_share")
         row = [
             f"{line['tokens']:,}",

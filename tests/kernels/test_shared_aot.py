@@ -8,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moba_hf.kernels import shared
+from moba_hf.kernels import shared, shared_steps
+from moba_hf.kernels.shared_summary import update_kept_mass
+from moba_hf.op.gates import KeptMass
 from moba_hf.op.sequences import Attended, Sequences, batched_table
 from moba_hf.op.shared import SharedRule
 
@@ -42,6 +44,40 @@ def _call(
     return call
 
 
+def _steps(rule: SharedRule, head_dim: int, v_dim: int) -> Callable[[], object]:
+    """A call that updates the summaries of a cache, chooses and attends for one decode step."""
+    length, heads = 1 << 17, 8
+
+    def call() -> None:
+        q = torch.empty(1, heads, 1, head_dim, dtype=torch.bfloat16)
+        before = q.expand(-1, -1, rule.tile - 1, -1)
+        k, v = (torch.empty(1, 2, length, x, dtype=torch.bfloat16) for x in (head_dim, v_dim))
+        blocks, width = length // rule.block_size, KeptMass().width(head_dim, rule.block_size)
+        kept = torch.empty(1, 2, blocks, width, dtype=torch.bfloat16)
+        update_kept_mass(kept, k, None, torch.tensor(length), 1, rule.block_size, rule.rotary_pairs)
+        table = batched_table(1, 1, length, q.device)
+        for heard in (before, None):
+            shared_steps.decode(q, k, v, kept, table, rule, head_dim**-0.5, heard)
+
+    return call
+
+
+def _check_steps(name: str, capability: int) -> None:
+    seen = set()
+    for launch in kernel_aot.recorded_for(_steps(*_VARIANTS[name]), capability):
+        seen.add(launch[0].__name__)
+        report = kernel_aot.compile_launch(launch, capability)
+        assert report.shared <= _SHARED[capability], report
+        assert report.columns <= 512, report
+        assert report.spills <= 64, report
+    assert {
+        "_update_kept_mass_kernel",
+        "_step_masses_kernel",
+        "_step_means_kernel",
+        "_attend_steps_kernel",
+    } <= seen
+
+
 def _check(name: str, capability: int) -> None:
     seen = set()
     for launch in kernel_aot.recorded_for(_call(*_VARIANTS[name]), capability):
@@ -59,6 +95,11 @@ def _check(name: str, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_one_variant(capability: int) -> None:
     _check("64/32 d64", capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_steps(capability: int) -> None:
+    _check_steps("64/32 d64", capability)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -80,3 +121,10 @@ def test_gluon(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", list(_VARIANTS))
 def test_variants(name: str, capability: int) -> None:
     _check(name, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("name", list(_VARIANTS))
+def test_steps_of_variants(name: str, capability: int) -> None:
+    _check_steps(name, capability)

@@ -63,7 +63,7 @@ def test_ties_go_to_the_lower_block(limit: dict[str, float], taken: list[int]) -
 
 @pytest.mark.parametrize("heard", [None, 0, 9, 40])
 def test_a_decode_step_hears_earlier_rows(heard: int | None) -> None:
-    """No kernel computes steps: those of a prefill choose for the open tile, whose last row is the step."""
+    """Without cached summaries, kernels of a prefill choose for the open tile, whose last row is the step."""
     torch.manual_seed(0)
     rule, start = SharedRule(16, 32, threshold=0.5, sample=4), torch.tensor([0, 13, 83])
     q = torch.randn(3, 4, 1, 32)

@@ -1,0 +1,196 @@
+"""Attention of decode steps to their chosen blocks, with blocks split over the device (split-KV).
+
+Legend: B block size, G query heads of a kv head, M steps per batch row, NB blocks, D and DV head dims, S
+splits.
+
+The heads of a kv head choose different blocks, but the bytes that it reads bound a decode step. So a list has
+the blocks that any of the heads chose. A program reads each of them once, and its rows, one per head, mask
+the blocks that their head did not choose. Only the device knows the length of the list; every split takes an
+equal share of it. `sparse_decode.merge_parts` merges the S partial results of a row in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moba_hf.kernels import shared_tuning, tuning
+from moba_hf.kernels.launch import cdiv, device_of, dot, next_power_of_2, num_processors, padded
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    load_rows,
+    row_offset,
+)
+from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
+from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.sparse_decode import merge_parts
+
+# Initial running maximum: finite, so that a step of keys that a row does not attend changes nothing.
+_FLOOR = tl.constexpr(-1e38)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    table: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`out (batch, M, H, DV)` in q's dtype and `lse (batch, H, M)`, fp32, natural logarithm.
+
+    Args:
+        q: `(batch, H, M, D)`, last dimension contiguous, as k and v.
+        k, v: `(batch, HK, kv_len, D or DV)`.
+        block_mask: int32 `(batch * M, H, words)`, a bit per block, contiguous.
+        table: int32 `(batch, 5)`, one sequence per batch row, in order.
+        softmax_scale: factor of the scores, positive.
+        splits: S; None: enough to fill the device.
+    """
+    batch, num_heads, length, head_dim = q.shape
+    num_kv_heads, v_dim, items = k.shape[1], v.shape[3], batch * length
+    group = num_heads // num_kv_heads
+    dims = (padded(head_dim), padded(v_dim))
+    tile = shared_tuning.step_attend_tile(dims, q.element_size(), tuning.capability(q.device))
+    block_m = min(tile.m, max(16, next_power_of_2(group)))
+    row_parts = cdiv(group, block_m)
+    if splits is None:
+        wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS
+        most = min(shared_tuning.MOST_STEP_SPLITS, cdiv(k.shape[2], block_size))
+        splits = max(1, min(wanted // max(1, items * num_kv_heads * row_parts), most))
+    shape = (batch, length, num_heads, splits)
+    partial = torch.empty(*shape, v_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    words = block_mask.shape[2]
+    blocks = torch.empty(items, num_kv_heads, words * 32, dtype=torch.int32, device=q.device)
+    counts = torch.empty(items, num_kv_heads, dtype=torch.int32, device=q.device)
+    if q.numel() > 0:
+        table = table.contiguous()
+        with device_of(q):
+            _union_lists_kernel[(items, num_kv_heads)](
+                block_mask, blocks, counts, words, group,
+                BLOCK=min(1024, max(64, next_power_of_2(words * 32))), num_warps=4,
+            )  # fmt: skip
+            _attend_steps_kernel[(splits, num_kv_heads * row_parts, items)](
+                q, k, v, partial, partial_lse, blocks, counts, block_mask, table,
+                q.stride()[:3], k.stride()[:3], v.stride()[:3], length, words, group,
+                softmax_scale * LOG2_E.value,
+                ROW_PARTS=row_parts, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, PADDED_DIM=dims[0],
+                V_DIM=v_dim, PADDED_V=dims[1], BLOCK_M=block_m, BLOCK_N=tile.n, STAGES=tile.stages,
+                num_warps=tile.warps,
+            )  # fmt: skip
+    return merge_parts(partial, partial_lse, q.dtype)
+
+
+@triton.jit(do_not_specialize=["words"])
+def _union_lists_kernel(mask_ptr, list_ptr, count_ptr, words, group_size, BLOCK: tl.constexpr):
+    """Lists, for one (step, kv head), the blocks that any head of the group chose, ascending."""
+    item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    mask_ptr += item * group_size * words
+    list_ptr += item * words * 32
+    count = 0
+    for start in range(0, words * 32, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        inside = place < words * 32
+        word = tl.zeros([BLOCK], tl.int32)
+        for head in range(group_size):
+            word = word | tl.load(mask_ptr + head * words + place // 32, mask=inside, other=0)
+        bit = (word >> (place % 32)) & 1
+        tl.store(list_ptr + count + tl.cumsum(bit, 0) - bit, place, mask=bit != 0)
+        count += tl.sum(bit, 0)
+    tl.store(count_ptr + item, count)
+
+
+@triton.jit(do_not_specialize=["length", "words"])
+def _attend_steps_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    list_ptr,
+    count_ptr,
+    mask_ptr,
+    table_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    length,
+    words,
+    group_size,
+    scale,
+    ROW_PARTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Handles one (split, kv head and some of its heads, step)."""
+    number = tl.program_id(2)
+    num_kv_heads = tl.num_programs(1) // ROW_PARTS
+    kv_head = tl.program_id(1) // ROW_PARTS
+    batch = (number // length).to(tl.int64)
+    query = number % length
+    seq = table_ptr + number // length * SEQ_COLUMNS
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
+    k_begin = tl.load(seq + SEQ_K_BEGIN)
+    position = query + tl.load(seq + SEQ_K_END) - k_begin - q_end
+    in_group = tl.program_id(1) % ROW_PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = kv_head * group_size + tl.minimum(in_group, group_size - 1)
+    mask = in_group < group_size
+    item = number.to(tl.int64) * num_kv_heads + kv_head
+    count = tl.where((query >= q_begin) & (query < q_end), tl.load(count_ptr + item), 0)
+    share = tl.cdiv(count, tl.num_programs(0))
+    if BLOCK_SIZE < BLOCK_N:  # whole steps
+        share = tl.cdiv(share, BLOCK_N // BLOCK_SIZE) * (BLOCK_N // BLOCK_SIZE)
+    begin = tl.minimum(tl.program_id(0) * share, count)
+    count = tl.minimum(count - begin, share)
+    list_ptr += item * words * 32 + begin
+    chosen_ptr = mask_ptr + (number.to(tl.int64) * num_kv_heads * group_size + head) * words
+    q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
+    k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
+    v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
+    high = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+    if BLOCK_SIZE >= BLOCK_N:
+        steps = count * (BLOCK_SIZE // BLOCK_N)
+    else:
+        steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+    ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
+        block = key // BLOCK_SIZE
+        ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
+        known = known & (key <= position)
+        keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], known, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], known, V_DIM, PADDED_V, False)
+        word = tl.load(chosen_ptr[:, None] + (block // 32)[None, :], mask=known[None, :], other=0)
+        attended = known[None, :] & (((word >> (block % 32)[None, :]) & 1) != 0)
+        scores = tl.where(attended, dot(q, tl.trans(keys)), float("-inf"))
+        total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+    found = mass > 0.0
+    at = (number.to(tl.int64) * num_kv_heads * group_size + head) * tl.num_programs(0) + tl.program_id(0)
+    lse = tl.where(found, high + tl.log2(tl.where(found, mass, 1.0)), float("-inf"))
+    tl.store(partial_lse_ptr + at, lse, mask=mask)
+    column = tl.arange(0, PADDED_V)
+    tl.store(
+        partial_ptr + at[:, None] * V_DIM + column[None, :],
+        total / tl.where(found, mass, 1.0)[:, None],
+        mask=(found & mask)[:, None] & (column < V_DIM)[None, :],
+    )
