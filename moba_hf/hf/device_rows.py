@@ -100,7 +100,7 @@ def _real(rows: Rows) -> Tensor:
 
 def _bounds(real: Tensor) -> tuple[Tensor, Tensor]:
     """First slot and end of each row of `real`, int64 `(batch,)`; a hole fails an assertion on the device."""
-    start, count = real.view(torch.uint8).argmax(dim=1), real.sum(dim=1)
+    start, count = real.to(torch.uint8).argmax(dim=1), real.sum(dim=1)
     begins = (real[:, 1:] > real[:, :-1]).sum(dim=1) + real[:, 0]
     assert_later((begins <= 1).all(), f"the attention mask {HOLE}")
     return start, start + count
