@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.kernels.shared_steps_attend import union_lists
+from moba_hf.op.shared import pack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -32,6 +34,9 @@ CASES = {
         (24, 40),
         260,
         heard=63,
+    ),
+    "a tile of 128": partial(
+        Steps, SharedRule(16, 128, threshold=0.1, sample=2), (2, 1), (16, 16), 420, heard=127
     ),
     "share and cap": partial(Steps, SharedRule(16, 32, share=0.8, topk=9, sample=2), heard=31, length=290),
     "dense below": partial(
@@ -66,6 +71,21 @@ def test_earlier_rows_change_the_choice() -> None:
 @pytest.mark.parametrize("name", ["several rows", "odd group, narrow pairs"])
 def test_splits_and_budgets_change_nothing(name: str) -> None:
     assert_splits_and_budgets_change_nothing(CASES[name]())
+
+
+@pytest.mark.parametrize("words", [1, 31, 32, 33, 300])
+def test_lists_hold_the_blocks_of_any_head(words: int) -> None:
+    torch.manual_seed(0)
+    bits = torch.rand(2, 6, words * 32) < torch.rand(2, 6, 1) * 0.4
+    bits[0, 3:] = False
+    bits[1, :3, -1] = True
+    blocks = torch.full((2, 2, words * 32), -1, dtype=torch.int32)
+    counts = torch.full((2, 2), -1, dtype=torch.int32)
+    union_lists(pack_blocks(bits, words), blocks, counts)
+    union = bits.unflatten(1, (2, 3)).any(2)
+    assert torch.equal(counts, union.sum(2, dtype=torch.int32))
+    for got, count, chosen in zip(blocks.flatten(0, 1), counts.flatten(), union.flatten(0, 1), strict=True):
+        assert torch.equal(got[:count], chosen.nonzero().flatten().int())
 
 
 def test_sections_of_several_steps() -> None:
