@@ -257,18 +257,23 @@ def test_few_queries_are_kept() -> None:
 
 
 def test_a_static_layer_keeps_its_queries_in_one_place() -> None:
-    recent, like = FixedQueries(), torch.randn(1, 2, 1000, 4)
-    recent.record(like, 0, tile=16)
+    recent, like, slot = FixedQueries(), torch.randn(1, 2, 1000, 4), torch.tensor(0)
+    assert recent.follow(like[:, :, :900], slot, tile=16) is None
     place = recent.queries.data_ptr()
-    for i in range(200):
-        recent.record(like[:, :, i : i + 1], 0, tile=16)
-        if i % 50 == 7:
+    slot += 900
+    while slot < 1000:
+        at = int(slot)
+        for _ in range(2):  # a call may be repeated
+            before = recent.follow(like[:, :, at : at + 3], slot, tile=16)
+            assert torch.equal(before, like[:, :, at - 15 : at])
+        slot += 3
+        if at % 7 == 0:
             recent.cropped(2)
-    assert torch.equal(recent.before(0, like, 16), like[:, :, 185:200])
+            slot -= 2
     recent.reset()
-    assert not recent.before(0, like, 16).any()
+    assert not recent.follow(like, slot * 0, tile=16).any()
     assert recent.queries.data_ptr() == place
-    assert recent.before(0, like.double(), 16) is None
+    assert recent.follow(like.double(), slot, tile=16) is None
 
 
 def test_a_saved_cache_goes_on_like_the_one_that_was_saved(model: Any, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def _attend(
     if layer is not None and layer.assisted:
         _warn_of_assistance(plan, q_len, kv_len)
     recent = _recent(layer, plan)
-    known = None if recent is None else recent.before(kv_len - q_len, query, plan.hears)
+    known = None if recent is None else recent.follow(query, layer.first_slot(q_len), plan.hears)
     outs = []
     for begin, end, kind in kinds:
         rows, keys, where = (query, key, value), key, layout
@@ -185,8 +185,6 @@ def _attend(
             heard = last_rows(known, query[:, :, :begin], plan.hears - 1)
         call = _Call(rows, scale, where, rule, kind == DECODE, heard)
         outs.append(_attend_rows(call, plan, backend, layer, keys))
-    if recent is not None:
-        recent.record(query, kv_len - q_len, plan.hears)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 

@@ -66,6 +66,10 @@ class Summarised:
         """Number of cached tokens (a 0-d tensor in a static layer) and number of slots."""
         raise NotImplementedError
 
+    def first_slot(self, count: int) -> Any:
+        """The slot of the first of the last `count` tokens; an int64 0-d tensor in a static layer."""
+        return self._extent()[0] - count
+
     def moba_means(
         self,
         keys: Tensor,

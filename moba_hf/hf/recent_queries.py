@@ -40,6 +40,17 @@ class RecentQueries:
         self.queries: Tensor | None = None
         self.end = 0
 
+    def follow(self, query: Tensor, slot: int, tile: int) -> Tensor | None:
+        """Records the queries of a call; returns those known of at most `tile - 1` slots just before them.
+
+        Args:
+            query: `(batch, num_heads, rows, head_dim)`.
+            slot: the slot of the first of them.
+        """
+        before = self.before(slot, query, tile)
+        self.record(query, slot, tile)
+        return before
+
     def before(self, slot: int, like: Tensor, tile: int) -> Tensor | None:
         """The known queries of at most `tile - 1` slots just before `slot`; None: there are none.
 
@@ -77,10 +88,11 @@ class RecentQueries:
 
 
 class FixedQueries:
-    """The queries of the last rows of a static layer, in one buffer that is updated in place.
+    """The queries of the last rows of a static layer, in a ring of fixed shape.
 
-    The last row of the buffer is always that of the last slot. Rows before the first slot are zeros. No step
-    hears them, so they count as known, and the shape of what steps hear need not grow with the text.
+    Slot `s` is in place `s % rows`, so a graph needs no number from the device, and a call that is repeated
+    with the same length writes the same. Rows before the first slot are never heard. So they count as known,
+    and the shape of what steps hear does not grow with the text.
 
     Attributes:
         queries: `(batch, num_heads, most_rows(tile), head_dim)`; None: not allocated.
@@ -100,46 +112,44 @@ class FixedQueries:
         self.empty = True
 
     def appended(self) -> None:
-        """Call this whenever the layer appends rows; `record` follows if steps hear rows."""
+        """Call this whenever the layer appends rows; `follow` is called next if steps hear rows."""
         if self.unrecorded:
             self.known, self.lost, self.empty = 0, True, False
         self.unrecorded = True
 
-    def before(self, _slot: int | Tensor, like: Tensor, tile: int) -> Tensor | None:
-        """The known queries of the last `tile - 1` rows before a call; None: there are none.
+    def follow(self, query: Tensor, slot: Tensor, tile: int) -> Tensor | None:
+        """Records the queries of a call; returns those known of the `tile - 1` slots just before them.
 
-        In a compiled graph there are none while some are lost.
+        In a compiled graph it returns None while some are lost.
 
         Args:
-            like: queries `(batch, num_heads, any, head_dim)` of the call that asks.
+            query: `(batch, num_heads, rows, head_dim)`.
+            slot: int64, 0-d, the slot of the first of them.
         """
+        rows, heard, ring = query.shape[2], tile - 1, most_rows(tile)
         held = self.queries
-        if held is None or not self._fitting(like, tile):
-            return None
-        if not self.lost:
-            return held[:, :, MOST_REMOVED:]
-        if torch.compiler.is_compiling() or self.known == 0:
-            return None
-        return held[:, :, held.shape[2] - min(self.known, tile - 1) :]
-
-    def _fitting(self, like: Tensor, tile: int) -> bool:
-        held = self.queries
-        return held is not None and held.shape[2] == most_rows(tile) and _fits(held, like)
-
-    def record(self, query: Tensor, _begin: int | Tensor, tile: int) -> None:
-        """Adds the queries of a call."""
-        if not self._fitting(query, tile):
+        fits = held is not None and held.shape[2] == ring and _fits(held, query)
+        if not fits:
             self._allocate(query, tile)
         assert self.queries is not None
         self.queries = writable(self.queries)
-        self.queries.copy_(last_rows(self.queries, query.detach(), most_rows(tile)))
+        place = (slot + torch.arange(-heard, rows, device=query.device)) % ring
+        known = heard
+        if self.lost:
+            known = 0 if torch.compiler.is_compiling() else min(self.known, heard)
+        before = None
+        if fits and known > 0:
+            before = self.queries.index_select(2, place[heard - known : heard])
+        new = min(rows, ring)
+        self.queries.index_copy_(2, place[heard + rows - new :], query.detach()[:, :, rows - new :])
         self.unrecorded = self.empty = False
         if not torch.compiler.is_compiling():
-            self.known = min(self.known + query.shape[2], most_rows(tile))
+            self.known = min(self.known + rows, ring)
             self.lost = self.known < tile - 1
+        return before
 
     def _allocate(self, like: Tensor, tile: int) -> None:
-        """Allocates the buffer; what another one contained is lost."""
+        """Allocates the ring; what another one contained is lost."""
         rows = most_rows(tile)
         self.queries = like.new_zeros((*like.shape[:2], rows, like.shape[3]))
         self.known, self.lost = (rows, False) if self.empty else (0, True)
@@ -147,7 +157,7 @@ class FixedQueries:
             torch._dynamo.mark_static_address(self.queries)
 
     def reset(self) -> None:
-        """Starts again at the first slot; the buffer is kept."""
+        """Starts again at the first slot; the ring is kept."""
         self.lost, self.unrecorded, self.empty = False, False, True
         if self.queries is not None:
             self.queries = writable(self.queries)
@@ -155,13 +165,10 @@ class FixedQueries:
             self.known = self.queries.shape[2]
 
     def cropped(self, removed: int) -> None:
-        """Discards the queries of the last `removed` rows."""
-        if self.queries is None:
-            return
-        self.known = max(0, self.known - removed)
-        self.lost = self.known < self.queries.shape[2] - MOST_REMOVED
-        self.queries = writable(self.queries)
-        self.queries.copy_(self.queries.roll(removed, 2))  # the removed rows are now the oldest
+        """The last `removed` rows have been removed."""
+        if self.queries is not None:
+            self.known = max(0, self.known - removed)
+            self.lost = self.known < self.queries.shape[2] - MOST_REMOVED
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies `change`, a selection along dim 0, to the rows of the batch."""
