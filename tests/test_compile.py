@@ -1,5 +1,6 @@
 """Prefill, decode on a static cache and export are one graph each; changed settings recompile."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from model_checks import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
@@ -108,8 +109,11 @@ class TestPrefill:
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("rule", [SPARSE, FULL], ids=["sparse", "full"])
-@pytest.mark.parametrize("kind", ["moba", "stock"])
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [(SPARSE, "moba"), (SPARSE, "stock"), (FULL, "moba"), (FULL, "stock"), (SHARED, "moba")],
+    ids=["sparse-moba", "sparse-stock", "full-moba", "full-stock", "shared-moba"],
+)
 def test_decode_is_one_graph(rule: MobaConfig, kind: str) -> None:
     """64 tokens of a left-padded batch, decoded twice: compiled once, equal to eager."""
     model, ids = tiny(rule), tokens(2, 50)
@@ -135,16 +139,47 @@ def test_a_step_without_generate_is_one_graph(rule: str, kind: str) -> None:
     """The graph contains the mask, which `generate` creates before its graph begins."""
     model, ids, counter = tiny(STEPS[rule]), tokens(2, 60), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
+    dynamic = MobaCache(model.config) if kind == "moba" else DynamicCache(config=model.config)
+    caches = (dynamic, static_cache(model, kind), static_cache(model, kind))
     logits = []
     with torch.no_grad():
-        for run in (model, compiled):
-            given = cache_kwargs(model, static_cache(model, kind))
+        for run, cache in zip((model, model, compiled), caches, strict=True):
+            given = cache_kwargs(model, cache)
             model(ids[:, :50], **given)
             steps = (run(ids[:, i : i + 1], **given).logits[:, -1] for i in range(50, 60))
             logits.append(torch.stack([*steps]))
-    torch.testing.assert_close(*logits)
+    for static in logits[1:]:
+        torch.testing.assert_close(logits[0], static)
     assert counter.frame_count == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("tile", [16, 128])
+def test_shared_steps_of_a_static_cache_are_those_of_a_dynamic_one(tile: int) -> None:
+    """Eager and compiled, with left padding, a prompt that ends inside of a tile, and a crop."""
+    model, ids = tiny(dataclasses.replace(SHARED, tile=tile, sample=2)), tokens(2, 180)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mask = padded(ids)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def decode(run: Any, cache: Any, at: int) -> torch.Tensor:
+        seen = mask[:, : at + 1].clone()
+        torch._dynamo.mark_dynamic(seen, 1)
+        given = {"attention_mask": seen, "position_ids": positions[:, at : at + 1].clone()}
+        return run(ids[:, at : at + 1], **given, **cache_kwargs(model, cache)).logits[:, -1]
+
+    rows = []
+    with torch.no_grad():
+        for run, static in ((model, False), (model, True), (compiled, True)):
+            cache = MobaCache(model.config, static=static, max_cache_len=192)
+            prompt = {"attention_mask": mask[:, :150], "position_ids": positions[:, :150]}
+            model(ids[:, :150], **prompt, **cache_kwargs(model, cache))
+            parts = [decode(run, cache, at) for at in range(150, 166)]
+            cache.crop(-9)
+            rows.append(torch.stack([*parts, *(decode(run, cache, at) for at in range(157, 180))]))
+    for static in rows[1:]:
+        torch.testing.assert_close(rows[0], static)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_chunks_and_decode_under_compile() -> None:

@@ -14,13 +14,16 @@ from transformers import DynamicCache
 
 from moba_hf import MobaCache, MobaConfig, prefill
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.recent_queries import MOST_REMOVED, RecentQueries
+from moba_hf.hf.recent_queries import MOST_REMOVED, FixedQueries, RecentQueries
 from moba_hf.hf.saved_cache import read_with_saved_cache
 from moba_hf.op.shared_reference import shared_steps_ref
 from tests.model_checks import Call, captured, close, logits, tiny_model, tokens, with_rule
 
 SHARED = MobaConfig(8, gate="mass", tile=16, threshold=0.2, sample=2, decode="sparse")
 LAYERS = 3
+SLOTS = 160  # of static caches
+
+kinds = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 
 
 class Text:
@@ -31,9 +34,9 @@ class Text:
         alone: rows that would have attended to other keys without earlier rows.
     """
 
-    def __init__(self, model: Any, starts: list[int], length: int):
+    def __init__(self, model: Any, starts: list[int], length: int, static: bool = False):
         self.model, self.starts = model, starts
-        self.cache: Any = MobaCache(model.config)
+        self.cache: Any = MobaCache(model.config, static=static, max_cache_len=SLOTS if static else None)
         self.ids = tokens(len(starts), length)
         self.mask = torch.ones(len(starts), length, dtype=torch.long)
         for row, start in enumerate(starts):
@@ -50,7 +53,7 @@ class Text:
 
     def step(self, count: int = 1) -> None:
         """Reads `count` tokens in one call and compares every layer with the reference."""
-        begin = self.cache.get_seq_length()
+        begin = int(self.cache.get_seq_length())
         with captured() as calls:
             ids, mask = self.ids[:, begin : begin + count], self.mask[:, : begin + count]
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begin:]
@@ -70,7 +73,7 @@ class Text:
         for row, start in enumerate(self.starts):
             first = max(start, self.known)
             parts = [
-                x[row, :, at:].transpose(0, 1)
+                x[row, :, at : query.shape[2]].transpose(0, 1)
                 for x, at in ((query, first), (call.key, start), (call.value, start))
             ]
             heard = query.shape[2] - first - count
@@ -94,27 +97,36 @@ def model() -> Any:
     return tiny_model(moba=SHARED)
 
 
+@kinds
 @pytest.mark.parametrize("prompt", [64, 69, 79])
 @pytest.mark.parametrize("tail", [0, 20])
-def test_steps_equal_the_causal_reading_over_several_tiles(model: Any, prompt: int, tail: int) -> None:
-    text = Text(model, [0, 0], 110)
+def test_steps_equal_the_causal_reading_over_several_tiles(
+    model: Any, prompt: int, tail: int, static: bool
+) -> None:
+    text = Text(model, [0, 0], 110, static)
     text.read(prompt, tail)
     for _ in range(110 - prompt):
         text.step()
     assert text.alone > 50
 
 
-def test_calls_of_several_rows_and_padded_rows(model: Any) -> None:
-    text = Text(model, [0, 5, 27], 130)
+@kinds
+def test_calls_of_several_rows_and_padded_rows(model: Any, static: bool) -> None:
+    text = Text(model, [0, 5, 27], 130, static)
     text.read(71)
     for count in (1, 5, 1, 1, 20, 3, 17, 1, 9):
         text.step(count)
     assert text.alone > 20
 
 
-def test_cropped_rows_are_not_heard_and_others_are(model: Any) -> None:
-    text = Text(model, [0, 3], 130)
+@kinds
+def test_cropped_rows_are_not_heard_and_others_are(model: Any, static: bool) -> None:
+    text = Text(model, [0, 3], 130, static)
     text.read(70)
+    for _ in range(10):
+        text.step()
+    text.crop(9)
+    text.step()
     for read, removed in ((6, 4), (5, 5), (20, 19), (1, 1), (12, 3), (9, 2)):
         text.step(read)
         text.crop(removed)
@@ -144,8 +156,37 @@ def test_rows_follow_the_batch(model: Any) -> None:
     assert text.alone > 5
 
 
-def test_rows_between_that_were_not_recorded_end_what_is_known(model: Any) -> None:
-    text = Text(model, [0], 110)
+def test_rows_of_a_static_cache_follow_beams_and_copies(model: Any) -> None:
+    text = Text(model, [0, 5, 7], 110, static=True)
+    text.read(69)
+    text.step(3)
+    text.cache.reorder_cache(torch.tensor([2, 0, 0]))
+    text.select([2, 0, 0])
+    text.ids = text.ids + torch.arange(3)[:, None] % 2  # the copies go on differently
+    text.step()
+    text.cache, other = copy.deepcopy(text.cache), text.cache
+    other.reset()
+    text.step(4)
+    assert text.alone > 5
+
+
+@kinds
+def test_a_cache_that_was_reset_hears_nothing_of_the_last_text(model: Any, static: bool) -> None:
+    text = Text(model, [0, 5], 110, static)
+    for prompt in (85, 69):
+        text.read(prompt)
+        text.step(3)
+        text.step()
+        text.cache.reset()
+        text.queries = []
+    text.read(6)  # fewer rows than a tile has
+    for _ in range(20):
+        text.step()
+
+
+@kinds
+def test_rows_between_that_were_not_recorded_end_what_is_known(model: Any, static: bool) -> None:
+    text = Text(model, [0], 110, static)
     text.read(67)
     with_rule(model, dataclasses.replace(SHARED, decode="full"))
     at = text.ids[:, 67:70]
@@ -159,6 +200,21 @@ def test_rows_between_that_were_not_recorded_end_what_is_known(model: Any) -> No
     text.crop(6)  # only queries from slot 70 on were left
     text.known = 67
     text.step(4)
+    text.step(14)
+
+
+@kinds
+def test_rows_that_a_long_crop_removed_are_not_known(model: Any, static: bool) -> None:
+    text = Text(model, [0, 3], 150, static)
+    text.read(60)
+    text.step(78)
+    text.crop(70)  # to 68
+    text.known = 138 - (15 + MOST_REMOVED)
+    for _ in range(3):
+        text.step()
+    text.crop(2)
+    text.step(15)
+    assert text.alone > 5
 
 
 @pytest.mark.parametrize(
@@ -168,7 +224,10 @@ def test_other_rules_keep_no_queries(moba: MobaConfig) -> None:
     other, ids = tiny_model(moba=moba), tokens(1, 70)
     cache = prefill(other, ids, progress=False)
     logits(other, ids[:, -1:], **cache_kwargs(other, cache))
-    assert all(layer.recent.queries is None for layer in cache.layers)
+    static = MobaCache(other.config, static=True, max_cache_len=80)
+    for at in (slice(0, 69), slice(69, 70), slice(0, 1)):
+        logits(other, ids[:, at], **cache_kwargs(other, static))
+    assert all(layer.recent.queries is None for layer in (*cache.layers, *static.layers))
 
 
 def test_a_stock_cache_knows_no_earlier_rows(model: Any) -> None:
@@ -186,13 +245,30 @@ def test_few_queries_are_kept() -> None:
     assert recent.queries.shape[2] == 15 + MOST_REMOVED
     assert recent.queries.untyped_storage().nbytes() < like.untyped_storage().nbytes()
     recent.record(like[:, :, :1], 1000, tile=16)
-    assert recent.queries.shape[2] == 16
-    recent.cropped(990)
-    assert torch.equal(recent.before(990, like), like[:, :, 985:990])
-    assert recent.before(991, like) is None
-    assert recent.before(990, like.double()) is None
-    recent.cropped(985)
-    assert recent.before(985, like) is None
+    assert recent.queries.shape[2] == 15 + MOST_REMOVED
+    assert torch.equal(recent.before(1001, like, 16), torch.cat([like[:, :, 986:], like[:, :, :1]], 2))
+    known = 1001 - 15 - MOST_REMOVED
+    recent.cropped(known + 5)
+    assert torch.equal(recent.before(known + 5, like, 16), like[:, :, known : known + 5])
+    assert recent.before(known + 6, like, 16) is None
+    assert recent.before(known + 5, like.double(), 16) is None
+    recent.cropped(known)
+    assert recent.before(known, like, 16) is None
+
+
+def test_a_static_layer_keeps_its_queries_in_one_place() -> None:
+    recent, like = FixedQueries(), torch.randn(1, 2, 1000, 4)
+    recent.record(like, 0, tile=16)
+    place = recent.queries.data_ptr()
+    for i in range(200):
+        recent.record(like[:, :, i : i + 1], 0, tile=16)
+        if i % 50 == 7:
+            recent.cropped(2)
+    assert torch.equal(recent.before(0, like, 16), like[:, :, 185:200])
+    recent.reset()
+    assert not recent.before(0, like, 16).any()
+    assert recent.queries.data_ptr() == place
+    assert recent.before(0, like.double(), 16) is None
 
 
 def test_a_saved_cache_goes_on_like_the_one_that_was_saved(model: Any, tmp_path: Path) -> None:

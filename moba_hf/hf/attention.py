@@ -22,7 +22,7 @@ from moba_hf.hf.layout import Layout
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.mask import moba_mask
 from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds
-from moba_hf.hf.recent_queries import RecentQueries, last_rows
+from moba_hf.hf.recent_queries import FixedQueries, RecentQueries, last_rows
 from moba_hf.hf.rows import Rows
 from moba_hf.op.backends import choose_backend, reads_chosen_only
 from moba_hf.op.dense import (
@@ -171,7 +171,7 @@ def _attend(
     if layer is not None and layer.assisted:
         _warn_of_assistance(plan, q_len, kv_len)
     recent = _recent(layer, plan)
-    known = None if recent is None else recent.before(kv_len - q_len, query)
+    known = None if recent is None else recent.before(kv_len - q_len, query, plan.hears)
     outs = []
     for begin, end, kind in kinds:
         rows, keys, where = (query, key, value), key, layout
@@ -212,14 +212,13 @@ def _attend_with_tail(
     return torch.cat([out, dense_tail_attention(query[:, :, end:], key, value, scale)], dim=1)
 
 
-def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | None:
+def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | FixedQueries | None:
     """Where the cache layer keeps the queries that decode steps hear; None: every step asks alone.
 
-    Static layers do not keep them. In compiled graphs their number would differ from call to call.
+    In compiled graphs only static layers keep them; elsewhere their number differs from call to call.
     """
-    if plan.hears == 0 or torch.compiler.is_compiling():
-        return None
-    return getattr(layer, "recent", None)
+    recent = None if plan.hears == 0 else getattr(layer, "recent", None)
+    return None if recent is None or (torch.compiler.is_compiling() and not recent.in_graphs) else recent
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, tracked
+from moba_hf.hf.recent_queries import FixedQueries
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans
 
@@ -19,11 +20,15 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
     Args:
         max_cache_len: slots of the buffers.
         block_size: tokens per block; None: that of the first call.
+
+    Attributes:
+        recent: the queries of the last rows, if decode steps hear them.
     """
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):
         super().__init__(max_cache_len=max_cache_len, **kwargs)
         self.block_means = BlockMeans(block_size, static=True)
+        self.recent = FixedQueries()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -45,6 +50,7 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         # a running count would make torch.compile recompile at every step, so `behind` takes few values
         means = self.block_means
         means.behind = self.max_cache_len if means.behind else key_states.shape[2]
+        self.recent.appended()
         keys = keys.view(keys.shape)  # a view: the buffer itself must not refer to its own layer
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
@@ -75,6 +81,13 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         super().reset()
         self.prompt = None
         self.block_means.forget(0)
+        self.recent.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self.recent.cropped(-tokens_to_remove)
 
     def offload(self) -> None:
         if self.is_initialized:
@@ -90,3 +103,4 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.is_initialized:
             self.block_means.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            self.recent.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))

@@ -1,16 +1,19 @@
 """Decode steps of the shared choice: chooses blocks from the summaries of a cache, then attends to them.
 
 Legend: B block size, H query heads, HK kv heads, P parts of a block, NB blocks, M steps per batch row, R
-sampled rows of a tile, S splits of the blocks.
+sampled rows of a tile.
 
 A step takes blocks by the mean mass over the rows of its tile up to itself (`moba_hf.op.shared`):
-1. masses: unnormalised masses of blocks, as in `shared_mass`. A program scores a split of the blocks for
-   sampled rows of the tile and the heads of a kv head, so that summaries are read once for all of them.
-2. means: the splits' totals are merged and the rows averaged, for some columns per program.
+1. masses: unnormalised masses of blocks, as in `shared_mass`. A program scores some sections of the blocks
+   for sampled rows of the tile and the heads of a kv head, so that summaries are read once for all of them.
+2. means: the sections' totals are merged and the rows averaged, for some columns per program.
 3. choose: the second half of `shared_choose`, which writes a bit mask per head.
 4. list and attend: `shared_steps_attend`.
 Masses of earlier rows are recomputed at every step. They cost no bytes of device memory beyond the summaries,
 which the step's own row needs anyway, whereas kept sums of masses could not be cropped with the cache.
+
+The sections follow from the number of candidates alone, and each has its own units and total. So the choice
+depends neither on how many programs share the sections nor on the number of slots of the cache.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ def choose(
 
     Args:
         workspace: maximum bytes for the masses; None: `shared_tuning.MASS_WORKSPACE`. It changes no result.
-        splits: number of splits of the blocks; None: enough to fill the device.
+        splits: number of programs that share the blocks; None: enough to fill the device. It changes no
+            result.
     """
     batch, num_heads, length, head_dim = q.shape
     items, blocks = batch * length, kept.shape[2]
@@ -120,14 +124,15 @@ def choose(
     programs = items * kept.shape[1] * row_parts
     if splits is None:
         wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS // programs
-        splits = max(1, min(wanted, cdiv(blocks, tile.n), shared_tuning.MOST_STEP_SPLITS))
-    columns = min(shared_tuning.STEP_COLUMNS, max(32, tile.n, next_power_of_2(blocks)))
-    each = Masses.tile_bytes(num_heads, rows, blocks + tile.n, tile.n) + 4 * num_heads * (blocks + tile.n)
+        splits = max(1, min(wanted, cdiv(blocks, tile.n), shared_tuning.STEP_SECTIONS))
+    columns, sections = shared_tuning.STEP_COLUMNS, shared_tuning.STEP_SECTIONS
+    each = Masses.tile_bytes(num_heads, rows, blocks + tile.n, tile.n)
+    each += 4 * num_heads * (blocks + tile.n + 2 * rows * sections)
     budget = shared_tuning.MASS_WORKSPACE if workspace is None else workspace
     chunk = max(1, min(items, budget // each))
     masses = Masses.empty(chunk, num_heads, rows, blocks, tile.n, q)
     stored = masses.mass.shape[3]
-    totals = torch.empty(chunk, num_heads, rows, splits, 2, dtype=torch.float32, device=q.device)
+    totals = torch.empty(chunk, num_heads, rows, sections, 2, dtype=torch.float32, device=q.device)
     means = torch.empty(chunk, num_heads, stored, dtype=torch.float32, device=q.device)
     table = table.contiguous()
     for first in range(0, items, chunk):
@@ -143,14 +148,13 @@ def choose(
                 TILE=rule.tile, SAMPLE=rule.sample, ROWS=rows, HEADS=heads, ROW_PARTS=row_parts, PARTS=parts,
                 LOG2_SIZE=math.log2(part_size(rule.block_size)), HEAD_DIM=head_dim,
                 PADDED_DIM=padded(head_dim), PADDED_HALF=padded(head_dim // 2),
-                HALVES=rule.rotary_pairs == "halves", BLOCK_M=block_m, BLOCK_N=tile.n, STAGES=tile.stages,
-                num_warps=tile.warps,
+                HALVES=rule.rotary_pairs == "halves", BLOCK_M=block_m, BLOCK_N=tile.n, SECTIONS=sections,
+                STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
             _step_means_kernel[(count, num_heads, cdiv(stored, columns))](
                 masses.mass, masses.high, totals, means, *shared, stored, rule.block_size, rule.dense_below,
                 TILE=rule.tile, SAMPLE=rule.sample, ROWS=rows, BLOCK_R=min(rows, shared_tuning.STEP_ROWS),
-                SPLITS=splits, PADDED_SPLITS=next_power_of_2(splits), BLOCK_N=columns, STEP=tile.n,
-                num_warps=4,
+                SECTIONS=sections, BLOCK_N=columns, STEP=tile.n, num_warps=4,
             )  # fmt: skip
             _choose_step_kernel[(count, num_heads)](
                 means, block_mask, *shared[:3], stored, words, rule.block_size, rule.dense_below,
@@ -158,9 +162,8 @@ def choose(
                 1.0 if rule.share is None else rule.share,
                 0 if rule.topk is None else rule.topk - rule.own_blocks,
                 rule.sink_blocks, rule.local_blocks, TILE=rule.tile,
-                BLOCK_N=max(32, min(1024, next_power_of_2(stored))),
-                THRESHOLD=rule.threshold is not None, SHARE=rule.share is not None,
-                TOPK=rule.topk is not None, num_warps=4,
+                BLOCK_N=shared_tuning.STEP_CHOICE_COLUMNS, THRESHOLD=rule.threshold is not None,
+                SHARE=rule.share is not None, TOPK=rule.topk is not None, num_warps=4,
             )  # fmt: skip
     return block_mask
 
@@ -184,6 +187,12 @@ def _candidates(position, block_size, dense_below, TILE: tl.constexpr):
     """Position of the first row of the step's tile, and how many blocks the step scores."""
     first = tl.maximum(position, 0) // TILE * TILE
     return first, tl.where((position >= 0) & (first >= dense_below), first // block_size, 0)
+
+
+@triton.jit
+def _section_size(columns, SECTIONS: tl.constexpr, STEP: tl.constexpr):
+    """Blocks per section, whole steps: at most `SECTIONS` sections cover all columns."""
+    return tl.cdiv(tl.cdiv(columns, SECTIONS), STEP) * STEP
 
 
 @triton.jit
@@ -239,9 +248,10 @@ def _step_masses_kernel(
     HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SECTIONS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Handles one (step, kv head and some rows, split); without candidates it writes nothing."""
+    """Handles one (step, kv head and some rows, run of sections); without candidates it writes nothing."""
     HALF: tl.constexpr = HEAD_DIM // 2
     number = tl.program_id(0)
     batch, query, position, k_begin = step_place(table_ptr, first_item + number, length)
@@ -270,7 +280,8 @@ def _step_masses_kernel(
         b = b.to(tl.float32)
         squares = narrow(a * a + b * b, spread_ptr)
         kept_at = head_offset(batch, kv_head, kept_strides)
-        share = tl.cdiv(tl.cdiv(columns, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+        section_size = _section_size(columns, SECTIONS, BLOCK_N)
+        share = tl.cdiv(tl.cdiv(columns, section_size), tl.num_programs(2)) * section_size
         begin = tl.program_id(2) * share
         end = tl.minimum(begin + share, columns)
         item = (number.to(tl.int64) * num_heads + head) * ROWS + sampled
@@ -279,6 +290,9 @@ def _step_masses_kernel(
         for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_N)
             valid = (column < end)[None, :]
+            section_begins = start % section_size == 0
+            high = tl.where(section_begins, _LOWEST, high)
+            total = tl.where(section_begins, 0.0, total)
             block_at = kept_at + column.to(tl.int64) * kept_strides[2]
             c_at = center_ptr + block_at[None, :] + dim[:, None]
             s_at = spread_ptr + (block_at + (PARTS + 1) * HEAD_DIM)[None, :] + pair[:, None]
@@ -304,9 +318,10 @@ def _step_masses_kernel(
             target = mass_ptr + item[:, None] * stored + column[None, :]
             tl.store(target, mass.to(tl.float16), mask=there[:, None])
             tl.store(high_ptr + item * (stored // BLOCK_N) + start // BLOCK_N, high, mask=there)
-        split = item * tl.num_programs(2) + tl.program_id(2)
-        tl.store(total_ptr + split * 2, high, mask=there)
-        tl.store(total_ptr + split * 2 + 1, total, mask=there)
+            section_ends = ((start + BLOCK_N) % section_size == 0) | (start + BLOCK_N >= end)
+            total_at = total_ptr + (item * SECTIONS + start // section_size) * 2
+            tl.store(total_at, high, mask=there & section_ends)
+            tl.store(total_at + 1, total, mask=there & section_ends)
 
 
 @triton.jit(do_not_specialize=["first_item", "length", "known", "dense_below"])
@@ -326,8 +341,7 @@ def _step_means_kernel(
     SAMPLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
+    SECTIONS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -341,15 +355,16 @@ def _step_means_kernel(
         item = number.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         step = start // STEP + tl.arange(0, STEPS)
         column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
-        split = tl.arange(0, PADDED_SPLITS)
+        section = tl.arange(0, SECTIONS)
+        scored = section * _section_size(columns, SECTIONS, STEP) < columns
         count = 0.0
         mean = tl.zeros([STEPS, STEP], tl.float32)
         for r in range(0, ROWS, BLOCK_R):
             sampled = r + tl.arange(0, BLOCK_R)
             _at, there = _heard(sampled, first, position, query, known, ROWS, SAMPLE)
             row = item * ROWS + sampled
-            each = there[:, None] & (split < SPLITS)[None, :]
-            total_at = total_ptr + (row[:, None] * SPLITS + split[None, :]) * 2
+            each = there[:, None] & scored[None, :]
+            total_at = total_ptr + (row[:, None] * SECTIONS + section[None, :]) * 2
             highs = tl.load(total_at, mask=each, other=_LOWEST)
             high = tl.max(highs, 1)
             total = tl.load(total_at + 1, mask=each, other=0.0) * tl.exp2(highs - high[:, None])

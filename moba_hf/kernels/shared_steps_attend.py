@@ -32,6 +32,8 @@ from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
 
+# Blocks that a program lists.
+_LIST_PLACES = 1024
 # Initial running maximum: finite, so that a step of keys that a row does not attend changes nothing.
 _FLOOR = tl.constexpr(-1e38)
 
@@ -77,10 +79,7 @@ def attend(
     if q.numel() > 0:
         table = table.contiguous()
         with device_of(q):
-            _union_lists_kernel[(items, num_kv_heads)](
-                block_mask, blocks, counts, words, group,
-                BLOCK=min(1024, max(64, next_power_of_2(words * 32))), num_warps=4,
-            )  # fmt: skip
+            union_lists(block_mask, blocks, counts)
             _attend_steps_kernel[(splits, num_kv_heads * row_parts, items)](
                 q, k, v, partial, partial_lse, blocks, counts, block_mask, table,
                 q.stride()[:3], k.stride()[:3], v.stride()[:3], length, words, group,
@@ -92,23 +91,63 @@ def attend(
     return merge_parts(partial, partial_lse, q.dtype)
 
 
+def union_lists(block_mask: Tensor, blocks: Tensor, counts: Tensor) -> None:
+    """Lists the blocks that any head of a kv head chose, ascending, and counts them.
+
+    Args:
+        block_mask: int32 `(steps, H, words)`, contiguous.
+        blocks: int32 `(steps, HK, words * 32)`, contiguous; the rest of a list stays as it is.
+        counts: int32 `(steps, HK)`, contiguous.
+    """
+    items, num_kv_heads = counts.shape
+    _, num_heads, words = block_mask.shape
+    with device_of(block_mask):
+        _union_lists_kernel[(items, num_kv_heads, cdiv(words * 32, _LIST_PLACES))](
+            block_mask, blocks, counts, words, num_heads // num_kv_heads,
+            BLOCK=_LIST_PLACES, WORDS=256, num_warps=4,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["words"])
-def _union_lists_kernel(mask_ptr, list_ptr, count_ptr, words, group_size, BLOCK: tl.constexpr):
-    """Lists, for one (step, kv head), the blocks that any head of the group chose, ascending."""
+def _union_lists_kernel(
+    mask_ptr, list_ptr, count_ptr, words, group_size, BLOCK: tl.constexpr, WORDS: tl.constexpr
+):
+    """Lists, for one (step, kv head, run of blocks), those that any head of the group chose, ascending.
+
+    It counts the chosen blocks before its own to know where its list begins.
+    """
     item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     mask_ptr += item * group_size * words
     list_ptr += item * words * 32
-    count = 0
-    for start in range(0, words * 32, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < words * 32
-        word = tl.zeros([BLOCK], tl.int32)
-        for head in range(group_size):
-            word = word | tl.load(mask_ptr + head * words + place // 32, mask=inside, other=0)
-        bit = (word >> (place % 32)) & 1
-        tl.store(list_ptr + count + tl.cumsum(bit, 0) - bit, place, mask=bit != 0)
-        count += tl.sum(bit, 0)
-    tl.store(count_ptr + item, count)
+    first = tl.program_id(2) * BLOCK
+    before = 0
+    for start in range(0, first // 32, WORDS):
+        at = start + tl.arange(0, WORDS)
+        before += tl.sum(_num_bits(_any_head(mask_ptr, at, at < first // 32, words, group_size)), 0)
+    place = first + tl.arange(0, BLOCK)
+    bit = (_any_head(mask_ptr, place // 32, place < words * 32, words, group_size) >> (place % 32)) & 1
+    tl.store(list_ptr + before + tl.cumsum(bit, 0) - bit, place, mask=bit != 0)
+    if tl.program_id(2) == tl.num_programs(2) - 1:
+        tl.store(count_ptr + item, before + tl.sum(bit, 0))
+
+
+@triton.jit
+def _any_head(mask_ptr, at, inside, words, group_size):
+    """Words `at` of the blocks that any head of the group chose; 0 outside."""
+    word = tl.zeros(at.shape, tl.int32)
+    for head in range(group_size):
+        word = word | tl.load(mask_ptr + head * words + at, mask=inside, other=0)
+    return word
+
+
+@triton.jit
+def _num_bits(word):
+    """The number of set bits of int32 words: sums of 2, 4, 8, 16 and 32 neighbouring bits."""
+    word = (word & 0x55555555) + ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word & 0x0F0F0F0F) + ((word >> 4) & 0x0F0F0F0F)
+    word = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
+    return (word & 0xFFFF) + ((word >> 16) & 0xFFFF)
 
 
 @triton.jit(do_not_specialize=["length", "words"])

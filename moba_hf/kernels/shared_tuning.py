@@ -124,12 +124,16 @@ def backward_tiles(
     return SharedBackwardTiles(first(_DQ, 1 << 30, True), first(_HELD, block_size, False))
 
 
-# Decode steps: programs per multiprocessor to aim for, most splits of the blocks, and, where the masses of a
-# step are averaged, columns per program and rows at a time.
+# Decode steps: programs per multiprocessor to aim for, most splits of the attention, and sections of the
+# blocks, whose masses are added up apart. Where the masses of a step are averaged, columns per program and
+# rows at a time; where blocks are chosen, columns at a time. They do not follow the number of slots of a
+# cache, so that the choice does not depend on it.
 STEP_PROGRAMS = 4
 MOST_STEP_SPLITS = 64
+STEP_SECTIONS = 64
 STEP_COLUMNS = 256
 STEP_ROWS = 4
+STEP_CHOICE_COLUMNS = 1024
 
 # Not measured yet: those of a prefill with fewer rows.
 _STEP_MASS = (MassTile(64, 16, 4, 3), MassTile(64, 16, 4, 2), MassTile(64, 16, 4, 1))

@@ -133,11 +133,15 @@ def assert_steps(steps: Steps) -> Tensor:
 
 
 def assert_splits_and_budgets_change_nothing(steps: Steps) -> None:
-    """The choice depends neither on splits nor on memory; other splits of the attention only round."""
+    """The choice does not depend on splits, memory or slots; other splits of the attention only round."""
     mask = steps.choose()
     assert torch.equal(mask, steps.choose(workspace=1))
-    for splits in (1, 3):
+    for splits in (1, 3, 7):
         assert torch.equal(mask, steps.choose(splits=splits))
+    more = torch.nn.functional.pad(steps.kept, (0, 0, 0, steps.kept.shape[2] + 40), value=1.0)
+    wider = shared_steps.choose(steps.q, more, steps.table, steps.rule, steps.scale, steps.before)
+    assert torch.equal(mask, wider[:, :, : mask.shape[2]])
+    assert not wider[:, :, mask.shape[2] :].any()
     where = (mask, steps.table, steps.rule.block_size, steps.scale)
     first = shared_steps_attend.attend(steps.q, steps.k, steps.v, *where)
     assert all(torch.equal(*x) for x in zip(first, steps.decode(), strict=True))

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.kernels.shared_steps_attend import union_lists
+from moba_hf.op.shared import pack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -33,6 +35,9 @@ CASES = {
         260,
         heard=63,
     ),
+    "a tile of 128": partial(
+        Steps, SharedRule(16, 128, threshold=0.1, sample=2), (2, 1), (16, 16), 420, heard=127
+    ),
     "share and cap": partial(Steps, SharedRule(16, 32, share=0.8, topk=9, sample=2), heard=31, length=290),
     "dense below": partial(
         Steps, SharedRule(16, 32, threshold=0.1, dense_below=256), heard=31, starts=(0, 45, 299)
@@ -41,11 +46,14 @@ CASES = {
         Steps, SharedRule(64, 16, threshold=0.3), (20, 1), (16, 16), 400, heard=3, starts=(5,)
     ),
 }
+MANY_BLOCKS = partial(
+    Steps, SharedRule(16, 32, threshold=0.05, sample=16), (2, 1), (16, 16), 17_700, heard=31, starts=(0, 9000)
+)
 
 
 # First and last token of each call, and how many tokens are removed after it.
 STEPS = [(0, 70, 0), *((i, i + 1, 0) for i in range(70, 79))]
-CALLS = {"static": STEPS, "dynamic": [*STEPS, (79, 80, 7), (73, 77, 0), (77, 78, 0)]}
+CALLS = [*STEPS, (79, 80, 7), (73, 77, 0), (77, 78, 0)]
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -65,15 +73,35 @@ def test_splits_and_budgets_change_nothing(name: str) -> None:
     assert_splits_and_budgets_change_nothing(CASES[name]())
 
 
+@pytest.mark.parametrize("words", [1, 31, 32, 33, 300])
+def test_lists_hold_the_blocks_of_any_head(words: int) -> None:
+    torch.manual_seed(0)
+    bits = torch.rand(2, 6, words * 32) < torch.rand(2, 6, 1) * 0.4
+    bits[0, 3:] = False
+    bits[1, :3, -1] = True
+    blocks = torch.full((2, 2, words * 32), -1, dtype=torch.int32)
+    counts = torch.full((2, 2), -1, dtype=torch.int32)
+    union_lists(pack_blocks(bits, words), blocks, counts)
+    union = bits.unflatten(1, (2, 3)).any(2)
+    assert torch.equal(counts, union.sum(2, dtype=torch.int32))
+    for got, count, chosen in zip(blocks.flatten(0, 1), counts.flatten(), union.flatten(0, 1), strict=True):
+        assert torch.equal(got[:count], chosen.nonzero().flatten().int())
+
+
+def test_sections_of_several_steps() -> None:
+    case = MANY_BLOCKS()
+    assert_steps(case)
+    assert_splits_and_budgets_change_nothing(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "block_size"), [(16, 16), (24, 64)])
 def test_summaries(dtype: torch.dtype, dim: int, block_size: int) -> None:
     assert_kept(dtype, dim, block_size, [100, 1, 27, 72, 1], "cpu")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_model_decodes_as_with_the_portable_backend(kind: str) -> None:
-    """Padded rows, steps that close a tile, a crop: both backends give the same logits."""
+def test_a_model_decodes_as_with_the_portable_backend() -> None:
+    """Padded rows, steps that close a tile, a crop: both backends give the logits of a dynamic cache."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 1}
     config = LlamaConfig(
@@ -85,15 +113,16 @@ def test_a_model_decodes_as_with_the_portable_backend(kind: str) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     settings = {"gate": "mass", "tile": 16, "threshold": 0.5, "sample": 2, "local_blocks": 0}
     rows = []
-    for backend in ("triton", "portable"):
+    for backend, static in (("portable", False), ("triton", False), ("triton", True), ("portable", True)):
         rule = MobaConfig(16, decode="sparse", backend=backend, **settings)
         with use_moba(model, rule), torch.no_grad():
-            cache = MobaCache(config, static=kind == "static", max_cache_len=104)
+            cache = MobaCache(config, static=static, max_cache_len=104)
             parts = []
-            for begin, end, removed in CALLS[kind]:
+            for begin, end, removed in CALLS:
                 given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
                 parts.append(model(ids[:, begin:end], **cache_kwargs(model, cache), **given).logits[:, -1])
                 if removed:
                     cache.crop(-removed)
             rows.append(torch.stack(parts))
-    torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-3)
+    for other in rows[1:]:
+        torch.testing.assert_close(rows[0], other, rtol=1e-3, atol=1e-3)
