@@ -29,6 +29,8 @@ from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attentio
 from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, kept_of
+from moba_hf.op.shared_prompt import prompt_attention
+from moba_hf.op.shared_rule import SharedRule
 
 # Keyword arguments of other attention variants; ignoring them would give wrong results.
 _REFUSED = {
@@ -233,6 +235,8 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
             return dense_packed_attention(query, key, value, call.scale, layout.spans, backend)
         return dense_attention(query, key, value, call.scale, sequences, backend, whole=layout.whole)
     steps = call.steps and not layout.packed
+    if isinstance(rule, SharedRule) and layout.whole and q_len == kv_len and not steps:
+        return prompt_attention(query, key, value, sequences, rule, softmax_scale=call.scale, backend=backend)
     if steps and not torch.compiler.is_compiling():
         _warn_of_reads(rule, kept, backend)
     settings: Any = {"softmax_scale": call.scale, "backend": backend, "block_means": kept, "steps": steps}
