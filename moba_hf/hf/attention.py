@@ -120,6 +120,8 @@ def moba_attention_forward(
     check_tensors(query, key, value)
     layer = layer if key.dtype == dtype else None  # its means are of the keys before autocast
     scale = default_scale(query) if scaling is None else scaling
+    if layer is None and layout.whole and q_len == key.shape[2] <= plan.dense_len:  # whatever the kind of row
+        return dense_attention(query, key, value, scale, whole=True), None
     return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
 
