@@ -48,10 +48,15 @@ EXAMPLE = Schedule(
 
 
 class Clock(TrainerCallback):
-    """Times training; ends a run with a checkpoint at a deadline or after `stop_after` steps."""
+    """Times training; ends a run with a checkpoint at a deadline or after `stop_after` steps.
 
-    def __init__(self, deadline: float | None, stop_after: int | None) -> None:
-        self.deadline, self.stop_after = deadline, stop_after
+    After `stage_seconds` it ends the stage instead, which then counts as finished.
+    """
+
+    def __init__(
+        self, deadline: float | None, stop_after: int | None, stage_seconds: float | None = None
+    ) -> None:
+        self.deadline, self.stop_after, self.stage_seconds = deadline, stop_after, stage_seconds
         self.ended = False
         self.begun = 0.0
         self.first_step = self.steps = 0
@@ -66,6 +71,8 @@ class Clock(TrainerCallback):
         late = self.deadline is not None and time.monotonic() > self.deadline
         if state.global_step < state.max_steps and (late or self.steps == self.stop_after):
             self.ended = control.should_save = control.should_training_stop = True
+        elif self.stage_seconds is not None and self.times[-1] > self.stage_seconds:
+            control.should_training_stop = True
 
     def per_step(self) -> float:
         """Median seconds per step."""
@@ -84,7 +91,7 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     recompute = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if x in known)
     return TrainingArguments(
-        **{recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}},
+        **{recompute: stage.length >= args.recompute_from, f"{recompute}_kwargs": {"use_reentrant": False}},
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=1,
@@ -99,6 +106,8 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
         optim="adamw_torch_fused" if CUDA else "adamw_torch",
         bf16=CUDA,
         use_cpu=not CUDA,
+        remove_unused_columns=False,  # keeps the weights of the loss
+        dataloader_num_workers=2 if CUDA else 0,
         logging_steps=args.log_every,
         logging_nan_inf_filter=False,  # the filter syncs with the device at every step
         save_strategy="steps" if args.save_steps else "no",
@@ -155,10 +164,13 @@ def run_stage(
         max(1, stage.steps * stage.rows),
         seed=args.seed + 1000 * index,
         short_share=args.short_share,
+        short_length=args.short_length,
         lookups=count,
+        tail=stage.dense_tail,
+        lookup_weight=args.lookup_weight,
         tokenizer=tokenizer,
     )
-    clock = Clock(deadline, args.stop_after)
+    clock = Clock(deadline, args.stop_after, args.stage_seconds)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     trainer = LongRowTrainer(
@@ -167,6 +179,7 @@ def run_stage(
         train_dataset=rows,
         callbacks=[clock, MobaCallback(config=stage.moba)],
         offload=stage.length >= args.offload_from,
+        dense_tail=stage.dense_tail,
     )
     checkpoint = get_last_checkpoint(str(running)) if running.is_dir() else None
     if stage.steps:
@@ -183,6 +196,9 @@ def run_stage(
         "steps_of_this_run": clock.steps,
         "tokens": tokens,
         "lookups_per_row": count,
+        "dense_tail": stage.dense_tail,
+        "lookup_weight": args.lookup_weight,
+        "recompute": stage.length >= args.recompute_from,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds) if seconds else 0,
         "seconds_per_step": round(clock.per_step(), 3) if clock.steps else 0,
@@ -217,7 +233,7 @@ def table(results: list[dict[str, Any]]) -> str:
         moba, log = one["moba"], one["log"]
         cells = [
             f"{one['length']:,}",
-            f"{moba['block_size']}/{moba['topk']}",
+            f"{moba['block_size']}/{moba['topk'] or 'tile ' + str(moba['tile'])}",
             one["steps"],
             f"{one['tokens']:,}",
             one["seconds"],
@@ -258,13 +274,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/extend"))
     add("--stages", type=int, help="run only the first N stages (default: all)")
     add("--max-seconds", type=float, help="end after this many seconds, with a checkpoint to continue from")
+    add("--stage-seconds", type=float, help="end a stage after this many seconds, as if its steps were done")
     add("--stop-after", type=int, help="end after this many optimizer steps of a stage, in the same way")
     add("--save-steps", type=int, default=0, help="steps between two checkpoints within a stage (0: none)")
     add("--lookups", type=int, default=0, help="maximum number of definitions to look up per row (default 0)")
     add("--lookup-spacing", type=int, default=512, help="minimum tokens per lookup (default 512)")
+    add(
+        "--lookup-weight", type=float, default=1.0, help="weight of looked-up answers in the loss (default 1)"
+    )
     add("--short-share", type=float, default=0.1, help="share of rows made of short texts (default 0.1)")
+    add("--short-length", type=int, default=2048, help="maximum tokens of a short text (default 2048)")
     add("--dense-steps", type=int, default=0, help="dense-attention steps to time after each stage")
     add("--offload-from", type=int, default=1 << 20, help="offload activations from this row length on")
+    add("--recompute-from", type=int, default=0, help="recompute activations from this row length on")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)

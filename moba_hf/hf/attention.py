@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from moba_hf.config import NAME, LayerConfig, Rule
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE
-from moba_hf.hf.layer_plan import LayerPlan, adapter_of, layer_plan
+from moba_hf.hf.layer_plan import TRAINED_TAIL, LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.layout import Layout
 from moba_hf.hf.loading import watch_loads
 from moba_hf.hf.mask import moba_mask
@@ -25,7 +25,12 @@ from moba_hf.hf.places import DECODE, DENSE, PREFILL, row_kinds
 from moba_hf.hf.recent_queries import RecentQueries, last_rows
 from moba_hf.hf.rows import Rows
 from moba_hf.op.backends import choose_backend, reads_chosen_only
-from moba_hf.op.dense import causal_mask, dense_attention, dense_packed_attention
+from moba_hf.op.dense import (
+    causal_mask,
+    dense_attention,
+    dense_packed_attention,
+    dense_tail_attention,
+)
 from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, kept_of
@@ -122,6 +127,9 @@ def moba_attention_forward(
     scale = default_scale(query) if scaling is None else scaling
     if layer is None and layout.whole and q_len == key.shape[2] <= plan.dense_len:  # whatever the kind of row
         return dense_attention(query, key, value, scale, whole=True), None
+    tail = int(getattr(module, TRAINED_TAIL, 0))
+    if 0 < tail < q_len == key.shape[2] and plan.rule is not None and not layout.packed:
+        return _attend_with_tail((query, key, value), scale, layout, plan, backend, tail), None
     return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
 
@@ -184,6 +192,28 @@ def _attend(
     if recent is not None:
         recent.record(query, kv_len - q_len, plan.hears)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_with_tail(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    layout: Layout,
+    plan: LayerPlan,
+    backend: str,
+    tail: int,
+) -> Tensor:
+    """Attends by the rule, except that the last `tail` queries of each row attend every key up to their own.
+
+    Raises:
+        ValueError: the batch has padding.
+    """
+    if not layout.whole:
+        raise ValueError("a dense tail in training needs rows without padding; pack the rows instead")
+    query, key, value = qkv
+    end = query.shape[2] - tail
+    begun = query[:, :, :end], key[:, :, :end], value[:, :, :end]
+    out = _attend(begun, scale, layout.between(0, end), plan, backend, None)
+    return torch.cat([out, dense_tail_attention(query[:, :, end:], key, value, scale)], dim=1)
 
 
 def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | None:

@@ -23,6 +23,8 @@ from moba_hf.op.shared_rule import SharedRule
 
 # Attribute of an attention module that turns its rule off temporarily.
 SUSPENDED = "moba_suspended"
+# Attribute of an attention module: number of queries at the end of a row that attend every key in training.
+TRAINED_TAIL = "moba_trained_tail"
 
 logger = logging.get_logger(__name__)
 

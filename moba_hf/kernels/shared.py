@@ -22,7 +22,7 @@ from moba_hf.kernels.backward_routed import Rows
 from moba_hf.kernels.backward_rows import row_stats
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import padded, rows_contiguous
-from moba_hf.kernels.shared_attend import attend_lists
+from moba_hf.kernels.shared_attend import attend_lists, fill_outside
 from moba_hf.kernels.shared_backward import dkv_of_lists, dq_of_lists
 from moba_hf.kernels.shared_choose import choose
 from moba_hf.kernels.shared_lists import Lists, block_lists, tile_lists
@@ -125,11 +125,12 @@ def attend(
         rows_contiguous(v),
         rows_contiguous(block_mask),
     )
-    out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(-torch.inf)
+    fill_outside(out, lse, plan.table)
     dims, capability = (padded(q.shape[3]), padded(v.shape[3])), tuning.capability(q.device)
     shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.inputs import SharedInputs
-from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.layout import load_rows
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
@@ -37,21 +37,23 @@ def attend_lists(
     Args:
         lists: the lists of the tiles from `first_tile` on.
         left_by: handle only tiles whose keys in overlapped blocks are not a multiple of this number; the
-            Hopper kernel skips these. 0: handle all tiles.
+            Hopper kernel skips these. It divides T, so only a sequence's last tile can be one. 0: all tiles.
     """
+    assert not left_by or inputs.plan.tile % left_by == 0
     q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     tiles = min(lists.counts.shape[0], plan.num_tiles - first_tile)
     parts = cdiv(plan.tile, tile.m)
     group = num_heads // num_kv_heads
     with device_of(q):
-        _attend_lists_kernel[(tiles * group * parts, num_kv_heads)](
+        _attend_lists_kernel[((plan.num_seqs if left_by else tiles) * group * parts, num_kv_heads)](
             q,
             k,
             v,
             out,
             lse,
             plan.tiles,
+            plan.tile_offset,
             lists.blocks,
             lists.counts,
             *q.stride()[:3],
@@ -59,6 +61,7 @@ def attend_lists(
             *v.stride()[:3],
             q.shape[2],
             first_tile,
+            tiles,
             lists.blocks.shape[2],
             inputs.softmax_scale * 1.4426950408889634,
             GROUP=group,
@@ -74,6 +77,56 @@ def attend_lists(
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
+
+
+def fill_outside(out: Tensor, lse: Tensor, table: Tensor) -> None:
+    """Writes 0 and -inf to the rows of `out` and `lse` that belong to no sequence.
+
+    Args:
+        out: `(batch, q_len, H, DV)`, contiguous.
+        lse: `(batch, H, q_len)`, contiguous.
+        table: int32 `(S, 5)`, contiguous; see `moba_hf.op.sequences`.
+    """
+    batch, q_len, num_heads, v_dim = out.shape
+    with device_of(out):
+        _fill_outside_kernel[(cdiv(q_len, 64), batch)](
+            out,
+            lse,
+            table,
+            table.shape[0],
+            q_len,
+            num_heads,
+            num_heads * v_dim,
+            BLOCK_S=min(256, next_power_of_2(table.shape[0])),
+        )
+
+
+@triton.jit(do_not_specialize=["num_seqs", "q_len"])
+def _fill_outside_kernel(
+    out_ptr, lse_ptr, table_ptr, num_seqs, q_len, num_heads, width, BLOCK_S: tl.constexpr
+):
+    batch = tl.program_id(1)
+    query = tl.program_id(0) * 64 + tl.arange(0, 64)
+    covered = tl.zeros([64], tl.int32)
+    for start in range(0, num_seqs, BLOCK_S):
+        seq = start + tl.arange(0, BLOCK_S)
+        there = seq < num_seqs
+        row = table_ptr + seq * 5
+        there = there & (tl.load(row, mask=there, other=-1) == batch)
+        q_begin = tl.load(row + 1, mask=there, other=0)
+        q_end = tl.load(row + 2, mask=there, other=0)
+        inside = (query[:, None] >= q_begin[None, :]) & (query[:, None] < q_end[None, :])
+        covered = tl.maximum(covered, tl.max(inside.to(tl.int32), 1))
+    outside = (covered == 0) & (query < q_len)
+    if tl.max(outside.to(tl.int32), 0) > 0:
+        column = tl.arange(0, 128)
+        out_row = out_ptr + (batch.to(tl.int64) * q_len + query) * width
+        for start in range(0, width, 128):
+            inside = outside[:, None] & (start + column < width)[None, :]
+            tl.store(out_row[:, None] + start + column[None, :], 0.0, mask=inside)
+        for head in range(num_heads):
+            at = lse_ptr + (batch.to(tl.int64) * num_heads + head) * q_len + query
+            tl.store(at, float("-inf"), mask=outside)
 
 
 @triton.jit
@@ -114,7 +167,7 @@ def list_keys(block, step, count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexp
         return block * BLOCK_SIZE + column % BLOCK_SIZE, step * per_step + column // BLOCK_SIZE < count
 
 
-@triton.jit(do_not_specialize=["q_len", "first_tile"])
+@triton.jit(do_not_specialize=["q_len", "first_tile", "tiles"])
 def _attend_lists_kernel(
     q_ptr,
     k_ptr,
@@ -122,6 +175,7 @@ def _attend_lists_kernel(
     out_ptr,
     lse_ptr,
     tile_ptr,
+    tile_offset_ptr,
     list_ptr,
     count_ptr,
     q_stride_b,
@@ -135,6 +189,7 @@ def _attend_lists_kernel(
     v_stride_n,
     q_len,
     first_tile,
+    tiles,
     list_length,
     scale,
     GROUP: tl.constexpr,
@@ -152,6 +207,11 @@ def _attend_lists_kernel(
     PARTS: tl.constexpr = (TILE + BLOCK_M - 1) // BLOCK_M
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest lists come first
     number = program // (GROUP * PARTS)
+    if LEFT_BY > 0:  # the last tile of each sequence
+        seq = tile_offset_ptr + number
+        number = tl.load(seq + 1) - 1 - first_tile
+        mine = (number >= tl.load(seq) - first_tile) & (number >= 0) & (number < tiles)
+        number = tl.where(mine, number, 0)
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + program // PARTS % GROUP
     num_heads = tl.num_programs(1) * GROUP
@@ -168,7 +228,7 @@ def _attend_lists_kernel(
     wanted = q_begin + program % PARTS * BLOCK_M < q_end
     if LEFT_BY > 0:
         own = position + q_end - q_begin - first // BLOCK_SIZE * BLOCK_SIZE
-        wanted = wanted & (own % LEFT_BY != 0)
+        wanted = wanted & mine & (own % LEFT_BY != 0)
     if wanted:
         q_at = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
         q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, False)

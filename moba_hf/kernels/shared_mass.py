@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import INTERPRETED, cdiv, device_of, dot, narrow, next_power_of_2, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.op.numerics import part_size
@@ -128,56 +128,18 @@ def row_masses(
             HALVES=rule.rotary_pairs == "halves",
             BLOCK_N=tile.n,
             WIDE=tile.wide,
-            LEAN=tile.lean,
-            VOTE=tile.vote and not INTERPRETED,
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
 
 
-def _voted(pack: int) -> str:
-    """PTX of `x <= limit ? x * near + size : sqrt(x * far)` for `pack` elements of each thread.
-
-    The square roots are skipped if no element of the warp needs them.
-    """
-    out, x, near, far, limit, size = ([f"${i * pack + j}" for j in range(pack)] for i in range(6))
-    every = range(pack)
-    lines = [".reg .pred p, q;", ".reg .f32 y;", f"setp.gt.f32 p, {x[0]}, {limit[0]};"]
-    lines += [f"setp.gt.or.f32 p, {x[i]}, {limit[0]}, p;" for i in every[1:]]
-    lines += [f"fma.rn.ftz.f32 {out[i]}, {x[i]}, {near[0]}, {size[0]};" for i in every]
-    lines += ["vote.sync.any.pred q, p, 0xffffffff;", "@!q bra.uni DONE;"]
-    for i in every:
-        lines += [f"setp.gt.f32 p, {x[i]}, {limit[0]};", f"mul.ftz.f32 y, {x[i]}, {far[0]};"]
-        lines += ["sqrt.approx.ftz.f32 y, y;", f"selp.f32 {out[i]}, y, {out[i]}, p;"]
-    return "{ " + " ".join(lines) + " DONE: }"
-
-
-_VOTED = tl.constexpr(_voted(8))
-_VOTED_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["f"] * 40))
-
-
 @triton.jit
 def part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr):
     """log2 `(M, N)` of the estimated mass of one part, from its means and variances `(D, N)`."""
-    moved = dot(squares, spread) * square_scale
-    far = tl.sqrt(moved * (2 * LOG2_SIZE))
-    return dot(q, center) * scale + tl.where(moved <= 2 * LOG2_SIZE, moved * 0.5 + LOG2_SIZE, far)
-
-
-@triton.jit
-def _lean_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE: tl.constexpr, VOTE: tl.constexpr):
-    """`part_term` with the factors of the variance folded together."""
     moved = dot(squares, spread)
-    far = 2 * LOG2_SIZE * square_scale
-    near = 0.5 * square_scale
-    limit = 2 * LOG2_SIZE / square_scale
-    if VOTE:
-        extra = tl.inline_asm_elementwise(
-            _VOTED, _VOTED_OPERANDS, [moved, near, far, limit, LOG2_SIZE], tl.float32, True, 8
-        )
-    else:
-        extra = tl.where(moved <= limit, moved * near + LOG2_SIZE, tl.sqrt(moved * far))
-    return dot(q, center) * scale + extra
+    far = tl.sqrt(moved * (2 * LOG2_SIZE * square_scale))
+    near = moved * (0.5 * square_scale) + LOG2_SIZE
+    return dot(q, center) * scale + tl.where(moved <= 2 * LOG2_SIZE / square_scale, near, far)
 
 
 @triton.jit(do_not_specialize=["first_tile", "last_tile", "dense_below"])
@@ -216,8 +178,6 @@ def _row_masses_kernel(
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
-    LEAN: tl.constexpr,
-    VOTE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = TILES * BLOCK_ROWS * HEADS
@@ -264,8 +224,7 @@ def _row_masses_kernel(
         spread_ptr += kv_head.to(tl.int64) * PARTS * step * HALF
         item = ((tile - first_tile).to(tl.int64) * num_heads + head) * ROWS + sampled
         high = tl.full([BLOCK_M], -1e30, tl.float32)
-        # LEAN adds up the threads of a row once, at the end
-        total = tl.zeros([BLOCK_M, 8] if LEAN else [BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, 8], tl.float32)  # the threads of a row are added up once, at the end
         done = -1
         for i in range(TILES):
             # tiles of the same sequence share its blocks; each further sequence takes another pass
@@ -290,80 +249,43 @@ def _row_masses_kernel(
                     c_mask = valid & (dim < HEAD_DIM)[:, None]
                     s_mask = valid & (pair < HALF)[:, None]
                     least = dot(q, tl.load(c_at + PARTS * step * HEAD_DIM, mask=c_mask, other=0.0)) * scale
-                    if LEAN:
-                        # a term of -1e30 adds nothing to a row that has candidates
-                        masked = start + BLOCK_N > unmasked
-                        if WIDE:
-                            w_valid = (start + w_column < last)[None, :]
-                            at_wide = wide_c + start * HEAD_DIM
-                            center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
-                            at_wide = wide_s + start * HALF
-                            spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
-                            term = _lean_term(
-                                q, squares, center, spread, scale, square_scale, LOG2_SIZE, VOTE
-                            )
-                            if masked:
-                                term = tl.where((start + w_column)[None, :] < seen[:, None], term, -1e30)
-                                least = tl.where((start + column)[None, :] < seen[:, None], least, -1e30)
-                            term = tl.reshape(term, (BLOCK_M, PARTS, BLOCK_N))
-                            top = tl.maximum(least, tl.max(term, 1))
-                        else:
-                            terms = ()
-                            if masked:
-                                least = tl.where((start + column)[None, :] < seen[:, None], least, -1e30)
-                            top = least
-                            for part in tl.static_range(PARTS):
-                                center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
-                                spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
-                                each = _lean_term(
-                                    q, squares, center, spread, scale, square_scale, LOG2_SIZE, VOTE
-                                )
-                                if masked:
-                                    each = tl.where((start + column)[None, :] < seen[:, None], each, -1e30)
-                                terms = terms + (each,)  # type: ignore[assignment]
-                                top = tl.maximum(top, each)
-                        new_high = tl.maximum(high, tl.max(top, 1))
-                        mass = tl.exp2(least - new_high[:, None])
-                        if WIDE:
-                            mass += tl.sum(tl.exp2(term - new_high[:, None, None]), 1)
-                        else:
-                            for part in tl.static_range(PARTS):
-                                mass += tl.exp2(terms[part] - new_high[:, None])
-                        total *= tl.exp2(high - new_high)[:, None]
-                        total += tl.sum(tl.reshape(mass, (BLOCK_M, BLOCK_N // 8, 8)), 1)
-                        high = new_high
-                    else:
-                        there_column = (start + column)[None, :] < seen[:, None]
-                        least = tl.where(there_column, least, -1e30)
-                        if WIDE:
-                            w_valid = (start + w_column < last)[None, :]
-                            at_wide = wide_c + start * HEAD_DIM
-                            center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
-                            at_wide = wide_s + start * HALF
-                            spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
-                            term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                    # a term of -1e30 adds nothing to a row that has candidates
+                    masked = start + BLOCK_N > unmasked
+                    if WIDE:
+                        w_valid = (start + w_column < last)[None, :]
+                        at_wide = wide_c + start * HEAD_DIM
+                        center = tl.load(at_wide, mask=w_valid & (dim < HEAD_DIM)[:, None], other=0.0)
+                        at_wide = wide_s + start * HALF
+                        spread = tl.load(at_wide, mask=w_valid & (pair < HALF)[:, None], other=0.0)
+                        term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                        if masked:
                             term = tl.where((start + w_column)[None, :] < seen[:, None], term, -1e30)
-                            new_high = tl.maximum(tl.maximum(high, tl.max(least, 1)), tl.max(term, 1))
-                            weight = tl.exp2(term - new_high[:, None])
-                            mass = tl.exp2(least - new_high[:, None])
-                            mass += tl.sum(tl.reshape(weight, (BLOCK_M, PARTS, BLOCK_N)), 1)
-                        else:
-                            terms = ()
-                            top = least
-                            for part in tl.static_range(PARTS):
-                                center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
-                                spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
-                                term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
-                                terms = terms + (term,)  # type: ignore[assignment]
-                                top = tl.maximum(top, term)
-                            top = tl.where(there_column, top, -1e30)
-                            new_high = tl.maximum(high, tl.max(top, 1))
-                            mass = tl.exp2(least - new_high[:, None])
-                            for part in tl.static_range(PARTS):
-                                mass += tl.exp2(terms[part] - new_high[:, None])
-                        mass = tl.where(there_column, mass, 0.0)
-                        total = total * tl.exp2(high - new_high) + tl.sum(mass, 1)
-                        high = new_high
+                            least = tl.where((start + column)[None, :] < seen[:, None], least, -1e30)
+                        term = tl.reshape(term, (BLOCK_M, PARTS, BLOCK_N))
+                        top = tl.maximum(least, tl.max(term, 1))
+                    else:
+                        terms = ()
+                        if masked:
+                            least = tl.where((start + column)[None, :] < seen[:, None], least, -1e30)
+                        top = least
+                        for part in tl.static_range(PARTS):
+                            center = tl.load(c_at + part * step * HEAD_DIM, mask=c_mask, other=0.0)
+                            spread = tl.load(s_at + part * step * HALF, mask=s_mask, other=0.0)
+                            each = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
+                            if masked:
+                                each = tl.where((start + column)[None, :] < seen[:, None], each, -1e30)
+                            terms = terms + (each,)  # type: ignore[assignment]
+                            top = tl.maximum(top, each)
+                    new_high = tl.maximum(high, tl.max(top, 1))
+                    mass = tl.exp2(least - new_high[:, None])
+                    if WIDE:
+                        mass += tl.sum(tl.exp2(term - new_high[:, None, None]), 1)
+                    else:
+                        for part in tl.static_range(PARTS):
+                            mass += tl.exp2(terms[part] - new_high[:, None])
+                    total *= tl.exp2(high - new_high)[:, None]
+                    total += tl.sum(tl.reshape(mass, (BLOCK_M, BLOCK_N // 8, 8)), 1)
+                    high = new_high
                     in_tile = start < seen
                     target = mass_ptr + item[:, None] * mass_blocks + (start + column)[None, :]
                     tl.store(target, mass.to(tl.float16), mask=in_tile[:, None])
@@ -371,6 +293,4 @@ def _row_masses_kernel(
                         high_ptr + item * (mass_blocks // BLOCK_N) + start // BLOCK_N, high, mask=in_tile
                     )
         tl.store(total_ptr + item * 2, high, mask=there)
-        if LEAN:
-            total = tl.sum(total, 1)
-        tl.store(total_ptr + item * 2 + 1, total, mask=there)
+        tl.store(total_ptr + item * 2 + 1, tl.sum(total, 1), mask=there)

@@ -17,13 +17,9 @@ class MassTile(Tile):
 
     Attributes:
         wide: multiply all parts of the blocks of a step in one matrix product instead of one per part.
-        lean: the loop with fewer instructions: masks only where a row needs them, sums added up at the end.
-        vote: with `lean`, take square roots only in warps with a row that needs one.
     """
 
     wide: bool = False
-    lean: bool = False
-    vote: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,9 @@ class ChooseTile:
     unroll: int = 1
 
 
-# Each thread adds up the rows of its columns. H200, 131,072 tokens, 16 rows: 0.68 ms; with 1,024 columns
-# 0.81 ms, with eight rows 1.27 ms.
-CHOOSE = ChooseTile(512, 2, 128)
+# H200, 131,072 tokens, tiles of 128, blocks of 32, every 4th row: 1.94 ms. Slower: 128 blocks per warp and no
+# unrolling 2.78 ms, no unrolling 2.75 ms, four steps unrolled 2.57 ms.
+CHOOSE = ChooseTile(512, 2, 256, 2)
 
 
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
@@ -57,7 +53,7 @@ def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int,
         parts: number of parts in a block.
         device_capability: compute capability.
     """
-    for tile in _MASS:
+    for tile in _MASS_FEW_PARTS if parts <= 2 else _MASS:
         if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
             return tile
     return _MASS[-1]
@@ -70,13 +66,14 @@ def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
     return (tile.m * (dim + half) + tile.stages * vectors) * itemsize + 1024
 
 
-# H200, 131,072 tokens, every 8th row, blocks of 64: 3.6 ms. Slower: 128 x 32 with 8 warps 4.2 ms, 64 x 32
-# with 4 warps 5.4 ms (one program per SM), four stages 5.4 ms, one product per part 4.8 ms.
 _MASS = (
     MassTile(64, 16, 4, 3, True),
     MassTile(64, 16, 4, 2, True),
     MassTile(64, 16, 4, 1),
 )
+# H200, 131,072 tokens, blocks of 32, every 4th row: 9.96 ms. Slower: three stages 12.3 ms, 64 x 16 with three
+# stages 10.3 ms, 128 x 16 with 8 warps and three stages 10.8 ms.
+_MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
 # These hold query rows and loop over keys; 128 rows read keys half as often as 64.
 _ATTEND = (
     Tile(128, 64, 8, 3),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.numerics import has_tangent
@@ -95,6 +96,18 @@ def dense_attention(
             part = part.masked_fill(~real[:, :, None, None], 0.0)
         chunks.append(part)
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def dense_tail_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last queries of each row, without a mask in memory on a GPU; differentiable.
+
+    Shapes are those of `dense_attention`, without padding. Torch takes no grouped heads here, so keys
+    and values are repeated.
+    """
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale).transpose(1, 2)
 
 
 def _few_at_a_time(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, kernel: str) -> Tensor:

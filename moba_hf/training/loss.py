@@ -6,8 +6,8 @@ embeddings and the cross entropy run on a few thousand positions at a time; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +16,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
+from moba_hf.hf.adapter import find_adapter
+from moba_hf.hf.layer_plan import TRAINED_TAIL
+from moba_hf.op.numerics import check_int
+
 PIECE = 8192  # positions whose logits exist at the same time
+WEIGHTS = "loss_weights"  # name of the weights in a row
 
 
 def loss_in_pieces(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, piece: int = PIECE
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    piece: int = PIECE,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the next-token losses in nats, fp32, and the number of tokens it covers.
 
@@ -29,40 +39,95 @@ def loss_in_pieces(
         labels: `(batch, length)`, not shifted; -100 means no label.
         head: maps `(positions, width)` to logits `(positions, vocabulary)`.
         piece: number of positions processed at a time.
+        weights: `(batch, length)`, a factor for the loss of each label. The sum is divided by the
+            mean weight of the labels, so that its scale stays the same. None: 1.
+    """
+    losses, counted = token_losses_in_pieces(hidden, labels, head, piece=piece)
+    return weighted_sum(losses, counted, weights)
+
+
+def weighted_sum(losses: Tensor, counted: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The results of `loss_in_pieces` from those of `token_losses_in_pieces`."""
+    count = counted.sum()
+    if weights is None:
+        return losses.sum(), count
+    factors = weights[:, 1:].flatten().to(losses) * counted
+    return (losses * factors).sum() * count / factors.sum(), count
+
+
+def token_losses_in_pieces(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, piece: int = PIECE
+) -> tuple[Tensor, Tensor]:
+    """Losses of the next tokens in nats, fp32 `(batch * (length - 1),)`, and bool: which have a label.
+
+    Losses without a label are 0. The arguments are those of `loss_in_pieces`.
     """
 
     def one(states: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="none")
 
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
-    sums = [
+    losses = [
         checkpoint(one, *part, use_reentrant=False)
         for part in zip(states.split(piece), targets.split(piece), strict=True)
     ]
-    return torch.stack(sums).sum(), (targets != -100).sum()
+    return torch.cat(losses), targets != -100
+
+
+@contextmanager
+def dense_tail(model: Any, tokens: int) -> Iterator[None]:
+    """Inside the block, the last `tokens` queries of each row attend every key, in every MoBA layer.
+
+    It covers forward passes over rows with one document; packed rows have no such tail. The backward pass
+    belongs into the block too, because gradient checkpointing repeats the forward pass.
+    """
+    modules = [module for _, module in find_adapter(model.config.model_type).attention_layers(model)]
+    for module in modules:
+        setattr(module, TRAINED_TAIL, tokens)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, TRAINED_TAIL)
 
 
 class LongRowTrainer(Trainer):
     """transformers' Trainer with the loss computed in pieces and, optionally, activations in host memory.
 
+    Rows may have `loss_weights` (see `loss_in_pieces`; with `remove_unused_columns=False`). Then each line of
+    the log has `marked_loss`, the plain mean loss of the tokens whose weight is above 1.
+
     Args:
         piece: positions whose logits exist at the same time.
         offload: keep tensors saved for the backward pass in pinned host memory. With gradient checkpointing
             these are the inputs of the layers.
+        dense_tail: number of queries at the end of each row that attend every key, as the last tokens of a
+            prompt do in `moba_hf.prefill`. Packed rows have no such tail. A multiple of the tile if queries
+            share a choice.
     """
 
-    def __init__(self, *args: Any, piece: int = PIECE, offload: bool = False, **kwargs: Any) -> None:
-        if piece < 1:
-            raise ValueError(f"piece must be at least 1, got {piece}")
+    def __init__(
+        self, *args: Any, piece: int = PIECE, offload: bool = False, dense_tail: int = 0, **kwargs: Any
+    ) -> None:
+        check_int("piece", piece, minimum=1)
+        check_int("dense_tail", dense_tail, minimum=0)
         super().__init__(*args, **kwargs)
-        self.piece, self.offload = piece, offload
+        self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
+        self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """A forward and backward pass with the dense tail."""
+        if not self.dense_tail:
+            return super().training_step(model, *args, **kwargs)
+        with dense_tail(self.accelerator.unwrap_model(model), self.dense_tail):
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss over the labels in `inputs`; with `num_items_in_batch`, their sum divided by that."""
         inputs = dict(inputs)
-        labels, kept = inputs.pop("labels"), []
+        labels, weights, kept = inputs.pop("labels"), inputs.pop(WEIGHTS, None), []
         inner = self.accelerator.unwrap_model(model)
         hook = inner.base_model.register_forward_hook(lambda *given: kept.append(given[2]))
         pinned = inputs["input_ids"].device.type == "cuda"
@@ -74,8 +139,25 @@ class LongRowTrainer(Trainer):
             hook.remove()
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
-            total, count = loss_in_pieces(
+            losses, counted = token_losses_in_pieces(
                 kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece
             )
+        total, count = weighted_sum(losses, counted, weights)
+        if weights is not None:
+            self._mark(losses.detach(), counted & (weights[:, 1:].flatten().to(losses) > 1))
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _mark(self, losses: Tensor, marked: Tensor) -> None:
+        """Adds the losses of marked tokens to those of the next log line, without waiting for the device."""
+        found = torch.stack([(losses * marked).sum(), marked.sum()])
+        self._marked = found if self._marked is None else self._marked + found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs `logs`, with `marked_loss` in lines that have a training loss."""
+        if "loss" in logs and self._marked is not None:
+            total, count = self._marked.tolist()
+            self._marked = None
+            if count:
+                logs = {**logs, "marked_loss": round(total / count, 4)}
+        super().log(logs, *args, **kwargs)

@@ -20,6 +20,9 @@ from moba_hf.evaluate.repositories import Repository
 
 Ids = np.ndarray[Any, Any]
 IGNORED = -100
+_ASKED = ("string", "number", "signature", "signature")  # kinds of lookups are drawn from these
+_NEAREST = 32  # the shortest distance of a lookup, before it is moved to the end of a line
+_ASKED_IN_TAIL = 0.6  # share of the tail that lookups fill at most
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -29,6 +32,11 @@ class Rows(Dataset[dict[str, Tensor]]):
     starting at the beginning of a file; other repositories fill the remaining room. A share of the rows holds
     single files instead, so that the model keeps training on short texts.
 
+    Definitions are inserted into the longest piece of each long row and looked up later in that piece: most
+    of them after a few dozen tokens to a whole row (distances are uniform on a logarithmic scale, since
+    copying is learned at short distances first), and with `tail` as many as fit, up to half of them, in the
+    last `tail` tokens. Of these lines, only the answers have labels.
+
     Args:
         repositories: the texts to draw from.
         length: tokens in a row.
@@ -36,8 +44,12 @@ class Rows(Dataset[dict[str, Tensor]]):
         seed: seed of all random choices.
         short_share: probability that a row holds short texts, from 0 to 1.
         short_length: maximum number of tokens in a short text.
-        lookups: number of definitions inserted into the longest piece of each long row, each of which is
-            looked up later in that piece.
+        lookups: number of definitions in each long row.
+        tail: number of tokens at the end of a long row that ask for definitions, see `LongRowTrainer`; below
+            half of `length`. If it is above 0, a long row is a single document, as a prompt is, also where
+            it holds several repositories.
+        lookup_weight: weight of the answers in the loss, at least 1. Above 1, rows have `loss_weights`, fp32
+            `(length,)`.
         tokenizer: required if `lookups` is above 0.
 
     Raises:
@@ -54,6 +66,8 @@ class Rows(Dataset[dict[str, Tensor]]):
         short_share: float = 0.1,
         short_length: int = 2048,
         lookups: int = 0,
+        tail: int = 0,
+        lookup_weight: float = 1.0,
         tokenizer: Any = None,
     ) -> None:
         if not repositories:
@@ -62,8 +76,13 @@ class Rows(Dataset[dict[str, Tensor]]):
             raise ValueError(f"short_share must be from 0 to 1, got {short_share}")
         if lookups < 0 or (lookups and tokenizer is None):
             raise ValueError(f"lookups must be at least 0 and need a tokenizer, got {lookups}")
+        if not 0 <= tail <= length // 2:
+            raise ValueError(f"tail must be from 0 to half of a row of {length} tokens, got {tail}")
+        if lookup_weight < 1:
+            raise ValueError(f"lookup_weight must be at least 1, got {lookup_weight}")
         self.repositories, self.length, self.count, self.seed = list(repositories), length, count, seed
         self.short_share, self.short_length, self.lookups = short_share, short_length, lookups
+        self.tail, self.lookup_weight = tail, lookup_weight
         sizes = np.array([len(one.ids) for one in repositories], float)
         self.chances = sizes / sizes.sum()
         if lookups:
@@ -77,12 +96,15 @@ class Rows(Dataset[dict[str, Tensor]]):
         if rng.random() < self.short_share:
             pieces = self._short_pieces(rng)
             labels = [piece.copy() for piece in pieces]
+            weights = [np.ones(len(piece), np.float32) for piece in pieces]
         else:
-            pieces, labels = self._long_pieces(rng)
+            pieces, labels, weights = self._long_pieces(rng)
         for label in labels:
             label[0] = IGNORED  # a document's first token has no context to predict it from
         positions = [np.arange(len(piece)) for piece in pieces]
         row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
+        if self.lookup_weight > 1:
+            row["loss_weights"] = weights
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
 
     def _short_pieces(self, rng: np.random.Generator) -> list[Ids]:
@@ -97,8 +119,11 @@ class Rows(Dataset[dict[str, Tensor]]):
             room -= size
         return pieces
 
-    def _long_pieces(self, rng: np.random.Generator) -> tuple[list[Ids], list[Ids]]:
-        made = self.definitions.draw(rng, self.lookups) if self.lookups else []
+    def _long_pieces(self, rng: np.random.Generator) -> tuple[list[Ids], list[Ids], list[Ids]]:
+        """The documents of a long row, their labels and the weights of these."""
+        made: list[Definition] = []
+        if self.lookups:
+            made = self.definitions.draw(rng, self.lookups, list(rng.choice(_ASKED, self.lookups)))
         room = self.length - 2 * sum(len(one.ids) for one in made)
         if room < self.length // 2:
             raise ValueError(f"{len(made)} lookups leave less than half of a row of {self.length} tokens")
@@ -112,23 +137,46 @@ class Rows(Dataset[dict[str, Tensor]]):
             begin = int(rng.choice(starts))
             pieces.append(one.ids[begin : begin + size].astype(np.int64))
             room -= size
+        if self.tail:
+            pieces = [np.concatenate(pieces)]
         labels = [piece.copy() for piece in pieces]
+        weights = [np.ones(len(piece), np.float32) for piece in pieces]
         if made:
             which = max(range(len(pieces)), key=lambda i: len(pieces[i]))
-            pieces[which], labels[which] = self._with_lookups(rng, pieces[which], made)
-        return pieces, labels
+            found = self._with_lookups(rng, pieces[which], made)
+            pieces[which], labels[which], weights[which] = found
+        return pieces, labels, weights
 
     def _with_lookups(
         self, rng: np.random.Generator, text: Ids, made: Sequence[Definition]
-    ) -> tuple[Ids, Ids]:
-        """`text` with each definition inserted twice; the first is unpredictable, so it gets no labels."""
-        order = rng.permutation(2 * len(made)) % len(made)
-        places = np.sort(rng.integers(0, len(text), len(order)))
-        at = snap(places, np.flatnonzero(self.newlines[text]))
-        ids, begins = weave(text, [made[i].ids for i in order], at)
-        labels, seen = ids.copy(), set()
+    ) -> tuple[Ids, Ids, Ids]:
+        """`text` with each definition inserted twice, its labels, and the weights of these."""
+        sizes = np.cumsum([len(one.ids) for one in made[: len(made) // 2]])
+        late = int((sizes <= _ASKED_IN_TAIL * self.tail).sum())  # so many are asked in the tail
+        body = len(text) - (self.tail - int(sizes[late - 1]) if late else 0)
+        distance = np.exp(rng.uniform(np.log(_NEAREST), np.log(max(_NEAREST + 1, body)), len(made)))
+        distance = np.minimum(distance, body - 1).astype(int)
+        distance[:late] = 0
+        first = rng.integers(0, body - distance)
+        second = first + distance
+        second[:late] = rng.integers(body, max(body + 1, len(text)), late)
+        allowed = np.flatnonzero(self.newlines[text])
+        first = snap(first, allowed[allowed < body])
+        second = np.concatenate(
+            [
+                snap(second[:late], allowed),
+                np.maximum(first[late:], snap(second[late:], allowed[allowed < body])),
+            ]
+        )
+        places = np.concatenate([first, second])
+        order = np.argsort(places, kind="stable")  # at the same place, a definition comes before its lookup
+        ids, begins = weave(text, [made[i % len(made)].ids for i in order.tolist()], places[order])
+        labels, weights = ids.copy(), np.ones(len(ids), np.float32)
         for i, begin in zip(order.tolist(), begins.tolist(), strict=True):
-            if i not in seen:
-                labels[begin : begin + len(made[i].ids)] = IGNORED
-            seen.add(i)
-        return ids, labels
+            one = made[i % len(made)]
+            asked = begin + len(one.question)
+            end = begin + len(one.ids)
+            labels[begin : end if i < len(made) else asked] = IGNORED  # random, so nothing predicts it
+            if i >= len(made):
+                weights[asked:end] = self.lookup_weight
+        return ids, labels, weights

@@ -46,6 +46,8 @@ class Stage:
         rows: rows per optimizer step.
         rope: how RoPE is extended if `length` exceeds the model's, see `ContextLength`.
         theta: the new rotary base, only with `rope="theta"`; None: `ContextLength` chooses it.
+        dense_tail: number of tokens at the end of each row that attend every key, see `LongRowTrainer`; a
+            multiple of the tile, and at most half of `length`.
 
     Raises:
         ValueError: a value out of range.
@@ -60,14 +62,26 @@ class Stage:
     rows: int = 1
     rope: str = "theta"
     theta: float | None = None
+    dense_tail: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("tokens", 0), ("warmup_steps", 0), ("rows", 1)):
+        for name, least in (
+            ("length", 2),
+            ("tokens", 0),
+            ("warmup_steps", 0),
+            ("rows", 1),
+            ("dense_tail", 0),
+        ):
             check_int(name, getattr(self, name), minimum=least)
         if not isinstance(self.moba, MobaConfig):
             raise TypeError(f"moba must be a MobaConfig, got {self.moba!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.dense_tail > self.length // 2 or self.dense_tail % self.moba.tile:
+            raise ValueError(
+                f"dense_tail={self.dense_tail} must be at most half of length={self.length} and a multiple "
+                f"of tile={self.moba.tile}"
+            )
         ContextLength(self.length, self.rope, self.theta)  # raises
 
     @property

@@ -229,9 +229,16 @@ def shipped() -> Iterator[Rule]:
         yield from with_causal([rule])
 
 
+def preset() -> Iterator[Rule]:
+    """The preset `default` and other thresholds, on the test texts."""
+    rule = Rule(tile=128, block=32, stride=2, hears_itself=True, dense_below=2048)
+    for alpha in (0.01, 0.003, 0.015, 0.03, 0.1, 0.001):
+        yield from with_causal([replace(rule, alpha=alpha)])
+
+
 def long() -> Iterator[Rule]:
     """16K and 32K, on the test texts: the shipped rule, per-query choices, the published rules."""
-    shipped = Rule(tile=128, block=32, stride=2, hears_itself=True)
+    shipped = Rule(tile=128, block=32, stride=2, hears_itself=True, dense_below=2048)
     for alpha in (0.01, 0.03, 0.1, 0.003):
         yield from with_causal([replace(shipped, alpha=alpha)])
     yield from (Rule(tile=1, block=32, topk=k, gate=g) for k in (64, 128) for g in ("mean", "mass"))
@@ -243,6 +250,7 @@ def long() -> Iterator[Rule]:
 SUITES = {
     "kernel": (kernel, (PLAIN, COPIES)),
     "shipped": (shipped, (PLAIN, COPIES)),
+    "preset": (preset, (PLAIN, COPIES)),
     "long": (long, (PLAIN, COPIES)),
     "questions": (questions, ("dev/", "dev-copies/")),
     "cheaper": (cheaper, ("dev/", "dev-copies/")),

@@ -28,13 +28,13 @@ def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
     save_repositories(tmp_path / "text.npz", [Repository("r", ids, np.arange(0, 3000, 150))])
     schedule = Schedule(
         (
-            Stage(576, MobaConfig(8, 4), tokens=2304, learning_rate=1e-2, warmup_steps=1, theta=2e4),
-            Stage(640, MobaConfig(16, 4), tokens=1920, learning_rate=1e-2, warmup_steps=1, rope="yarn"),
+            Stage(576, MobaConfig(8, 4), 2304, learning_rate=1e-2, warmup_steps=1, theta=2e4, dense_tail=64),
+            Stage(640, MobaConfig(16, 4), 1920, learning_rate=1e-2, warmup_steps=1, rope="yarn"),
         )
     )
     schedule.save(tmp_path / "schedule.json")
     files = ("--schedule", str(tmp_path / "schedule.json"), "--tokens", str(tmp_path / "text.npz"))
-    command = [str(tmp_path / "model"), *files, "--log-every", "1"]
+    command = [str(tmp_path / "model"), *files, "--log-every", "1", "--recompute-from", "600"]
     whole = extend.main([*command, "--out", str(tmp_path / "whole"), "--dense-steps", "1"])
     assert [one["steps_of_this_run"] for one in whole] == [4, 3]
     assert all(one["dense_seconds_per_step"] > 0 for one in whole)
@@ -50,3 +50,15 @@ def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes()
     assert one.read_bytes() != (tmp_path / "whole" / "stage0" / "model.safetensors").read_bytes()
     assert not (tmp_path / "parts" / "stage1-running").exists()
+
+
+def test_a_stage_that_takes_too_long_counts_as_done(extend: Any, tmp_path: Path) -> None:
+    tiny(rule=None, attention="sdpa").save_pretrained(tmp_path / "model")
+    ids = tokens(900).numpy().astype(np.uint16)
+    save_repositories(tmp_path / "text.npz", [Repository("r", ids, np.arange(0, 900, 150))])
+    Schedule((Stage(576, MobaConfig(8, 4), tokens=57600),)).save(tmp_path / "schedule.json")
+    files = ("--schedule", str(tmp_path / "schedule.json"), "--tokens", str(tmp_path / "text.npz"))
+    out = ("--out", str(tmp_path / "out"), "--stage-seconds", "0")
+    (one,) = extend.main([str(tmp_path / "model"), *files, *out])
+    assert (one["steps"], one["steps_of_this_run"], one["tokens"]) == (100, 1, 576)
+    assert extend.main([str(tmp_path / "model"), *files, *out]) == [one]

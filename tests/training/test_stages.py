@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Letters
-from tiny_models import tiny, tokens
+from tiny_models import checkpointed, tiny, tokens
 from transformers import AutoConfig, TrainingArguments
 
 from moba_hf import MobaConfig
 from moba_hf.evaluate.repositories import load_repositories, save_repositories
+from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.prefill import attending_everything
+from moba_hf.op.dense import dense_tail_attention
 from moba_hf.training import (
     LongRowTrainer,
     Repository,
@@ -30,7 +34,7 @@ from moba_hf.training.stages import POSITION, load_stage, save_stage
 TWO = Schedule(
     (
         Stage(1024, MobaConfig(8, 4), tokens=3000, theta=4e4),
-        Stage(2048, MobaConfig(16, 4, full_attention_layers=(-1,)), tokens=4096, rope="linear"),
+        Stage(2048, MobaConfig(16, 4, full_attention_layers=(-1,)), 4096, rope="linear", dense_tail=128),
     )
 )
 
@@ -52,6 +56,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"rope": "none"}, "rope must be one of"),
+        ({"dense_tail": 33}, "dense_tail=33 must be at most half of length=64 and a multiple of tile=1"),
         ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 needs rope="),
     ],
 )
@@ -149,6 +154,32 @@ def test_the_trainer_takes_the_same_step(offload: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(pieces[name], x, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_of_the_dense_tail(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def given(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+
+    q, k, v = given(1, 9, 96, 64), given(1, 3, 700, 64), given(1, 3, 700, 64)
+    keys, values = (x.detach().float().repeat_interleave(3, 1).requires_grad_() for x in (k, v))
+    query = q.detach().float().requires_grad_()
+    scores = (query @ keys.transpose(2, 3)).div(8).masked_fill(_later(96, 700), -torch.inf)
+    expected = (scores.softmax(3) @ values).transpose(1, 2)
+    out = dense_tail_attention(q, k, v, 0.125)
+    up = given(*out.shape).detach()
+    wanted = list(torch.autograd.grad(expected, (query, keys, values), up.float()))
+    wanted[1:] = [x.unflatten(1, (3, 3)).sum(2) for x in wanted[1:]]
+    got = torch.autograd.grad(out, (q, k, v), up)
+    for one, other in zip((out, *got), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2e-2, atol=2e-2)
+
+
+def _later(queries: int, keys: int) -> torch.Tensor:
+    return ~torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
+
+
 def repository(size: int, seed: int, files: tuple[int, ...] = (0,)) -> Repository:
     return Repository(f"r{seed}", tokens(size, seed=seed).numpy().astype(np.uint16), np.array(files))
 
@@ -203,21 +234,105 @@ def test_files_come_after_what_they_import(tmp_path: Path) -> None:
         read_repository(package, Letters(), ".rs")
 
 
-def test_rows_with_lookups() -> None:
+def lookup_rows(**given: Any) -> Rows:
     text = np.frombuffer(b"value = 1\n" * 400, np.uint8).astype(np.int32)
-    rows = Rows(
-        [Repository("r", text, np.array([0]))], 1024, 4, short_share=0, lookups=6, tokenizer=Letters()
-    )
+    given = {"short_share": 0, "lookups": 8, "tokenizer": Letters(), **given}
+    return Rows([Repository("r", text, np.array([0]))], 2048, 4, **given)
+
+
+@pytest.mark.parametrize("tail", [0, 512])
+def test_rows_with_lookups(tail: int) -> None:
+    rows = lookup_rows(tail=tail, lookup_weight=4.0)
     for i in range(4):
         row = rows[i]
-        assert len(row["input_ids"]) == 1024
+        assert {name: len(x) for name, x in row.items()} == dict.fromkeys(row, 2048)
         written = bytes(row["input_ids"].tolist()).decode()
         labelled = bytes(x if x != IGNORED else 0 for x in row["labels"].tolist()).decode(errors="replace")
-        lines = [x for x in written.splitlines() if x not in ("", "value = 1") and written.count(x) > 1]
-        lines = [x for x in dict.fromkeys(lines) if "_" in x]
-        assert len(lines) == 6
+        lines = [x for x in dict.fromkeys(written.splitlines()) if "_" in x]
+        assert len(lines) == 8
+        late, weights = 0, torch.ones(2048)
         for line in lines:
             first, second = written.index(line), written.rindex(line)
             assert first < second
             assert labelled[first : first + len(line)] == "\0" * len(line)  # unpredictable
-            assert labelled[second : second + len(line)] == line
+            answer = re.search(r'(?<=[="(]).*', line).start()  # type: ignore[union-attr]
+            answer += line[answer - 1] == "=" and line[answer : answer + 2] == ' "' and 2
+            assert labelled[second : second + len(line)] == "\0" * answer + line[answer:]
+            weights[second + answer : second + len(line)] = 4
+            late += second >= 2048 - tail
+        assert torch.equal(row["loss_weights"], weights)
+        assert late >= 3 if tail else late == 0
+
+
+def test_lookups_are_near_and_far() -> None:
+    distances = []
+    for row in (lookup_rows(lookups=16)[i] for i in range(4)):
+        written = bytes(row["input_ids"].tolist()).decode()
+        lines = {x for x in written.splitlines() if "_" in x}
+        distances += [written.rindex(x) - written.index(x) for x in lines]
+    assert sum(x < 256 for x in distances) > len(distances) / 4
+    assert sum(x > 512 for x in distances) > len(distances) / 8
+
+
+def test_a_row_with_a_tail_is_one_document() -> None:
+    short = Repository("s", np.frombuffer(b"other = 2\n" * 90, np.uint8).astype(np.int32), np.array([0]))
+    rows = Rows([short], 2048, 2, short_share=0, lookups=8, tail=512, tokenizer=Letters())
+    assert torch.equal(rows[0]["position_ids"], torch.arange(2048))
+    assert "loss_weights" not in rows[0]
+    with pytest.raises(ValueError, match="tail must be from 0 to half of a row of 2048 tokens, got 1025"):
+        lookup_rows(tail=1025)
+    with pytest.raises(ValueError, match=r"lookup_weight must be at least 1, got 0\.5"):
+        lookup_rows(lookup_weight=0.5)
+
+
+def test_weights_of_the_loss(tmp_path: Path) -> None:
+    model, ids = tiny(), tokens(2, 60)
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    weights = torch.ones(2, 60)
+    weights[:, 30:34] = 5.0
+    labels = ids.clone()
+    labels[:, 32] = IGNORED
+    total, count = loss_in_pieces(hidden, labels, model.get_output_embeddings(), piece=7, weights=weights)
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+    factors = weights[:, 1:].flatten() * (labels[:, 1:].flatten() != IGNORED)
+    assert int(count) == 116
+    torch.testing.assert_close(total / count, (losses * factors).sum() / factors.sum())
+    rows = [{"input_ids": ids[0], "labels": labels[0], "loss_weights": weights[0]}] * 2
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        save_strategy="no", per_device_train_batch_size=1, remove_unused_columns=False, learning_rate=1e-9,
+    )  # fmt: skip
+    trainer = LongRowTrainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    marked = losses[:59][factors[:59] > 1].mean()
+    assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
+    """The gradients are those of one pass by the rule and one over its cache that attends every key."""
+    from transformers import DynamicCache
+
+    ids, tail = tokens(1, 96), 24
+    model = tiny()
+    cache = DynamicCache(config=model.config)
+    given = cache_kwargs(model.base_model, cache)
+    begun = model.base_model(input_ids=ids[:, :-tail], **given)
+    with attending_everything(model):
+        ended = model.base_model(input_ids=ids[:, -tail:], **given)
+    hidden = torch.cat([begun.last_hidden_state, ended.last_hidden_state], dim=1)
+    total, count = loss_in_pieces(hidden, ids, model.get_output_embeddings())
+    (total / count).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = LongRowTrainer(model=model, args=settings, train_dataset=[{}], dense_tail=tail)
+    if recompute:
+        checkpointed(model, reentrant=False)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.training_step(model, {"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(loss, (total / count).detach())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+    assert not any(hasattr(module, "moba_trained_tail") for module in model.modules())

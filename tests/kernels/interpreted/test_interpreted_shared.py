@@ -9,7 +9,12 @@ import torch
 from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice, sequences_of
 
 from moba_hf.kernels import shared
+from moba_hf.kernels.inputs import SharedInputs
+from moba_hf.kernels.shared_attend import attend_lists, fill_outside
+from moba_hf.kernels.shared_lists import Lists, block_lists
+from moba_hf.kernels.shared_plan import make_shared_plan
 from moba_hf.kernels.shared_tuning import MassTile
+from moba_hf.kernels.tuning import Tile
 from moba_hf.op.checks import Case
 from moba_hf.op.ops import attention
 from moba_hf.op.sequences import Sequences, batched_table
@@ -148,12 +153,63 @@ def test_masses_that_are_no_numbers_drop_no_block(
 
 
 @pytest.mark.parametrize(("wide", "factor"), [(True, 1), (True, 6), (False, 6)])
-def test_the_lean_loop_of_the_mass_kernel(wide: bool, factor: int) -> None:
-    """Programs span sequences and tiles of unlike length; large queries need the square root of variances."""
+def test_programs_of_the_mass_kernel_span_sequences(wide: bool, factor: int) -> None:
+    """Their tiles have unlike lengths; large queries need the square root of variances."""
     rule = SharedRule(32, 32, threshold=0.3, sample=8)
     case = Case([(40, 170), (0, 5), (33, 33), (1, 77), (16, 48)], num_heads=4, num_kv_heads=2, head_dim=32)
     case.q.mul_(factor)
-    old = checked_choice(case, rule, mass_tile=MassTile(32, 16, 4, 2, wide))
-    lean = MassTile(32, 16, 4, 2, wide, lean=True, vote=True)
-    assert torch.equal(old, checked_choice(case, rule, mass_tile=lean))
-    assert torch.equal(old, checked_choice(case, rule, mass_tile=lean, workspace=1))
+    tile = MassTile(32, 16, 4, 2, wide)
+    mask = checked_choice(case, rule, mass_tile=tile)
+    assert torch.equal(mask, checked_choice(case, rule, mass_tile=tile, workspace=1))
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_tiles_left_to_triton(chunk: int) -> None:
+    """Only tiles that end within a step are written: the last ones of the sequences of 70, 33 and 77 keys."""
+    case, rule = CASES["tile of two blocks"]
+    mask = checked_choice(case, rule)
+    expected, _ = assert_attention(case, rule, mask)
+    plan = make_shared_plan(case.q, case.k, case.table, *case.longest, block_size=16, tile=32)
+    inputs = SharedInputs(case.q, case.k, case.v, plan, case.scale)
+    out, lse = torch.full_like(expected, 7.0), torch.empty(case.q.shape[:3])
+    lists = Lists.empty(min(chunk, plan.num_tiles), case.num_heads, plan.max_blocks, mask)
+    for first in range(0, plan.num_tiles, chunk):
+        block_lists(mask, plan, first, lists)
+        attend_lists(inputs, out, lse, lists, first, Tile(32, 16, 4, 1), left_by=16)
+    left = torch.zeros(case.q.shape[2], dtype=torch.bool)
+    for _, q_begin, q_end, position, *_keys in plan.tiles.tolist():
+        left[q_begin:q_end] = (position + q_end - q_begin) % 16 != 0
+    assert left.sum() == 6 + 1 + 1
+    torch.testing.assert_close(out[:, left], expected[:, left])
+    assert (out[:, ~left] == 7).all()
+
+
+def test_queries_outside_every_sequence() -> None:
+    """Their sequences come in any order; a call may also have none."""
+    q, k = torch.randn(2, 2, 150, 16), torch.randn(2, 1, 100, 16)
+    table = torch.tensor([[1, 110, 150, 0, 40], [0, 3, 5, 0, 50], [1, 2, 66, 0, 64]], dtype=torch.int32)
+    inside = torch.zeros(2, 150, dtype=torch.bool)
+    inside[1, 110:150] = inside[0, 3:5] = inside[1, 2:66] = True
+    rule = SharedRule(16, 32, threshold=0.3)
+    sequences = Sequences(table, 64, 64, by_row=False)
+    mask = shared.select(q, k, sequences, rule, 0.25)
+    out, lse = shared.attend(q, k, k, mask, sequences, 16, 32, 0.25)
+    assert ((out != 0).all(-1).all(-1) == inside).all()
+    assert (out[~inside] == 0).all()
+    assert (torch.isfinite(lse).all(1) == inside).all()
+    assert (lse.transpose(1, 2)[~inside] == -torch.inf).all()
+    nothing = Sequences(table[:0], 0, 0, by_row=False)
+    out, lse = shared.attend(q, k, k, mask[:, :0], nothing, 16, 32, 0.25)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_many_sequences_around_queries_outside() -> None:
+    begin = 2 * torch.arange(300, dtype=torch.int32)
+    columns = [0 * begin, begin, begin + 1, 0 * begin, 0 * begin + 9]
+    out, lse = torch.full((1, 601, 3, 50), 7.0), torch.full((1, 3, 601), 7.0)
+    fill_outside(out, lse, torch.stack(columns, 1))
+    outside = torch.ones(601, dtype=torch.bool)
+    outside[begin] = False
+    assert (out == torch.where(outside, 0.0, 7.0)[None, :, None, None]).all()
+    assert (lse == torch.where(outside, -torch.inf, 7.0)).all()

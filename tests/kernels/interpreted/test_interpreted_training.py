@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf import MobaConfig, patch_model
 from moba_hf.op import ops
+from moba_hf.training.loss import dense_tail
 
 RULE: dict[str, Any] = {"block_size": 16, "topk": 3, "backend": "triton"}
 
@@ -96,3 +97,18 @@ def test_autocast() -> None:
     )
     assert ours.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(ours, theirs, 0) > 0.98
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["moba", "shared"])
+def test_a_dense_tail(shared: bool) -> None:
+    """The rule then reads views that skip the last rows of the tensors."""
+    rule = {"tile": 16, "threshold": 0.9, "gate": "mass"} if shared else {"topk": 2}
+    found = []
+    for backend in ("triton", "portable"):
+        net = patch_model(model(backend), MobaConfig(16, backend=backend, **rule))
+        ids = torch.randint(0, 97, (1, 112), generator=torch.Generator().manual_seed(1))
+        with dense_tail(net, 32):
+            net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
