@@ -361,16 +361,10 @@ def _refuse_unsupported(dropout: float, q_len: int, kv_len: int, kwargs: dict[st
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Converts tensors to the autocast dtype, as torch's own attention does; no change without autocast."""
     device = tensors[0].device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors have no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-@torch._dynamo.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    """Whether devices of this type have autocast; torch before 2.13 cannot trace the question."""
-    return torch.amp.is_autocast_available(device)
 
 
 def register() -> None:

@@ -124,24 +124,24 @@ def _resolve(config: Any, raw: Any, layer_idx: int, suspended: bool) -> LayerPla
     return plan
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _adapter_name(model_type: str) -> str:
     adapter = find_adapter(model_type)
     return _keep("adapter", (model_type, id(adapter)), lambda: adapter)
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _settings(raw: Any) -> str:
     return _keep("settings", raw, lambda: _settings_of(raw))
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _warn_of_no_layer(model_type: str, stock: str) -> bool:
     logger.warning_once(f"No layer of this {model_type} model can use MoBA: {stock}")
     return True
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _plan(
     settings: str, layer_idx: int, num_layers: int, rotary_pairs: str, stock: str | None, suspended: bool
 ) -> str:

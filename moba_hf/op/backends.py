@@ -327,7 +327,7 @@ def load_backend(name: str) -> Backend:
     return backend
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _keep_backend(name: str) -> str:
     """Loads the backend `name`, outside the traced code."""
     check_backend(name)

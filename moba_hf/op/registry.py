@@ -10,7 +10,7 @@ class Registry:
     """Named objects, stored as attributes.
 
     During tracing, new attributes are visible, unlike new items of a dict. `keep` must run outside the traced
-    code (`torch._dynamo.assume_constant_result`); `getattr` may run inside.
+    code (`torch.compiler.assume_constant_result`); `getattr` may run inside.
     """
 
     def __init__(self) -> None:
