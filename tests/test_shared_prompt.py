@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.rows import Masks, Rows
 from moba_hf.op import shared_prompt
-from moba_hf.op.sequences import Sequences, batched_table, constant_table
+from moba_hf.op.sequences import Sequences, batched_table, constant_table, covers_queries
 from moba_hf.op.shared_ops import CHOICE_WATCHERS, shared_attention
 from moba_hf.op.shared_prompt import prompt_attention
 from moba_hf.op.shared_reference import shared_attention_ref
@@ -93,6 +94,18 @@ def test_only_tiles_from_dense_below_on_are_chosen_and_layers_share_their_table(
     assert later.table.tolist() == [[row, 48, LENGTH, 0, LENGTH] for row in range(2)]
     assert (later.max_seqlen_q, later.max_seqlen_k) == (LENGTH - 48, LENGTH)
     assert where.table[:, 1].tolist() == [0, 0]
+
+
+def test_only_rows_without_padding_cover_their_queries() -> None:
+    """Kernels may leave the results of other queries unwritten."""
+    device, mask = torch.device("cpu"), torch.ones(2, 9, dtype=torch.bool)
+    padding = mask.clone()
+    padding[1, 0] = False
+    for q_len, given, covered in ((9, None, True), (4, None, True), (9, mask, True), (9, padding, False)):
+        rows = Rows(2, q_len, 9, 9 - q_len, device, Masks(given=given))
+        assert covers_queries(rows.layout({}, device).sequences.table) is covered
+    assert covers_queries(shared_prompt._rows_from(_whole(2), 48).table)
+    assert not covers_queries(_whole(2).table)
 
 
 def test_gradients_and_watched_choices_go_through_one_operator() -> None:

@@ -231,7 +231,7 @@ class Rows:
         # a static cache never counts as whole, so that one graph serves all steps
         whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
         kv_start = None if plain or (whole and self.q_len == 1) else self._copied(start)
-        there = constant_table(self._copied(table.astype(np.int32)))
+        there = constant_table(self._copied(table.astype(np.int32)), covers=whole)
         sequences = Sequences(there, self.q_len, self.kv_len, True, kv_start)
         return Layout(sequences, whole=whole, starts=tuple(start.tolist()))
 

@@ -62,4 +62,5 @@ def _rows_from(sequences: Sequences, first: int) -> Sequences:
     """Those queries of each row that are at position `first` or later, with all keys."""
     table = sequences.table.clone()
     table[:, 1] = first
-    return Sequences(constant_table(table), sequences.max_seqlen_q - first, sequences.max_seqlen_k)
+    table = constant_table(table, covers=True)  # the earlier rows are overwritten
+    return Sequences(table, sequences.max_seqlen_q - first, sequences.max_seqlen_k)
