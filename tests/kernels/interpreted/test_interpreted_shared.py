@@ -17,7 +17,7 @@ from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.checks import Case
 from moba_hf.op.ops import attention
-from moba_hf.op.sequences import Sequences, batched_table
+from moba_hf.op.sequences import Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
 from moba_hf.op.shared_prompt import prompt_attention
@@ -119,7 +119,8 @@ def test_the_operator_runs_the_kernels() -> None:
 def test_torch_computes_rows_below_dense_below_of_a_prompt(name: str, length: int) -> None:
     rule = replace(CASES[name][1], dense_below=32)
     q, k, v = (2 * torch.randn(2, heads, length, 32) for heads in (4, 2, 2))
-    sequences = Sequences(batched_table(2, length, length, q.device), length, length)
+    table = constant_table(batched_table(2, length, length, q.device), covers=True)
+    sequences = Sequences(table, length, length)
     settings = {"softmax_scale": 0.3, "backend": "triton"}
     out = prompt_attention(q, k, v, sequences, rule, **settings)
     expected = shared_attention(q, k, v, sequences, rule, **settings)[0]
