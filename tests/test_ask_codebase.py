@@ -30,7 +30,7 @@ def test_answers_do_not_depend_on_the_cache(
     folder.mkdir()
     for i in range(3):
         (folder / f"f{i}.py").write_text(f"A{i}=B{i}+{i}\n" * 9)
-    command = [str(model), str(folder), "--max-new-tokens", "4", "--chunk-size", "64", "--preset", "default"]
+    command = [str(model), str(folder), "--max-new-tokens", "4", "--chunk-size", "128", "--preset", "default"]
     command += ["--question", "A1=", "--question", "B2"]
     plain = example.main(command)
     assert len(plain) == 2

@@ -219,7 +219,7 @@ class TestPresets:
     def test_default_shares_its_choice(self) -> None:
         rule = MobaConfig.from_preset("default").for_layer(0, 2)
         assert isinstance(rule, SharedRule)
-        assert (rule.tile, rule.block_size, rule.threshold, rule.topk) == (64, 32, 0.01, None)
+        assert (rule.tile, rule.block_size, rule.threshold, rule.topk) == (128, 32, 0.01, None)
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_every_number_has_a_source(self, name: str) -> None:

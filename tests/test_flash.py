@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -19,6 +18,7 @@ from moba_hf.config import LayerConfig
 from moba_hf.op import backends, flash, ops
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.checks import Case, assert_attention, assert_choice
+from moba_hf.op.registry import Registry
 
 RAGGED = [(50, 70), (0, 5), (33, 33), (0, 0), (1, 77)]
 CASES = {
@@ -130,7 +130,7 @@ def flash_4(
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
     """Pretends that flash-attn 2, 4 or neither is installed, and that it runs on CPU tensors."""
-    monkeypatch.delattr(backends._loaded, "flash_attn", raising=False)
+    monkeypatch.setattr(backends, "_loaded", Registry())
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     if version == 2:
@@ -141,10 +141,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, version: int | None) -> None:
 
 
 @pytest.fixture(params=[2, 4])
-def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, request.param)
-    yield
-    backends._loaded.__dict__.pop("flash_attn", None)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -38,6 +38,7 @@ LAYERS = [
     {"hf.cache", "hf.default_cache"},
     {"hf.dynamic_layer", "hf.static_layer"},
     {"hf.cache_layer", "hf.recent_queries"},
+    {"op.shared_prompt"},
     {"hf.places", "hf.adapter", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},
     {"op.inputs"},

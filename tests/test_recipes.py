@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tokenizer(save_tiny(place / name, layers=4))
         model = AutoModelForCausalLM.from_pretrained(place / name)
         for layer in model.model.layers:  # else a query attends all keys alike, and no block can be left out
-            layer.self_attn.q_proj.weight.data *= 15
-            layer.self_attn.k_proj.weight.data *= 15
+            layer.self_attn.q_proj.weight.data *= 60
+            layer.self_attn.k_proj.weight.data *= 60
         model.save_pretrained(place / name)
     text = "".join(random.Random(0).choices([chr(33 + i) for i in range(90)], k=9000))
     (place / "my.txt").write_text(text)

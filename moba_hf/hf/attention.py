@@ -34,6 +34,8 @@ from moba_hf.op.dense import (
 from moba_hf.op.inputs import check_tensors
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, kept_of
+from moba_hf.op.shared_prompt import prompt_attention
+from moba_hf.op.shared_rule import SharedRule
 
 # Keyword arguments of other attention variants; ignoring them would give wrong results.
 _REFUSED = {
@@ -123,6 +125,8 @@ def moba_attention_forward(
     check_tensors(query, key, value)
     layer = layer if key.dtype == dtype else None  # its means are of the keys before autocast
     scale = default_scale(query) if scaling is None else scaling
+    if layer is None and layout.whole and q_len == key.shape[2] <= plan.dense_len:  # whatever the kind of row
+        return dense_attention(query, key, value, scale, whole=True), None
     tail = int(getattr(module, TRAINED_TAIL, 0))
     if 0 < tail < q_len == key.shape[2] and plan.rule is not None and not layout.packed:
         return _attend_with_tail((query, key, value), scale, layout, plan, backend, tail), None
@@ -260,6 +264,8 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
             return dense_packed_attention(query, key, value, call.scale, layout.spans, backend)
         return dense_attention(query, key, value, call.scale, sequences, backend, whole=layout.whole)
     steps = call.steps and not layout.packed
+    if isinstance(rule, SharedRule) and layout.whole and q_len == kv_len and not steps:
+        return prompt_attention(query, key, value, sequences, rule, softmax_scale=call.scale, backend=backend)
     if steps and not torch.compiler.is_compiling():
         _warn_of_reads(rule, kept, backend)
     settings: Any = {"softmax_scale": call.scale, "backend": backend, "block_means": kept, "steps": steps}

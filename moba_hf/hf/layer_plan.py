@@ -80,10 +80,10 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     """The plan of an attention module, cached on the module until its `config.moba` changes."""
     config: Any = module.config
     raw = getattr(config, "moba", None)
-    suspended = bool(getattr(module, SUSPENDED, False))
     layer_idx: Any = module.layer_idx
     if torch.compiler.is_dynamo_compiling():
-        return _resolve(config, raw, int(layer_idx), suspended)
+        return _resolve(config, raw, int(layer_idx), bool(getattr(module, SUSPENDED, False)))
+    suspended = bool(module.__dict__.get(SUSPENDED, False))  # a module looks slowly for what it lacks
     known: tuple[Any, bool, LayerPlan] | None = module.__dict__.get("_moba_plan")
     if known is None or known[0] != raw or known[1] != suspended:
         known = (copy.deepcopy(raw), suspended, _resolve(config, raw, int(layer_idx), suspended))

@@ -117,17 +117,18 @@ class Rows:
             ValueError: a mask has a hole or is too short, packed sequences cannot be separated or are
                 combined with a filled cache, or offsets do not fit.
         """
+        found = self._layouts.get(device)
+        if found is not None and _may_look(device):  # an earlier layer has checked everything
+            return found
         if kwargs.get("cu_seq_lens_q") is not None:
             self._check_no_cache()
             if self.batch != 1:
                 raise ValueError(f"cu_seq_lens_q describes one packed row, got a batch of {self.batch}")
         if not self._may_look(kwargs):
             return in_graph(self, kwargs)
-        found = self._layouts.get(device)
-        if found is None:
-            origin = self._layouts.get(self.device) or self.known or self._unpacked(kwargs, backend)
-            self._layouts[self.device] = origin
-            found = self._layouts[device] = origin if device == self.device else origin.to(device)
+        origin = self._layouts.get(self.device) or self.known or self._unpacked(kwargs, backend)
+        self._layouts[self.device] = origin
+        found = self._layouts[device] = origin if device == self.device else origin.to(device)
         return found
 
     def check_separated(self, kwargs: dict[str, Any], what: str) -> None:
@@ -230,7 +231,7 @@ class Rows:
         # a static cache never counts as whole, so that one graph serves all steps
         whole = isinstance(self.q_offset, int) and seen.end == self.kv_len and not seen.padded()
         kv_start = None if plain or (whole and self.q_len == 1) else self._copied(start)
-        there = constant_table(self._copied(table.astype(np.int32)))
+        there = constant_table(self._copied(table.astype(np.int32)), covers=whole)
         sequences = Sequences(there, self.q_len, self.kv_len, True, kv_start)
         return Layout(sequences, whole=whole, starts=tuple(start.tolist()))
 

@@ -6,6 +6,7 @@ If `TRITON_INTERPRET=1` is set before Triton is imported, kernels run in numpy o
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _UPCAST = tl.constexpr(INTERPRETED)
+_NO_CHANGE = nullcontext()
 
 
 def _let_interpreted_scalars_index() -> None:
@@ -68,14 +70,19 @@ def narrow(x, like):
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Context that makes `x`'s GPU the current one, as kernel launches require; no effect for CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(x.device)
 
 
 def num_processors(x: Tensor) -> int:
     """Number of streaming multiprocessors of `x`'s GPU; 2 under the interpreter."""
-    if not x.is_cuda:
-        return 2
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return _processors(x.device) if x.is_cuda else 2
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -88,6 +95,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
+@cache
 def padded(dim: int) -> int:
     """`dim` rounded up to a power of two, at least 16, the minimum of the matrix units."""
     return max(16, next_power_of_2(dim))

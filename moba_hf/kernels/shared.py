@@ -30,7 +30,7 @@ from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
 from moba_hf.op.numerics import part_size
-from moba_hf.op.sequences import Attended, Sequences, derived
+from moba_hf.op.sequences import Attended, Sequences, covers_queries, derived
 from moba_hf.op.shared import SharedRule
 
 MAX_BLOCK_SIZE = 256  # loops over the parts of a block are unrolled
@@ -130,7 +130,8 @@ def attend(
     plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    fill_outside(out, lse, plan.table)
+    if not covers_queries(sequences.table):
+        fill_outside(out, lse, plan.table)
     dims, capability = (padded(q.shape[3]), padded(v.shape[3])), tuning.capability(q.device)
     shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:

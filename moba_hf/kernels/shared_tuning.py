@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from moba_hf.kernels.tuning import Tile, fits
 
@@ -44,6 +45,7 @@ class ChooseTile:
 CHOOSE = ChooseTile(512, 2, 256, 2)
 
 
+@cache
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
     """The tile of `shared_mass`.
 
@@ -85,6 +87,7 @@ _ATTEND = (
 _ATTEND_WIDE = (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
 
 
+@cache
 def attend_tile(
     dims: tuple[int, int], itemsize: int, tile: int, block_size: int, device_capability: tuple[int, int]
 ) -> Tile:

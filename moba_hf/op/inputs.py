@@ -34,24 +34,26 @@ def check_values(x: Tensor) -> bool:
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError if the `(batch, heads, length, dim)` tensors do not fit together."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
+    dtypes = q.dtype, k.dtype, v.dtype
+    for name, dtype in zip("qkv", dtypes, strict=True):
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} must be fp64, fp32, bf16 or fp16, got {dtype}")
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
         raise ValueError(f"q, k, v must have the same dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on the same device, got {q.device}, {k.device}, {v.device}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+    (batch, num_heads, _, head_dim), keys, values = q.shape, k.shape, v.shape
+    if keys[:3] != values[:3] or batch != keys[0]:
         raise ValueError(
             "q, k, v must have the same batch size, and k and v the same length and heads: "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as (batch, heads, length, dim)"
         )
-    if q.shape[3] == 0 or v.shape[3] == 0:
-        raise ValueError(f"head_dim and v_dim must be at least 1, got {q.shape[3]} and {v.shape[3]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same head_dim, got {q.shape[3]} and {k.shape[3]}")
-    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"num_heads={q.shape[1]} must be a multiple of num_kv_heads={k.shape[1]}")
+    if head_dim == 0 or values[3] == 0:
+        raise ValueError(f"head_dim and v_dim must be at least 1, got {head_dim} and {values[3]}")
+    if head_dim != keys[3]:
+        raise ValueError(f"q and k must have the same head_dim, got {head_dim} and {keys[3]}")
+    if num_heads == 0 or keys[1] == 0 or num_heads % keys[1]:
+        raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={keys[1]}")
 
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -123,12 +123,22 @@ class Attended(NamedTuple):
 
 # By table: what backends have computed from it. Only tables that nobody writes to again.
 _derived: Any = WeakTensorKeyDictionary()
+_COVERS = "covers"
 
 
-def constant_table(table: Tensor) -> Tensor:
-    """`table` itself, remembered as one that is never written to again, see `derived`."""
-    _derived[table] = {}
+def constant_table(table: Tensor, *, covers: bool = False) -> Tensor:
+    """`table` itself, remembered as one that is never written to again, see `derived`.
+
+    Args:
+        covers: every query belongs to a sequence, or nobody reads the results of the others.
+    """
+    _derived[table] = {_COVERS: covers}
     return table
+
+
+def covers_queries(table: Tensor) -> bool:
+    """Whether the results of queries outside of all sequences need not be written, see `constant_table`."""
+    return bool(_derived.get(table, {}).get(_COVERS, False))
 
 
 def derived(table: Tensor, key: Hashable, make: Callable[[], T]) -> T:

@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 
 from moba_hf.kernels import shared, shared_hopper
 from moba_hf.op.checks import Case
-from moba_hf.op.sequences import Sequences, batched_table
+from moba_hf.op.sequences import Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule, pack_blocks, unpack_blocks
+from moba_hf.op.shared_ops import shared_attention
+from moba_hf.op.shared_prompt import prompt_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -124,6 +126,32 @@ def test_runs_and_budgets_agree_bit_for_bit() -> None:
     assert all(torch.equal(masks[0], x) for x in masks[1:])
     outs = [assert_attention(case, rule, masks[0], workspace=x) for x in (None, None, 1 << 16)]
     assert all(torch.equal(a, b) for x in outs[1:] for a, b in zip(outs[0], x, strict=True))
+
+
+@pytest.mark.parametrize("length", [2049, 2112, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(2, 128), (8, 64), (1, 96)])
+def test_torch_computes_rows_below_dense_below_of_a_prompt(
+    length: int, dtype: torch.dtype, num_kv_heads: int, head_dim: int
+) -> None:
+    rule = SharedRule(32, 128, threshold=0.01, sample=2, dense_below=2048)
+    q, k, v = (
+        torch.randn(2, heads, length, head_dim, device="cuda", dtype=dtype)
+        for heads in (8, num_kv_heads, num_kv_heads)
+    )
+    table = constant_table(batched_table(2, length, length, q.device))
+    settings = {"softmax_scale": head_dim**-0.5, "backend": "triton"}
+    sequences = Sequences(table, length, length)
+    expected = shared_attention(q, k, v, sequences, rule, **settings)[0]
+    prompt_attention(q, k, v, sequences, rule, **settings)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = prompt_attention(q, k, v, sequences, rule, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out[:, 2048:], expected[:, 2048:])
+    error = (out[:, :2048] - expected[:, :2048]).abs().max() / expected.abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps, error
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -212,9 +212,14 @@ def _descriptor(x: Tensor, rows: int, columns: int | None = None) -> Any:
     Args:
         columns: columns read at a time; None: all.
     """
+    kind, layout = _descriptor_kind()
+    return kind(x, list(x.shape), list(x.stride()), [1, 1, rows, columns or x.shape[3]], layout)
+
+
+@cache
+def _descriptor_kind() -> tuple[Any, Any]:
+    """The class of descriptors, and their layout in shared memory."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, rows, columns or x.shape[3]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor, gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)

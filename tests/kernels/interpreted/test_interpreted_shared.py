@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from shared_checks import assert_attention, assert_gradients, assert_plan, checked_choice, sequences_of
@@ -15,9 +17,10 @@ from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.checks import Case
 from moba_hf.op.ops import attention
-from moba_hf.op.sequences import Sequences, batched_table
+from moba_hf.op.sequences import Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
+from moba_hf.op.shared_prompt import prompt_attention
 from moba_hf.op.shared_reference import select_shared_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -109,6 +112,20 @@ def test_the_operator_runs_the_kernels() -> None:
         grads.append([out.detach(), *(x.grad for x in tensors)])
     for got, expected in zip(*grads, strict=True):
         assert torch.allclose(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tile of two blocks", "block of two tiles"])
+@pytest.mark.parametrize("length", [33, 64, 97])
+def test_torch_computes_rows_below_dense_below_of_a_prompt(name: str, length: int) -> None:
+    rule = replace(CASES[name][1], dense_below=32)
+    q, k, v = (2 * torch.randn(2, heads, length, 32) for heads in (4, 2, 2))
+    table = constant_table(batched_table(2, length, length, q.device), covers=True)
+    sequences = Sequences(table, length, length)
+    settings = {"softmax_scale": 0.3, "backend": "triton"}
+    out = prompt_attention(q, k, v, sequences, rule, **settings)
+    expected = shared_attention(q, k, v, sequences, rule, **settings)[0]
+    assert torch.equal(out[:, 32:], expected[:, 32:])
+    assert torch.allclose(out[:, :32], expected[:, :32], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
