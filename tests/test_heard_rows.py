@@ -256,6 +256,16 @@ def test_few_queries_are_kept() -> None:
     assert recent.before(known, like, 16) is None
 
 
+@kinds
+def test_a_positive_crop_is_refused(model: Any, static: bool) -> None:
+    text = Text(model, [0], 40, static)
+    text.read(20)
+    with pytest.raises(ValueError, match="as a negative number, got 3"):
+        text.cache.crop(3)
+    text.cache.crop(-25)
+    assert text.cache.get_seq_length() == 0
+
+
 def test_a_static_layer_keeps_its_queries_in_one_place() -> None:
     recent, like, slot = FixedQueries(), torch.randn(1, 2, 1000, 4), torch.tensor(0)
     assert recent.follow(like[:, :, :900], slot, tile=16) is None

@@ -91,6 +91,15 @@ def alike(states: tuple[Tensor, ...], buffers: tuple[Tensor, ...] | list[Tensor]
     )
 
 
+def check_crop(tokens_to_remove: int) -> None:
+    """Raises ValueError if the argument of a layer's `crop` is positive."""
+    if tokens_to_remove > 0:
+        raise ValueError(
+            "crop takes the number of tokens to remove from the end as a negative number, "
+            f"got {tokens_to_remove}"
+        )
+
+
 def tracked(*tensors: Tensor) -> bool:
     """Whether autograd records operations on any of `tensors`."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, tracked
+from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, check_crop, tracked
 from moba_hf.hf.recent_queries import RecentQueries
 from moba_hf.op.block_means import BlockMeans, writable
 
@@ -172,11 +172,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         Raises:
             ValueError: the number is positive.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                "crop takes the number of tokens to remove from the end as a negative number, "
-                f"got {tokens_to_remove}"
-            )
+        check_crop(tokens_to_remove)
         self._assist_from = None  # assisted generation would append the prompt before it crops
         if tokens_to_remove == 0 or not self.is_initialized:
             return

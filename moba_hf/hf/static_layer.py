@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, tracked
+from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, check_crop, tracked
 from moba_hf.hf.recent_queries import FixedQueries
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans
@@ -84,9 +84,14 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         self.recent.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens."""
-        super().crop(tokens_to_remove)
+        """Removes the last `-tokens_to_remove` tokens; StaticLayer of transformers 5.17 has no such method.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        check_crop(tokens_to_remove)
         if self.is_initialized:
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
             self.recent.cropped(-tokens_to_remove)
 
     def offload(self) -> None:
