@@ -197,3 +197,13 @@ def test_training_is_not_split() -> None:
     with _dense_rows() as rows:
         model(tokens(1, 90)).logits.sum().backward()
     assert rows == []
+
+
+def test_a_compiled_model_is_not_split_and_gives_the_same() -> None:
+    model = tiny_model(moba=MOBA)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (90, 41):
+        ids = tokens(1, length)
+        rows, result = _model_rows(compiled, ids, use_cache=False)
+        assert rows == []
+        assert close(result, logits(model, ids, use_cache=False))

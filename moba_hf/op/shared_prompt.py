@@ -44,8 +44,8 @@ def prompt_attention(
         return shared_attention(q, k, v, sequences, rule, softmax_scale=softmax_scale, backend=backend)[0]
     later = derived(sequences.table, ("rows from", dense), lambda: _rows_from(sequences, dense))
     out, _ = shared_attention(q, k, v, later, rule, softmax_scale=softmax_scale, backend=backend)
-    first = (x[:, :, :dense] for x in (q, k, v))
-    out[:, :dense] = dense_attention(*first, softmax_scale, backend=backend)
+    q, k, v = (x[:, :, :dense] for x in (q, k, v))
+    out[:, :dense] = dense_attention(q, k, v, softmax_scale, backend=backend)
     return out
 
 
