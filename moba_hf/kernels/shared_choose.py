@@ -72,7 +72,7 @@ def choose(
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
-            num_warps=max(1, columns // shape.per_warp),
+            num_warps=max(min(2, columns // 32), columns // shape.per_warp),
         )
 
 
