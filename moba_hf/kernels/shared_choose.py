@@ -42,6 +42,9 @@ def choose(
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
     columns = min(shape.columns, max(32, masses.step, next_power_of_2(blocks)))
+    caps = rule.share is not None or rule.topk is not None
+    # bisecting for a cap, or short steps, would spill at the registers that are best otherwise
+    registers = None if caps or masses.step < 32 else shape.registers
     with device_of(scratch):
         _choose_kernel[(tiles, num_heads)](
             masses.mass,
@@ -73,6 +76,7 @@ def choose(
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
             num_warps=max(min(2, columns // 32), columns // shape.per_warp),
+            maxnreg=registers,
         )
 
 
@@ -95,6 +99,9 @@ def _tile_masses(
 ):
     """Writes the tile's masses (means over `[first_row, last_row)`) to `scratch_ptr`; returns the largest."""
     STEPS: tl.constexpr = BLOCK_N // STEP
+    mass_ptr += item * ROWS * blocks  # so that the offsets below fit in 32 bits
+    high_ptr += item * ROWS * (blocks // STEP)
+    total_ptr += item * ROWS * 2
     largest = 0.0
     count = (last_row - first_row).to(tl.float32)
     for start in range(0, columns, BLOCK_N):
@@ -105,15 +112,16 @@ def _tile_masses(
         for at in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=UNROLL):
             each = at + tl.arange(0, BLOCK_R)
             there = (each >= first_row) & (each < last_row)
-            row = item * ROWS + each
-            high = tl.load(total_ptr + row * 2, mask=there, other=0.0)
-            total = tl.load(total_ptr + row * 2 + 1, mask=there, other=1.0)
+            high = tl.load(total_ptr + each * 2, mask=there, other=0.0)
+            total = tl.load(total_ptr + each * 2 + 1, mask=there, other=1.0)
             both = there[:, None] & (step * STEP < columns)[None, :]
-            unit = tl.load(high_ptr + row[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30)
+            unit = tl.load(
+                high_ptr + each[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30
+            )
             weight = tl.exp2(unit - high[:, None]) * (1.0 / (total * count))[:, None]
             # a mask per step keeps loads wide; masses past the last column of a step were written too
             mass = tl.load(
-                mass_ptr + row[:, None, None] * blocks + column[None, :, :], mask=both[:, :, None], other=0.0
+                mass_ptr + each[:, None, None] * blocks + column[None, :, :], mask=both[:, :, None], other=0.0
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
         # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
