@@ -80,7 +80,9 @@ def attend_lists(
 
 
 def fill_outside(out: Tensor, lse: Tensor, table: Tensor) -> None:
-    """Writes 0 and -inf to the rows of `out` and `lse` that belong to no sequence.
+    """Writes 0 and -inf to the rows of `out` and `lse` that belong to no sequence or precede its keys.
+
+    GPU calls do not check that a sequence has at least as many keys as queries, since that would wait.
 
     Args:
         out: `(batch, q_len, H, DV)`, contiguous.
@@ -115,6 +117,8 @@ def _fill_outside_kernel(
         there = there & (tl.load(row, mask=there, other=-1) == batch)
         q_begin = tl.load(row + 1, mask=there, other=0)
         q_end = tl.load(row + 2, mask=there, other=0)
+        k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        q_begin = tl.maximum(q_begin, q_end - k_len)
         inside = (query[:, None] >= q_begin[None, :]) & (query[:, None] < q_end[None, :])
         covered = tl.maximum(covered, tl.max(inside.to(tl.int32), 1))
     outside = (covered == 0) & (query < q_len)

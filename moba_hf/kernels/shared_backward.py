@@ -273,8 +273,8 @@ def _dkv_kernel(
         batch = tl.load(info).to(tl.int64)
         k_begin = tl.load(info + 3)
         k_len = tl.load(info + 4) - k_begin
-        first = k_len - tl.load(info + 2) + tl.load(info + 1)  # position of the first query
-        shift = tl.load(info + 1) - first  # from positions to queries
+        shift = tl.load(info + 2) - k_len  # from positions to queries
+        first = tl.maximum(tl.load(info + 1) - shift, 0)  # position of the first query that sees a key
         key = block * BLOCK_SIZE + tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = key < k_len
         slot = (k_begin + key).to(tl.int64)

@@ -185,6 +185,7 @@ def _tile_lists_kernel(
         seq, block = find_block(table_ptr, block_offset_ptr, num_seqs, number)
         row = table_ptr + seq * 5
         position = tl.load(row + 4) - tl.load(row + 3) - tl.load(row + 2) + tl.load(row + 1)
+        position = tl.maximum(position, 0)
         first_tile = tl.load(tile_offset_ptr + seq)
         tiles = tl.load(tile_offset_ptr + seq + 1) - first_tile
         # the first tile that begins after the block

@@ -109,6 +109,7 @@ def _offsets_kernel(table_ptr, offset_ptr, num_seqs, block_size, tile_size, BLOC
         row = table_ptr + seq * 5
         q_len = tl.load(row + 2, mask=there, other=0) - tl.load(row + 1, mask=there, other=0)
         k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        q_len = tl.minimum(q_len, k_len)  # queries before the first key have no tile
         tiles = tl.where(q_len > 0, (k_len - 1) // tile_size - (k_len - q_len) // tile_size + 1, 0)
         blocks = tl.where(k_len > 0, (k_len - 1) // block_size, 0)
         tl.store(offset_ptr + seq, num_tiles + tl.cumsum(tiles, 0) - tiles, mask=there)
@@ -132,10 +133,11 @@ def _tiles_kernel(table_ptr, offset_ptr, tile_ptr, num_seqs, num_tiles, tile_siz
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     row = table_ptr + low * 5
-    q_begin = tl.load(row + 1)
+    q_end = tl.load(row + 2)
     k_begin = tl.load(row + 3)
     k_len = tl.load(row + 4) - k_begin
-    first = k_len - (tl.load(row + 2) - q_begin)  # position of the sequence's first query
+    q_begin = tl.maximum(tl.load(row + 1), q_end - k_len)
+    first = k_len - (q_end - q_begin)  # position of the sequence's first query
     grid = first // tile_size + number - tl.load(offset_ptr + low)
     begin = tl.maximum(grid * tile_size, first)
     end = tl.minimum((grid + 1) * tile_size, k_len)

@@ -17,7 +17,7 @@ from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.checks import Case
 from moba_hf.op.ops import attention
-from moba_hf.op.sequences import Sequences, batched_table, constant_table
+from moba_hf.op.sequences import Attended, Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
 from moba_hf.op.shared_prompt import prompt_attention
@@ -203,6 +203,29 @@ def test_queries_outside_every_sequence() -> None:
     out, lse = shared.attend(q, k, k, mask[:, :0], nothing, 16, 32, 0.25)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 7), (40, 0), (19, 18)])
+def test_queries_before_the_first_key(queries: int, keys: int) -> None:
+    """On a GPU nobody checks for them: they get zeros, and keys of other sequences are not read."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 50 + queries, 16), torch.randn(1, 1, 50 + keys, 16)
+    table = torch.tensor([[0, 0, 50, 0, 50], [0, 50, 50 + queries, 50, 50 + keys]], dtype=torch.int32)
+    rule = SharedRule(16, 16, threshold=0.3)
+
+    def run(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sequences = Sequences(table, 50, 50, by_row=False)
+        mask = shared.select(q, k, sequences, rule, 0.25)
+        out, lse = shared.attend(q, k, k, mask, sequences, 16, 16, 0.25)
+        saved, ones = Attended(q, k, k, out, lse, mask), torch.ones_like(out)
+        return out, lse, *shared.attend_backward(ones, 0 * lse.exp(), saved, sequences, 16, 16, 0.25)
+
+    results = run(table)
+    out = results[0]
+    table[1, 1] = 50 + queries - keys  # the same without these queries
+    for got, expected in zip(results, run(table), strict=True):
+        assert torch.equal(got, expected)
+    assert (out[:, 50 : 50 + queries - keys] == 0).all()
 
 
 def test_many_sequences_around_queries_outside() -> None:
