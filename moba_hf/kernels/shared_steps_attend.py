@@ -223,7 +223,7 @@ def _attend_steps_kernel(
         attended = known[None, :] & (((word >> (block % 32)[None, :]) & 1) != 0)
         scores = tl.where(attended, dot(q, tl.trans(keys)), float("-inf"))
         total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
-    found = mass > 0.0
+    found = mass != 0.0  # also if it is NaN
     at = (number.to(tl.int64) * num_kv_heads * group_size + head) * tl.num_programs(0) + tl.program_id(0)
     lse = tl.where(found, high + tl.log2(tl.where(found, mass, 1.0)), float("-inf"))
     tl.store(partial_lse_ptr + at, lse, mask=mask)

@@ -254,10 +254,10 @@ def _decode_merge_kernel(
     for start in range(0, PARTS, BLOCK_P):
         some = start + tl.arange(0, BLOCK_P)
         lse = tl.load(partial_lse_ptr + row * PARTS + some, mask=some < PARTS, other=float("-inf"))
-        mask = (lse > float("-inf"))[:, None] & (column < V_DIM)[None, :]
+        mask = (lse != float("-inf"))[:, None] & (column < V_DIM)[None, :]
         at = partial_ptr + (row * PARTS + some)[:, None] * V_DIM + column[None, :]
         acc += tl.sum(tl.load(at, mask=mask, other=0.0) * tl.exp2(lse - safe)[:, None], 0)
-    found = m_i > float("-inf")
+    found = tl.max((every != float("-inf")).to(tl.int32), 0) > 0  # NaNs count, so that they stay visible
     result = acc / tl.where(found, l_i, 1.0)
     tl.store(out_ptr + row * V_DIM + column, narrow(result, out_ptr), mask=column < V_DIM)
     natural = (safe + tl.log2(tl.where(found, l_i, 1.0))) * LN_2

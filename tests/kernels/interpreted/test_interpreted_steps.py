@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.kernels import shared_steps_attend
 from moba_hf.kernels.shared_steps_attend import union_lists
 from moba_hf.op.shared import pack_blocks
 from moba_hf.op.shared_rule import SharedRule
@@ -126,3 +127,17 @@ def test_a_model_decodes_as_with_the_portable_backend() -> None:
             rows.append(torch.stack(parts))
     for other in rows[1:]:
         torch.testing.assert_close(rows[0], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_attention_to_nan_is_nan(splits: int) -> None:
+    """A split whose keys are NaN must not be dropped; heads that do not attend to them stay as they are."""
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 48, 16)
+    k[:, 1, 20] = torch.nan
+    table = torch.tensor([[0, 0, 1, 0, 48]], dtype=torch.int32)
+    mask = torch.full((1, 2, 1), 0b111, dtype=torch.int32)
+    out, lse = shared_steps_attend.attend(q, k, k, mask, table, 16, 0.25, splits=splits)
+    assert torch.isfinite(out[0, 0, 0]).all()
+    assert torch.isfinite(lse[0, 0]).all()
+    assert out[0, 0, 1].isnan().all()
+    assert lse[0, 1].isnan().all()
