@@ -52,7 +52,9 @@ def weighted_sum(losses: Tensor, counted: Tensor, weights: Tensor | None) -> tup
     if weights is None:
         return losses.sum(), count
     factors = weights[:, 1:].flatten().to(losses) * counted
-    return (losses * factors).sum() * count / factors.sum(), count
+    whole = factors.sum()
+    whole = torch.where(whole > 0, whole, 1)  # without labels, the sum is 0
+    return (losses * factors).sum() * count / whole, count
 
 
 def token_losses_in_pieces(

@@ -309,6 +309,16 @@ def test_weights_of_the_loss(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
 
 
+def test_a_row_without_labels_adds_no_weighted_loss() -> None:
+    model, ids = tiny(), tokens(2, 60)
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    labels, head = torch.full_like(ids, IGNORED), model.get_output_embeddings()
+    total, count = loss_in_pieces(hidden, labels, head, weights=torch.full((2, 60), 4.0))
+    total.backward()
+    assert (float(total), int(count)) == (0, 0)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
     """The gradients are those of one pass by the rule and one over its cache that attends every key."""
