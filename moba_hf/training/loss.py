@@ -80,8 +80,9 @@ def token_losses_in_pieces(
 def dense_tail(model: Any, tokens: int) -> Iterator[None]:
     """Inside the block, the last `tokens` queries of each row attend every key, in every MoBA layer.
 
-    It covers forward passes over rows with one document; packed rows have no such tail. The backward pass
-    belongs into the block too, because gradient checkpointing repeats the forward pass.
+    It covers forward passes over rows with one document, all of it if it is not longer than the tail; packed
+    rows have no such tail. The backward pass belongs into the block too, because gradient checkpointing
+    repeats the forward pass.
     """
     modules = [module for _, module in find_adapter(model.config.model_type).attention_layers(model)]
     for module in modules:

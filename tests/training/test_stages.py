@@ -28,6 +28,7 @@ from moba_hf.training import (
     loss_in_pieces,
     read_repository,
 )
+from moba_hf.training.loss import dense_tail
 from moba_hf.training.rows import IGNORED
 from moba_hf.training.stages import POSITION, load_stage, save_stage
 
@@ -346,3 +347,14 @@ def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
     assert not any(hasattr(module, "moba_trained_tail") for module in model.modules())
+
+
+@pytest.mark.parametrize("length", [64, 96])
+def test_rows_within_the_tail_attend_every_key(length: int) -> None:
+    model, ids = tiny(), tokens(1, length)
+    by_rule = model(input_ids=ids, use_cache=False).logits
+    with attending_everything(model):
+        expected = model(input_ids=ids, use_cache=False).logits
+    with dense_tail(model, 96):
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    assert not torch.allclose(by_rule, expected, atol=1e-3)
