@@ -85,13 +85,17 @@ def dense_tail(model: Any, tokens: int) -> Iterator[None]:
     repeats the forward pass.
     """
     modules = [module for _, module in find_adapter(model.config.model_type).attention_layers(model)]
+    before = [module.__dict__.get(TRAINED_TAIL) for module in modules]
     for module in modules:
         setattr(module, TRAINED_TAIL, tokens)
     try:
         yield
     finally:
-        for module in modules:
-            delattr(module, TRAINED_TAIL)
+        for module, held in zip(modules, before, strict=True):
+            if held is None:
+                delattr(module, TRAINED_TAIL)
+            else:  # the block is inside another one
+                setattr(module, TRAINED_TAIL, held)
 
 
 class LongRowTrainer(Trainer):

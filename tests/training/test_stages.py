@@ -358,3 +358,15 @@ def test_rows_within_the_tail_attend_every_key(length: int) -> None:
     with dense_tail(model, 96):
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
     assert not torch.allclose(by_rule, expected, atol=1e-3)
+
+
+def test_tails_may_be_nested() -> None:
+    model, ids = tiny(), tokens(1, 96)
+    before = model(input_ids=ids, use_cache=False).logits
+    with dense_tail(model, 32):
+        outer = model(input_ids=ids, use_cache=False).logits
+        with dense_tail(model, 16):
+            inner = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, outer)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    assert not torch.equal(outer, inner)
