@@ -150,7 +150,7 @@ class LongRowTrainer(Trainer):
                 kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece
             )
         total, count = weighted_sum(losses, counted, weights)
-        if weights is not None:
+        if weights is not None and model.training:  # an evaluation between two log lines has its own loss
             self._mark(losses.detach(), counted & (weights[:, 1:].flatten().to(losses) > 1))
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -370,3 +370,15 @@ def test_tails_may_be_nested() -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, outer)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert not torch.equal(outer, inner)
+
+
+def test_an_evaluation_does_not_count_towards_the_marked_loss(tmp_path: Path) -> None:
+    ids = tokens(2, 60)
+    rows = [{"input_ids": x, "labels": x, "loss_weights": torch.full((60,), 4.0)} for x in ids]
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False
+    )
+    trainer = LongRowTrainer(model=tiny(), args=settings, train_dataset=rows[:1], eval_dataset=rows[1:])
+    trainer.evaluate()
+    trainer.log({"loss": 1.0})
+    assert "marked_loss" not in trainer.state.log_history[-1]
