@@ -234,3 +234,16 @@ def test_a_fresh_cache_warns_once_of_the_difference(monkeypatch: pytest.MonkeyPa
     assert len(said) == 1
     assert 'set decode="sparse"' in said[0]
     assert "moba_hf.prefill" in said[0]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_prompt_that_was_cropped_is_read_by_its_rule_again(static: bool) -> None:
+    model, ids = tiny(SHARED), tokens(1, 97)
+    cache = MobaCache(model.config, max_cache_len=128, static=static)
+    given = cache_kwargs(model, cache)
+    moba_hf.prefill(model, ids, 32, cache=cache, dense_tail=0)
+    logits(model, ids[:, -1:], **given)
+    cache.crop(-1)
+    assert cache.layers[0].prompt == Prompt(96, 96)  # a step was removed, none of the prompt
+    cache.crop(-32)
+    assert close(logits(model, ids[:, 64:96], **given), logits(model, ids[:, :96])[:, 64:])

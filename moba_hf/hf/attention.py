@@ -128,7 +128,7 @@ def moba_attention_forward(
     if layer is None and layout.whole and q_len == key.shape[2] <= plan.dense_len:  # whatever the kind of row
         return dense_attention(query, key, value, scale, whole=True), None
     tail = int(getattr(module, TRAINED_TAIL, 0))
-    if 0 < tail < q_len == key.shape[2] and plan.rule is not None and not layout.packed:
+    if tail > 0 and q_len == key.shape[2] and plan.rule is not None and not layout.packed:
         return _attend_with_tail((query, key, value), scale, layout, plan, backend, tail), None
     return _attend((query, key, value), scale, layout, plan, backend, layer), None
 
@@ -209,6 +209,8 @@ def _attend_with_tail(
         raise ValueError("a dense tail in training needs rows without padding; pack the rows instead")
     query, key, value = qkv
     end = query.shape[2] - tail
+    if end <= 0:
+        return dense_attention(query, key, value, scale, whole=True)
     begun = query[:, :, :end], key[:, :, :end], value[:, :, :end]
     out = _attend(begun, scale, layout.between(0, end), plan, backend, None)
     return torch.cat([out, dense_tail_attention(query[:, :, end:], key, value, scale)], dim=1)

@@ -42,7 +42,7 @@ def row_kinds(layer: Any, q_len: int, kv_len: int, decode_max_len: int) -> list[
     prompt: Prompt | None = None if layer is None else layer.prompt
     if prompt is None:
         return [(0, q_len, DECODE if q_len <= decode_max_len else PREFILL)]
-    if layer.is_compileable:  # tokens are never removed from it, so new tokens come after the prompt
+    if layer.is_compileable:  # it forgets a prompt that is cropped, so new tokens come after the prompt
         return [(0, q_len, DECODE)]
     first = kv_len - q_len
     edges = [0, *(min(max(slot - first, 0), q_len) for slot in (prompt.dense_from, prompt.end)), q_len]

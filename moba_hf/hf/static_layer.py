@@ -86,6 +86,8 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens; StaticLayer of transformers 5.17 has no such method.
 
+        If these include tokens of a prompt that `prefill` read, the end of the prompt is no longer marked.
+
         Raises:
             ValueError: the number is positive.
         """
@@ -93,6 +95,8 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         if self.is_initialized:
             self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
             self.recent.cropped(-tokens_to_remove)
+            if self.prompt is not None and int(self.cumulative_length) < self.prompt.end:
+                self.prompt = None
 
     def offload(self) -> None:
         if self.is_initialized:

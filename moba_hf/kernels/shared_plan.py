@@ -67,7 +67,7 @@ def make_shared_plan(
     num_seqs = table.shape[0]
     num_tiles = tile_bound(num_seqs, max_seqlen_q, q.shape[0] * q.shape[2], tile)
     max_blocks = max(0, max_seqlen_k - 1) // block_size
-    table = table.contiguous()
+    table = table.contiguous().detach()  # another object: a kept plan must not keep `table` alive
     offsets = torch.empty(2, num_seqs + 1, dtype=torch.int32, device=q.device)
     tiles = torch.empty(num_tiles, 8, dtype=torch.int32, device=q.device)
     with device_of(q):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._attributes: dict[str, str] = {}
+        self._numbers = itertools.count()
 
     def keep(self, name: str, make: Callable[[], Any]) -> str:
         """Stores `make()` if `name` is new, and returns the attribute that holds the object.
@@ -23,7 +25,7 @@ class Registry:
         """
         if name not in self._attributes:
             made = make()
-            attribute = f"kept_{len(self._attributes)}"
+            attribute = f"kept_{next(self._numbers)}"  # another thread gets another number
             setattr(self, attribute, made)
-            self._attributes[name] = attribute
+            self._attributes.setdefault(name, attribute)
         return self._attributes[name]

@@ -145,6 +145,7 @@ def derived(table: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     """`make()`, computed once per `table` and `key` if the table is constant, for all layers of a forward.
 
     Other tables, such as those of compiled graphs, whose memory may be written to again, get a new result.
+    The result is kept as long as the table, so it must not refer to it: neither of them would ever be freed.
     """
     kept = _derived.get(table)
     if kept is None:

@@ -52,7 +52,9 @@ def weighted_sum(losses: Tensor, counted: Tensor, weights: Tensor | None) -> tup
     if weights is None:
         return losses.sum(), count
     factors = weights[:, 1:].flatten().to(losses) * counted
-    return (losses * factors).sum() * count / factors.sum(), count
+    whole = factors.sum()
+    whole = torch.where(whole > 0, whole, 1)  # without labels, the sum is 0
+    return (losses * factors).sum() * count / whole, count
 
 
 def token_losses_in_pieces(
@@ -78,17 +80,22 @@ def token_losses_in_pieces(
 def dense_tail(model: Any, tokens: int) -> Iterator[None]:
     """Inside the block, the last `tokens` queries of each row attend every key, in every MoBA layer.
 
-    It covers forward passes over rows with one document; packed rows have no such tail. The backward pass
-    belongs into the block too, because gradient checkpointing repeats the forward pass.
+    It covers forward passes over rows with one document, all of it if it is not longer than the tail; packed
+    rows have no such tail. The backward pass belongs into the block too, because gradient checkpointing
+    repeats the forward pass.
     """
     modules = [module for _, module in find_adapter(model.config.model_type).attention_layers(model)]
+    before = [module.__dict__.get(TRAINED_TAIL) for module in modules]
     for module in modules:
         setattr(module, TRAINED_TAIL, tokens)
     try:
         yield
     finally:
-        for module in modules:
-            delattr(module, TRAINED_TAIL)
+        for module, held in zip(modules, before, strict=True):
+            if held is None:
+                delattr(module, TRAINED_TAIL)
+            else:  # the block is inside another one
+                setattr(module, TRAINED_TAIL, held)
 
 
 class LongRowTrainer(Trainer):
@@ -143,7 +150,7 @@ class LongRowTrainer(Trainer):
                 kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece
             )
         total, count = weighted_sum(losses, counted, weights)
-        if weights is not None:
+        if weights is not None and model.training:  # an evaluation between two log lines has its own loss
             self._mark(losses.detach(), counted & (weights[:, 1:].flatten().to(losses) > 1))
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -28,6 +28,7 @@ from moba_hf.training import (
     loss_in_pieces,
     read_repository,
 )
+from moba_hf.training.loss import dense_tail
 from moba_hf.training.rows import IGNORED
 from moba_hf.training.stages import POSITION, load_stage, save_stage
 
@@ -309,6 +310,16 @@ def test_weights_of_the_loss(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
 
 
+def test_a_row_without_labels_adds_no_weighted_loss() -> None:
+    model, ids = tiny(), tokens(2, 60)
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    labels, head = torch.full_like(ids, IGNORED), model.get_output_embeddings()
+    total, count = loss_in_pieces(hidden, labels, head, weights=torch.full((2, 60), 4.0))
+    total.backward()
+    assert (float(total), int(count)) == (0, 0)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
     """The gradients are those of one pass by the rule and one over its cache that attends every key."""
@@ -336,3 +347,38 @@ def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
     assert not any(hasattr(module, "moba_trained_tail") for module in model.modules())
+
+
+@pytest.mark.parametrize("length", [64, 96])
+def test_rows_within_the_tail_attend_every_key(length: int) -> None:
+    model, ids = tiny(), tokens(1, length)
+    by_rule = model(input_ids=ids, use_cache=False).logits
+    with attending_everything(model):
+        expected = model(input_ids=ids, use_cache=False).logits
+    with dense_tail(model, 96):
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    assert not torch.allclose(by_rule, expected, atol=1e-3)
+
+
+def test_tails_may_be_nested() -> None:
+    model, ids = tiny(), tokens(1, 96)
+    before = model(input_ids=ids, use_cache=False).logits
+    with dense_tail(model, 32):
+        outer = model(input_ids=ids, use_cache=False).logits
+        with dense_tail(model, 16):
+            inner = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, outer)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    assert not torch.equal(outer, inner)
+
+
+def test_an_evaluation_does_not_count_towards_the_marked_loss(tmp_path: Path) -> None:
+    ids = tokens(2, 60)
+    rows = [{"input_ids": x, "labels": x, "loss_weights": torch.full((60,), 4.0)} for x in ids]
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False
+    )
+    trainer = LongRowTrainer(model=tiny(), args=settings, train_dataset=rows[:1], eval_dataset=rows[1:])
+    trainer.evaluate()
+    trainer.log({"loss": 1.0})
+    assert "marked_loss" not in trainer.state.log_history[-1]

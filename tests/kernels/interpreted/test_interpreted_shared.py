@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -126,6 +128,19 @@ def test_torch_computes_rows_below_dense_below_of_a_prompt(name: str, length: in
     expected = shared_attention(q, k, v, sequences, rule, **settings)[0]
     assert torch.equal(out[:, 32:], expected[:, 32:])
     assert torch.allclose(out[:, :32], expected[:, :32], atol=1e-5, rtol=1e-4)
+
+
+def test_a_plan_is_freed_with_its_table() -> None:
+    q = torch.randn(1, 2, 97, 32)
+    table = constant_table(batched_table(1, 97, 97, q.device))
+    rule = replace(CASES["tile of two blocks"][1], dense_below=32)
+    prompt_attention(q, q, q, Sequences(table, 97, 97), rule, softmax_scale=0.3, backend="triton")
+    plan, held = shared._plan(q, q, Sequences(table, 97, 97), 16, 32), ref(table)
+    freed = ref(plan)
+    del table, plan
+    gc.collect()
+    assert held() is None
+    assert freed() is None
 
 
 @pytest.mark.parametrize(
