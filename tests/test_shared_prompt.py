@@ -132,6 +132,7 @@ def test_gradients_and_watched_choices_go_through_one_operator() -> None:
         assert rows == [48]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch, at its first dual number
 def test_tangents_are_refused() -> None:
     from torch.autograd import forward_ad
 

@@ -316,7 +316,7 @@ def test_a_row_without_labels_adds_no_weighted_loss() -> None:
     labels, head = torch.full_like(ids, IGNORED), model.get_output_embeddings()
     total, count = loss_in_pieces(hidden, labels, head, weights=torch.full((2, 60), 4.0))
     total.backward()
-    assert (float(total), int(count)) == (0, 0)
+    assert (total.item(), int(count)) == (0, 0)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
