@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, narrow, next_power_of_2, padded, rows_contiguous
-from moba_hf.kernels.layout import SEQ_BATCH, SEQ_COLUMNS, SEQ_K_BEGIN, head_offset, row_offset
+from moba_hf.kernels.layout import (
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    completed_block,
+    head_offset,
+    row_offset,
+)
 from moba_hf.kernels.tiling import Tiling, bisect
 
 
@@ -170,14 +177,8 @@ def _update_means_kernel(
     """Handles one (window of new tokens, kv head, batch row): the block that ends in the window, if any."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start = batch * 0
-    if start_ptr is not None:
-        start = tl.load(start_ptr + batch).to(tl.int64)
-    if ON_DEVICE:
-        length = tl.load(length)
-    tokens = length.to(tl.int64) - start
-    block = tl.maximum(tokens - behind, 0) // block_size + tl.program_id(0)
-    if ((block + 1) * block_size <= tokens) & (block < mean_rows):
+    start, block, complete = completed_block(start_ptr, batch, length, behind, block_size, ON_DEVICE)
+    if complete & (block < mean_rows):
         k_ptr += head_offset(batch, head, k_strides) + (start + block * block_size) * k_strides[2]
         mean = _mean_of_block(k_ptr, k_strides[2], block_size, mean_ptr, HEAD_DIM, PADDED_DIM, ROWS, LEVELS)
         dim = tl.arange(0, PADDED_DIM)

@@ -58,6 +58,36 @@ def row_offset(batch, head, token, strides):
 
 
 @triton.jit
+def step_place(table_ptr, item, length):
+    """Batch row (int64), query, position (-1 for padding) and first slot of decode step `item`."""
+    batch = item // length
+    query = item % length
+    seq = table_ptr + batch * SEQ_COLUMNS
+    q_begin = tl.load(seq + SEQ_Q_BEGIN)
+    q_end = tl.load(seq + SEQ_Q_END)
+    k_begin = tl.load(seq + SEQ_K_BEGIN)
+    real = (query >= q_begin) & (query < q_end)
+    position = tl.where(real, query + tl.load(seq + SEQ_K_END) - k_begin - q_end, -1)
+    return batch.to(tl.int64), query, position, k_begin
+
+
+@triton.jit
+def completed_block(start_ptr, batch, length, behind, block_size, ON_DEVICE: tl.constexpr):
+    """The block that ends in this program's window of new tokens, if any, for updates of a cache.
+
+    Returns the first slot of the batch row, the block's number (both int64), and whether it is complete.
+    """
+    start = batch * 0
+    if start_ptr is not None:
+        start = tl.load(start_ptr + batch).to(tl.int64)
+    if ON_DEVICE:
+        length = tl.load(length)
+    tokens = length.to(tl.int64) - start
+    block = tl.maximum(tokens - behind, 0) // block_size + tl.program_id(0)
+    return start, block, (block + 1) * block_size <= tokens
+
+
+@triton.jit
 def load_rows(ptr, offset, mask, DIM: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr):
     """Rows `(N, PADDED)` at element offsets `offset (N,)`; 0 beyond DIM and, unless EVEN, outside `mask`."""
     dim = tl.arange(0, PADDED)

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
-from moba_hf.kernels.layout import load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    load_rows,
+)
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tuning import Tile
@@ -63,7 +72,7 @@ def attend_lists(
             first_tile,
             tiles,
             lists.blocks.shape[2],
-            inputs.softmax_scale * 1.4426950408889634,
+            inputs.softmax_scale * LOG2_E.value,
             GROUP=group,
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,
@@ -113,11 +122,12 @@ def _fill_outside_kernel(
     for start in range(0, num_seqs, BLOCK_S):
         seq = start + tl.arange(0, BLOCK_S)
         there = seq < num_seqs
-        row = table_ptr + seq * 5
-        there = there & (tl.load(row, mask=there, other=-1) == batch)
-        q_begin = tl.load(row + 1, mask=there, other=0)
-        q_end = tl.load(row + 2, mask=there, other=0)
-        k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        row = table_ptr + seq * SEQ_COLUMNS
+        there = there & (tl.load(row + SEQ_BATCH, mask=there, other=-1) == batch)
+        q_begin = tl.load(row + SEQ_Q_BEGIN, mask=there, other=0)
+        q_end = tl.load(row + SEQ_Q_END, mask=there, other=0)
+        k_end = tl.load(row + SEQ_K_END, mask=there, other=0)
+        k_len = k_end - tl.load(row + SEQ_K_BEGIN, mask=there, other=0)
         q_begin = tl.maximum(q_begin, q_end - k_len)
         inside = (query[:, None] >= q_begin[None, :]) & (query[:, None] < q_end[None, :])
         covered = tl.maximum(covered, tl.max(inside.to(tl.int32), 1))

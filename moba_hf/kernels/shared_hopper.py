@@ -8,6 +8,7 @@ from torch import Tensor
 from moba_hf.kernels.hopper import dispatch
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import device_of, num_processors
+from moba_hf.kernels.layout import LOG2_E
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.tuning import Tile
 
@@ -58,7 +59,7 @@ def attend_lists(
             k.shape[1],
             q.shape[2],
             *q.stride()[:3],
-            inputs.softmax_scale * 1.4426950408889634,
+            inputs.softmax_scale * LOG2_E.value,
             G=q.shape[1] // k.shape[1],
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,

@@ -20,13 +20,9 @@ from moba_hf.kernels import shared_tuning, tuning
 from moba_hf.kernels.launch import cdiv, device_of, dot, next_power_of_2, num_processors, padded
 from moba_hf.kernels.layout import (
     LOG2_E,
-    SEQ_COLUMNS,
-    SEQ_K_BEGIN,
-    SEQ_K_END,
-    SEQ_Q_BEGIN,
-    SEQ_Q_END,
     load_rows,
     row_offset,
+    step_place,
 )
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.softmax import accumulate
@@ -182,18 +178,12 @@ def _attend_steps_kernel(
     number = tl.program_id(2)
     num_kv_heads = tl.num_programs(1) // ROW_PARTS
     kv_head = tl.program_id(1) // ROW_PARTS
-    batch = (number // length).to(tl.int64)
-    query = number % length
-    seq = table_ptr + number // length * SEQ_COLUMNS
-    q_begin = tl.load(seq + SEQ_Q_BEGIN)
-    q_end = tl.load(seq + SEQ_Q_END)
-    k_begin = tl.load(seq + SEQ_K_BEGIN)
-    position = query + tl.load(seq + SEQ_K_END) - k_begin - q_end
+    batch, query, position, k_begin = step_place(table_ptr, number, length)
     in_group = tl.program_id(1) % ROW_PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * group_size + tl.minimum(in_group, group_size - 1)
     mask = in_group < group_size
     item = number.to(tl.int64) * num_kv_heads + kv_head
-    count = tl.where((query >= q_begin) & (query < q_end), tl.load(count_ptr + item), 0)
+    count = tl.where(position >= 0, tl.load(count_ptr + item), 0)
     share = tl.cdiv(count, tl.num_programs(0))
     if BLOCK_SIZE < BLOCK_N:  # whole steps
         share = tl.cdiv(share, BLOCK_N // BLOCK_SIZE) * (BLOCK_N // BLOCK_SIZE)

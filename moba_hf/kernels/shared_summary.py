@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, narrow, padded, rows_contiguous
-from moba_hf.kernels.layout import head_offset, row_offset
+from moba_hf.kernels.layout import completed_block, head_offset, row_offset
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tiling import bisect
 from moba_hf.op.numerics import part_size, spread_dtype
@@ -204,14 +204,8 @@ def _update_kept_mass_kernel(
     """Handles one (window of new tokens, kv head, batch row): the block that ends in the window, if any."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    start = batch * 0
-    if start_ptr is not None:
-        start = tl.load(start_ptr + batch).to(tl.int64)
-    if ON_DEVICE:
-        length = tl.load(length)
-    tokens = length.to(tl.int64) - start
-    block = tl.maximum(tokens - behind, 0) // (PARTS * SIZE) + tl.program_id(0)
-    if ((block + 1) * (PARTS * SIZE) <= tokens) & (block < kept_rows):
+    start, block, complete = completed_block(start_ptr, batch, length, behind, PARTS * SIZE, ON_DEVICE)
+    if complete & (block < kept_rows):
         k_ptr += head_offset(batch, head, k_strides) + (start + block * (PARTS * SIZE)) * k_strides[2]
         at = row_offset(batch, head, block, kept_strides)
         spread_at = spread_ptr + at + (PARTS + 1) * (2 * HALF)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 from moba_hf.kernels.tuning import Tile, fits
+
+SomeTile = TypeVar("SomeTile", bound=Tile)
 
 # Maximum memory for the row masses and for the block lists of a chunk of tiles, in bytes.
 MASS_WORKSPACE = 1 << 30
@@ -43,9 +47,17 @@ class ChooseTile:
 
 
 # H200, 131,072 tokens, tiles of 128, blocks of 32, every 4th row: 1.94 ms. Slower: 128 blocks per warp and no
-# unrolling 2.78 ms, no unrolling 2.75 ms, four steps unrolled 2.57 ms. At 48 registers ptxas issues the four
-# 16-byte loads of masses of two steps one after another; left to itself, it scatters them among the weights.
+# unrolling 2.78 ms, no unrolling 2.75 ms, four steps unrolled 2.57 ms. After a change of the kernel it took
+# 2.76 ms, with 40 instead of 48 registers. At 48, the 16-byte loads of masses of two steps stand together in
+# the machine code again; the limit itself has not been timed.
 CHOOSE = ChooseTile(512, 2, 256, 2, 48)
+
+
+def _first_that_fits(
+    tiles: tuple[SomeTile, ...], memory: Callable[[SomeTile], int], device_capability: tuple[int, int]
+) -> SomeTile:
+    """The first of `tiles` whose `memory` in bytes a processor has; the last one if none fits."""
+    return next((tile for tile in tiles if fits(memory(tile), device_capability)), tiles[-1])
 
 
 @cache
@@ -58,10 +70,8 @@ def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int,
         parts: number of parts in a block.
         device_capability: compute capability.
     """
-    for tile in _MASS_FEW_PARTS if parts <= 2 else _MASS:
-        if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
-            return tile
-    return _MASS[-1]
+    tiles = _MASS_FEW_PARTS if parts <= 2 else _MASS
+    return _first_that_fits(tiles, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
 
 
 def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
@@ -76,8 +86,8 @@ _MASS = (
     MassTile(64, 16, 4, 2, True),
     MassTile(64, 16, 4, 1),
 )
-# H200, 131,072 tokens, blocks of 32, every 4th row: 9.96 ms. Slower: three stages 12.3 ms, 64 x 16 with three
-# stages 10.3 ms, 128 x 16 with 8 warps and three stages 10.8 ms.
+# H200, blocks of 32, every 4th row: 10.0 ms at 131,072 tokens, .630 ms at 32,768; 128 x 32 with 8 warps and
+# three stages 9.66 and .655. Three stages, 64 x 16 and 128 x 16 were slower in an earlier kernel.
 _MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
 # These hold query rows and loop over keys; 128 rows read keys half as often as 64.
 _ATTEND = (
@@ -148,15 +158,9 @@ _STEP_ATTEND = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile
 
 def step_mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
     """The tile of the masses of a decode step; arguments as for `mass_tile`."""
-    for tile in _STEP_MASS:
-        if fits(mass_memory(tile, dim, itemsize, parts), device_capability):
-            return tile
-    return _STEP_MASS[-1]
+    return _first_that_fits(_STEP_MASS, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
 
 
 def step_attend_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of `shared_steps_attend`: `m` heads at most, `n` keys."""
-    for tile in _STEP_ATTEND:
-        if fits(tile.shared_memory(dims, itemsize), device_capability):
-            return tile
-    return _STEP_ATTEND[-1]
+    return _first_that_fits(_STEP_ATTEND, lambda x: x.shared_memory(dims, itemsize), device_capability)

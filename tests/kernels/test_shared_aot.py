@@ -72,8 +72,8 @@ def _check_steps(name: str, capability: int) -> None:
         assert report.spills <= 64, report
     assert {
         "_update_kept_mass_kernel",
-        "_step_masses_kernel",
-        "_step_means_kernel",
+        "step_masses_kernel",
+        "step_means_kernel",
         "_attend_steps_kernel",
     } <= seen
 
