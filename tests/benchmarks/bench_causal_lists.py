@@ -64,6 +64,7 @@ class Setting:
             return "dense"
         name = f"{self.rule.tile}/{self.rule.block_size} threshold {self.rule.threshold:g}"
         name += f" sample {self.rule.sample}" + (" means" if self.means else "")
+        name += f" dense below {self.rule.dense_below}" if self.rule.dense_below else ""
         return name + (" causal" if self.causal else " as run")
 
 
@@ -86,6 +87,8 @@ def choose(q: Tensor, k: Tensor, setting: Setting, scale: float) -> Tensor:
         candidates = (number * rule.tile // rule.block_size).repeat_interleave(lists)
         taken = take_candidates(mass.flatten(1, 2), candidates, rule)
         chosen[:, number, :, : mass.shape[3]] = taken.unflatten(1, (-1, lists))
+    begin = torch.arange(-(-rule.dense_below // rule.tile))[:tiles, None] * rule.tile
+    chosen[:, : len(begin)] |= (torch.arange(chosen.shape[3]) < begin // rule.block_size)[:, None]
     return chosen
 
 
@@ -239,7 +242,8 @@ def check() -> None:
     rows = [x.transpose(0, 1) for x in (q, k, v)]
     base = SharedRule(block_size=16, tile=32, threshold=0.5)
     tiles = (replace(base, block_size=32), replace(base, tile=16, block_size=32))
-    for rule in (base, replace(base, sample=2), replace(base, sample=4, tile=16), *tiles):
+    dense = replace(base, sample=2, dense_below=96)
+    for rule in (base, replace(base, sample=2), replace(base, sample=4, tile=16), *tiles, dense):
         limits = {"block_size": rule.block_size, "tile": rule.tile, "softmax_scale": scale}
         blocks = length // rule.block_size
         for setting in (Setting(rule), Setting(rule, causal=True)):
