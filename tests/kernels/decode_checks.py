@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,22 @@ from moba_hf.kernels.tiling import make_tiling
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.dense import causal_mask
 from moba_hf.op.sequences import Sequences, batched_table
+
+Result = TypeVar("Result")
+
+
+def in_graph(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of `step` and its result, after a run in which waiting for the device is an error."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 def means_of(k: Tensor, starts: Tensor, block_size: int, steps: list[int]) -> Tensor:

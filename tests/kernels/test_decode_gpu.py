@@ -12,6 +12,7 @@ from decode_checks import (
     assert_choice_is_prefill_choice,
     assert_dense,
     assert_means_are_prefill_means,
+    in_graph,
 )
 from forced import with_choices
 from moba_cases import batched_moba_attention
@@ -192,15 +193,7 @@ def test_a_step_never_waits_and_is_captured() -> None:
         table = batched_table(1, 1, 4096, q.device, **limits)
         return sparse, dense_attention(q, k, v, 0.125, Sequences(table, 1, 4096, kv_start=start))
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = in_graph(step)
     for now in (2050, 2112, 3000):
         q.normal_()
         length.fill_(now)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from decode_checks import in_graph
 from step_checks import Steps, assert_kept, assert_splits_and_budgets_change_nothing, assert_steps
 
 from moba_hf import MobaCache, MobaConfig, prefill
@@ -101,15 +102,7 @@ def test_a_step_never_waits_and_is_captured() -> None:
         settings = {"softmax_scale": 0.125, "block_means": summaries, "steps": True, "heard": heard}
         return attention(q, k, v, Sequences(table, 1, 4096, kv_start=start), DEFAULT, **settings)
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = in_graph(step)
     for now in (2050, 2080, 3000):
         q.normal_()
         length.fill_(now)
