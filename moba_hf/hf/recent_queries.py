@@ -100,6 +100,7 @@ class FixedQueries:
             that changes would compile them again.
         lost: fewer rows are known than steps hear.
         unrecorded: the layer has appended rows whose queries have not been recorded.
+        empty: no row has been appended since the start or the last reset.
         in_graphs: whether compiled graphs keep them.
     """
 
@@ -178,8 +179,8 @@ class FixedQueries:
 
 def _fits(held: Tensor, like: Tensor) -> bool:
     """Whether queries are of the same batch, heads, head dim, dtype and device."""
-    shapes = ((*x.shape[:2], x.shape[3], x.dtype, x.device) for x in (held, like))
-    return next(shapes) == next(shapes)
+    same = held.dtype == like.dtype and held.device == like.device
+    return same and held.shape[:2] == like.shape[:2] and held.shape[3] == like.shape[3]
 
 
 def last_rows(first: Tensor | None, second: Tensor, count: int) -> Tensor:

@@ -19,9 +19,9 @@ from transformers import Trainer
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL
 from moba_hf.op.numerics import check_int
+from moba_hf.training.rows import IGNORED, WEIGHTS
 
 PIECE = 8192  # positions whose logits exist at the same time
-WEIGHTS = "loss_weights"  # name of the weights in a row
 
 
 def loss_in_pieces(
@@ -66,14 +66,14 @@ def token_losses_in_pieces(
     """
 
     def one(states: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="none")
+        return F.cross_entropy(head(states).float(), targets, ignore_index=IGNORED, reduction="none")
 
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
     losses = [
         checkpoint(one, *part, use_reentrant=False)
         for part in zip(states.split(piece), targets.split(piece), strict=True)
     ]
-    return torch.cat(losses), targets != -100
+    return torch.cat(losses), targets != IGNORED
 
 
 @contextmanager

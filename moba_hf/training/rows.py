@@ -20,6 +20,7 @@ from moba_hf.evaluate.repositories import Repository
 
 Ids = np.ndarray[Any, Any]
 IGNORED = -100
+WEIGHTS = "loss_weights"  # name of the weights in a row
 _ASKED = ("string", "number", "signature", "signature")  # kinds of lookups are drawn from these
 _NEAREST = 32  # the shortest distance of a lookup, before it is moved to the end of a line
 _ASKED_IN_TAIL = 0.6  # share of the tail that lookups fill at most
@@ -104,7 +105,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         positions = [np.arange(len(piece)) for piece in pieces]
         row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
         if self.lookup_weight > 1:
-            row["loss_weights"] = weights
+            row[WEIGHTS] = weights
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
 
     def _short_pieces(self, rng: np.random.Generator) -> list[Ids]:
