@@ -72,6 +72,7 @@ def choose(
             BLOCK_N=columns,
             UNROLL=shape.unroll,
             STEP=masses.step,
+            SLOTS=masses.slots,
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
@@ -96,6 +97,7 @@ def _tile_masses(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Writes the tile's masses (means over `[first_row, last_row)`) to `scratch_ptr`; returns the largest."""
     STEPS: tl.constexpr = BLOCK_N // STEP
@@ -107,7 +109,13 @@ def _tile_masses(
     for start in range(0, columns, BLOCK_N):
         # (steps, blocks of a step): all blocks of a step share one unit
         step = start // STEP + tl.arange(0, STEPS)
-        column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
+        slot = tl.arange(0, STEP)
+        in_step = slot
+        if SLOTS:
+            # a thread of a matrix product holds two neighbouring blocks of every eight
+            in_step = slot % (STEP // 4) // 2 * 8 + slot // (STEP // 4) * 2 + slot % 2
+        column = step[:, None] * STEP + in_step[None, :]
+        place = step[:, None] * STEP + slot[None, :]
         mean = tl.zeros([STEPS, STEP], tl.float32)
         for at in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=UNROLL):
             each = at + tl.arange(0, BLOCK_R)
@@ -121,7 +129,7 @@ def _tile_masses(
             weight = tl.exp2(unit - high[:, None]) * (1.0 / (total * count))[:, None]
             # a mask per step keeps loads wide; masses past the last column of a step were written too
             mass = tl.load(
-                mass_ptr + each[:, None, None] * blocks + column[None, :, :], mask=both[:, :, None], other=0.0
+                mass_ptr + each[:, None, None] * blocks + place[None, :, :], mask=both[:, :, None], other=0.0
             )
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
         # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
@@ -261,6 +269,7 @@ def _choose_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SHARE: tl.constexpr,
     TOPK: tl.constexpr,
@@ -299,6 +308,7 @@ def _choose_kernel(
             BLOCK_N,
             UNROLL,
             STEP,
+            SLOTS,
         )
         tl.debug_barrier()  # below, threads read what others wrote
     mask_ptr += head.to(tl.int64) * mask_stride_h + (first_tile + number).to(tl.int64) * mask_stride_t

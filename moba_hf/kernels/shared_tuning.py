@@ -22,9 +22,11 @@ class MassTile(Tile):
 
     Attributes:
         wide: multiply all parts of the blocks of a step in one matrix product instead of one per part.
+        hopper: run the Gluon kernel, `shared_hopper_mass`, with a warpgroup per 64 rows.
     """
 
     wide: bool = False
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ _MASS = (
 # H200, blocks of 32, every 4th row: 10.0 ms at 131,072 tokens, .630 ms at 32,768; 128 x 32 with 8 warps and
 # three stages 9.66 and .655. Three stages, 64 x 16 and 128 x 16 were slower in an earlier kernel.
 _MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
+# By number of parts; not timed yet.
+HOPPER_MASS = {
+    1: MassTile(128, 64, 4, 3, hopper=True),
+    2: MassTile(128, 64, 4, 2, hopper=True),
+    4: MassTile(128, 32, 4, 2, hopper=True),
+}
 # These hold query rows and loop over keys; 128 rows read keys half as often as 64.
 _ATTEND = (
     Tile(128, 64, 8, 3),
