@@ -31,28 +31,25 @@ class MassTile(Tile):
 
 @dataclass(frozen=True)
 class ChooseTile:
-    """How a program of `shared_choose` adds up the masses of a tile's rows.
+    """How `shared_choose` adds up the masses of a tile's rows, and chooses.
 
     Attributes:
-        columns: blocks per step.
-        rows: rows per step.
+        columns: blocks of a program that adds up rows.
         per_warp: blocks per warp.
-        unroll: steps over rows that the compiler merges, so that their loads are in flight together.
-        registers: most registers of a thread; None: as many as the compiler takes.
+        unroll: rows that the compiler takes at a time, so that their loads are in flight together.
+        registers: most registers of a thread that adds up rows; None: as many as the compiler takes.
+        choice: blocks per step of a program that chooses.
     """
 
     columns: int
-    rows: int
     per_warp: int
     unroll: int = 1
     registers: int | None = None
+    choice: int = 1024
 
 
-# H200, 131,072 tokens, tiles of 128, blocks of 32, every 4th row: 1.94 ms. Slower: 128 blocks per warp and no
-# unrolling 2.78 ms, no unrolling 2.75 ms, four steps unrolled 2.57 ms. After a change of the kernel it took
-# 2.76 ms, with 40 instead of 48 registers. At 48, the 16-byte loads of masses of two steps stand together in
-# the machine code again; the limit itself has not been timed.
-CHOOSE = ChooseTile(512, 2, 256, 2, 48)
+# Not timed yet.
+CHOOSE = ChooseTile(512, 256, 4)
 
 
 def _first_that_fits(
