@@ -2,7 +2,8 @@
 
 Legend: H query heads, HK kv heads, D and DV head dims, T tile, B block size.
 
-1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`), then masses of tiles
+1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`, or
+   `shared_hopper_mass` if the GPU supports it and a tile has enough rows), then masses of tiles
    and their choice as a bit mask (`shared_choose`), with as many tiles at a time as fit a memory budget.
 2. attend: turn the mask into lists (`shared_lists`), again in chunks, and loop over each list, in
    `shared_hopper` if the GPU supports it, otherwise in `shared_attend`.

@@ -2,8 +2,8 @@
 
 Legend: B block size, R sampled rows of a tile, NB blocks; words of 32 blocks.
 
-One program per (tile, head). It turns the output of `shared_mass` into masses of the tile, `mean over rows of
-mass / total`, and stores them in its part of a scratch buffer (fp32). A second pass takes every block whose
+First, programs of some blocks of a (tile, head) turn the output of `shared_mass` into masses of the tile, `mean
+over rows of mass / total`, in a scratch buffer (fp32). Then one program per (tile, head) takes every block whose
 mass is at least `threshold` times the largest, the kept blocks, and the blocks that the tile overlaps. A cap
 on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of the masses, since
 non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
@@ -163,7 +163,7 @@ def _tile_masses_kernel(
 @triton.jit
 def _largest(scratch_ptr, columns, BLOCK_N: tl.constexpr):
     """The largest mass of a tile; NaN if there is one."""
-    result = 0
+    result = tl.zeros([], tl.int32)
     for start in range(0, columns, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         mass = tl.load(scratch_ptr + column, mask=column < columns, other=0.0)

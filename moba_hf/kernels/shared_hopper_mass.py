@@ -37,8 +37,8 @@ def _produce(
     """Streams the summaries of the first `columns` blocks, counted from flat block `base`, into the ring."""
     centers, spreads, ready, free = ring
     SIZE: gl.constexpr = (P + 1) * center_desc.block_type.nbytes + P * spread_desc.block_type.nbytes
-    step = 0
     for start in range(0, columns, N):
+        step = start // N
         stage = step % S
         mbarrier.wait(free.index(stage), (step // S & 1) ^ 1)
         mbarrier.expect(ready.index(stage), SIZE)
@@ -48,7 +48,6 @@ def _produce(
             load_tile(center_desc, at, ready.index(stage), centers.index(stage * (P + 1) + part))
         at = [kv_head, P, base + start, 0]
         load_tile(center_desc, at, ready.index(stage), centers.index(stage * (P + 1) + P))
-        step += 1
 
 
 @gluon.jit
@@ -69,7 +68,8 @@ def _terms(
         spread = spreads.index(stage * P + part).reshape([N, D // 2]).permute((1, 0))
         center = centers.index(stage * (P + 1) + part).reshape([N, D]).permute((1, 0))
         moved = warpgroup_mma(squares, spread, zeros, use_acc=False, is_async=True)
-        products = products + (moved, warpgroup_mma(q, center, zeros, use_acc=False, is_async=True))
+        pair = (moved, warpgroup_mma(q, center, zeros, use_acc=False, is_async=True))
+        products = products + pair  # type: ignore[assignment]
     center = centers.index(stage * (P + 1) + P).reshape([N, D]).permute((1, 0))
     least = warpgroup_mma(q, center, zeros, use_acc=False, is_async=True)
     terms = ()
@@ -79,7 +79,7 @@ def _terms(
         far = gl.sqrt(moved * (2 * LOG2_SIZE * square_scale))
         near = moved * (0.5 * square_scale) + LOG2_SIZE
         term = near_center * scale + gl.where(moved <= limit, near, far)
-        terms = terms + (term,)
+        terms = terms + (term,)  # type: ignore[assignment]
     least = warpgroup_mma_wait(0, deps=[least])
     barrier()
     mbarrier.arrive(free.index(stage), count=1)
@@ -111,7 +111,8 @@ def _step(
         inside = (step * N + gl.arange(0, N, gl.SliceLayout(0, layout)) < columns)[None, :]
         masked = ()
         for part in gl.static_range(P + 1):
-            masked = masked + (gl.where(inside, terms[part], -1e30),)
+            term = gl.where(inside, terms[part], -1e30)
+            masked = masked + (term,)  # type: ignore[assignment]
         terms = masked
     top = terms[P]
     for part in gl.static_range(P):
