@@ -68,8 +68,8 @@ def _terms(
         spread = spreads.index(stage * P + part).reshape([N, D // 2]).permute((1, 0))
         center = centers.index(stage * (P + 1) + part).reshape([N, D]).permute((1, 0))
         moved = warpgroup_mma(squares, spread, zeros, use_acc=False, is_async=True)
-        pair = (moved, warpgroup_mma(q, center, zeros, use_acc=False, is_async=True))
-        products = products + pair  # type: ignore[assignment]
+        both = (moved, warpgroup_mma(q, center, zeros, use_acc=False, is_async=True))
+        products = products + both  # type: ignore[assignment]
     center = centers.index(stage * (P + 1) + P).reshape([N, D]).permute((1, 0))
     least = warpgroup_mma(q, center, zeros, use_acc=False, is_async=True)
     terms = ()
