@@ -5,8 +5,8 @@ Legend: B block size, R sampled rows of a tile, NB blocks; words of 32 blocks.
 First, programs of some blocks of a (tile, head) turn the output of `shared_mass` into masses of the tile,
 `mean over rows of mass / total`, in a scratch buffer (fp32). Then one program per (tile, head) takes every
 block whose mass is at least `threshold` times the largest, the kept blocks, and the blocks that the tile
-overlaps. A cap on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of the masses, since
-non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
+overlaps. A cap on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of
+the masses, since non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
 """
 
 from __future__ import annotations
