@@ -188,10 +188,12 @@ def attend(
             outs = seq.q.new_empty(len(seq.order), seq.tile, v.shape[3])
             lses = seq.q.new_empty(len(seq.order), seq.tile)
             for problems in seq.batches():
-                part, part_lse = outs[problems.place], lses[problems.place]
-                _attend_batch(seq, problems, part, part_lse)
-                if not all_finite(part):  # a weight of 0 may have been multiplied by a NaN
-                    _attend_not_finite(seq, problems, part, part_lse)
+                _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+            if not all_finite(outs):  # a weight of 0 may have been multiplied by a NaN
+                for problems in seq.batches():
+                    part = outs[problems.place]
+                    if not all_finite(part):
+                        _attend_not_finite(seq, problems, part, lses[problems.place])
             place = seq.places()
             rows = out[seq.batch, seq.queries].flatten(0, 1)
             _take(outs.flatten(0, 1), place.t().flatten(), rows)
@@ -209,20 +211,28 @@ def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
 
 def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
     """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
-    first = True
-    for piece in seq.pieces(problems):
-        top = piece.scores.amax(2)
-        weights = torch.softmax(piece.scores, 2, out=piece.scores)
-        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
-        if first:
+    top, mass = None, lse  # the largest scores so far, and the sums of weights
+    for number, piece in enumerate(seq.pieces(problems)):
+        if not problems.bounded:
+            piece.hide(-torch.inf)
+            high = piece.scores.amax(2, keepdim=True)
+            if top is not None:
+                high = torch.maximum(high, top)
+                shrink = (top - high).exp_()
+                out.mul_(shrink)
+                mass.mul_(shrink[..., 0])
+            top = high
+        weights = piece.weights(top)
+        if number == 0:
             torch.bmm(weights, piece.values, out=out)
-            lse.copy_(log)
+            torch.sum(weights, 2, out=mass)
         else:
-            total = torch.logaddexp(lse, log)
-            out.mul_((lse - total).exp_()[..., None])
-            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
-            lse.copy_(total)
-        first = False
+            out.baddbmm_(weights, piece.values)
+            mass += weights.sum(2)
+    out.div_(mass[..., None])
+    mass.log_()
+    if top is not None:
+        lse += top[..., 0]
 
 
 def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
@@ -230,6 +240,7 @@ def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse
     out.zero_()
     lse.fill_(-torch.inf)
     for piece in seq.pieces(problems):
+        piece.hide(-torch.inf)
         top = piece.scores.amax(2)
         nothing = top == -torch.inf  # every score of the row is -inf
         weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)
