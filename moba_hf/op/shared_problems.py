@@ -201,7 +201,7 @@ class SequenceBlocks:
         return queries * longest[kv_head] <= math.log(torch.finfo(self.dtype).max) - _HEADROOM
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
-        """Yields runs of tiles with equally many rows: their slice, the slice of their rows, and that number."""
+        """Yields runs of tiles with equally many rows: tiles, rows, and the number of rows of a tile."""
         tile, row = 0, 0
         for size, group in groupby(self.sizes):
             count = len(list(group))
