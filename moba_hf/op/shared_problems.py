@@ -69,7 +69,6 @@ class Problems:
 
     Attributes:
         place: their slice of all problems in the order of `SequenceBlocks.batches`.
-        number: `(P,)`, `head * tiles + tile` of each.
         index: `(P, n)` rows of the sequence's blocks, ascending, with a tile's own blocks last.
         later: bool `(P or 1, T, last keys)`, which of the last keys are after a row.
         whole: the last keys are `T` and the tiles have all rows, so that `later` is a triangle.
@@ -77,7 +76,6 @@ class Problems:
     """
 
     place: slice
-    number: Tensor
     index: Tensor
     later: Tensor
     whole: bool
@@ -143,14 +141,14 @@ class SequenceBlocks:
     Attributes:
         tile: at most the length of the sequence.
         block_size: at most the length of the sequence.
-        q: `(H * tiles, T, D)`, scaled, zero where a tile has no row.
+        q: `(H * tiles, T, D)` as in `sorted`, scaled.
         keys: `(HK * NB, B * D)`, zero after the end.
         values: `(HK * NB, B * Dv)`, zero after the end.
         chosen: bool `(H * tiles, NB)`.
         begin: `(tiles,)`, index of a tile's first row in this call among the sequence's queries.
         size: `(tiles,)`, number of a tile's rows in this call.
         position: `(tiles,)`, position of a tile's first row in this call.
-        order: `(H * tiles,)`, the problems in the order of `batches`.
+        order: `(H * tiles,)`, the problems (`head * tiles + tile`) in the order of `batches`.
     """
 
     def __init__(
@@ -177,28 +175,29 @@ class SequenceBlocks:
         self.begin, self.size = table[:, 1] - first, table[:, 2] - table[:, 1]
         self.position = table[:, 3]
         self.sizes = [row[2] - row[1] for row in rows]
-        self.q = self.tiled(q[self.batch, :, self.queries], factor=scale)
         self.keys, self.values = (self._padded(x).reshape(self.num_kv_heads * self.count, -1) for x in (k, v))
         self.chosen = chosen.flatten(0, 1)
+        queries = self._tiled(q[self.batch, :, self.queries], factor=scale)
+        self._sort(queries)
+        self.q = queries.index_select(0, self.order)
         self.scratch = Scratch(self.q)
-        self._sort()
 
-    def _sort(self) -> None:
+    def _sort(self, queries: Tensor) -> None:
         """Orders the problems so that those that one batch may hold are neighbours."""
         head = torch.arange(self.num_heads, device=self.size.device)[:, None]
         kv_head = head // (self.num_heads // self.num_kv_heads)
         whole = (self.size == self.tile) & (self.tile % self.block_size == 0)
-        kind = (self._bounded(kv_head) * 2 + whole) * self.num_kv_heads + kv_head
+        kind = (self._bounded(queries, kv_head) * 2 + whole) * self.num_kv_heads + kv_head
         key = kind.flatten() * (self.count + 1) + self.chosen.sum(1)
         self.order = key.argsort(stable=True)
         self.sort_keys: list[int] = key[self.order].tolist()
 
-    def _bounded(self, kv_head: Tensor) -> Tensor:
+    def _bounded(self, queries: Tensor, kv_head: Tensor) -> Tensor:
         """Which problems are bounded, `(H, tiles)`; none whose queries or keys are not finite."""
         keys = self.keys.view(self.num_kv_heads, self.count * self.block_size, -1)
         longest = torch.linalg.vector_norm(keys, dim=2).amax(1)
-        queries = torch.linalg.vector_norm(self.q, dim=2).amax(1).view(self.num_heads, -1)
-        return queries * longest[kv_head] <= math.log(torch.finfo(self.dtype).max) - _HEADROOM
+        norms = torch.linalg.vector_norm(queries, dim=2).amax(1).view(self.num_heads, -1)
+        return norms * longest[kv_head] <= math.log(torch.finfo(self.dtype).max) - _HEADROOM
 
     def _runs(self) -> Iterator[tuple[slice, slice, int]]:
         """Yields runs of tiles with equally many rows: tiles, rows, and the number of rows of a tile."""
@@ -208,7 +207,7 @@ class SequenceBlocks:
             yield slice(tile, tile + count), slice(row, row + count * size), size
             tile, row = tile + count, row + count * size
 
-    def tiled(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
+    def _tiled(self, x: Tensor, fill: float = 0.0, factor: float = 1.0) -> Tensor:
         """`factor * x (H, M, ...)` by tile, `(H * tiles, T, ...)`, with `fill` where a tile has no row."""
         result = x.new_empty((len(x), len(self.sizes), self.tile, *x.shape[2:]), dtype=self.dtype)
         for tiles, rows, size in self._runs():
@@ -217,9 +216,13 @@ class SequenceBlocks:
             result[:, tiles, size:] = fill
         return result.flatten(0, 1)
 
-    def untiled(self, x: Tensor) -> Tensor:
-        """The inverse of `tiled`."""
-        x = x.unflatten(0, (self.num_heads, -1))
+    def sorted(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """`x (H, M, ...)` by problem in `order`, `(H * tiles, T, ...)`; `fill` where a tile has no row."""
+        return self._tiled(x, fill).index_select(0, self.order)
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """The inverse of `sorted`."""
+        x = torch.empty_like(x).index_copy_(0, self.order, x).unflatten(0, (self.num_heads, -1))
         return torch.cat([x[:, tiles, :size].flatten(1, 2) for tiles, _, size in self._runs()], 1)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -253,10 +256,9 @@ class SequenceBlocks:
                 most = self._most(count)
                 end = bisect_right(sort_keys, sort_keys[begin], begin, min(len(sort_keys), begin + most))
                 place = slice(start + begin, start + end)
-                number = self.order[place]
                 index = lists[ends[begin] - count : ends[end - 1]].view(-1, count)
-                later = triangle if whole else self._later(number, index, lane)
-                yield Problems(place, number, index, later, bool(whole), bool(bounded))
+                later = triangle if whole else self._later(self.order[place], index, lane)
+                yield Problems(place, index, later, bool(whole), bool(bounded))
 
     def _most(self, count: int) -> int:
         """The most problems with `count` blocks in a batch."""
@@ -284,7 +286,7 @@ class SequenceBlocks:
         Pieces share their memory: one is valid until the next.
         """
         most = max(1, problems.later.shape[2] // self.block_size, _PIECE_KEYS // self.block_size)
-        queries = self.q.index_select(0, problems.number)
+        queries = self.q[problems.place]
         total = problems.index.shape[1]
         for end in range(total, 0, -most):
             index = problems.index[:, max(0, end - most) : end]
