@@ -105,19 +105,19 @@ def _tile_masses(
     counts: list[int] = candidates.tolist()
     result = gate.mean.new_zeros(heads, tiles, counts[-1])
     share = (speaks / speaks.sum(1, keepdim=True)).to(result.dtype)
-    per_tile = heads * groups * (parts + 1)
+    most = budget(_TERM_BUDGET, q) // (heads * groups * (parts + 1))  # blocks of the tiles of a step
     end = 0
     while end < tiles:
-        begin = end
-        most = budget(_TERM_BUDGET, q) // (per_tile * max(1, counts[begin]))
-        end = min(tiles, begin + max(1, most))
+        begin, end = end, end + 1
+        while end < tiles and (end + 1 - begin) * counts[end] <= most:
+            end += 1
         seen, columns = counts[begin], counts[end - 1]  # all tiles of the step have the first `seen`
         hidden = torch.arange(seen, columns, device=q.device) >= candidates[begin:end, None]
         hidden = hidden[:, None].expand(-1, groups, -1).flatten(0, 1)
         terms = _terms(q[:, at[begin:end].flatten()], gate, hidden, seen, scratch)
         weights = share[begin:end].repeat(heads, 1)[:, None]  # (H * tiles, 1, S)
         means = torch.bmm(weights, terms.view(len(weights), groups, -1))
-        result[:, begin:end, :columns] = _sum_terms(means, parts).view(heads, -1, columns)
+        result[:, begin:end, :columns] = _sum_terms(means, parts).view(heads, end - begin, columns)
     return result
 
 
