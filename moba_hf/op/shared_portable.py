@@ -23,7 +23,7 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, se
 from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
 
 # Elements that the terms of the masses of one step may hold for each thread, and masses of a run of tiles.
-_TERM_BUDGET = 1 << 18
+_TERM_BUDGET = 1 << 19
 _MASS_BUDGET = 1 << 20
 
 

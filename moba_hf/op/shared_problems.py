@@ -136,7 +136,7 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     A problem is *bounded* if the largest norms of its queries and of the head's keys show that `exp` of every
-    score, and sums of many, are normal numbers. Then the softmax needs no maxima, a seventh of the time.
+    score, and sums of many, are normal numbers. Then the softmax needs no maxima, an eighth of the time.
 
     Attributes:
         tile: at most the length of the sequence.
