@@ -25,8 +25,8 @@ from moba_hf.op.shared_backends import SharedKernels
 # Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(SharedRule)
 
-# Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. Empty
-# unless an evaluation is running.
+# Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. A prompt
+# may take two calls, one for the rows before `dense_below`. Empty unless an evaluation is running.
 CHOICE_WATCHERS: list[Callable[[Tensor, Tensor, Sequences, SharedRule], None]] = []
 
 
