@@ -106,7 +106,6 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
         optim="adamw_torch_fused" if CUDA else "adamw_torch",
         bf16=CUDA,
         use_cpu=not CUDA,
-        remove_unused_columns=False,  # keeps the weights of the loss
         dataloader_num_workers=2 if CUDA else 0,
         logging_steps=args.log_every,
         logging_nan_inf_filter=False,  # the filter syncs with the device at every step

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -26,6 +25,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
 from moba_hf.hf.patching import patch_model, suspend_moba
+from moba_hf.training.loss import token_losses_in_pieces
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -253,18 +253,11 @@ def trailing_loss(
         count: number of positions at the end of each row.
         head: computes logits from hidden states; None: `logits` are logits.
     """
-    head = head or (lambda given: given)
-    count = min(count, labels.shape[1] - 1)
-    targets = labels[:, labels.shape[1] - count :].to(logits.device)
-    scores = logits[:, logits.shape[1] - count - 1 : -1]
-    parts = zip(scores.split(_ROWS, dim=1), targets.split(_ROWS, dim=1), strict=True)
-    losses = [
-        F.cross_entropy(
-            head(part).float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
-        )
-        for part, target in parts
-    ]
-    return torch.stack(losses).sum(), (targets != -100).sum()
+    last = min(count, labels.shape[1] - 1) + 1  # and the position that predicts the first of them
+    losses, counted = token_losses_in_pieces(
+        logits[:, -last:], labels[:, -last:], head or (lambda given: given), piece=_ROWS
+    )
+    return losses.sum(), counted.sum()
 
 
 def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> None:

@@ -50,7 +50,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             half of `length`. If it is above 0, a long row is a single document, as a prompt is, also where
             it holds several repositories.
         lookup_weight: weight of the answers in the loss, at least 1. Above 1, rows have `loss_weights`, fp32
-            `(length,)`.
+            `(length,)`, which `LongRowTrainer` applies and other trainers ignore.
         tokenizer: required if `lookups` is above 0.
 
     Raises:

@@ -286,7 +286,8 @@ def test_a_row_with_a_tail_is_one_document() -> None:
         lookup_rows(lookup_weight=0.5)
 
 
-def test_weights_of_the_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remove_unused", [False, True])
+def test_weights_of_the_loss(remove_unused: bool, tmp_path: Path) -> None:
     model, ids = tiny(), tokens(2, 60)
     hidden = model.base_model(input_ids=ids).last_hidden_state
     weights = torch.ones(2, 60)
@@ -302,10 +303,13 @@ def test_weights_of_the_loss(tmp_path: Path) -> None:
     rows = [{"input_ids": ids[0], "labels": labels[0], "loss_weights": weights[0]}] * 2
     settings = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
-        save_strategy="no", per_device_train_batch_size=1, remove_unused_columns=False, learning_rate=1e-9,
+        save_strategy="no", per_device_train_batch_size=1, learning_rate=1e-9,
+        remove_unused_columns=remove_unused,
     )  # fmt: skip
     trainer = LongRowTrainer(model=model, args=settings, train_dataset=rows)
     trainer.train()
+    weighted = (losses * factors)[:59].sum() / factors[:59].sum()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(weighted.detach()), abs=1e-3)
     marked = losses[:59][factors[:59] > 1].mean()
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
 
@@ -370,6 +374,22 @@ def test_tails_may_be_nested() -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, outer)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert not torch.equal(outer, inner)
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "label_smoothing_factor"])
+def test_refuses_what_the_loss_in_pieces_would_ignore(name: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"label_smoothing_factor": 0.1} if name == "label_smoothing_factor" else {}
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, **more)
+    given: dict[str, Any] = {} if more else {name: lambda *args, **kwargs: None}
+    with pytest.raises(ValueError, match=f"does not support {name}; leave it out"):
+        LongRowTrainer(model=tiny(), args=settings, train_dataset=[{}], **given)
+
+
+def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    trainer = LongRowTrainer(model=tiny(), args=settings, train_dataset=[{}])
+    with pytest.raises(ValueError, match="the rows need labels, got only input_ids"):
+        trainer.compute_loss(trainer.model, {"input_ids": tokens(1, 60)})
 
 
 def test_an_evaluation_does_not_count_towards_the_marked_loss(tmp_path: Path) -> None:
