@@ -108,6 +108,7 @@ def evaluate(
         tasks=run.Tasks(task or [], task_length or [length], contexts, depth or None, repositories),
         seed=seed,
         store=store,
+        source=model,
     )
     _write_json(out, result)
     print(json.dumps(result, indent=1) if as_json else shown(run.tables(result)))

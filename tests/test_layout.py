@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate", "plot_style"},
     {"checkpoints.verify", "checkpoints.inspection", "hf.generation", "hf.saved_cache"},
     {"checkpoints.convert"},
+    {"checkpoints.fingerprint"},
     {"checkpoints.load"},
     {"checkpoints.model_card"},
     {"checkpoints.changes", "checkpoints.measured"},
