@@ -102,8 +102,11 @@ def dense_tail_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     """Causal attention of the last queries of each row, without a mask in memory on a GPU; differentiable.
 
     Shapes are those of `dense_attention`, without padding. Torch takes no grouped heads here, so keys
-    and values are repeated.
+    and values are repeated. A compiled graph cannot contain torch's bias, so masks are built there, for some
+    queries at a time; training keeps them for the backward pass, a byte for each query and key.
     """
+    if torch.compiler.is_compiling():
+        return dense_attention(q, k, v, scale)
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     bias = causal_lower_right(q.shape[2], k.shape[2])

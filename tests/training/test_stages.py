@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Letters
-from tiny_models import checkpointed, tiny, tokens
+from tiny_models import checkpointed, grads, tiny, tokens
 from transformers import AutoConfig, TrainingArguments
 
 from moba_hf import MobaConfig
@@ -362,6 +362,23 @@ def test_rows_within_the_tail_attend_every_key(length: int) -> None:
     with dense_tail(model, 96):
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
     assert not torch.allclose(by_rule, expected, atol=1e-3)
+
+
+def test_a_dense_tail_in_a_compiled_model() -> None:
+    """One graph with the gradients of the model itself, and another one without the tail."""
+    ids, found = tokens(1, 96), []
+    for compiled in (False, True):
+        model = tiny()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with dense_tail(model, 24):
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        gradients = grads(model)
+        with torch.no_grad():
+            after = run(input_ids=ids, labels=ids, use_cache=False).loss
+        assert abs(after - loss) > 1e-3
+        found.append((loss.detach(), after, gradients))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_tails_may_be_nested() -> None:
