@@ -167,3 +167,13 @@ def test_sparse_decode_rows_equal_prefill_rows() -> None:
         steps = [model(ids[:, i : i + 1], **given).logits[0, -1] for i in range(200, 250)]
     error = (torch.stack(steps).float() - expected).abs().amax(1) / expected.abs().amax()
     assert error.median() < 2**-5
+
+
+@torch.no_grad()
+def test_a_long_prompt_with_a_mask_compiles() -> None:
+    """Reductions over 8,208 slots are split; all of them must then have the same length."""
+    model, ids = tiny(FULL).cuda(), tokens(1, 8208).cuda()
+    mask = torch.ones_like(ids)
+    got = torch.compile(model, dynamic=False)(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    expected = model(ids, use_cache=False, logits_to_keep=1)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-3, atol=1e-3)

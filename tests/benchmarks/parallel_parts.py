@@ -203,12 +203,12 @@ def training(ranks: Ranks, tiny: bool, lengths: list[int]) -> None:
         for name in before:
             # a single block that covers everything is full attention, computed by torch's own function
             rule = fine if name == "MoBA fine" else MobaConfig(length, 1)
-            needed = before[name] * (2.2 if rule is fine else 4.0) + 2
+            needed = before[name] * (4.4 if rule is fine else 4.0) + 2
             if not ranks.room(needed, f"d, {name}, {length:,}"):
                 continue
             moba_hf.patch_model(model, rule)
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if CUDA else nullcontext():
-                if before[name] == 0.0:
+                if before[name] == 0.0 or rule is fine:  # large tensors have kernels of their own
                     step(length)  # compiles
                 seconds, peak = ranks.timed(partial(step, length))
             before[name] = seconds

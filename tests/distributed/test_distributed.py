@@ -74,7 +74,7 @@ def test_tensor_parallel_on_gpus(folder: Any, ranks: int, monkeypatch: pytest.Mo
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} GPUs, there are {GPUS}")
     monkeypatch.setenv("MOBA_TEST_DEVICE", "cuda")
-    model = folder("llama", num_attention_heads=8, num_key_value_heads=4)
+    model = folder("llama", num_attention_heads=8, num_key_value_heads=4, vocab_size=96)
     assert_ranks(
         f"tensor_parallel={model}", f"tensor_parallel_gradients={model}", f"fsdp={model}", ranks=ranks
     )
