@@ -170,6 +170,7 @@ def threshold_ladders(
     dense = passes.length * (passes.length + 1) // 2
     attending = [row for row in rows if row.key_limit != 0]
     others = sum(row.pairs(passes.length) / dense for row in attending if row.index not in rules)
+    options.check_keys((others + len(rules)) / len(attending))
     table = (
         setting,
         adapter.num_layers(text_config),
