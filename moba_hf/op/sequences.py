@@ -141,6 +141,13 @@ def covers_queries(table: Tensor) -> bool:
     return bool(_derived.get(table, {}).get(_COVERS, False))
 
 
+def constant_like(table: Tensor, made: Tensor) -> Tensor:
+    """`made` itself, the sequences of `table` or parts of them elsewhere; constant if `table` is."""
+    if made is table or table not in _derived:
+        return made
+    return constant_table(made, covers=covers_queries(table))
+
+
 def derived(table: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     """`make()`, computed once per `table` and `key` if the table is constant, for all layers of a forward.
 
