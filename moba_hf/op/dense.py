@@ -7,6 +7,8 @@ queries at a time, so a full `q_len x kv_len` mask never exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,14 +156,32 @@ def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
 
 
 def dense_packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[list[int]], backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Causal attention inside each span `(batch row, begin, end)` of packed sequences.
+    """Causal attention inside each span `(batch row, begin, end)` of packed sequences; 0 elsewhere.
 
-    Shapes are those of `dense_attention`, with equally many queries and keys.
+    Shapes are those of `dense_attention`, with equally many queries and keys. Spans must be in order. Each
+    row is split and put together at once, since the backward of a slice passes over all tokens.
     """
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    for row, begin, end in spans:
-        queries, keys, values = (x[row : row + 1, :, begin:end] for x in (q, k, v))
-        out[row, begin:end] = dense_attention(queries, keys, values, scale, backend=backend)[0]
-    return out
+    outs = []
+    for row, tensors in enumerate(zip(*(x.split(1) for x in (q, k, v)), strict=True)):
+        pieces = _pieces([(begin, end) for at, begin, end in spans if at == row], q.shape[2])
+        sizes = [size for size, _ in pieces]
+        parts = zip(*(x.split(sizes, dim=2) for x in tensors), strict=True)
+        for part, (size, real) in zip(parts, pieces, strict=True):
+            outs.append(
+                dense_attention(*part, scale) if real else q.new_zeros(1, size, q.shape[1], v.shape[3])
+            )
+    return torch.cat([x.flatten(0, 1) for x in outs]).unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def _pieces(spans: Iterable[tuple[int, int]], length: int) -> list[tuple[int, bool]]:
+    """Cuts a row at the ends of its spans: the size of each piece, and whether it is a span."""
+    pieces, done = [], 0
+    for begin, end in spans:
+        if begin > done:
+            pieces.append((begin - done, False))
+        if end > begin:
+            pieces.append((end - begin, True))
+        done = max(done, end)
+    return [*pieces, (length - done, False)] if done < length else pieces
