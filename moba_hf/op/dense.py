@@ -167,11 +167,12 @@ def dense_packed_attention(
     for row, tensors in enumerate(zip(*(x.split(1) for x in (q, k, v)), strict=True)):
         pieces = _pieces([(begin, end) for at, begin, end in spans if at == row], q.shape[2])
         sizes = [size for size, _ in pieces]
-        parts = zip(*(x.split(sizes, dim=2) for x in tensors), strict=True)
-        for part, (size, real) in zip(parts, pieces, strict=True):
-            outs.append(
-                dense_attention(*part, scale) if real else q.new_zeros(1, size, q.shape[1], v.shape[3])
-            )
+        queries, keys, values = (x.split(sizes, dim=2) for x in tensors)
+        for at, (size, real) in enumerate(pieces):
+            if real:
+                outs.append(dense_attention(queries[at], keys[at], values[at], scale))
+            else:
+                outs.append(q.new_zeros(1, size, q.shape[1], v.shape[3]))
     return torch.cat([x.flatten(0, 1) for x in outs]).unflatten(0, (q.shape[0], q.shape[2]))
 
 

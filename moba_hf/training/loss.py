@@ -152,8 +152,9 @@ class LongRowTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the weights in rows whose unused columns are removed, because the model has no such input."""
         super()._set_signature_columns_if_needed()
-        if WEIGHTS not in self._signature_columns:
-            self._signature_columns.append(WEIGHTS)
+        columns: Any = self._signature_columns
+        if WEIGHTS not in columns:
+            columns.append(WEIGHTS)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward and backward pass with the dense tail."""
