@@ -40,7 +40,7 @@ LAYERS = [
     {"hf.dynamic_layer", "hf.static_layer"},
     {"hf.cache_layer", "hf.recent_queries"},
     {"op.shared_prompt"},
-    {"hf.places", "hf.adapter", "hf.cache_names", "hf.identity", "hf.spans", "op.dense"},
+    {"hf.places", "hf.adapter", "hf.cache_names", "hf.identity", "hf.output_head", "hf.spans", "op.dense"},
     {"op.ops", "op.checks"},
     {"op.inputs"},
     {"op.block_means", "op.shared_ops"},

@@ -24,8 +24,9 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
+from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
-from moba_hf.training.loss import token_losses_in_pieces
+from moba_hf.training.loss import inner_model, token_losses_in_pieces
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -137,7 +138,7 @@ class MobaCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
-        self._model = _inner(model)
+        self._model = inner_model(model)
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)
         self._meters = {training: _Meter(self._model.device) for training in (True, False)}
@@ -216,7 +217,7 @@ class MobaCallback(TrainerCallback):
         if logits is not None and logits.shape[:2] == labels.shape:
             meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
         elif logits is None and hidden is not None:
-            head = module.get_output_embeddings()
+            head = output_head(module)
             meter.add_loss(*trailing_loss(hidden, labels[:, -hidden.shape[1] :], self.trailing_tokens, head))
 
 
@@ -278,15 +279,3 @@ def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> Non
     # transformers saves this public field and reads it in a plain load; it does not save its private one
     key = adapter.nested_key(model.config)
     model.config.attn_implementation = NAME if key is None else {key: NAME}
-
-
-def _inner(model: Any) -> Any:
-    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
-    for _ in range(4):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
-            model = model.module
-    return model

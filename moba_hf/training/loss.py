@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL
+from moba_hf.hf.output_head import output_head
 from moba_hf.op.numerics import check_int
 from moba_hf.training.rows import IGNORED, WEIGHTS
 
@@ -107,6 +108,18 @@ def dense_tail(model: Any, tokens: int) -> Iterator[None]:
                 setattr(module, TRAINED_TAIL, held)
 
 
+def inner_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
+    for _ in range(4):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
+            model = model.module
+    return model
+
+
 class LongRowTrainer(Trainer):
     """transformers' Trainer with the loss computed in pieces and, optionally, activations in host memory.
 
@@ -160,7 +173,7 @@ class LongRowTrainer(Trainer):
         """A forward and backward pass with the dense tail."""
         if not self.dense_tail:
             return super().training_step(model, *args, **kwargs)
-        with dense_tail(self.accelerator.unwrap_model(model), self.dense_tail):
+        with dense_tail(inner_model(model), self.dense_tail):
             return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
@@ -172,7 +185,7 @@ class LongRowTrainer(Trainer):
             raise ValueError(f"the rows need labels, got only {', '.join(inputs)}")
         labels, weights, kept = inputs.pop("labels"), inputs.pop(WEIGHTS, None), []
         weights = None if weights is None else of_next_tokens(weights)
-        inner = self.accelerator.unwrap_model(model)
+        inner = inner_model(model)
         hook = inner.base_model.register_forward_hook(lambda *given: kept.append(given[2]))
         pinned = inputs["input_ids"].device.type == "cuda"
         saved = torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offload else nullcontext()
@@ -184,7 +197,7 @@ class LongRowTrainer(Trainer):
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
             losses, counted = token_losses_in_pieces(
-                kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece
+                kept[0].last_hidden_state, labels, output_head(inner), piece=self.piece
             )
         total, count = weighted_sum(losses, counted, weights)
         if weights is not None and model.training:  # an evaluation between two log lines has its own loss

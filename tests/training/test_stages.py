@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Letters
-from tiny_models import checkpointed, grads, tiny, tokens
-from transformers import AutoConfig, TrainingArguments
+from model_checks import tiny_model
+from tiny_models import RULE, Blocks, checkpointed, grads, tiny, tokens
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from moba_hf import MobaConfig
+from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.repositories import load_repositories, save_repositories
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import attending_everything
@@ -137,8 +140,6 @@ def test_loss_in_pieces_is_the_loss() -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_trainer_takes_the_same_step(offload: bool, tmp_path: Path) -> None:
-    from transformers import Trainer
-
     rows = [{"input_ids": tokens(48, seed=i), "labels": tokens(48, seed=i)} for i in range(4)]
 
     def after(kind: Any, **given: Any) -> dict[str, torch.Tensor]:
@@ -312,6 +313,34 @@ def test_weights_of_the_loss(remove_unused: bool, tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(weighted.detach()), abs=1e-3)
     marked = losses[:59][factors[:59] > 1].mean()
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
+
+
+def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
+    """The loss of the first training step."""
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer = trainer_class(model=model, args=settings, train_dataset=Blocks(2, 60))
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
+
+
+def test_the_loss_of_a_model_that_caps_its_logits(tmp_path: Path) -> None:
+    config = {"final_logit_softcapping": 0.5, "layer_types": ["full_attention"] * 2}
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512}
+    model = tiny_model("gemma3_text", RULE, **sizes, **config)
+    ids = tokens(1, 60)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, :-1]
+    assert logits.abs().max() <= 0.5
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    torch.testing.assert_close(token_losses(model, ids, RULE), expected)
+    losses = [loss_of(kind, deepcopy(model), tmp_path) for kind in (Trainer, LongRowTrainer)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match=r"changes its logits by logits_scaling=8\.0"):
+        token_losses(model, ids, RULE)
 
 
 def test_a_row_without_labels_adds_no_weighted_loss() -> None:
