@@ -242,6 +242,23 @@ def lookup_rows(**given: Any) -> Rows:
     return Rows([Repository("r", text, np.array([0]))], 2048, 4, **given)
 
 
+def test_rows_end_and_sizes_are_checked() -> None:
+    rows = lookup_rows()
+    assert len(list(rows)) == 4  # iteration asks for rows until there is none
+    assert all(torch.equal(rows[-1][name], rows[3][name]) for name in rows[3])
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f"there are 4 rows, so no row {index}"):
+            rows[index]
+    with pytest.raises(ValueError, match="short_length must be at least 1, got 0"):
+        lookup_rows(short_length=0)
+
+
+def test_repositories_of_one_name_are_not_saved(tmp_path: Path) -> None:
+    one = Repository("src", np.arange(5), np.array([0]))
+    with pytest.raises(ValueError, match="two repositories are named 'src'; give one of them another name"):
+        save_repositories(tmp_path / "a.npz", [one, one])
+
+
 @pytest.mark.parametrize("tail", [0, 512])
 def test_rows_with_lookups(tail: int) -> None:
     rows = lookup_rows(tail=tail, lookup_weight=4.0)
