@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
 from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
+from moba_hf.op.numerics import check_int
 from moba_hf.training.loss import inner_model, token_losses_in_pieces
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
@@ -45,6 +47,7 @@ class Recipe:
 
     Raises:
         ValueError: `full_share` out of range.
+        TypeError: `full_layers` are not ints.
     """
 
     full_share: float = 0.0
@@ -54,7 +57,11 @@ class Recipe:
         if not 0.0 <= self.full_share < 1.0:
             raise ValueError(f"full_share must be at least 0 and below 1, got {self.full_share}")
         if self.full_layers is not None:
+            if isinstance(self.full_layers, str) or not isinstance(self.full_layers, Iterable):
+                raise TypeError(f"full_layers must be a sequence of layer numbers, got {self.full_layers!r}")
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
+            for layer in self.full_layers:
+                check_int("full_layers", layer, minimum=-sys.maxsize)
 
     def switch_step(self, max_steps: int) -> int:
         """Number of optimizer steps with MoBA before full attention begins; `max_steps` if it never does.
@@ -123,8 +130,9 @@ class MobaCallback(TrainerCallback):
     def __init__(
         self, recipe: Recipe | str = "moba", config: MobaConfig | None = None, *, trailing_tokens: int = 2048
     ) -> None:
-        if trailing_tokens < 1:
-            raise ValueError(f"trailing_tokens must be at least 1, got {trailing_tokens}")
+        check_int("trailing_tokens", trailing_tokens, minimum=1)
+        if config is not None and not isinstance(config, MobaConfig):
+            raise TypeError(f"config must be a MobaConfig, got {type(config).__name__}")
         self.recipe = recipe_of(recipe)
         self.config = config
         self.trailing_tokens = trailing_tokens

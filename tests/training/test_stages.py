@@ -24,6 +24,8 @@ from moba_hf.hf.prefill import attending_everything
 from moba_hf.op.dense import dense_tail_attention
 from moba_hf.training import (
     LongRowTrainer,
+    MobaCallback,
+    Recipe,
     Repository,
     Rows,
     Schedule,
@@ -251,6 +253,22 @@ def test_rows_end_and_sizes_are_checked() -> None:
             rows[index]
     with pytest.raises(ValueError, match="short_length must be at least 1, got 0"):
         lookup_rows(short_length=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(full_layers="-1"), "full_layers must be a sequence of layer numbers, got '-1'"),
+        (lambda: Recipe(full_layers=-1), "full_layers must be a sequence of layer numbers, got -1"),
+        (lambda: Recipe(full_layers=(1.5,)), r"full_layers must be an int, got 1\.5"),
+        (lambda: MobaCallback(trailing_tokens=2.5), r"trailing_tokens must be an int, got 2\.5"),
+        (lambda: MobaCallback(config={"topk": 2}), "config must be a MobaConfig, got dict"),
+        (lambda: Stage(64, MobaConfig(8, 2), 1, learning_rate="1e-3"), "learning_rate must be a number"),
+    ],
+)
+def test_values_of_another_type_are_refused_at_once(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_repositories_of_one_name_are_not_saved(tmp_path: Path) -> None:
