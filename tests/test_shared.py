@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -441,6 +442,17 @@ def test_a_backend_that_cannot_share_a_choice_is_refused() -> None:
     with patch.dict(BACKENDS, {"unable": "none:none"}), pytest.raises(ValueError, match=message):
         choose_backend("unable", q, k, v, RULES[0])
     assert choose_backend("auto", q, k, v, RULES[0]) == "portable"
+
+
+def test_a_tile_whose_masses_do_not_fit_is_refused() -> None:
+    q, k, v = _tensors(8, 8)
+    where = Sequences(batched_table(1, 8, 8, q.device), 8, 1 << 16)
+    rule = SharedRule(16, 1 << 20, 0.1)
+    size = 4 * q.shape[1] * (1 << 20) * (1 << 12) >> 30
+    with pytest.raises(ValueError, match=rf"tile=1048576 with sample=1 takes {size}\.0 GiB .* lower tile"):
+        shared_attention(q, k, v, where, rule, softmax_scale=1.0)
+    few = replace(rule, sample=1 << 12)
+    shared_attention(q, k, v, where, few, softmax_scale=1.0)
 
 
 def test_an_odd_head_dim_is_refused() -> None:
