@@ -18,6 +18,7 @@ from torch import Tensor
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.layout import (
+    LN_2,
     LOG2_E,
     SEQ_BATCH,
     SEQ_COLUMNS,
@@ -26,6 +27,7 @@ from moba_hf.kernels.layout import (
     SEQ_Q_BEGIN,
     SEQ_Q_END,
     load_rows,
+    plan_tile,
 )
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
@@ -229,12 +231,7 @@ def _attend_lists_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + program // PARTS % GROUP
     num_heads = tl.num_programs(1) * GROUP
-    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
-    batch = tl.load(info).to(tl.int64)
-    q_begin = tl.load(info + 1)
-    q_end = tl.load(info + 2)
-    position = tl.load(info + 3)
-    k_begin = tl.load(info + 4).to(tl.int64)
+    batch, q_begin, q_end, position, k_begin = plan_tile(tile_ptr, first_tile + number)
     first = position // TILE * TILE
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     query = q_begin + row
@@ -282,5 +279,5 @@ def _attend_lists_kernel(
         at = out_ptr + ((batch * q_len + query) * num_heads + head)[:, None] * V_DIM + dim[None, :]
         result = narrow(total / mass[:, None], out_ptr)
         tl.store(at, result, mask=there[:, None] & (dim < V_DIM)[None, :])
-        lse = (high + tl.log2(mass)) * 0.6931471805599453
+        lse = (high + tl.log2(mass)) * LN_2
         tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=there)

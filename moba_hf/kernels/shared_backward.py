@@ -21,7 +21,20 @@ from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
-from moba_hf.kernels.layout import load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    STAT_COLUMNS,
+    STAT_DELTA,
+    STAT_LSE,
+    load_rows,
+    plan_tile,
+)
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
 from moba_hf.kernels.shared_plan import SharedPlan
@@ -160,12 +173,7 @@ def _dq_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + program // PARTS % GROUP
     num_heads = tl.num_programs(1) * GROUP
-    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
-    batch = tl.load(info).to(tl.int64)
-    q_begin = tl.load(info + 1)
-    q_end = tl.load(info + 2)
-    position = tl.load(info + 3)
-    k_begin = tl.load(info + 4).to(tl.int64)
+    batch, q_begin, q_end, position, k_begin = plan_tile(tile_ptr, first_tile + number)
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     there = q_begin + row < q_end
     if q_begin + program % PARTS * BLOCK_M < q_end:
@@ -174,15 +182,15 @@ def _dq_kernel(
         q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
         grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
         grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
-        stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * 2
-        lse = tl.load(stat)
-        delta = tl.load(stat + 1)
+        stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * STAT_COLUMNS
+        lse = tl.load(stat + STAT_LSE)
+        delta = tl.load(stat + STAT_DELTA)
         k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
         v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
-        scale = softmax_scale * 1.4426950408889634
+        scale = softmax_scale * LOG2_E
         dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
         if BLOCK_SIZE >= BLOCK_N:
             steps = count * (BLOCK_SIZE // BLOCK_N)
@@ -269,12 +277,14 @@ def _dkv_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     if first_block + number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
         seq, block = find_block(table_ptr, block_offset_ptr, num_seqs, first_block + number)
-        info = table_ptr + seq * 5
-        batch = tl.load(info).to(tl.int64)
-        k_begin = tl.load(info + 3)
-        k_len = tl.load(info + 4) - k_begin
-        shift = tl.load(info + 2) - k_len  # from positions to queries
-        first = tl.maximum(tl.load(info + 1) - shift, 0)  # position of the first query that sees a key
+        info = table_ptr + seq * SEQ_COLUMNS
+        batch = tl.load(info + SEQ_BATCH).to(tl.int64)
+        k_begin = tl.load(info + SEQ_K_BEGIN)
+        k_len = tl.load(info + SEQ_K_END) - k_begin
+        shift = tl.load(info + SEQ_Q_END) - k_len  # from positions to queries
+        first = tl.maximum(
+            tl.load(info + SEQ_Q_BEGIN) - shift, 0
+        )  # position of the first query that sees a key
         key = block * BLOCK_SIZE + tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = key < k_len
         slot = (k_begin + key).to(tl.int64)
@@ -284,9 +294,9 @@ def _dkv_kernel(
         values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
         q_ptr += batch * q_stride_b + kv_head * GROUP * q_stride_h
         grad_ptr += batch * grad_stride_b + kv_head * GROUP * grad_stride_h
-        stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * 2
-        stat_stride = tl.num_programs(1) * GROUP * 2
-        scale = softmax_scale * 1.4426950408889634
+        stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * STAT_COLUMNS
+        stat_stride = tl.num_programs(1) * GROUP * STAT_COLUMNS
+        scale = softmax_scale * LOG2_E
         dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
         dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
         # the tiles that overlap the block, masked by position
@@ -399,5 +409,5 @@ def _load_queries(
     grad_ptr += head * grad_stride_h + first * grad_stride_n
     q = load_rows(q_ptr, row * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
     grad = load_rows(grad_ptr, row * grad_stride_n, there, V_DIM, PADDED_V, True)
-    lse, delta = load_stats(stats_ptr + head * 2 + first * stat_stride + row * stat_stride)
+    lse, delta = load_stats(stats_ptr + head * STAT_COLUMNS + first * stat_stride + row * stat_stride)
     return q, grad, tl.where(there, lse, float("inf")), delta

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier
+from moba_hf.kernels.layout import INFO_COLUMNS, LN_2, PLAN_BATCH, PLAN_POSITION, PLAN_Q_BEGIN, PLAN_Q_END
 from moba_hf.kernels.shared_hopper_produce import place_of, produce, steps_of
 
 
@@ -31,10 +32,11 @@ def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
     """An item's batch row, query range (begin, end), position of its first query, head, number of blocks."""
     tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     tile, kv_head, in_group = place_of(gl.minimum(item, work - 1), tiles, G)
-    info = tile_ptr + (first_tile + tile) * 8
+    info = tile_ptr + (first_tile + tile) * INFO_COLUMNS
     head = kv_head * G + in_group
     count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + head)
-    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), head, count
+    batch, q_begin = gl.load(info + PLAN_BATCH), gl.load(info + PLAN_Q_BEGIN)
+    return batch, q_begin, gl.load(info + PLAN_Q_END), gl.load(info + PLAN_POSITION), head, count
 
 
 @gluon.jit
@@ -187,7 +189,7 @@ def _consume(
                 q_smem, ring, step, listed, total, last_seen, scale, BLOCK_N, D, DV, STAGES
             )
             out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
-            lse = (high + gl.log2(mass)) * 0.6931471805599453
+            lse = (high + gl.log2(mass)) * LN_2
             v_query = q_begin + v_row
             target = (batch.to(gl.int64) * q_len + v_query) * num_heads + head
             target = out_ptr + target[:, None] * DV + v_column

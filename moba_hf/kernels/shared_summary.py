@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, narrow, padded, rows_contiguous
-from moba_hf.kernels.layout import completed_block, head_offset, row_offset
+from moba_hf.kernels.layout import (
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    completed_block,
+    head_offset,
+    pair_coordinates,
+    row_offset,
+)
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tiling import bisect
 from moba_hf.op.numerics import part_size, spread_dtype
@@ -115,10 +123,8 @@ def _summarize(
     HALVES: tl.constexpr,
 ):
     """Writes the summary of the block at `k_ptr`; a step leads from one part to the next."""
-    pair = tl.arange(0, PADDED_HALF)
+    pair, low, high = pair_coordinates(HALF, PADDED_HALF, HALVES)
     inside = pair < HALF
-    low = pair if HALVES else 2 * pair
-    high = pair + HALF if HALVES else 2 * pair + 1
     row = tl.arange(0, SIZE)
     spread_ptr = spread_at
     spread_at += pair
@@ -171,8 +177,9 @@ def _shared_summary_kernel(
     if number < tl.load(block_offset_ptr + num_seqs):
         seq = bisect(block_offset_ptr, num_seqs, number)
         block = number - tl.load(block_offset_ptr + seq)
-        first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
-        k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head * k_stride_h
+        of_seq = table_ptr + seq * SEQ_COLUMNS
+        first = tl.load(of_seq + SEQ_K_BEGIN).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
+        k_ptr += tl.load(of_seq + SEQ_BATCH).to(tl.int64) * k_stride_b + head * k_stride_h
         k_ptr += first * k_stride_n
         step = tl.cast(blocks, tl.int64)
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * (2 * HALF)

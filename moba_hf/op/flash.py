@@ -44,8 +44,14 @@ def load_varlen() -> Varlen:
     """
     try:
         from flash_attn import flash_attn_varlen_func
+
+        with_lse = {"return_attn_probs": True}
     except ImportError:
-        return _load_varlen_4()
+        try:
+            from flash_attn.cute import flash_attn_varlen_func
+        except ImportError as error:
+            raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
+        with_lse = {"return_lse": True}
 
     def varlen(
         q: Tensor,
@@ -58,7 +64,7 @@ def load_varlen() -> Varlen:
         scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, _ = flash_attn_varlen_func(
+        out, lse, *_ = flash_attn_varlen_func(
             q,
             k,
             v,
@@ -68,41 +74,7 @@ def load_varlen() -> Varlen:
             max_seqlen_k=mk,
             softmax_scale=scale,
             causal=causal,
-            return_attn_probs=True,
-        )
-        return out, lse
-
-    return varlen
-
-
-def _load_varlen_4() -> Varlen:
-    try:
-        from flash_attn.cute import flash_attn_varlen_func
-    except ImportError as error:
-        raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
-
-    def varlen(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        mq: int,
-        mk: int,
-        scale: float,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=mq,
-            max_seqlen_k=mk,
-            softmax_scale=scale,
-            causal=causal,
-            return_lse=True,
+            **with_lse,
         )
         return out, lse
 
