@@ -58,7 +58,7 @@ def decode(
         k, v: `(batch, HK, kv_len, D or DV)`.
         kept: `(batch, HK, NB, width)`.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
-        heard: `(batch, H, rows, D)`, the queries just before `q`; None: every step asks alone.
+        heard: `(batch, H, rows, D)`, the queries just before `q`; None: each step chooses alone.
     """
     if softmax_scale <= 0:  # attention takes the maximum before scaling
         sign = -1 if softmax_scale < 0 else 0

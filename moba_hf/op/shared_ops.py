@@ -258,8 +258,8 @@ def shared_steps(
 
     Args:
         kept: summaries from the cache, see `SharedKernels.decode`; None: computed here, which reads all keys.
-        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that steps hear beside those
-            of `q`; None: every step asks alone.
+        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q`, with which the steps
+            choose too (step 8 of `moba_hf.op.shared`); None: each step chooses by its own query alone.
     """
     assert sequences.by_row
     name = choose_backend(backend, q, k, v, rule)
