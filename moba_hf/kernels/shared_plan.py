@@ -166,6 +166,6 @@ def _tiles_kernel(table_ptr, offset_ptr, tile_ptr, num_seqs, num_tiles, tile_siz
     tl.store(out + PLAN_POSITION, tl.where(used, begin, 0), mask=there)
     tl.store(out + PLAN_K_BEGIN, tl.where(used, k_begin, 0), mask=there)
     tl.store(out + PLAN_K_END, tl.where(used, k_begin + k_len, 0), mask=there)
-    first_block = tl.load(offset_ptr + num_seqs + 1 + low)
-    tl.store(out + PLAN_FIRST_BLOCK, tl.where(used, first_block, 0), mask=there)
+    blocks = offset_ptr + num_seqs + 1
+    tl.store(out + PLAN_FIRST_BLOCK, tl.where(used, tl.load(blocks + low), 0), mask=there)
     tl.store(out + (INFO_COLUMNS - 1), tl.zeros([BLOCK], tl.int32), mask=there)
