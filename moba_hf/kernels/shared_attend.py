@@ -28,6 +28,7 @@ from moba_hf.kernels.layout import (
     SEQ_Q_END,
     load_rows,
     plan_tile,
+    row_offset,
 )
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
@@ -67,9 +68,9 @@ def attend_lists(
             plan.tile_offset,
             lists.blocks,
             lists.counts,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
             q.shape[2],
             first_tile,
             tiles,
@@ -194,15 +195,9 @@ def _attend_lists_kernel(
     tile_offset_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     first_tile,
     tiles,
@@ -241,10 +236,9 @@ def _attend_lists_kernel(
         own = position + q_end - q_begin - first // BLOCK_SIZE * BLOCK_SIZE
         wanted = wanted & mine & (own % LEFT_BY != 0)
     if wanted:
-        q_at = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
-        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, False)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
+        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), there, HEAD_DIM, PADDED_DIM, False)
+        k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
+        v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
@@ -261,8 +255,8 @@ def _attend_lists_kernel(
             ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
             key = key.to(tl.int64)
-            keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key * k_strides[2], known, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key * v_strides[2], known, V_DIM, PADDED_V, EVEN)
             scores = dot(q, tl.trans(keys))
             if not EVEN:
                 scores = tl.where(known[None, :], scores, float("-inf"))
@@ -270,8 +264,8 @@ def _attend_lists_kernel(
         end = position + q_end - q_begin
         for start in tl.range(first // BLOCK_SIZE * BLOCK_SIZE, end, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key < end, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key < end, V_DIM, PADDED_V, False)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key < end, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key < end, V_DIM, PADDED_V, False)
             seen = key[None, :] <= (position + row)[:, None]
             scores = tl.where(seen, dot(q, tl.trans(keys)), float("-inf"))
             total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)

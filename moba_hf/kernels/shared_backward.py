@@ -13,8 +13,6 @@ The inputs fix the order of every sum, so two runs agree bit for bit.
 
 from __future__ import annotations
 
-from itertools import chain
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,8 +30,10 @@ from moba_hf.kernels.layout import (
     STAT_COLUMNS,
     STAT_DELTA,
     STAT_LSE,
+    head_offset,
     load_rows,
     plan_tile,
+    row_offset,
 )
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
@@ -59,8 +59,8 @@ def dq_of_lists(
             plan.tiles,
             lists.blocks,
             lists.counts,
-            *chain(*rows.strides),
-            *grad_q.stride()[:3],
+            *rows.strides,
+            grad_q.stride()[:3],
             q.shape[2],
             first_tile,
             lists.blocks.shape[2],
@@ -104,9 +104,9 @@ def dkv_of_lists(
             plan.block_offset,
             lists.blocks,
             lists.counts,
-            *chain(*rows.strides),
-            *grad_k.stride()[:3],
-            *grad_v.stride()[:3],
+            *rows.strides,
+            grad_k.stride()[:3],
+            grad_v.stride()[:3],
             q.shape[2],
             plan.num_seqs,
             first_block,
@@ -137,21 +137,11 @@ def _dq_kernel(
     tile_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dq_strides,
     q_len,
     first_tile,
     list_length,
@@ -178,15 +168,13 @@ def _dq_kernel(
     there = q_begin + row < q_end
     if q_begin + program % PARTS * BLOCK_M < q_end:
         query = tl.minimum(q_begin + row, q_end - 1).to(tl.int64)
-        q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
-        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-        grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-        grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
+        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), there, HEAD_DIM, PADDED_DIM, True)
+        grad = load_rows(grad_ptr, row_offset(batch, head, query, grad_strides), there, V_DIM, PADDED_V, True)
         stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * STAT_COLUMNS
         lse = tl.load(stat + STAT_LSE)
         delta = tl.load(stat + STAT_DELTA)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
+        k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
+        v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
@@ -202,8 +190,8 @@ def _dq_kernel(
             key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
             ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             key = key.to(tl.int64)
-            keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key * k_strides[2], known, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key * v_strides[2], known, V_DIM, PADDED_V, EVEN)
             p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
             if not EVEN:
                 p = tl.where(known[None, :], p, 0.0)
@@ -213,14 +201,14 @@ def _dq_kernel(
         first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
         for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key < end, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key < end, V_DIM, PADDED_V, False)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key < end, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key < end, V_DIM, PADDED_V, False)
             p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
             p = tl.where(key[None, :] <= (position + row)[:, None], p, 0.0)
             dp = dot(grad, tl.trans(values))
             dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
         dim = tl.arange(0, PADDED_DIM)
-        at = dq_ptr + (batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n)[:, None] + dim[None, :]
+        at = dq_ptr + row_offset(batch, head, query, dq_strides)[:, None] + dim[None, :]
         tl.store(at, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
 
 
@@ -237,24 +225,12 @@ def _dkv_kernel(
     block_offset_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dk_strides,
+    dv_strides,
     q_len,
     num_seqs,
     first_block,
@@ -288,12 +264,12 @@ def _dkv_kernel(
         key = block * BLOCK_SIZE + tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = key < k_len
         slot = (k_begin + key).to(tl.int64)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h
-        keys = load_rows(k_ptr, slot * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-        values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
-        q_ptr += batch * q_stride_b + kv_head * GROUP * q_stride_h
-        grad_ptr += batch * grad_stride_b + kv_head * GROUP * grad_stride_h
+        k_ptr += head_offset(batch, kv_head, k_strides)
+        v_ptr += head_offset(batch, kv_head, v_strides)
+        keys = load_rows(k_ptr, slot * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, slot * v_strides[2], inside, V_DIM, PADDED_V, False)
+        q_ptr += batch * q_strides[0] + kv_head * GROUP * q_strides[1]
+        grad_ptr += batch * grad_strides[0] + kv_head * GROUP * grad_strides[1]
         stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * STAT_COLUMNS
         stat_stride = tl.num_programs(1) * GROUP * STAT_COLUMNS
         scale = softmax_scale * LOG2_E
@@ -315,10 +291,8 @@ def _dkv_kernel(
                 begin,
                 end,
                 step % GROUP,
-                q_stride_h,
-                q_stride_n,
-                grad_stride_h,
-                grad_stride_n,
+                q_strides,
+                grad_strides,
                 stat_stride,
                 BLOCK_M,
                 HEAD_DIM,
@@ -349,10 +323,8 @@ def _dkv_kernel(
                 first,
                 k_len,
                 entry % GROUP,
-                q_stride_h,
-                q_stride_n,
-                grad_stride_h,
-                grad_stride_n,
+                q_strides,
+                grad_strides,
                 stat_stride,
                 BLOCK_M,
                 HEAD_DIM,
@@ -365,11 +337,11 @@ def _dkv_kernel(
             dv = add_dot(dv, narrow(p, v_ptr), grad)
             dk = add_dot(dk, narrow(p * (dp - delta[None, :]), k_ptr), q)
         dim = tl.arange(0, PADDED_DIM)
-        at = dk_ptr + (batch * dk_stride_b + kv_head * dk_stride_h + slot * dk_stride_n)[:, None]
+        at = dk_ptr + row_offset(batch, kv_head, slot, dk_strides)[:, None]
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         tl.store(at + dim[None, :], narrow(dk * softmax_scale, dk_ptr), mask=mask)
         dim = tl.arange(0, PADDED_V)
-        at = dv_ptr + (batch * dv_stride_b + kv_head * dv_stride_h + slot * dv_stride_n)[:, None]
+        at = dv_ptr + row_offset(batch, kv_head, slot, dv_strides)[:, None]
         mask = inside[:, None] & (dim < V_DIM)[None, :]
         tl.store(at + dim[None, :], narrow(dv, dv_ptr), mask=mask)
 
@@ -384,10 +356,8 @@ def _load_queries(
     begin,
     end,
     in_group,
-    q_stride_h,
-    q_stride_n,
-    grad_stride_h,
-    grad_stride_n,
+    q_strides,
+    grad_strides,
     stat_stride,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -405,9 +375,9 @@ def _load_queries(
     position = start + tl.arange(0, BLOCK_M)
     there = (position >= begin) & (position < end)
     row = tl.minimum(tl.maximum(position, begin), end - 1) - start
-    q_ptr += head * q_stride_h + first * q_stride_n
-    grad_ptr += head * grad_stride_h + first * grad_stride_n
-    q = load_rows(q_ptr, row * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
-    grad = load_rows(grad_ptr, row * grad_stride_n, there, V_DIM, PADDED_V, True)
+    q_ptr += head * q_strides[1] + first * q_strides[2]
+    grad_ptr += head * grad_strides[1] + first * grad_strides[2]
+    q = load_rows(q_ptr, row * q_strides[2], there, HEAD_DIM, PADDED_DIM, True)
+    grad = load_rows(grad_ptr, row * grad_strides[2], there, V_DIM, PADDED_V, True)
     lse, delta = load_stats(stats_ptr + head * STAT_COLUMNS + first * stat_stride + row * stat_stride)
     return q, grad, tl.where(there, lse, float("inf")), delta

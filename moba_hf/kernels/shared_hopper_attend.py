@@ -221,9 +221,7 @@ def attend_lists_kernel(
     list_length,
     num_kv_heads,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     scale,
     G: gl.constexpr,
     TILE: gl.constexpr,
@@ -248,7 +246,6 @@ def attend_lists_kernel(
     ring = allocate_ring(k_desc, v_desc, dtype, BLOCK_N, D, DV, STAGES, 2)
     queue = (items, drawn, taken)
     pointers = (tile_ptr, list_ptr, count_ptr, counter_ptr)
-    q_strides = (q_stride_b, q_stride_h, q_stride_n)
     data = (q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale)
     if gl.program_id(0) < work:
         gl.warp_specialize(

@@ -53,7 +53,7 @@ def shared_summary(k: Tensor, plan: SharedPlan, rotary_pairs: str) -> tuple[Tens
             plan.block_offset,
             plan.num_seqs,
             blocks,
-            *k.stride()[:3],
+            k.stride()[:3],
             PARTS=parts,
             SIZE=size,
             HALF=head_dim // 2,
@@ -163,9 +163,7 @@ def _shared_summary_kernel(
     block_offset_ptr,
     num_seqs,
     blocks,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    k_strides,
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -179,13 +177,13 @@ def _shared_summary_kernel(
         block = number - tl.load(block_offset_ptr + seq)
         of_seq = table_ptr + seq * SEQ_COLUMNS
         first = tl.load(of_seq + SEQ_K_BEGIN).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
-        k_ptr += tl.load(of_seq + SEQ_BATCH).to(tl.int64) * k_stride_b + head * k_stride_h
-        k_ptr += first * k_stride_n
+        k_ptr += head_offset(tl.load(of_seq + SEQ_BATCH), head, k_strides)
+        k_ptr += first * k_strides[2]
         step = tl.cast(blocks, tl.int64)
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * (2 * HALF)
         spread_at = spread_ptr + (head * PARTS * blocks + number) * HALF
         _summarize(
-            k_ptr, k_stride_n, center_at, step * (2 * HALF), spread_at, step * HALF,
+            k_ptr, k_strides[2], center_at, step * (2 * HALF), spread_at, step * HALF,
             PARTS, SIZE, HALF, PADDED_HALF, HALVES,
         )  # fmt: skip
 
