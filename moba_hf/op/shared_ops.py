@@ -16,8 +16,7 @@ from torch import Tensor
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.numerics import accumulate_dtype
-from moba_hf.op.operators import flat_sequences
+from moba_hf.op.operators import empty_results, flat_sequences
 from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
@@ -98,8 +97,7 @@ def attend_shared_op(
 
 @attend_shared_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return empty_results(q, v)
 
 
 @torch.library.custom_op("moba_hf::attend_shared_backward", mutates_args=())
@@ -174,8 +172,7 @@ def decode_shared_op(
 
 @decode_shared_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return empty_results(q, v)
 
 
 def select_shared(
