@@ -48,8 +48,9 @@ def attend_lists(
 
     Args:
         lists: the lists of the tiles from `first_tile` on.
-        left_by: handle only tiles whose keys in overlapped blocks are not a multiple of this number; the
-            Hopper kernel skips these. It divides T, so only a sequence's last tile can be one. 0: all tiles.
+        left_by: handle only the tiles that the Hopper kernel leaves out: those that have, in the blocks that
+            they overlap, a number of keys that is not a multiple of `left_by`. It divides T, so only the last
+            tile of a sequence can be one of them. 0: all tiles.
     """
     assert not left_by or inputs.plan.tile % left_by == 0
     q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
@@ -230,21 +231,21 @@ def _attend_lists_kernel(
     first = position // TILE * TILE
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     query = q_begin + row
-    there = query < q_end
+    mask = query < q_end
     wanted = q_begin + program % PARTS * BLOCK_M < q_end
     if LEFT_BY > 0:
         own = position + q_end - q_begin - first // BLOCK_SIZE * BLOCK_SIZE
         wanted = wanted & mine & (own % LEFT_BY != 0)
     if wanted:
-        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), there, HEAD_DIM, PADDED_DIM, False)
+        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
         k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
         v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
-        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         if BLOCK_SIZE >= BLOCK_N:
             steps = count * (BLOCK_SIZE // BLOCK_N)
         else:
@@ -260,7 +261,7 @@ def _attend_lists_kernel(
             scores = dot(q, tl.trans(keys))
             if not EVEN:
                 scores = tl.where(known[None, :], scores, float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
         end = position + q_end - q_begin
         for start in tl.range(first // BLOCK_SIZE * BLOCK_SIZE, end, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
@@ -268,10 +269,10 @@ def _attend_lists_kernel(
             values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key < end, V_DIM, PADDED_V, False)
             seen = key[None, :] <= (position + row)[:, None]
             scores = tl.where(seen, dot(q, tl.trans(keys)), float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
         dim = tl.arange(0, PADDED_V)
         at = out_ptr + ((batch * q_len + query) * num_heads + head)[:, None] * V_DIM + dim[None, :]
-        result = narrow(total / mass[:, None], out_ptr)
-        tl.store(at, result, mask=there[:, None] & (dim < V_DIM)[None, :])
-        lse = (high + tl.log2(mass)) * LN_2
-        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=there)
+        result = narrow(acc / l_i[:, None], out_ptr)
+        tl.store(at, result, mask=mask[:, None] & (dim < V_DIM)[None, :])
+        lse = (m_i + tl.log2(l_i)) * LN_2
+        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)
