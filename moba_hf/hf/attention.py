@@ -367,7 +367,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    """Registers the "moba" attention and mask functions with transformers, and watches checkpoint loading."""
+    """Registers the "moba" attention and mask functions with transformers, and wraps saving and loading."""
     AttentionInterface.register(NAME, moba_attention_forward)
     AttentionMaskInterface.register(NAME, moba_mask)
     watch_loads()

@@ -81,7 +81,7 @@ def step_place(table_ptr, item, length):
 
 @triton.jit
 def plan_tile(tile_ptr, tile):
-    """Batch row (int64), first query, end of the queries, first position and first slot (int64) of a tile."""
+    """A tile's batch row (int64), query range (begin, end), first position, and first key slot (int64)."""
     info = tile_ptr + tile.to(tl.int64) * INFO_COLUMNS
     batch = tl.load(info + PLAN_BATCH).to(tl.int64)
     q_begin = tl.load(info + PLAN_Q_BEGIN)
