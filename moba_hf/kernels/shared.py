@@ -2,7 +2,8 @@
 
 Legend: H query heads, HK kv heads, D and DV head dims, T tile, B block size.
 
-1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`), then masses of tiles
+1. choose: vectors per block (`shared_summary`), masses of sampled rows (`shared_mass`, or
+   `shared_hopper_mass` if the GPU supports it and a tile has enough rows), then masses of tiles
    and their choice as a bit mask (`shared_choose`), with as many tiles at a time as fit a memory budget.
 2. attend: turn the mask into lists (`shared_lists`), again in chunks, and loop over each list, in
    `shared_hopper` if the GPU supports it, otherwise in `shared_attend`.
@@ -81,21 +82,27 @@ def select(
     if block_mask.numel() == 0:
         return block_mask
     if mass_tile is None:
-        parts = rule.block_size // part_size(rule.block_size)
-        mass_tile = shared_tuning.mass_tile(
-            padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device)
-        )
+        mass_tile = tile_of_masses(q, k, rule)
     summary = shared_summary(k, plan, rule.rotary_pairs)
     rows = rule.tile // rule.sample
     budget = shared_tuning.MASS_WORKSPACE if workspace is None else workspace
     each = Masses.tile_bytes(num_heads, rows, plan.max_blocks, mass_tile.n) + num_heads * plan.max_blocks * 4
     chunk = _even_chunk(plan.num_tiles, budget // each, 16)
-    masses = Masses.empty(chunk, num_heads, rows, plan.max_blocks, mass_tile.n, q)
+    masses = Masses.empty(chunk, num_heads, rows, plan.max_blocks, mass_tile.n, q, mass_tile.hopper)
     scratch = torch.empty(chunk, num_heads, masses.mass.shape[3], dtype=torch.float32, device=q.device)
     for first in range(0, plan.num_tiles, chunk):
         row_masses(q, summary, plan, rule, softmax_scale, masses, first, mass_tile)
         choose(masses, scratch, plan, rule, first, block_mask)
     return block_mask
+
+
+def tile_of_masses(q: Tensor, k: Tensor, rule: SharedRule) -> shared_tuning.MassTile:
+    """The tile of the mass kernel for `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`."""
+    parts = rule.block_size // part_size(rule.block_size)
+    tile = shared_hopper.mass_tile(q, k, rule, parts)
+    if tile is not None:
+        return tile
+    return shared_tuning.mass_tile(padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device))
 
 
 def attend(

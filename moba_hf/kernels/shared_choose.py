@@ -2,11 +2,11 @@
 
 Legend: B block size, R sampled rows of a tile, NB blocks; words of 32 blocks.
 
-One program per (tile, head). It turns the output of `shared_mass` into masses of the tile, `mean over rows of
-mass / total`, and stores them in its part of a scratch buffer (fp32). A second pass takes every block whose
-mass is at least `threshold` times the largest, the kept blocks, and the blocks that the tile overlaps. A cap
-on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of the masses, since
-non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
+First, programs of some blocks of a (tile, head) turn the output of `shared_mass` into masses of the tile,
+`mean over rows of mass / total`, in a scratch buffer (fp32). Then one program per (tile, head) takes every
+block whose mass is at least `threshold` times the largest, the kept blocks, and the blocks that the tile
+overlaps. A cap on the mass (`share`) or on the number of blocks (`topk`) is found by bisecting the bits of
+the masses, since non-negative fp32 numbers sort like int32. Of equal masses, the lower block comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_hf.kernels.launch import device_of, next_power_of_2
+from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import CHOOSE, ChooseTile
@@ -42,20 +42,34 @@ def choose(
     chunk, num_heads, rows, blocks = masses.mass.shape
     tiles = min(chunk, plan.num_tiles - first_tile)
     columns = min(shape.columns, max(32, masses.step, next_power_of_2(blocks)))
-    caps = rule.share is not None or rule.topk is not None
-    # bisecting for a cap, or short steps, would spill at the registers that are best otherwise
-    registers = None if caps or masses.step < 32 else shape.registers
+    choice = min(shape.choice, max(32, next_power_of_2(blocks)))
     with device_of(scratch):
-        _choose_kernel[(tiles, num_heads)](
+        _tile_masses_kernel[(cdiv(blocks, columns), tiles, num_heads)](
             masses.mass,
             masses.high,
             masses.total,
+            scratch,
+            plan.tiles,
+            first_tile,
+            blocks,
+            rule.block_size,
+            rule.dense_below,
+            TILE=rule.tile,
+            SAMPLE=rule.sample,
+            ROWS=rows,
+            BLOCK_N=columns,
+            UNROLL=shape.unroll,
+            STEP=masses.step,
+            SLOTS=masses.slots,
+            num_warps=max(1, columns // shape.per_warp),
+            maxnreg=shape.registers,
+        )
+        _choose_kernel[(tiles, num_heads)](
             scratch,
             block_mask,
             plan.tiles,
             *block_mask.stride()[:2],
             first_tile,
-            num_heads,
             blocks,
             plan.words,
             rule.block_size,
@@ -66,70 +80,95 @@ def choose(
             rule.sink_blocks,
             rule.local_blocks,
             TILE=rule.tile,
-            SAMPLE=rule.sample,
-            ROWS=rows,
-            BLOCK_R=min(rows, shape.rows),
-            BLOCK_N=columns,
-            UNROLL=shape.unroll,
-            STEP=masses.step,
+            BLOCK_N=choice,
             THRESHOLD=rule.threshold is not None,
             SHARE=rule.share is not None,
             TOPK=rule.topk is not None,
-            num_warps=max(min(2, columns // 32), columns // shape.per_warp),
-            maxnreg=registers,
+            num_warps=max(1, choice // 256),
         )
 
 
 @triton.jit
-def _tile_masses(
+def _place(tile_ptr, number, block_size, dense_below, TILE: tl.constexpr):
+    """Of a tile: its position in its sequence, that of its first row in the call, the end; its candidates.
+
+    The last result is whether every candidate is taken, or there is none.
+    """
+    info = tile_ptr + number.to(tl.int64) * 8
+    position = tl.load(info + 3)
+    end = position + tl.load(info + 2) - tl.load(info + 1)
+    first = position // TILE * TILE
+    columns = first // block_size
+    return first, position, end, columns, (first < dense_below) | (columns == 0) | (end <= position)
+
+
+@triton.jit(do_not_specialize=["first_tile", "dense_below"])
+def _tile_masses_kernel(
     mass_ptr,
     high_ptr,
     total_ptr,
     scratch_ptr,
-    item,
-    columns,
-    first_row,
-    last_row,
+    tile_ptr,
+    first_tile,
     blocks,
+    block_size,
+    dense_below,
+    TILE: tl.constexpr,
+    SAMPLE: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
     STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Writes the tile's masses (means over `[first_row, last_row)`) to `scratch_ptr`; returns the largest."""
+    """Writes the means of the masses over a tile's rows, for BLOCK_N blocks, to `scratch_ptr`."""
     STEPS: tl.constexpr = BLOCK_N // STEP
-    mass_ptr += item * ROWS * blocks  # so that the offsets below fit in 32 bits
-    high_ptr += item * ROWS * (blocks // STEP)
-    total_ptr += item * ROWS * 2
-    largest = 0.0
-    count = (last_row - first_row).to(tl.float32)
-    for start in range(0, columns, BLOCK_N):
+    number = tl.program_id(1)
+    first, position, end, columns, dense = _place(
+        tile_ptr, first_tile + number, block_size, dense_below, TILE
+    )
+    start = tl.program_id(0) * BLOCK_N
+    if (start < columns) & (not dense):
+        first_row = (position - first) // SAMPLE
+        last_row = (end - 1 - first) // SAMPLE + 1
+        count = (last_row - first_row).to(tl.float32)
+        item = number.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+        mass_ptr += item * ROWS * blocks  # so that the offsets below fit in 32 bits
+        high_ptr += item * ROWS * (blocks // STEP)
+        total_ptr += item * ROWS * 2
         # (steps, blocks of a step): all blocks of a step share one unit
         step = start // STEP + tl.arange(0, STEPS)
-        column = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
+        slot = tl.arange(0, STEP)
+        place = step[:, None] * STEP + slot[None, :]
+        if SLOTS:
+            # a thread of a matrix product holds two neighbouring blocks of every eight
+            slot = slot % (STEP // 4) // 2 * 8 + slot // (STEP // 4) * 2 + slot % 2
+        column = step[:, None] * STEP + slot[None, :]
         mean = tl.zeros([STEPS, STEP], tl.float32)
-        for at in tl.range(0, ROWS, BLOCK_R, loop_unroll_factor=UNROLL):
-            each = at + tl.arange(0, BLOCK_R)
-            there = (each >= first_row) & (each < last_row)
-            high = tl.load(total_ptr + each * 2, mask=there, other=0.0)
-            total = tl.load(total_ptr + each * 2 + 1, mask=there, other=1.0)
-            both = there[:, None] & (step * STEP < columns)[None, :]
-            unit = tl.load(
-                high_ptr + each[:, None] * (blocks // STEP) + step[None, :], mask=both, other=-1e30
-            )
-            weight = tl.exp2(unit - high[:, None]) * (1.0 / (total * count))[:, None]
-            # a mask per step keeps loads wide; masses past the last column of a step were written too
-            mass = tl.load(
-                mass_ptr + each[:, None, None] * blocks + column[None, :, :], mask=both[:, :, None], other=0.0
-            )
-            mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
+        # a mask per step keeps loads wide; masses past the last column of a step were written too
+        there = step * STEP < columns
+        for row in tl.range(first_row, last_row, loop_unroll_factor=UNROLL):
+            high = tl.load(total_ptr + row * 2)
+            total = tl.load(total_ptr + row * 2 + 1)
+            unit = tl.load(high_ptr + row * (blocks // STEP) + step, mask=there, other=-1e30)
+            mass = tl.load(mass_ptr + row * blocks + place, mask=there[:, None], other=0.0)
+            weight = tl.exp2(unit - high) * (1.0 / (total * count))
+            mean += mass.to(tl.float32) * weight[:, None]
         # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
         bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), NOT_A_NUMBER)
         mean = bits.to(tl.float32, bitcast=True)
-        tl.store(scratch_ptr + column, mean, mask=column < columns)
-        largest = tl.maximum(largest, tl.max(tl.max(tl.where(column < columns, mean, 0.0), 1), 0))
-    return largest
+        tl.store(scratch_ptr + item * blocks + column, mean, mask=column < columns)
+
+
+@triton.jit
+def _largest(scratch_ptr, columns, BLOCK_N: tl.constexpr):
+    """The largest mass of a tile; NaN if there is one."""
+    result = tl.zeros([], tl.int32)
+    for start in range(0, columns, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        mass = tl.load(scratch_ptr + column, mask=column < columns, other=0.0)
+        result = tl.maximum(result, tl.max(mass.to(tl.int32, bitcast=True), 0))
+    return result.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -235,16 +274,12 @@ def write_choice(
 
 @triton.jit(do_not_specialize=["first_tile", "words", "dense_below", "topk", "sink_blocks", "local_blocks"])
 def _choose_kernel(
-    mass_ptr,
-    high_ptr,
-    total_ptr,
     scratch_ptr,
     mask_ptr,
     tile_ptr,
     mask_stride_h,
     mask_stride_t,
     first_tile,
-    num_heads,
     blocks,
     words,
     block_size,
@@ -255,52 +290,23 @@ def _choose_kernel(
     sink_blocks,
     local_blocks,
     TILE: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STEP: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SHARE: tl.constexpr,
     TOPK: tl.constexpr,
 ):
     number = tl.program_id(0)
     head = tl.program_id(1)
-    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
-    q_begin = tl.load(info + 1)
-    q_end = tl.load(info + 2)
-    position = tl.load(info + 3)
-    first = position // TILE * TILE
-    end = position + q_end - q_begin
-    columns = first // block_size
+    first, position, end, columns, dense = _place(
+        tile_ptr, first_tile + number, block_size, dense_below, TILE
+    )
     last_block = tl.where(end > position, tl.cdiv(end, block_size), 0)
-    dense = (first < dense_below) | (columns == 0) | (end <= position)
     sink = tl.minimum(sink_blocks, columns)
     local = tl.minimum(local_blocks, columns)
-    item = number.to(tl.int64) * num_heads + head
-    scratch_ptr += item * blocks
+    scratch_ptr += (number.to(tl.int64) * tl.num_programs(1) + head) * blocks
     largest = 0.0
     if not dense:
-        first_row = (position - first) // SAMPLE
-        last_row = (end - 1 - first) // SAMPLE + 1
-        largest = _tile_masses(
-            mass_ptr,
-            high_ptr,
-            total_ptr,
-            scratch_ptr,
-            item,
-            columns,
-            first_row,
-            last_row,
-            blocks,
-            ROWS,
-            BLOCK_R,
-            BLOCK_N,
-            UNROLL,
-            STEP,
-        )
-        tl.debug_barrier()  # below, threads read what others wrote
+        largest = _largest(scratch_ptr, columns, BLOCK_N)
     mask_ptr += head.to(tl.int64) * mask_stride_h + (first_tile + number).to(tl.int64) * mask_stride_t
     write_choice(
         scratch_ptr, mask_ptr, largest, dense, columns, last_block, words,

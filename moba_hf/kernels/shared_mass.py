@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels import shared_hopper
 from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import MassTile
@@ -41,15 +42,19 @@ class Masses:
         high: fp32 `(C, H, R, NB / N)`, log2 of the unit of each step.
         total: fp32 `(C, H, R, 2)`, the final `high` and the sum of all masses relative to it.
         step: N.
+        slots: the masses of a step are in the order of `shared_hopper_mass`, see `shared_choose`.
     """
 
     mass: Tensor
     high: Tensor
     total: Tensor
     step: int
+    slots: bool = False
 
     @classmethod
-    def empty(cls, chunk: int, num_heads: int, rows: int, blocks: int, step: int, like: Tensor) -> Masses:
+    def empty(
+        cls, chunk: int, num_heads: int, rows: int, blocks: int, step: int, like: Tensor, slots: bool = False
+    ) -> Masses:
         """Uninitialised masses for `chunk` tiles."""
         blocks = cdiv(max(1, blocks), step) * step
         shape = (chunk, num_heads, rows)
@@ -58,6 +63,7 @@ class Masses:
             torch.empty(*shape, blocks // step, dtype=torch.float32, device=like.device),
             torch.empty(*shape, 2, dtype=torch.float32, device=like.device),
             step,
+            slots,
         )
 
     @staticmethod
@@ -82,12 +88,14 @@ def row_masses(
         q: `(batch, H, q_len, D)`, last dimension contiguous.
         summary: the result of `shared_summary`.
     """
+    if tile.hopper:
+        shared_hopper.row_masses(q, summary, plan, rule, softmax_scale, masses, first_tile, tile)
+        return
     centers, spreads = summary
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], centers.shape[0]
     group = num_heads // num_kv_heads
     rows = rule.tile // rule.sample
-    heads = min(next_power_of_2(group), max(1, tile.m // min(rows, tile.m)))
-    block_rows = min(rows, tile.m)
+    heads, block_rows = heads_and_rows(group, rows, tile.m)
     tiles = tile.m // (heads * block_rows)
     chunk = masses.mass.shape[0]
     grid = (
@@ -131,6 +139,12 @@ def row_masses(
             STAGES=tile.stages,
             num_warps=tile.warps,
         )
+
+
+def heads_and_rows(group: int, rows: int, m: int) -> tuple[int, int]:
+    """How many heads of a `group`, and how many of a tile's sampled `rows`, a program of `m` rows takes."""
+    block_rows = min(rows, m)
+    return min(next_power_of_2(group), m // block_rows), block_rows
 
 
 @triton.jit

@@ -22,35 +22,34 @@ class MassTile(Tile):
 
     Attributes:
         wide: multiply all parts of the blocks of a step in one matrix product instead of one per part.
+        hopper: run the Gluon kernel, `shared_hopper_mass`, with a warpgroup per 64 rows.
     """
 
     wide: bool = False
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
 class ChooseTile:
-    """How a program of `shared_choose` adds up the masses of a tile's rows.
+    """How `shared_choose` adds up the masses of a tile's rows, and chooses.
 
     Attributes:
-        columns: blocks per step.
-        rows: rows per step.
+        columns: blocks of a program that adds up rows.
         per_warp: blocks per warp.
-        unroll: steps over rows that the compiler merges, so that their loads are in flight together.
-        registers: most registers of a thread; None: as many as the compiler takes.
+        unroll: rows that the compiler takes at a time, so that their loads are in flight together.
+        registers: most registers of a thread that adds up rows; None: as many as the compiler takes.
+        choice: blocks per step of a program that chooses.
     """
 
     columns: int
-    rows: int
     per_warp: int
     unroll: int = 1
     registers: int | None = None
+    choice: int = 1024
 
 
-# H200, 131,072 tokens, tiles of 128, blocks of 32, every 4th row: 1.94 ms. Slower: 128 blocks per warp and no
-# unrolling 2.78 ms, no unrolling 2.75 ms, four steps unrolled 2.57 ms. After a change of the kernel it took
-# 2.76 ms, with 40 instead of 48 registers. At 48, the 16-byte loads of masses of two steps stand together in
-# the machine code again; the limit itself has not been timed.
-CHOOSE = ChooseTile(512, 2, 256, 2, 48)
+# Not timed yet.
+CHOOSE = ChooseTile(512, 256, 4)
 
 
 def _first_that_fits(
@@ -89,6 +88,12 @@ _MASS = (
 # H200, blocks of 32, every 4th row: 10.0 ms at 131,072 tokens, .630 ms at 32,768; 128 x 32 with 8 warps and
 # three stages 9.66 and .655. Three stages, 64 x 16 and 128 x 16 were slower in an earlier kernel.
 _MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
+# By number of parts; not timed yet.
+HOPPER_MASS = {
+    1: MassTile(128, 64, 4, 3, hopper=True),
+    2: MassTile(128, 64, 4, 2, hopper=True),
+    4: MassTile(128, 32, 4, 2, hopper=True),
+}
 # These hold query rows and loop over keys; 128 rows read keys half as often as 64.
 _ATTEND = (
     Tile(128, 64, 8, 3),

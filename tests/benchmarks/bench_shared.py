@@ -125,11 +125,11 @@ class Call:
         make = partial(make_shared_plan, q, k, table, n, n, block_size=rule.block_size, tile=rule.tile)
         plan = make()
         summary = shared_summary(k, plan, rule.rotary_pairs)
-        tile = shared_tuning.mass_tile(128, 2, rule.block_size // 16, tuning.capability(q.device))
+        tile = shared.tile_of_masses(q, k, rule)
         heads, rows = q.shape[1], rule.tile // rule.sample
         each = Masses.tile_bytes(heads, rows, plan.max_blocks, tile.n)
         chunk = max(16, min(plan.num_tiles, shared_tuning.MASS_WORKSPACE // each // 16 * 16))
-        masses = Masses.empty(chunk, heads, rows, plan.max_blocks, tile.n, q)
+        masses = Masses.empty(chunk, heads, rows, plan.max_blocks, tile.n, q, tile.hopper)
         scratch = torch.empty(chunk, heads, masses.mass.shape[3], device=q.device)
         mask = torch.empty_like(self.mask)
         firsts = range(0, plan.num_tiles, chunk)

@@ -89,7 +89,8 @@ def _check(name: str, capability: int) -> None:
         assert report.columns <= 512, report
         # 208 bytes of dk and dv at head_dim 256
         assert report.spills <= (256 if capability == 90 else 800), report
-    assert {"_row_masses_kernel", "_choose_kernel", "_attend_lists_kernel", "_dkv_kernel"} <= seen
+    assert {"_tile_masses_kernel", "_choose_kernel", "_attend_lists_kernel", "_dkv_kernel"} <= seen
+    assert seen & {"_row_masses_kernel", "row_masses_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -102,18 +103,30 @@ def test_steps(capability: int) -> None:
     _check_steps("64/32 d64", capability)
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
-def test_gluon(block_size: int, head_dim: int, dtype: torch.dtype) -> None:
-    """The Gluon kernel keeps its matrix products asynchronous."""
-    rule = SharedRule(block_size, 128, threshold=0.01, sample=8)
+@pytest.mark.parametrize(
+    ("block_size", "sample", "head_dim", "dtype", "masses"),
+    [
+        (32, 2, 128, torch.bfloat16, True),
+        (16, 1, 128, torch.float16, True),
+        (64, 4, 128, torch.bfloat16, True),
+        (32, 8, 128, torch.bfloat16, False),  # too few rows of a tile
+        (128, 2, 128, torch.bfloat16, False),  # too many parts of a block
+        (64, 8, 64, torch.float16, False),
+        (32, 2, 64, torch.float16, False),
+    ],
+)
+def test_gluon(block_size: int, sample: int, head_dim: int, dtype: torch.dtype, masses: bool) -> None:
+    """The Gluon kernels keep their matrix products asynchronous, and do not spill."""
+    rule = SharedRule(block_size, 128, threshold=0.01, sample=sample)
     launches = kernel_aot.recorded_for(_call(rule, head_dim, head_dim, dtype), 90)
-    (launch,) = (x for x in launches if x[0].is_gluon())
-    report = kernel_aot.compile_launch(launch, 90)
-    assert report.shared <= _SHARED[90], report
-    assert report.registers >= 8, report
-    assert report.spills <= 64, report
-    assert not report.serialised, report
+    launches = [x for x in launches if x[0].is_gluon()]
+    assert ("row_masses_kernel" in {x[0].__name__ for x in launches}) == masses
+    for launch in launches:
+        report = kernel_aot.compile_launch(launch, 90)
+        assert report.shared <= _SHARED[90], report
+        assert report.registers >= 8, report
+        assert report.spills <= 64, report
+        assert not report.serialised, report
 
 
 @pytest.mark.slow

@@ -13,8 +13,11 @@ from shared_checks import assert_attention, assert_gradients, assert_plan, check
 from moba_hf.kernels import shared
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.shared_attend import attend_lists, fill_outside
+from moba_hf.kernels.shared_choose import choose
 from moba_hf.kernels.shared_lists import Lists, block_lists
+from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import make_shared_plan
+from moba_hf.kernels.shared_summary import shared_summary
 from moba_hf.kernels.shared_tuning import MassTile
 from moba_hf.kernels.tuning import Tile
 from moba_hf.op.checks import Case
@@ -177,6 +180,30 @@ def test_programs_of_the_mass_kernel_span_sequences(wide: bool, factor: int) -> 
     tile = MassTile(32, 16, 4, 2, wide)
     mask = checked_choice(case, rule, mass_tile=tile)
     assert torch.equal(mask, checked_choice(case, rule, mass_tile=tile, workspace=1))
+
+
+def test_masses_in_slots() -> None:
+    """The order in which the Gluon kernel stores the masses of a step makes no difference to the choice."""
+    rule, step = SharedRule(16, 32, threshold=0.3, sample=8), 32
+    case = Case([(40, 70), (130, 1100)], num_heads=4, num_kv_heads=2, head_dim=32)
+    q, k = case.q, case.k
+    sequences = sequences_of(case)
+    limits = (sequences.max_seqlen_q, sequences.max_seqlen_k)
+    plan = make_shared_plan(q, k, sequences.table, *limits, block_size=16, tile=32)
+    masses = Masses.empty(plan.num_tiles, 4, 4, plan.max_blocks, step, q)
+    for x in (masses.mass, masses.high, masses.total):
+        x.zero_()
+    summary = shared_summary(k, plan, rule.rotary_pairs)
+    row_masses(q, summary, plan, rule, case.scale, masses, 0, MassTile(32, step, 4, 1))
+    # block 8 i + 2 t + j of a step is held by thread t of four, as its number 2 i + j
+    slots = masses.mass.unflatten(3, (-1, step // 8, 4, 2)).transpose(4, 5).flatten(3)
+    choices = []
+    for found in (masses, replace(masses, mass=slots.contiguous(), slots=True)):
+        scratch = torch.empty(plan.num_tiles, 4, masses.mass.shape[3])
+        choices.append(torch.empty(4, plan.num_tiles, plan.words, dtype=torch.int32))
+        choose(found, scratch, plan, rule, 0, choices[-1])
+    assert torch.equal(*choices)
+    assert not torch.equal(masses.mass, slots)
 
 
 @pytest.mark.parametrize("chunk", [1, 100])
