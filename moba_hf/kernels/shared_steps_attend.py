@@ -25,13 +25,11 @@ from moba_hf.kernels.layout import (
     step_place,
 )
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
-from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.softmax import FLOOR, accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
 
 # Blocks that a program lists.
 _LIST_PLACES = 1024
-# Initial running maximum: finite, so that a step of keys that a row does not attend changes nothing.
-_FLOOR = tl.constexpr(-1e38)
 
 
 def attend(
@@ -194,7 +192,7 @@ def _attend_steps_kernel(
     q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
     k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
     v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
-    m_i = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
     if BLOCK_SIZE >= BLOCK_N:

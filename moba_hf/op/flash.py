@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.backends import PortableBackend, choose_backend, load_backend
+from moba_hf.op.numerics import with_positive_scale
 from moba_hf.op.sequences import Sequences
 
 # `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)` -> out, lse.
@@ -187,8 +188,7 @@ def attend(
     """
     batch, num_heads, q_len, _ = q.shape
     v_dim = v.shape[3]
-    if softmax_scale <= 0:  # flash-attn takes the maximum before scaling
-        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     q, k, v = _padded(q, k, v)
     rows = tuple(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (batch * length, heads, dim)
     sequences = _sequences(table, q_len, k.shape[2], block_size)
