@@ -18,7 +18,7 @@ from torch import Tensor
 from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
-from moba_hf.kernels.shared_tuning import CHOOSE, ChooseTile
+from moba_hf.kernels.shared_tuning import ChooseTile, choose_tile
 from moba_hf.op.shared import SharedRule
 
 # Bits that replace every NaN mass. The bisection starts at -1, so its width must fit in int32.
@@ -32,14 +32,16 @@ def choose(
     rule: SharedRule,
     first_tile: int,
     block_mask: Tensor,
-    shape: ChooseTile = CHOOSE,
+    shape: ChooseTile | None = None,
 ) -> None:
     """Writes `block_mask (H, num_tiles, words)` for the tiles of `masses`, from `first_tile` on.
 
     Args:
         scratch: temporary memory, fp32 `(C, H, NB)`, like `masses.mass` without its rows.
+        shape: how to launch; None: `choose_tile`.
     """
     chunk, num_heads, rows, blocks = masses.mass.shape
+    shape = choose_tile(blocks) if shape is None else shape
     tiles = min(chunk, plan.num_tiles - first_tile)
     columns = min(shape.columns, max(32, masses.step, next_power_of_2(blocks)))
     choice = min(shape.choice, max(32, next_power_of_2(blocks)))
@@ -62,7 +64,6 @@ def choose(
             STEP=masses.step,
             SLOTS=masses.slots,
             num_warps=max(1, columns // shape.per_warp),
-            maxnreg=shape.registers,
         )
         _choose_kernel[(tiles, num_heads)](
             scratch,

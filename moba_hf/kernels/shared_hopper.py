@@ -142,6 +142,5 @@ def row_masses(
             HALVES=rule.rotary_pairs == "halves",
             N=tile.n,
             STAGES=tile.stages,
-            GROUPS=tile.m // 64,
             num_warps=4,
         )

@@ -2,10 +2,11 @@
 
 Legend: B block size, D head dim, P parts of a block, N blocks of a step, S stages of the ring.
 
-A program holds sampled rows of one tile and some heads of its kv head, 64 per consumer warpgroup. A producer
-warp streams the summaries of N blocks at a time through a ring of S stages. While one warpgroup waits for its
-matrix products, another computes exponentials. All rows of a program have the same candidates, so only the
-last step is masked. The masses of a step are stored in the order in which threads hold them (`slots`).
+A program holds sampled rows of one tile and some heads of its kv head, 64 in each of two warpgroups. A
+producer warp streams the summaries of N blocks at a time through a ring of S stages. While one warpgroup
+waits for its matrix products, the other computes exponentials. All rows of a program have the same
+candidates, so only the last step is masked. The masses of a step are stored in the order in which threads
+hold them (`slots`).
 """
 
 from __future__ import annotations
@@ -260,7 +261,6 @@ def row_masses_kernel(
     HALVES: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
 ):
     SPLIT: gl.constexpr = ROWS // BLOCK_ROWS  # programs that share the rows of one tile
     number = (gl.num_programs(0) - 1 - gl.program_id(0)) // SPLIT  # the longest tiles come first
@@ -275,8 +275,8 @@ def row_masses_kernel(
         spread_dtype: gl.constexpr = spread_desc.dtype
         q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
         square_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D // 2], spread_dtype)
-        queries = gl.allocate_shared_memory(dtype, [GROUPS, 64, D], q_shared)
-        squares = gl.allocate_shared_memory(spread_dtype, [GROUPS, 64, D // 2], square_shared)
+        queries = gl.allocate_shared_memory(dtype, [2, 64, D], q_shared)
+        squares = gl.allocate_shared_memory(spread_dtype, [2, 64, D // 2], square_shared)
         centers = gl.allocate_shared_memory(dtype, [STAGES * (PARTS + 1), 1, 1, N, D], center_desc.layout)
         spreads = gl.allocate_shared_memory(
             spread_dtype, [STAGES * PARTS, 1, 1, N, D // 2], spread_desc.layout
@@ -285,7 +285,7 @@ def row_masses_kernel(
         free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(free.index(i), count=GROUPS)
+            mbarrier.init(free.index(i), count=2)
         fence_async_shared()
         ring = (centers, spreads, ready, free)
         pointers = (q_ptr, mass_ptr, high_ptr, total_ptr)
@@ -303,157 +303,56 @@ def row_masses_kernel(
         strides = (q_stride_b, q_stride_h, q_stride_n)
         scales = (scale, square_scale, 2 * LOG2_SIZE / square_scale)
         base = gl.load(info + 6)
-        if GROUPS == 2:
-            gl.warp_specialize(
-                [
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
                     (
-                        _consume,
-                        (
-                            queries.index(0),
-                            squares.index(0),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            0,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
+                        queries.index(0),
+                        squares.index(0),
+                        ring,
+                        pointers,
+                        place,
+                        sizes,
+                        strides,
+                        scales,
+                        0,
+                        SAMPLE,
+                        ROWS,
+                        BLOCK_ROWS,
+                        HEADS,
+                        LOG2_SIZE,
+                        PARTS,
+                        HALVES,
+                        N,
+                        STAGES,
                     ),
+                ),
+                (
+                    _consume,
                     (
-                        _consume,
-                        (
-                            queries.index(1),
-                            squares.index(1),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            1,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
+                        queries.index(1),
+                        squares.index(1),
+                        ring,
+                        pointers,
+                        place,
+                        sizes,
+                        strides,
+                        scales,
+                        1,
+                        SAMPLE,
+                        ROWS,
+                        BLOCK_ROWS,
+                        HEADS,
+                        LOG2_SIZE,
+                        PARTS,
+                        HALVES,
+                        N,
+                        STAGES,
                     ),
-                    (_produce, (center_desc, spread_desc, ring, kv_head, base, columns, PARTS, N, STAGES)),
-                ],
-                [4, 1],
-                [232, 24],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _consume,
-                        (
-                            queries.index(0),
-                            squares.index(0),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            0,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _consume,
-                        (
-                            queries.index(1),
-                            squares.index(1),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            1,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _consume,
-                        (
-                            queries.index(2),
-                            squares.index(2),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            2,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
-                    ),
-                    (
-                        _consume,
-                        (
-                            queries.index(3),
-                            squares.index(3),
-                            ring,
-                            pointers,
-                            place,
-                            sizes,
-                            strides,
-                            scales,
-                            3,
-                            SAMPLE,
-                            ROWS,
-                            BLOCK_ROWS,
-                            HEADS,
-                            LOG2_SIZE,
-                            PARTS,
-                            HALVES,
-                            N,
-                            STAGES,
-                        ),
-                    ),
-                    (_produce, (center_desc, spread_desc, ring, kv_head, base, columns, PARTS, N, STAGES)),
-                ],
-                [4, 4, 4, 1],
-                [112, 112, 112, 24],
-            )
+                ),
+                (_produce, (center_desc, spread_desc, ring, kv_head, base, columns, PARTS, N, STAGES)),
+            ],
+            [4, 1],
+            [232, 24],
+        )

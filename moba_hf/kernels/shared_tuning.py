@@ -37,19 +37,23 @@ class ChooseTile:
         columns: blocks of a program that adds up rows.
         per_warp: blocks per warp.
         unroll: rows that the compiler takes at a time, so that their loads are in flight together.
-        registers: most registers of a thread that adds up rows; None: as many as the compiler takes.
         choice: blocks per step of a program that chooses.
     """
 
     columns: int
     per_warp: int
     unroll: int = 1
-    registers: int | None = None
     choice: int = 1024
 
 
-# Not timed yet.
-CHOOSE = ChooseTile(512, 256, 4)
+def choose_tile(blocks: int) -> ChooseTile:
+    """The tile of `shared_choose` for rows of `blocks` masses.
+
+    H200, tile 128, block 32, every 2nd row, ms at 8,192, 32,768 and 131,072 tokens: 4 rows at a time .030,
+    .276 and 3.43, 8 rows .040, .228 and 2.91; 1,024 columns .030, .265 and 3.04 with 4 rows; 256 columns,
+    or fewer blocks per warp, with 8 rows were slower than 512 x 256.
+    """
+    return ChooseTile(512, 256, 8 if blocks > 512 else 4)
 
 
 def _first_that_fits(
@@ -88,7 +92,10 @@ _MASS = (
 # H200, blocks of 32, every 4th row: 10.0 ms at 131,072 tokens, .630 ms at 32,768; 128 x 32 with 8 warps and
 # three stages 9.66 and .655. Three stages, 64 x 16 and 128 x 16 were slower in an earlier kernel.
 _MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
-# By number of parts; not timed yet.
+# By number of parts. H200, blocks of 32 (2 parts), every 2nd row, ms at 8,192, 32,768 and 131,072 tokens:
+# 64 blocks in two stages .103, .911 and 12.3; 32 blocks in three .095, .934 and 13.1, with four warpgroups
+# .097, .979 and 13.1; the Triton kernel .112, 1.27 and 20.7. Blocks of 64 (4 parts), every 4th row, 32,768
+# tokens: 32 blocks in two stages .431, 16 in four .573, the Triton kernel .524.
 HOPPER_MASS = {
     1: MassTile(128, 64, 4, 3, hopper=True),
     2: MassTile(128, 64, 4, 2, hopper=True),

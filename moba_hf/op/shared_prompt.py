@@ -1,13 +1,10 @@
 """The output of whole prompts under a shared choice, without gradients and without lse.
 
 Rows before `dense_below` attend to every key. Torch's fused attention computes them faster than kernels that
-loop over full lists, so only the tiles from there on go through the shared choice. If these are few, they do
-not fill a GPU, so the two parts run beside each other.
+loop over full lists, so only the tiles from there on go through the shared choice.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,24 +43,10 @@ def prompt_attention(
     if not _splits(q, k, v, rule, backend):
         return shared_attention(q, k, v, sequences, rule, softmax_scale=softmax_scale, backend=backend)[0]
     later = derived(sequences.table, ("rows from", dense), lambda: _rows_from(sequences, dense))
-    stream = _second_stream(q.device) if q.is_cuda and q.shape[2] <= 2 * dense else None
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream(q.device))
-    with torch.cuda.stream(stream):
-        out, _ = shared_attention(q, k, v, later, rule, softmax_scale=softmax_scale, backend=backend)
+    out, _ = shared_attention(q, k, v, later, rule, softmax_scale=softmax_scale, backend=backend)
     q, k, v = (x[:, :, :dense] for x in (q, k, v))
-    early = dense_attention(q, k, v, softmax_scale, backend=backend)
-    if stream is not None:
-        torch.cuda.current_stream(q.device).wait_stream(stream)
-        out.record_stream(torch.cuda.current_stream(q.device))
-    out[:, :dense] = early
+    out[:, :dense] = dense_attention(q, k, v, softmax_scale, backend=backend)
     return out
-
-
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of the later rows; its short kernels go before those of the dense rows."""
-    return torch.cuda.Stream(device, priority=-1)
 
 
 def _splits(q: Tensor, k: Tensor, v: Tensor, rule: SharedRule, backend: str) -> bool:
