@@ -1,8 +1,9 @@
 """MoBA (Mixture of Block Attention, arXiv 2502.13189) for Hugging Face Transformers.
 
-Importing this package registers "moba" as an attention implementation of transformers. It also wraps
-`PreTrainedModel.from_pretrained`: the wrapper behaves the same, but warns if a checkpoint with `config.moba`
-is about to run dense (`moba_hf.hf.loading`). It changes nothing else.
+Importing this package registers "moba" as an attention implementation of transformers. It also wraps four
+methods, so that MoBA settings survive saving and loading: `__init__`, `from_pretrained` and `save_pretrained`
+of `PreTrainedModel`, and `save_pretrained` of `PreTrainedConfig` (see `moba_hf.hf.loading`). For models and
+checkpoints without MoBA, the wrappers do nothing. The import changes nothing else.
 """
 
 from moba_hf.checkpoints.convert import convert_checkpoint

@@ -17,7 +17,7 @@ class MinistralAdapter(Adapter):
 
 
 class Mistral3Adapter(Adapter):
-    """Mistral3 and Ministral 3 with vision: asks the adapter of the text model inside."""
+    """Mistral3 and Ministral 3 with vision; delegates to the adapter of the text model inside."""
 
     text_config_key = "text_config"
 

@@ -163,7 +163,7 @@ def _check_settings(folder: Path, source: Path) -> tuple[_Target, str]:
     target = _Target(folder, values, config, Changes.recorded(folder, moba), adapter)
     if source.is_dir():
         _compare_values(folder / CONFIG, values, target.changes.apply(*read_model_config(source)))
-    return target, f"block_size {moba.block_size}, topk {moba.topk}"
+    return target, moba.in_words()
 
 
 def _compare_values(path: Path, values: Any, wanted: Any, where: str = "") -> None:

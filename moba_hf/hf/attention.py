@@ -217,7 +217,7 @@ def _attend_with_tail(
 
 
 def _recent(layer: Any, plan: LayerPlan) -> RecentQueries | FixedQueries | None:
-    """Where the cache layer keeps the queries that decode steps hear; None: every step asks alone.
+    """Where the cache layer keeps the earlier queries that decode steps need; None: it keeps none.
 
     In compiled graphs only static layers keep them; elsewhere their number differs from call to call.
     """
@@ -234,8 +234,8 @@ class _Call:
         layout: the sequences in them.
         rule: the rule; None: attend to every key.
         steps: they are decode steps.
-        heard: `(batch, num_heads, rows, head_dim)`, queries of the rows just before them that steps of a
-            shared choice hear; None: every step asks alone.
+        heard: `(batch, num_heads, rows, head_dim)`, queries of the rows just before them, with which steps
+            of a shared choice choose too; None: each step chooses by its own query alone.
     """
 
     qkv: tuple[Tensor, Tensor, Tensor]
@@ -367,7 +367,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    """Registers the "moba" attention and mask functions with transformers, and watches checkpoint loading."""
+    """Registers the "moba" attention and mask functions with transformers, and wraps saving and loading."""
     AttentionInterface.register(NAME, moba_attention_forward)
     AttentionMaskInterface.register(NAME, moba_mask)
     watch_loads()

@@ -26,7 +26,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         max_cache_len: initial number of slots; 0: as needed.
 
     Attributes:
-        recent: the queries of the last rows, if decode steps hear them.
+        recent: the queries of the last rows, if decode steps need them to choose blocks.
     """
 
     def __init__(self, max_cache_len: int = 0, **kwargs: Any):

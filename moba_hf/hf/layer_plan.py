@@ -41,8 +41,8 @@ class LayerPlan:
         decode_max_len: calls with at most this many queries are decode steps, unless the cache records the
             end of the prompt.
         dense_len: sequences of at most this many tokens get full attention.
-        hears: decode steps hear the earlier rows of their tile of this many queries, so a cache keeps the
-            queries of the last rows, also those that attended to every key; 0: they do not.
+        hears: tile size, if decode steps choose with the queries of the earlier rows of their tile. A cache
+            then keeps the queries of the last rows, also of those that attended to every key. 0: they do not.
     """
 
     rule: Rule | None

@@ -1,10 +1,11 @@
-"""The queries of a layer's last rows, which decode steps of a shared choice hear (`moba_hf.op.shared`, 8).
+"""The queries of a layer's last rows, with which decode steps of a shared choice choose their blocks.
 
-A step takes blocks by the mean mass over the rows of its tile up to itself. The masses of a row depend on its
+A step takes blocks by the mean mass over the rows of its tile up to itself (step 8 of `moba_hf.op.shared`).
+The earlier ones of these rows are *heard* by the step. The masses of a row depend on its
 query and on blocks that are complete, so the queries are all that a cache must keep of earlier rows. They can
 be cropped with the cache, whereas sums of masses could not.
 
-Dynamic and static layers keep as many, so that their steps hear the same rows.
+Dynamic and static layers keep the same number, so that their steps use the same rows.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from transformers.utils import logging
 
 from moba_hf.op.block_means import writable
 
-# Most tokens, usually rejected candidates, that can be removed again without losing rows that steps hear.
+# Most tokens, usually rejected candidates, that can be removed again without losing rows that steps need.
 MOST_REMOVED = 64
 
 
 def most_rows(tile: int) -> int:
-    """How many queries a layer keeps: those that a step may hear, and those that a crop may remove."""
+    """How many queries a layer keeps: those that a step may use, and those that a crop may remove."""
     return tile - 1 + MOST_REMOVED
 
 
@@ -66,7 +67,7 @@ class RecentQueries:
         """The known queries of at most `tile - 1` slots just before `slot`; None: there are none.
 
         Args:
-            like: queries `(batch, num_heads, any, head_dim)` of the call that asks.
+            like: queries `(batch, num_heads, any, head_dim)` of the current call.
         """
         held = self._fitting(slot, like)
         return None if held is None else held[:, :, max(0, held.shape[2] - tile + 1) :]
@@ -102,14 +103,14 @@ class FixedQueries:
     """The queries of the last rows of a static layer, in a ring of fixed shape.
 
     Slot `s` is in place `s % rows`, so a graph needs no number from the device, and a call that is repeated
-    with the same length writes the same. Rows before the first slot are never heard. So they count as known,
-    and the shape of what steps hear does not grow with the text.
+    with the same length writes the same. No step uses rows before the first slot. So they count as known,
+    and the number of heard queries does not grow with the text.
 
     Attributes:
         queries: `(batch, num_heads, most_rows(tile), head_dim)`; None: not allocated.
         known: how many of the last rows are known, at least. Compiled graphs do not read it, because a number
             that changes would compile them again.
-        lost: fewer rows are known than steps hear.
+        lost: fewer rows are known than steps use.
         unrecorded: the layer has appended rows whose queries have not been recorded.
         empty: no row has been appended since the start or the last reset.
         in_graphs: whether compiled graphs keep them.
@@ -124,7 +125,7 @@ class FixedQueries:
         self.empty = True
 
     def appended(self) -> None:
-        """Call this whenever the layer appends rows; `follow` is called next if steps hear rows."""
+        """Call this whenever the layer appends rows; `follow` is called next if steps use earlier rows."""
         if self.unrecorded:
             self.known, self.lost, self.empty = 0, True, False
         self.unrecorded = True

@@ -1,10 +1,10 @@
 """Interprets the masks, position ids and offsets of a forward.
 
 transformers calls the mask function (`hf.mask`) once per forward and passes the result, a `Rows`, to every
-layer. `Rows` stores its arguments. When the first layer asks, it reads their values once (which waits for the
-device): whether a mask is all ones, whether it has holes, whether rows are packed. All layers get the same
-`Layout`. Values are never read in compiled or captured graphs, nor for a decode step on a GPU: bounds then
-stay on the device (`hf.device_rows`).
+layer. `Rows` stores its arguments. When the first layer needs the layout, it reads their values once (which
+waits for the device): whether a mask is all ones, whether it has holes, whether rows are packed. All layers
+get the same `Layout`. Values are never read in compiled or captured graphs, nor for a decode step on a GPU:
+bounds then stay on the device (`hf.device_rows`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Rows:
         masks: the masks of the forward; None: there are none.
 
     Attributes:
-        known: the layout, if it is known before a layer asks.
+        known: the layout, if it is known before the first layer needs it.
     """
 
     ndim = 4  # transformers does not change a 4-D mask
@@ -89,7 +89,7 @@ class Rows:
         self.batch, self.q_len, self.kv_len = (
             int(size) if isinstance(size, Tensor) else size for size in (batch, q_len, kv_len)
         )
-        # a static cache's counter will have advanced by the time the first layer asks, so copy it
+        # a static cache's counter will have advanced by the time the first layer reads it, so copy it
         self.q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
         self.device = torch.device(device)
         self.given, self.neighbours, self.hidden = masks.given, masks.neighbours, masks.hidden

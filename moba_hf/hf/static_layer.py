@@ -22,7 +22,7 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         block_size: tokens per block; None: that of the first call.
 
     Attributes:
-        recent: the queries of the last rows, if decode steps hear them.
+        recent: the queries of the last rows, if decode steps need them to choose blocks.
     """
 
     def __init__(self, max_cache_len: int, block_size: int | None = None, **kwargs: Any):

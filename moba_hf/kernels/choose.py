@@ -3,9 +3,9 @@
 Legend: B block size, D head dim, G query heads per kv head, M queries per row, C block columns, K topk.
 
 1. score: one program per (64 rows of M x G, kv head, 128 columns). Scores come from the same dot product as
-   in the gate, in tiles of the same shape, and become the same sortable int32 keys (`sortable`, lowest bits
-   zero). So a decode step and a prefill choose the same blocks, even in near-ties. Columns that are not
-   candidates get the smallest key.
+   in the gate, in tiles of the same shape, and become the same sortable int32 keys (`levels.sortable`), with
+   zeros in their lowest bits. So a decode step and a prefill choose the same blocks, even in near-ties.
+   Columns that are not candidates get the smallest key.
 2. choose: one program per (query, head). It searches for a threshold between the COUNT-th and the next
    largest key. Each step counts the keys at or above three trial thresholds: at first a little below the
    largest key, then at the quarters of the remaining interval. Keys at or above the threshold are taken;

@@ -36,11 +36,9 @@ from moba_hf.kernels.layout import (
     load_rows,
     row_offset,
 )
-from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.softmax import FLOOR, accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
-
-# Initial running maximum: finite, so that a tile in which a row attends no key changes nothing.
-_FLOOR = tl.constexpr(-1e38)
+from moba_hf.op.numerics import with_positive_scale
 
 
 def dense_decode_attention(
@@ -64,8 +62,7 @@ def dense_decode_attention(
         programs: number of programs per multiprocessor to aim for with the splits; None: by `tuning`.
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    if softmax_scale <= 0:  # the maximum is taken before scaling
-        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     batch, num_heads, length, head_dim = q.shape
     num_kv_heads, v_dim = k.shape[1], v.shape[3]
     dims = (padded(head_dim), padded(v_dim))
@@ -191,7 +188,7 @@ def _dense_decode_kernel(
     first = tl.min(tl.where(mask, last, k_end - 1), 0)
     whole = tl.maximum(0, tl.minimum(end, first + 1) - begin) // BLOCK_N * BLOCK_N
     scale = softmax_scale * LOG2_E
-    m_i = tl.full([BLOCK_M], _FLOOR, tl.float32)
+    m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
     for start in tl.range(begin, begin + whole, BLOCK_N, num_stages=STAGES):

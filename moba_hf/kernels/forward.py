@@ -27,6 +27,7 @@ from moba_hf.kernels.own import own_attention
 from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 from moba_hf.kernels.tiling import head_split, make_tiling
+from moba_hf.op.numerics import with_positive_scale
 from moba_hf.op.sequences import Sequences
 
 
@@ -75,8 +76,7 @@ def attend(
     forced, table, max_seqlen_q = forced or Forced(), sequences.table, sequences.max_seqlen_q
     use_decode, resident = forced.use_decode, forced.resident
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    if softmax_scale <= 0:  # the kernels take the maximum before scaling
-        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     block_indices = block_indices.contiguous()
     batch, num_heads, q_len, _ = q.shape
     topk, v_dim = block_indices.shape[3], v.shape[3]

@@ -38,7 +38,7 @@ class SharedInputs:
         k: `(batch, HK, kv_len, D)`.
         v: `(batch, HK, kv_len, DV)`.
         plan: the numbering of tiles and blocks.
-        softmax_scale: factor of the scores.
+        softmax_scale: factor of the scores, above 0.
     """
 
     q: Tensor

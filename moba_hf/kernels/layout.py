@@ -16,8 +16,8 @@ SEQ_Q_END = tl.constexpr(2)
 SEQ_K_BEGIN = tl.constexpr(3)
 SEQ_K_END = tl.constexpr(4)
 
-# A tile of queries (see `tiling.tile_table`) or a run of pairs (see `routing`): int32; the last column is
-# unused and pads a row to 32 bytes.
+# A tile of queries (see `tiling.tile_table`), a run of pairs (see `routing`), or a tile of a shared choice
+# (see `shared_plan`): int32; the last column is unused and pads a row to 32 bytes.
 INFO_COLUMNS = tl.constexpr(8)
 
 TILE_BATCH = tl.constexpr(0)
@@ -35,6 +35,14 @@ RUN_KV_HEAD = tl.constexpr(3)
 RUN_FIRST_KEY = tl.constexpr(4)  # slot of the block's first key
 RUN_BIN = tl.constexpr(5)
 RUN_PART = tl.constexpr(6)  # its index within the bin
+
+PLAN_BATCH = tl.constexpr(0)
+PLAN_Q_BEGIN = tl.constexpr(1)  # its first query; PLAN_Q_END is past the last
+PLAN_Q_END = tl.constexpr(2)
+PLAN_POSITION = tl.constexpr(3)  # position of the first query
+PLAN_K_BEGIN = tl.constexpr(4)  # first key slot of the sequence; PLAN_K_END is past the last
+PLAN_K_END = tl.constexpr(5)
+PLAN_FIRST_BLOCK = tl.constexpr(6)  # flat number of the sequence's block 0
 
 # Row statistics of the backward, fp32 `(..., STAT_COLUMNS)`: see `backward_rows`.
 STAT_COLUMNS = tl.constexpr(2)
@@ -69,6 +77,26 @@ def step_place(table_ptr, item, length):
     real = (query >= q_begin) & (query < q_end)
     position = tl.where(real, query + tl.load(seq + SEQ_K_END) - k_begin - q_end, -1)
     return batch.to(tl.int64), query, position, k_begin
+
+
+@triton.jit
+def plan_tile(tile_ptr, tile):
+    """A tile's batch row (int64), query range (begin, end), first position, and first key slot (int64)."""
+    info = tile_ptr + tile.to(tl.int64) * INFO_COLUMNS
+    batch = tl.load(info + PLAN_BATCH).to(tl.int64)
+    q_begin = tl.load(info + PLAN_Q_BEGIN)
+    q_end = tl.load(info + PLAN_Q_END)
+    position = tl.load(info + PLAN_POSITION)
+    return batch, q_begin, q_end, position, tl.load(info + PLAN_K_BEGIN).to(tl.int64)
+
+
+@triton.jit
+def pair_coordinates(HALF: tl.constexpr, PADDED_HALF: tl.constexpr, HALVES: tl.constexpr):
+    """Numbers of the rotary pairs, and the two coordinates of each; numbers from HALF on are padding."""
+    pair = tl.arange(0, PADDED_HALF)
+    first = pair if HALVES else 2 * pair
+    second = pair + HALF if HALVES else 2 * pair + 1
+    return pair, first, second
 
 
 @triton.jit

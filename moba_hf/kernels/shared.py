@@ -30,7 +30,7 @@ from moba_hf.kernels.shared_lists import Lists, block_lists, tile_lists
 from moba_hf.kernels.shared_mass import Masses, row_masses
 from moba_hf.kernels.shared_plan import SharedPlan, make_shared_plan
 from moba_hf.kernels.shared_summary import shared_summary
-from moba_hf.op.numerics import part_size
+from moba_hf.op.numerics import part_size, with_positive_scale
 from moba_hf.op.sequences import Attended, Sequences, covers_queries, derived
 from moba_hf.op.shared import SharedRule
 
@@ -132,6 +132,7 @@ def attend(
         rows_contiguous(v),
         rows_contiguous(block_mask),
     )
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     plan = _plan(q, k, sequences, block_size, tile)

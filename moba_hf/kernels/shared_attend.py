@@ -18,6 +18,7 @@ from torch import Tensor
 from moba_hf.kernels.inputs import SharedInputs
 from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
 from moba_hf.kernels.layout import (
+    LN_2,
     LOG2_E,
     SEQ_BATCH,
     SEQ_COLUMNS,
@@ -26,6 +27,8 @@ from moba_hf.kernels.layout import (
     SEQ_Q_BEGIN,
     SEQ_Q_END,
     load_rows,
+    plan_tile,
+    row_offset,
 )
 from moba_hf.kernels.shared_lists import Lists
 from moba_hf.kernels.softmax import accumulate
@@ -45,8 +48,9 @@ def attend_lists(
 
     Args:
         lists: the lists of the tiles from `first_tile` on.
-        left_by: handle only tiles whose keys in overlapped blocks are not a multiple of this number; the
-            Hopper kernel skips these. It divides T, so only a sequence's last tile can be one. 0: all tiles.
+        left_by: handle only the tiles that the Hopper kernel leaves out: those that have, in the blocks that
+            they overlap, a number of keys that is not a multiple of `left_by`. It divides T, so only the last
+            tile of a sequence can be one of them. 0: all tiles.
     """
     assert not left_by or inputs.plan.tile % left_by == 0
     q, k, v, plan = inputs.q, inputs.k, inputs.v, inputs.plan
@@ -65,9 +69,9 @@ def attend_lists(
             plan.tile_offset,
             lists.blocks,
             lists.counts,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
             q.shape[2],
             first_tile,
             tiles,
@@ -192,15 +196,9 @@ def _attend_lists_kernel(
     tile_offset_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
     q_len,
     first_tile,
     tiles,
@@ -229,31 +227,25 @@ def _attend_lists_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + program // PARTS % GROUP
     num_heads = tl.num_programs(1) * GROUP
-    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
-    batch = tl.load(info).to(tl.int64)
-    q_begin = tl.load(info + 1)
-    q_end = tl.load(info + 2)
-    position = tl.load(info + 3)
-    k_begin = tl.load(info + 4).to(tl.int64)
+    batch, q_begin, q_end, position, k_begin = plan_tile(tile_ptr, first_tile + number)
     first = position // TILE * TILE
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     query = q_begin + row
-    there = query < q_end
+    mask = query < q_end
     wanted = q_begin + program % PARTS * BLOCK_M < q_end
     if LEFT_BY > 0:
         own = position + q_end - q_begin - first // BLOCK_SIZE * BLOCK_SIZE
         wanted = wanted & mine & (own % LEFT_BY != 0)
     if wanted:
-        q_at = batch * q_stride_b + head * q_stride_h + query.to(tl.int64) * q_stride_n
-        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, False)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
+        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
+        k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
+        v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
-        high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         if BLOCK_SIZE >= BLOCK_N:
             steps = count * (BLOCK_SIZE // BLOCK_N)
         else:
@@ -264,23 +256,23 @@ def _attend_lists_kernel(
             ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
             key = key.to(tl.int64)
-            keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key * k_strides[2], known, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key * v_strides[2], known, V_DIM, PADDED_V, EVEN)
             scores = dot(q, tl.trans(keys))
             if not EVEN:
                 scores = tl.where(known[None, :], scores, float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
         end = position + q_end - q_begin
         for start in tl.range(first // BLOCK_SIZE * BLOCK_SIZE, end, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key < end, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key < end, V_DIM, PADDED_V, False)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key < end, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key < end, V_DIM, PADDED_V, False)
             seen = key[None, :] <= (position + row)[:, None]
             scores = tl.where(seen, dot(q, tl.trans(keys)), float("-inf"))
-            total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
+            acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
         dim = tl.arange(0, PADDED_V)
         at = out_ptr + ((batch * q_len + query) * num_heads + head)[:, None] * V_DIM + dim[None, :]
-        result = narrow(total / mass[:, None], out_ptr)
-        tl.store(at, result, mask=there[:, None] & (dim < V_DIM)[None, :])
-        lse = (high + tl.log2(mass)) * 0.6931471805599453
-        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=there)
+        result = narrow(acc / l_i[:, None], out_ptr)
+        tl.store(at, result, mask=mask[:, None] & (dim < V_DIM)[None, :])
+        lse = (m_i + tl.log2(l_i)) * LN_2
+        tl.store(lse_ptr + (batch * num_heads + head) * q_len + query, lse, mask=mask)

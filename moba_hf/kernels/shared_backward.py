@@ -13,15 +13,28 @@ The inputs fix the order of every sum, so two runs agree bit for bit.
 
 from __future__ import annotations
 
-from itertools import chain
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows, load_stats
 from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
-from moba_hf.kernels.layout import load_rows
+from moba_hf.kernels.layout import (
+    LOG2_E,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+    STAT_COLUMNS,
+    STAT_DELTA,
+    STAT_LSE,
+    head_offset,
+    load_rows,
+    plan_tile,
+    row_offset,
+)
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
 from moba_hf.kernels.shared_lists import Lists, find_block
 from moba_hf.kernels.shared_plan import SharedPlan
@@ -46,8 +59,8 @@ def dq_of_lists(
             plan.tiles,
             lists.blocks,
             lists.counts,
-            *chain(*rows.strides),
-            *grad_q.stride()[:3],
+            *rows.strides,
+            grad_q.stride()[:3],
             q.shape[2],
             first_tile,
             lists.blocks.shape[2],
@@ -91,9 +104,9 @@ def dkv_of_lists(
             plan.block_offset,
             lists.blocks,
             lists.counts,
-            *chain(*rows.strides),
-            *grad_k.stride()[:3],
-            *grad_v.stride()[:3],
+            *rows.strides,
+            grad_k.stride()[:3],
+            grad_v.stride()[:3],
             q.shape[2],
             plan.num_seqs,
             first_block,
@@ -124,21 +137,11 @@ def _dq_kernel(
     tile_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dq_strides,
     q_len,
     first_tile,
     list_length,
@@ -160,29 +163,22 @@ def _dq_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     head = kv_head * GROUP + program // PARTS % GROUP
     num_heads = tl.num_programs(1) * GROUP
-    info = tile_ptr + (first_tile + number).to(tl.int64) * 8
-    batch = tl.load(info).to(tl.int64)
-    q_begin = tl.load(info + 1)
-    q_end = tl.load(info + 2)
-    position = tl.load(info + 3)
-    k_begin = tl.load(info + 4).to(tl.int64)
+    batch, q_begin, q_end, position, k_begin = plan_tile(tile_ptr, first_tile + number)
     row = program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     there = q_begin + row < q_end
     if q_begin + program % PARTS * BLOCK_M < q_end:
         query = tl.minimum(q_begin + row, q_end - 1).to(tl.int64)
-        q_at = batch * q_stride_b + head * q_stride_h + query * q_stride_n
-        q = load_rows(q_ptr, q_at, there, HEAD_DIM, PADDED_DIM, True)
-        grad_at = batch * grad_stride_b + head * grad_stride_h + query * grad_stride_n
-        grad = load_rows(grad_ptr, grad_at, there, V_DIM, PADDED_V, True)
-        stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * 2
-        lse = tl.load(stat)
-        delta = tl.load(stat + 1)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h + k_begin * k_stride_n
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h + k_begin * v_stride_n
+        q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), there, HEAD_DIM, PADDED_DIM, True)
+        grad = load_rows(grad_ptr, row_offset(batch, head, query, grad_strides), there, V_DIM, PADDED_V, True)
+        stat = stats_ptr + ((batch * q_len + query) * num_heads + head) * STAT_COLUMNS
+        lse = tl.load(stat + STAT_LSE)
+        delta = tl.load(stat + STAT_DELTA)
+        k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
+        v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
         item = number.to(tl.int64) * num_heads + head
         count = tl.load(count_ptr + item)
         list_ptr += item * list_length
-        scale = softmax_scale * 1.4426950408889634
+        scale = softmax_scale * LOG2_E
         dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
         if BLOCK_SIZE >= BLOCK_N:
             steps = count * (BLOCK_SIZE // BLOCK_N)
@@ -194,8 +190,8 @@ def _dq_kernel(
             key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)
             ahead = later_blocks(list_ptr, step, count, BLOCK_SIZE, BLOCK_N)
             key = key.to(tl.int64)
-            keys = load_rows(k_ptr, key * k_stride_n, known, HEAD_DIM, PADDED_DIM, EVEN)
-            values = load_rows(v_ptr, key * v_stride_n, known, V_DIM, PADDED_V, EVEN)
+            keys = load_rows(k_ptr, key * k_strides[2], known, HEAD_DIM, PADDED_DIM, EVEN)
+            values = load_rows(v_ptr, key * v_strides[2], known, V_DIM, PADDED_V, EVEN)
             p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
             if not EVEN:
                 p = tl.where(known[None, :], p, 0.0)
@@ -205,14 +201,14 @@ def _dq_kernel(
         first = position // TILE * TILE // BLOCK_SIZE * BLOCK_SIZE
         for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
             key = start + tl.arange(0, BLOCK_N)
-            keys = load_rows(k_ptr, key.to(tl.int64) * k_stride_n, key < end, HEAD_DIM, PADDED_DIM, False)
-            values = load_rows(v_ptr, key.to(tl.int64) * v_stride_n, key < end, V_DIM, PADDED_V, False)
+            keys = load_rows(k_ptr, key.to(tl.int64) * k_strides[2], key < end, HEAD_DIM, PADDED_DIM, False)
+            values = load_rows(v_ptr, key.to(tl.int64) * v_strides[2], key < end, V_DIM, PADDED_V, False)
             p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
             p = tl.where(key[None, :] <= (position + row)[:, None], p, 0.0)
             dp = dot(grad, tl.trans(values))
             dq = add_dot(dq, narrow(p * (dp - delta[:, None]), k_ptr), keys)
         dim = tl.arange(0, PADDED_DIM)
-        at = dq_ptr + (batch * dq_stride_b + head * dq_stride_h + query * dq_stride_n)[:, None] + dim[None, :]
+        at = dq_ptr + row_offset(batch, head, query, dq_strides)[:, None] + dim[None, :]
         tl.store(at, narrow(dq * softmax_scale, dq_ptr), mask=there[:, None] & (dim < HEAD_DIM)[None, :])
 
 
@@ -229,24 +225,12 @@ def _dkv_kernel(
     block_offset_ptr,
     list_ptr,
     count_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_strides,
+    dk_strides,
+    dv_strides,
     q_len,
     num_seqs,
     first_block,
@@ -269,24 +253,26 @@ def _dkv_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     if first_block + number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
         seq, block = find_block(table_ptr, block_offset_ptr, num_seqs, first_block + number)
-        info = table_ptr + seq * 5
-        batch = tl.load(info).to(tl.int64)
-        k_begin = tl.load(info + 3)
-        k_len = tl.load(info + 4) - k_begin
-        shift = tl.load(info + 2) - k_len  # from positions to queries
-        first = tl.maximum(tl.load(info + 1) - shift, 0)  # position of the first query that sees a key
+        info = table_ptr + seq * SEQ_COLUMNS
+        batch = tl.load(info + SEQ_BATCH).to(tl.int64)
+        k_begin = tl.load(info + SEQ_K_BEGIN)
+        k_len = tl.load(info + SEQ_K_END) - k_begin
+        shift = tl.load(info + SEQ_Q_END) - k_len  # from positions to queries
+        first = tl.maximum(
+            tl.load(info + SEQ_Q_BEGIN) - shift, 0
+        )  # position of the first query that sees a key
         key = block * BLOCK_SIZE + tl.program_id(0) % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = key < k_len
         slot = (k_begin + key).to(tl.int64)
-        k_ptr += batch * k_stride_b + kv_head * k_stride_h
-        v_ptr += batch * v_stride_b + kv_head * v_stride_h
-        keys = load_rows(k_ptr, slot * k_stride_n, inside, HEAD_DIM, PADDED_DIM, False)
-        values = load_rows(v_ptr, slot * v_stride_n, inside, V_DIM, PADDED_V, False)
-        q_ptr += batch * q_stride_b + kv_head * GROUP * q_stride_h
-        grad_ptr += batch * grad_stride_b + kv_head * GROUP * grad_stride_h
-        stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * 2
-        stat_stride = tl.num_programs(1) * GROUP * 2
-        scale = softmax_scale * 1.4426950408889634
+        k_ptr += head_offset(batch, kv_head, k_strides)
+        v_ptr += head_offset(batch, kv_head, v_strides)
+        keys = load_rows(k_ptr, slot * k_strides[2], inside, HEAD_DIM, PADDED_DIM, False)
+        values = load_rows(v_ptr, slot * v_strides[2], inside, V_DIM, PADDED_V, False)
+        q_ptr += batch * q_strides[0] + kv_head * GROUP * q_strides[1]
+        grad_ptr += batch * grad_strides[0] + kv_head * GROUP * grad_strides[1]
+        stats_ptr += (batch * q_len * tl.num_programs(1) * GROUP + kv_head * GROUP) * STAT_COLUMNS
+        stat_stride = tl.num_programs(1) * GROUP * STAT_COLUMNS
+        scale = softmax_scale * LOG2_E
         dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
         dv = tl.zeros([BLOCK_N, PADDED_V], tl.float32)
         # the tiles that overlap the block, masked by position
@@ -305,10 +291,8 @@ def _dkv_kernel(
                 begin,
                 end,
                 step % GROUP,
-                q_stride_h,
-                q_stride_n,
-                grad_stride_h,
-                grad_stride_n,
+                q_strides,
+                grad_strides,
                 stat_stride,
                 BLOCK_M,
                 HEAD_DIM,
@@ -339,10 +323,8 @@ def _dkv_kernel(
                 first,
                 k_len,
                 entry % GROUP,
-                q_stride_h,
-                q_stride_n,
-                grad_stride_h,
-                grad_stride_n,
+                q_strides,
+                grad_strides,
                 stat_stride,
                 BLOCK_M,
                 HEAD_DIM,
@@ -355,11 +337,11 @@ def _dkv_kernel(
             dv = add_dot(dv, narrow(p, v_ptr), grad)
             dk = add_dot(dk, narrow(p * (dp - delta[None, :]), k_ptr), q)
         dim = tl.arange(0, PADDED_DIM)
-        at = dk_ptr + (batch * dk_stride_b + kv_head * dk_stride_h + slot * dk_stride_n)[:, None]
+        at = dk_ptr + row_offset(batch, kv_head, slot, dk_strides)[:, None]
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         tl.store(at + dim[None, :], narrow(dk * softmax_scale, dk_ptr), mask=mask)
         dim = tl.arange(0, PADDED_V)
-        at = dv_ptr + (batch * dv_stride_b + kv_head * dv_stride_h + slot * dv_stride_n)[:, None]
+        at = dv_ptr + row_offset(batch, kv_head, slot, dv_strides)[:, None]
         mask = inside[:, None] & (dim < V_DIM)[None, :]
         tl.store(at + dim[None, :], narrow(dv, dv_ptr), mask=mask)
 
@@ -374,10 +356,8 @@ def _load_queries(
     begin,
     end,
     in_group,
-    q_stride_h,
-    q_stride_n,
-    grad_stride_h,
-    grad_stride_n,
+    q_strides,
+    grad_strides,
     stat_stride,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -395,9 +375,9 @@ def _load_queries(
     position = start + tl.arange(0, BLOCK_M)
     there = (position >= begin) & (position < end)
     row = tl.minimum(tl.maximum(position, begin), end - 1) - start
-    q_ptr += head * q_stride_h + first * q_stride_n
-    grad_ptr += head * grad_stride_h + first * grad_stride_n
-    q = load_rows(q_ptr, row * q_stride_n, there, HEAD_DIM, PADDED_DIM, True)
-    grad = load_rows(grad_ptr, row * grad_stride_n, there, V_DIM, PADDED_V, True)
-    lse, delta = load_stats(stats_ptr + head * 2 + first * stat_stride + row * stat_stride)
+    q_ptr += head * q_strides[1] + first * q_strides[2]
+    grad_ptr += head * grad_strides[1] + first * grad_strides[2]
+    q = load_rows(q_ptr, row * q_strides[2], there, HEAD_DIM, PADDED_DIM, True)
+    grad = load_rows(grad_ptr, row * grad_strides[2], there, V_DIM, PADDED_V, True)
+    lse, delta = load_stats(stats_ptr + head * STAT_COLUMNS + first * stat_stride + row * stat_stride)
     return q, grad, tl.where(there, lse, float("inf")), delta

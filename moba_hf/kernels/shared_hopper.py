@@ -68,7 +68,7 @@ def attend_lists(
             lists.blocks.shape[2],
             k.shape[1],
             q.shape[2],
-            *q.stride()[:3],
+            q.stride()[:3],
             inputs.softmax_scale * LOG2_E.value,
             G=q.shape[1] // k.shape[1],
             TILE=plan.tile,

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier
+from moba_hf.kernels.layout import INFO_COLUMNS, LN_2, PLAN_BATCH, PLAN_POSITION, PLAN_Q_BEGIN, PLAN_Q_END
 from moba_hf.kernels.shared_hopper_produce import place_of, produce, steps_of
 
 
@@ -31,10 +32,11 @@ def _item(pointers, item, first_tile, tiles, work, num_heads, G: gl.constexpr):
     """An item's batch row, query range (begin, end), position of its first query, head, number of blocks."""
     tile_ptr, list_ptr, count_ptr, counter_ptr = pointers
     tile, kv_head, in_group = place_of(gl.minimum(item, work - 1), tiles, G)
-    info = tile_ptr + (first_tile + tile) * 8
+    info = tile_ptr + (first_tile + tile) * INFO_COLUMNS
     head = kv_head * G + in_group
     count = gl.load(count_ptr + tile.to(gl.int64) * num_heads + head)
-    return gl.load(info), gl.load(info + 1), gl.load(info + 2), gl.load(info + 3), head, count
+    batch, q_begin = gl.load(info + PLAN_BATCH), gl.load(info + PLAN_Q_BEGIN)
+    return batch, q_begin, gl.load(info + PLAN_Q_END), gl.load(info + PLAN_POSITION), head, count
 
 
 @gluon.jit
@@ -73,8 +75,8 @@ def _attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    high = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    mass = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    m_i = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    l_i = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
     zeros = gl.full([M, BLOCK_N], 0.0, gl.float32, s_layout)
     stage = step % STAGES
@@ -86,7 +88,7 @@ def _attend(
     barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
     unmasked = listed * BLOCK_N
-    p, shrink, high, mass = _weights(s, high, mass, scale, last_seen, unmasked, 0, dtype, p_layout, True)
+    p, shrink, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, unmasked, 0, dtype, p_layout, True)
     for i in range(1, total):
         later = (step + 1) % STAGES
         later_phase = (step + 1) // STAGES & 1
@@ -100,8 +102,8 @@ def _attend(
         if i >= listed:
             column = i * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
             s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
-        next_p, shrink, high, mass = _weights(
-            s, high, mass, scale, last_seen, unmasked, i * BLOCK_N, dtype, p_layout, False
+        next_p, shrink, m_i, l_i = _weights(
+            s, m_i, l_i, scale, last_seen, unmasked, i * BLOCK_N, dtype, p_layout, False
         )
         # Returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax.
         mbarrier.wait(k_ready.index(later), later_phase)
@@ -119,7 +121,7 @@ def _attend(
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier()
     mbarrier.arrive(v_free.index(stage), count=1)
-    return acc, high, mass, step + 1
+    return acc, m_i, l_i, step + 1
 
 
 @gluon.jit
@@ -183,11 +185,11 @@ def _consume(
         listed, total, first = steps_of(position, q_end - q_begin, count, TILE, BLOCK_SIZE, BLOCK_N)
         if total > 0:
             last_seen = count * BLOCK_SIZE + position - first + s_row
-            acc, high, mass, step = _attend(
+            acc, m_i, l_i, step = _attend(
                 q_smem, ring, step, listed, total, last_seen, scale, BLOCK_N, D, DV, STAGES
             )
-            out = acc * gl.convert_layout(1.0 / mass, gl.SliceLayout(1, o_layout))[:, None]
-            lse = (high + gl.log2(mass)) * 0.6931471805599453
+            out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
+            lse = (m_i + gl.log2(l_i)) * LN_2
             v_query = q_begin + v_row
             target = (batch.to(gl.int64) * q_len + v_query) * num_heads + head
             target = out_ptr + target[:, None] * DV + v_column
@@ -219,9 +221,7 @@ def attend_lists_kernel(
     list_length,
     num_kv_heads,
     q_len,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     scale,
     G: gl.constexpr,
     TILE: gl.constexpr,
@@ -246,7 +246,6 @@ def attend_lists_kernel(
     ring = allocate_ring(k_desc, v_desc, dtype, BLOCK_N, D, DV, STAGES, 2)
     queue = (items, drawn, taken)
     pointers = (tile_ptr, list_ptr, count_ptr, counter_ptr)
-    q_strides = (q_stride_b, q_stride_h, q_stride_n)
     data = (q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale)
     if gl.program_id(0) < work:
         gl.warp_specialize(

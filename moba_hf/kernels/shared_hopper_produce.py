@@ -10,6 +10,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moba_hf.kernels.hopper.common import barrier, load_tile, reinterpret
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    PLAN_BATCH,
+    PLAN_K_BEGIN,
+    PLAN_POSITION,
+    PLAN_Q_BEGIN,
+    PLAN_Q_END,
+)
 
 
 @gluon.jit
@@ -169,14 +177,14 @@ def produce(
         barrier()
         mbarrier.arrive(drawn.index(slot), count=1)
         tile, kv_head, in_group = place_of(item, tiles, G)
-        info = tile_ptr + (first_tile + tile) * 8
+        info = tile_ptr + (first_tile + tile) * INFO_COLUMNS
         at = tile.to(gl.int64) * num_heads + kv_head * G + in_group
         count = gl.load(count_ptr + at)
-        position = gl.load(info + 3)
-        rows = gl.load(info + 2) - gl.load(info + 1)
+        position = gl.load(info + PLAN_POSITION)
+        rows = gl.load(info + PLAN_Q_END) - gl.load(info + PLAN_Q_BEGIN)
         listed, total, first = steps_of(position, rows, count, TILE, BLOCK_SIZE, BLOCK_N)
-        batch = gl.load(info)
-        k_begin = gl.load(info + 4)
+        batch = gl.load(info + PLAN_BATCH)
+        k_begin = gl.load(info + PLAN_K_BEGIN)
         entries = list_ptr + at * list_length
         if total > 0:
             place = (batch, kv_head, k_begin, first)

@@ -18,6 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import device_of, next_power_of_2
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    PLAN_POSITION,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+)
 from moba_hf.kernels.shared_plan import SharedPlan
 
 
@@ -107,7 +116,7 @@ def _block_lists_kernel(
     number = tl.program_id(0)
     head = tl.program_id(1)
     tile = (first_tile + number).to(tl.int64)
-    columns = tl.load(tile_ptr + tile * 8 + 3) // TILE * TILE // block_size
+    columns = tl.load(tile_ptr + tile * INFO_COLUMNS + PLAN_POSITION) // TILE * TILE // block_size
     mask_ptr += head.to(tl.int64) * mask_stride_h + tile * mask_stride_t
     item = number.to(tl.int64) * num_heads + head
     count = _write_list(mask_ptr, list_ptr + item * blocks, columns, BLOCK)
@@ -183,9 +192,9 @@ def _tile_lists_kernel(
     count = 0
     if number < tl.load(block_offset_ptr + num_seqs) + num_seqs:
         seq, block = find_block(table_ptr, block_offset_ptr, num_seqs, number)
-        row = table_ptr + seq * 5
-        position = tl.load(row + 4) - tl.load(row + 3) - tl.load(row + 2) + tl.load(row + 1)
-        position = tl.maximum(position, 0)
+        row = table_ptr + seq * SEQ_COLUMNS
+        position = tl.load(row + SEQ_K_END) - tl.load(row + SEQ_K_BEGIN)
+        position = tl.maximum(position - tl.load(row + SEQ_Q_END) + tl.load(row + SEQ_Q_BEGIN), 0)
         first_tile = tl.load(tile_offset_ptr + seq)
         tiles = tl.load(tile_offset_ptr + seq + 1) - first_tile
         # the first tile that begins after the block

@@ -2,9 +2,9 @@
 
 Legend: S sequences, B block size, T tile.
 
-The tile table is `op.shared.tile_table` with more columns, so that one row tells a kernel all about a tile:
-`(batch, q_begin, q_end, position, k_begin, k_end, first_block, 0)`. `first_block` is the number of the first
-block of the tile's sequence among the *flat blocks*. These are the `(k_len - 1) // B` blocks of each sequence
+The tile table is `op.shared.tile_table` with more columns (`PLAN_*` in `layout`), so that one row tells a
+kernel all about a tile. `PLAN_FIRST_BLOCK` numbers the first block of the tile's sequence among the *flat
+blocks*. These are the `(k_len - 1) // B` blocks of each sequence
 that a later tile may choose, one sequence after the other. One kernel computes running totals of tiles and
 blocks over the sequences, a second fills the rows. Nothing waits for the device.
 """
@@ -19,9 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    PLAN_BATCH,
+    PLAN_FIRST_BLOCK,
+    PLAN_K_BEGIN,
+    PLAN_K_END,
+    PLAN_POSITION,
+    PLAN_Q_BEGIN,
+    PLAN_Q_END,
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    SEQ_K_END,
+    SEQ_Q_BEGIN,
+    SEQ_Q_END,
+)
 from moba_hf.op.shared import mask_words, tile_bound
-
-COLUMNS = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class SharedPlan:
 
     Attributes:
         table: int32 `(S, 5)`, contiguous; see `moba_hf.op.sequences`.
-        tiles: int32 `(num_tiles, 8)`, see the module; unused rows are zero.
+        tiles: int32 `(num_tiles, INFO_COLUMNS)`, with the columns `PLAN_*` of `layout`; unused rows are zero.
         tile_offset: int32 `(S + 1,)`, number of each sequence's first tile.
         block_offset: int32 `(S + 1,)`, flat number of each sequence's block 0.
         num_seqs: S.
@@ -69,7 +83,7 @@ def make_shared_plan(
     max_blocks = max(0, max_seqlen_k - 1) // block_size
     table = table.contiguous().detach()  # another object: a kept plan must not keep `table` alive
     offsets = torch.empty(2, num_seqs + 1, dtype=torch.int32, device=q.device)
-    tiles = torch.empty(num_tiles, 8, dtype=torch.int32, device=q.device)
+    tiles = torch.empty(num_tiles, INFO_COLUMNS.value, dtype=torch.int32, device=q.device)
     with device_of(q):
         _offsets_kernel[(1,)](
             table,
@@ -106,9 +120,13 @@ def _offsets_kernel(table_ptr, offset_ptr, num_seqs, block_size, tile_size, BLOC
     for start in range(0, num_seqs, BLOCK_S):
         seq = start + tl.arange(0, BLOCK_S)
         there = seq < num_seqs
-        row = table_ptr + seq * 5
-        q_len = tl.load(row + 2, mask=there, other=0) - tl.load(row + 1, mask=there, other=0)
-        k_len = tl.load(row + 4, mask=there, other=0) - tl.load(row + 3, mask=there, other=0)
+        row = table_ptr + seq * SEQ_COLUMNS
+        q_len = tl.load(row + SEQ_Q_END, mask=there, other=0) - tl.load(
+            row + SEQ_Q_BEGIN, mask=there, other=0
+        )
+        k_len = tl.load(row + SEQ_K_END, mask=there, other=0) - tl.load(
+            row + SEQ_K_BEGIN, mask=there, other=0
+        )
         q_len = tl.minimum(q_len, k_len)  # queries before the first key have no tile
         tiles = tl.where(q_len > 0, (k_len - 1) // tile_size - (k_len - q_len) // tile_size + 1, 0)
         blocks = tl.where(k_len > 0, (k_len - 1) // block_size, 0)
@@ -132,21 +150,22 @@ def _tiles_kernel(table_ptr, offset_ptr, tile_ptr, num_seqs, num_tiles, tile_siz
         below = tl.load(offset_ptr + middle) <= number
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
-    row = table_ptr + low * 5
-    q_end = tl.load(row + 2)
-    k_begin = tl.load(row + 3)
-    k_len = tl.load(row + 4) - k_begin
-    q_begin = tl.maximum(tl.load(row + 1), q_end - k_len)
+    row = table_ptr + low * SEQ_COLUMNS
+    q_end = tl.load(row + SEQ_Q_END)
+    k_begin = tl.load(row + SEQ_K_BEGIN)
+    k_len = tl.load(row + SEQ_K_END) - k_begin
+    q_begin = tl.maximum(tl.load(row + SEQ_Q_BEGIN), q_end - k_len)
     first = k_len - (q_end - q_begin)  # position of the sequence's first query
     grid = first // tile_size + number - tl.load(offset_ptr + low)
     begin = tl.maximum(grid * tile_size, first)
     end = tl.minimum((grid + 1) * tile_size, k_len)
-    out = tile_ptr + number.to(tl.int64) * COLUMNS
-    tl.store(out, tl.where(used, tl.load(row), 0), mask=there)
-    tl.store(out + 1, tl.where(used, q_begin - first + begin, 0), mask=there)
-    tl.store(out + 2, tl.where(used, q_begin - first + end, 0), mask=there)
-    tl.store(out + 3, tl.where(used, begin, 0), mask=there)
-    tl.store(out + 4, tl.where(used, k_begin, 0), mask=there)
-    tl.store(out + 5, tl.where(used, k_begin + k_len, 0), mask=there)
-    tl.store(out + 6, tl.where(used, tl.load(offset_ptr + num_seqs + 1 + low), 0), mask=there)
-    tl.store(out + 7, tl.zeros([BLOCK], tl.int32), mask=there)
+    out = tile_ptr + number.to(tl.int64) * INFO_COLUMNS
+    tl.store(out + PLAN_BATCH, tl.where(used, tl.load(row + SEQ_BATCH), 0), mask=there)
+    tl.store(out + PLAN_Q_BEGIN, tl.where(used, q_begin - first + begin, 0), mask=there)
+    tl.store(out + PLAN_Q_END, tl.where(used, q_begin - first + end, 0), mask=there)
+    tl.store(out + PLAN_POSITION, tl.where(used, begin, 0), mask=there)
+    tl.store(out + PLAN_K_BEGIN, tl.where(used, k_begin, 0), mask=there)
+    tl.store(out + PLAN_K_END, tl.where(used, k_begin + k_len, 0), mask=there)
+    blocks = offset_ptr + num_seqs + 1
+    tl.store(out + PLAN_FIRST_BLOCK, tl.where(used, tl.load(blocks + low), 0), mask=there)
+    tl.store(out + (INFO_COLUMNS - 1), tl.zeros([BLOCK], tl.int32), mask=there)

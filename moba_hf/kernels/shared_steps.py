@@ -37,7 +37,7 @@ from moba_hf.kernels.layout import LOG2_E
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_steps_attend import attend
 from moba_hf.kernels.shared_steps_kernels import choose_step_kernel, step_masses_kernel, step_means_kernel
-from moba_hf.op.numerics import part_size, spread_dtype
+from moba_hf.op.numerics import part_size, spread_dtype, with_positive_scale
 from moba_hf.op.shared_rule import SharedRule
 
 
@@ -58,12 +58,10 @@ def decode(
         k, v: `(batch, HK, kv_len, D or DV)`.
         kept: `(batch, HK, NB, width)`.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
-        heard: `(batch, H, rows, D)`, the queries just before `q`; None: every step asks alone.
+        heard: `(batch, H, rows, D)`, the queries just before `q`; None: each step chooses alone.
     """
-    if softmax_scale <= 0:  # attention takes the maximum before scaling
-        sign = -1 if softmax_scale < 0 else 0
-        q, heard = q * sign, None if heard is None else heard * sign
-        softmax_scale = -softmax_scale or 1.0
+    heard = None if heard is None else with_positive_scale(heard, softmax_scale)[0]
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     q, k, v, kept = (rows_contiguous(x) for x in (q, k, v, kept))
     block_mask = choose(q, kept[:, :, : k.shape[2] // rule.block_size], table, rule, softmax_scale, heard)
     return attend(q, k, v, block_mask, table, rule.block_size, softmax_scale)

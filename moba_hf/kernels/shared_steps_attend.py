@@ -3,10 +3,10 @@
 Legend: B block size, G query heads of a kv head, M steps per batch row, NB blocks, D and DV head dims, S
 splits.
 
-The heads of a kv head choose different blocks, but the bytes that it reads bound a decode step. So a list has
-the blocks that any of the heads chose. A program reads each of them once, and its rows, one per head, mask
-the blocks that their head did not choose. Only the device knows the length of the list; every split takes an
-equal share of it. `sparse_decode.merge_parts` merges the S partial results of a row in order.
+The heads of a kv head choose different blocks, but a decode step takes as long as reading its keys does. So a
+list has the blocks that any of the heads chose. A program reads each of them once, and its rows, one per
+head, mask the blocks that their head did not choose. Only the device knows the length of the list; every
+split takes an equal share of it. `sparse_decode.merge_parts` merges the S partial results of a row in order.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from moba_hf.kernels.layout import (
     step_place,
 )
 from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
-from moba_hf.kernels.softmax import accumulate
+from moba_hf.kernels.softmax import FLOOR, accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
 
 # Blocks that a program lists.
 _LIST_PLACES = 1024
-# Initial running maximum: finite, so that a step of keys that a row does not attend changes nothing.
-_FLOOR = tl.constexpr(-1e38)
 
 
 def attend(
@@ -194,9 +192,9 @@ def _attend_steps_kernel(
     q = load_rows(q_ptr, row_offset(batch, head, query, q_strides), mask, HEAD_DIM, PADDED_DIM, False)
     k_ptr += row_offset(batch, kv_head, k_begin, k_strides)
     v_ptr += row_offset(batch, kv_head, k_begin, v_strides)
-    high = tl.full([BLOCK_M], _FLOOR, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+    m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
     if BLOCK_SIZE >= BLOCK_N:
         steps = count * (BLOCK_SIZE // BLOCK_N)
     else:
@@ -212,14 +210,14 @@ def _attend_steps_kernel(
         word = tl.load(chosen_ptr[:, None] + (block // 32)[None, :], mask=known[None, :], other=0)
         attended = known[None, :] & (((word >> (block % 32)[None, :]) & 1) != 0)
         scores = tl.where(attended, dot(q, tl.trans(keys)), float("-inf"))
-        total, high, mass = accumulate(total, high, mass, scores, values, scale, v_ptr)
-    found = mass != 0.0  # also if it is NaN
+        acc, m_i, l_i = accumulate(acc, m_i, l_i, scores, values, scale, v_ptr)
+    found = l_i != 0.0  # also if it is NaN
     at = (number.to(tl.int64) * num_kv_heads * group_size + head) * tl.num_programs(0) + tl.program_id(0)
-    lse = tl.where(found, high + tl.log2(tl.where(found, mass, 1.0)), float("-inf"))
+    lse = tl.where(found, m_i + tl.log2(tl.where(found, l_i, 1.0)), float("-inf"))
     tl.store(partial_lse_ptr + at, lse, mask=mask)
     column = tl.arange(0, PADDED_V)
     tl.store(
         partial_ptr + at[:, None] * V_DIM + column[None, :],
-        total / tl.where(found, mass, 1.0)[:, None],
+        acc / tl.where(found, l_i, 1.0)[:, None],
         mask=(found & mask)[:, None] & (column < V_DIM)[None, :],
     )

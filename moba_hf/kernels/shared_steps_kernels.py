@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moba_hf.kernels.launch import dot, narrow
-from moba_hf.kernels.layout import head_offset, row_offset, step_place
+from moba_hf.kernels.layout import head_offset, pair_coordinates, row_offset, step_place
 from moba_hf.kernels.shared_choose import NOT_A_NUMBER, write_choice
 from moba_hf.kernels.shared_mass import part_term
 
@@ -99,9 +99,7 @@ def step_masses_kernel(
     there = there & (in_group < group_size)
     if (columns > 0) & (tl.max(there.to(tl.int32), 0) > 0):
         dim = tl.arange(0, PADDED_DIM)
-        pair = tl.arange(0, PADDED_HALF)
-        low = pair if HALVES else 2 * pair
-        high_dim = pair + HALF if HALVES else 2 * pair + 1
+        pair, low, high_dim = pair_coordinates(HALF, PADDED_HALF, HALVES)
         source = query - position + at
         head = tl.where(there, head, 0)
         in_call = there & (source >= 0)

@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, narrow, padded, rows_contiguous
-from moba_hf.kernels.layout import completed_block, head_offset, row_offset
+from moba_hf.kernels.layout import (
+    SEQ_BATCH,
+    SEQ_COLUMNS,
+    SEQ_K_BEGIN,
+    completed_block,
+    head_offset,
+    pair_coordinates,
+    row_offset,
+)
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tiling import bisect
 from moba_hf.op.numerics import part_size, spread_dtype
@@ -45,7 +53,7 @@ def shared_summary(k: Tensor, plan: SharedPlan, rotary_pairs: str) -> tuple[Tens
             plan.block_offset,
             plan.num_seqs,
             blocks,
-            *k.stride()[:3],
+            k.stride()[:3],
             PARTS=parts,
             SIZE=size,
             HALF=head_dim // 2,
@@ -115,10 +123,8 @@ def _summarize(
     HALVES: tl.constexpr,
 ):
     """Writes the summary of the block at `k_ptr`; a step leads from one part to the next."""
-    pair = tl.arange(0, PADDED_HALF)
+    pair, low, high = pair_coordinates(HALF, PADDED_HALF, HALVES)
     inside = pair < HALF
-    low = pair if HALVES else 2 * pair
-    high = pair + HALF if HALVES else 2 * pair + 1
     row = tl.arange(0, SIZE)
     spread_ptr = spread_at
     spread_at += pair
@@ -157,9 +163,7 @@ def _shared_summary_kernel(
     block_offset_ptr,
     num_seqs,
     blocks,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    k_strides,
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -171,14 +175,15 @@ def _shared_summary_kernel(
     if number < tl.load(block_offset_ptr + num_seqs):
         seq = bisect(block_offset_ptr, num_seqs, number)
         block = number - tl.load(block_offset_ptr + seq)
-        first = tl.load(table_ptr + seq * 5 + 3).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
-        k_ptr += tl.load(table_ptr + seq * 5).to(tl.int64) * k_stride_b + head * k_stride_h
-        k_ptr += first * k_stride_n
+        of_seq = table_ptr + seq * SEQ_COLUMNS
+        first = tl.load(of_seq + SEQ_K_BEGIN).to(tl.int64) + block.to(tl.int64) * (PARTS * SIZE)
+        k_ptr += head_offset(tl.load(of_seq + SEQ_BATCH), head, k_strides)
+        k_ptr += first * k_strides[2]
         step = tl.cast(blocks, tl.int64)
         center_at = center_ptr + (head * (PARTS + 1) * blocks + number) * (2 * HALF)
         spread_at = spread_ptr + (head * PARTS * blocks + number) * HALF
         _summarize(
-            k_ptr, k_stride_n, center_at, step * (2 * HALF), spread_at, step * HALF,
+            k_ptr, k_strides[2], center_at, step * (2 * HALF), spread_at, step * HALF,
             PARTS, SIZE, HALF, PADDED_HALF, HALVES,
         )  # fmt: skip
 

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from moba_hf.kernels.launch import _UPCAST, narrow
 
+# An initial `m_i` that is finite, so that a step in which a row attends no key changes nothing.
+FLOOR = tl.constexpr(-1e38)
+
 
 @triton.jit
 def accumulate(acc, m_i, l_i, scores, values, scale, like):

@@ -115,7 +115,7 @@ class Backend(Protocol):
     shared: SharedKernels | None
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
-        """Why these inputs are not supported, or None; `rule` is None for full attention."""
+        """Why these inputs are not supported, or None if they are; `rule` is None for full attention."""
 
     def select(
         self,

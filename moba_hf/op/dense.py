@@ -21,7 +21,7 @@ from moba_hf.op.sequences import Sequences, batched_table
 
 # Number of elements of one (bool) mask; bounds the memory of a chunk of queries.
 _MASK_BUDGET = 1 << 25
-# Use the decode kernel if it need not be launched more often than this: each launch reads all keys.
+# Use the decode kernel for at most this many launches per call, because each of them reads all keys.
 _MOST_STEPS = 16
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.backends import PortableBackend, choose_backend, load_backend
+from moba_hf.op.numerics import with_positive_scale
 from moba_hf.op.sequences import Sequences, rows_of
 
 # `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)` -> out, lse.
@@ -44,8 +45,14 @@ def load_varlen() -> Varlen:
     """
     try:
         from flash_attn import flash_attn_varlen_func
+
+        with_lse = {"return_attn_probs": True}
     except ImportError:
-        return _load_varlen_4()
+        try:
+            from flash_attn.cute import flash_attn_varlen_func
+        except ImportError as error:
+            raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
+        with_lse = {"return_lse": True}
 
     def varlen(
         q: Tensor,
@@ -58,7 +65,7 @@ def load_varlen() -> Varlen:
         scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, _ = flash_attn_varlen_func(
+        out, lse, *_ = flash_attn_varlen_func(
             q,
             k,
             v,
@@ -68,41 +75,7 @@ def load_varlen() -> Varlen:
             max_seqlen_k=mk,
             softmax_scale=scale,
             causal=causal,
-            return_attn_probs=True,
-        )
-        return out, lse
-
-    return varlen
-
-
-def _load_varlen_4() -> Varlen:
-    try:
-        from flash_attn.cute import flash_attn_varlen_func
-    except ImportError as error:
-        raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
-
-    def varlen(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        mq: int,
-        mk: int,
-        scale: float,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=mq,
-            max_seqlen_k=mk,
-            softmax_scale=scale,
-            causal=causal,
-            return_lse=True,
+            **with_lse,
         )
         return out, lse
 
@@ -215,8 +188,7 @@ def attend(
     """
     batch, num_heads, q_len, _ = q.shape
     v_dim = v.shape[3]
-    if softmax_scale <= 0:  # flash-attn takes the maximum before scaling
-        q, softmax_scale = (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     q, k, v = _padded(q, k, v)
     rows = tuple(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (batch * length, heads, dim)
     sequences = _sequences(table, q_len, k.shape[2], block_size)

@@ -134,6 +134,13 @@ def spread_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
+def with_positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """Queries and a positive scale with the same scores, for kernels that take the maximum before scaling."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (q * -1, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+
+
 def default_scale(q: Tensor) -> float:
     """The usual factor of scores in the softmax, `head_dim ** -0.5`; the last dim of `q` is `head_dim`."""
     return float(q.shape[-1] ** -0.5)

@@ -91,10 +91,10 @@ def decode_op(
 
 @decode_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    return _empty_results(q, v)
+    return empty_results(q, v)
 
 
-def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised `out` and `lse`."""
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
@@ -120,7 +120,7 @@ def attend_op(
 
 @attend_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    return _empty_results(q, v)
+    return empty_results(q, v)
 
 
 @torch.library.custom_op("moba_hf::attend_backward", mutates_args=())
@@ -174,7 +174,7 @@ def dense_decode_op(
 
 @dense_decode_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    return _empty_results(q, v)
+    return empty_results(q, v)
 
 
 @torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))

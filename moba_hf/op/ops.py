@@ -211,8 +211,8 @@ def attention(
             here, which reads all keys.
         steps: the queries are decode steps: with a shared choice, each chooses for itself (step 8 of
             `moba_hf.op.shared`).
-        heard: `(batch, num_heads, rows, head_dim)`, with `steps` the queries just before `q` that steps of a
-            shared choice hear beside those of `q`; None: every step asks alone.
+        heard: `(batch, num_heads, rows, head_dim)`, with `steps` and a shared choice, the queries just
+            before `q`, with which the steps choose too; None: each step chooses by its own query alone.
 
     Returns:
         `out (batch, q_len, num_heads, v_dim)` and `lse (batch, num_heads, q_len)` fp32 (fp64).

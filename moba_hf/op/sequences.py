@@ -108,7 +108,10 @@ class Sequences:
 
 
 def each_query(sequences: Sequences, q_len: int) -> Sequences:
-    """Makes every query a sequence with the keys up to its own; `sequences` has one sequence per row."""
+    """Makes each query a sequence of its own, with the keys up to its position.
+
+    `sequences` must have one sequence per batch row.
+    """
     assert sequences.by_row
     batch, q_begin, q_end, k_begin, k_end = sequences.table[:, :, None].unbind(1)
     query = torch.arange(q_len, dtype=torch.int32, device=sequences.table.device)
@@ -139,7 +142,7 @@ class Attended(NamedTuple):
     block_indices: Tensor
 
 
-# By table: what backends have computed from it. Only tables that nobody writes to again.
+# What backends have computed from sequence tables, by table; only tables that are never written to again.
 _derived: Any = WeakTensorKeyDictionary()
 _COVERS = "covers"
 
@@ -148,7 +151,7 @@ def constant_table(table: Tensor, *, covers: bool = False) -> Tensor:
     """`table` itself, remembered as one that is never written to again, see `derived`.
 
     Args:
-        covers: every query belongs to a sequence, or nobody reads the results of the others.
+        covers: every query belongs to a sequence, or the results of the other queries are never read.
     """
     _derived[table] = {_COVERS: covers}
     return table

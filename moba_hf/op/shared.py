@@ -23,11 +23,13 @@ first token:
    lowest first up to `topk`: none is dropped silently.
 6. Tiles that begin before `dense_below` attend to every key up to the row.
 7. Output and `lse` are those of the softmax over the attended keys. The choice is not differentiated.
-8. A decode step with a sparse choice has a list of its own: the one that its tile would have if it ended with
-   the step. So it hears the rows of its tile up to itself, in this call and in earlier ones, as far as the
-   cache has kept their queries, and never later rows. Rows of the prompt are heard too, whatever they
-   attended to. The candidates stay the same while the tile is open, so the masses of all rows are over the
-   same blocks. With a cache that keeps no queries, every step asks alone, also if a call has several.
+8. A decode step with a sparse choice has a list of its own: the one that its tile would have if it ended
+   with the step. So masses are averaged over the tile's sampled rows before the step, and the step itself.
+   Earlier rows take part as far as the cache has kept their queries (the *heard* queries). They may be of
+   earlier calls or of the prompt, and it does not matter what they attended to. Later rows never take part.
+   The candidates stay the same until the tile is complete, so the masses of all rows are over the same
+   blocks. If the cache keeps no queries, each step chooses by its own query alone, even if a call has several
+   steps.
 
 So a tile's choice depends on all of its rows: a row can be influenced by later tokens of its tile, but never
 by later tiles.

@@ -80,8 +80,8 @@ class SharedKernels(Protocol):
         Args:
             kept: `(batch, num_kv_heads, blocks, width)`, the summaries `gates.KeptMass(rule.rotary_pairs)` of
                 each row's complete blocks, followed by arbitrary finite values.
-            heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that the steps hear, see
-                `moba_hf.op.shared`; None: every step asks alone.
+            heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q`, with which the steps
+                choose too (step 8 of `moba_hf.op.shared`); None: each step chooses by its own query alone.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Decode steps of the shared choice of blocks in pure torch: every query chooses for itself.
 
 Legend: H query heads, HK kv heads, D head dim, M queries per row, B block size, C block columns, P queries
-that are heard.
+just before the call.
 
 One batch row is one sequence; row r of `table` describes batch row r (see `moba_hf.op.sequences`).
 1. choose: from cached summaries of complete blocks, the masses of the candidates for each query and the
@@ -42,7 +42,7 @@ def decode(
         v: `(batch, HK, N, Dv)`, any strides.
         kept: `(batch, HK, C, width)`, see `SharedKernels.decode`.
         table: int32 `(batch, 5)`, one sequence per batch row, in order.
-        heard: `(batch, H, P, D)`, the queries just before `q`; None: every query asks alone.
+        heard: `(batch, H, P, D)`, the queries just before `q`; None: each query chooses alone.
     """
     position = positions(table, q.shape[2])
     with full_precision(q.device):
@@ -66,7 +66,7 @@ def choose(
         q: `(batch, H, M, D)`.
         kept: `(batch, HK, C, width)`.
         position: `(batch, M)`, -1 for padding.
-        heard: `(batch, H, P, D)`, the queries just before `q`; None: every query asks alone.
+        heard: `(batch, H, P, D)`, the queries just before `q`; None: each query chooses alone.
     """
     batch, num_heads, length, dim = q.shape
     columns = kept.shape[2]
@@ -99,7 +99,7 @@ def choose(
 def _heard_masses(
     q: Tensor, known: Tensor, gate: PairedMassSummary, position: Tensor, columns: int, rule: SharedRule
 ) -> Tensor:
-    """Mean masses `(H, M, columns)` over the rows that each of `q (H, M, D)` hears.
+    """Mean masses `(H, M, columns)` over the rows by which each of `q (H, M, D)` chooses.
 
     Args:
         known: `(H, P, D)`, the queries just before `q`.

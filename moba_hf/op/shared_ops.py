@@ -16,8 +16,7 @@ from torch import Tensor
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.numerics import accumulate_dtype
-from moba_hf.op.operators import flat_sequences
+from moba_hf.op.operators import empty_results, flat_sequences
 from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
@@ -101,8 +100,7 @@ def attend_shared_op(
 
 @attend_shared_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return empty_results(q, v)
 
 
 @torch.library.custom_op("moba_hf::attend_shared_backward", mutates_args=())
@@ -177,8 +175,7 @@ def decode_shared_op(
 
 @decode_shared_op.register_fake
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return empty_results(q, v)
 
 
 def select_shared(
@@ -274,8 +271,8 @@ def shared_steps(
 
     Args:
         kept: summaries from the cache, see `SharedKernels.decode`; None: computed here, which reads all keys.
-        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q` that steps hear beside those
-            of `q`; None: every step asks alone.
+        heard: `(batch, num_heads, rows, head_dim)`, the queries just before `q`, with which the steps
+            choose too (step 8 of `moba_hf.op.shared`); None: each step chooses by its own query alone.
     """
     assert sequences.by_row
     name = choose_backend(backend, q, k, v, rule)

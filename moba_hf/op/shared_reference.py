@@ -173,8 +173,8 @@ def shared_steps_ref(
     """Decode steps of one sequence: a step's list is that of its tile if the tile ended with the step.
 
     Args:
-        heard: the first so many rows of `q` are not steps; they only help to choose. None: there are none,
-            and every step asks alone.
+        heard: number of rows at the start of `q` that are not steps and only help to choose. None: there are
+            none, and each step chooses by its own query alone.
 
     Returns:
         `out (steps, num_heads, v_dim)` and `lse (num_heads, steps)`, as `attend_shared_ref`.

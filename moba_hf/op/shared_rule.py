@@ -24,7 +24,8 @@ class SharedRule:
             threshold.
         share: attend to the heaviest blocks that together reach this share of the mass; in (0, 1). None: no
             share.
-        topk: most blocks that a tile attends to, including own, sink and local blocks; None: no limit.
+        topk: maximum number of blocks that a tile attends to, including own, sink and local blocks; None: no
+            limit.
         sink_blocks: number of first blocks that are always attended.
         local_blocks: number of blocks just before the tile that are always attended.
         sample: every `sample`-th row is used to estimate the masses of a tile; a divisor of `tile`.

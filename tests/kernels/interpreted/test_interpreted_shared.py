@@ -59,6 +59,16 @@ def test_choice_and_attention(name: str) -> None:
     assert_attention(case, rule, mask)
 
 
+def test_scales_that_are_not_positive() -> None:
+    case, rule = Case([(40, 70)], num_heads=2, head_dim=16), SharedRule(16, 32, threshold=0.3)
+    case.softmax_scale = -0.3
+    mask = checked_choice(case, rule)
+    assert_attention(case, rule, mask)
+    assert_gradients(case, rule, mask)
+    case.softmax_scale = 0.0
+    assert_attention(case, rule, mask)
+
+
 @pytest.mark.parametrize(
     ("limit", "taken"),
     [({"topk": 5}, [3] * 4), ({"share": 0.45}, [3, 4, 4, 5]), ({"threshold": 0.5, "topk": 4}, [2] * 4)],
