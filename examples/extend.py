@@ -106,7 +106,6 @@ def arguments(args: argparse.Namespace, stage: Stage, folder: Path) -> TrainingA
         optim="adamw_torch_fused" if CUDA else "adamw_torch",
         bf16=CUDA,
         use_cpu=not CUDA,
-        remove_unused_columns=False,  # keeps the weights of the loss
         dataloader_num_workers=2 if CUDA else 0,
         logging_steps=args.log_every,
         logging_nan_inf_filter=False,  # the filter syncs with the device at every step
@@ -131,7 +130,8 @@ def dense_seconds(trainer: LongRowTrainer, rows: Rows, steps: int) -> float:
     times = []
     for i in range(steps + 1):  # the first step is a warm-up
         begun = time.monotonic()
-        inputs = {name: x[None].to(model.device) for name, x in rows[i].items() if name != "position_ids"}
+        inputs = {name: x[None].to(model.device) for name, x in rows[i % len(rows)].items()}
+        del inputs["position_ids"]
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs)
         loss.backward()

@@ -20,13 +20,15 @@ from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
 from moba_hf.evaluate.tasks import TaskScore
-from moba_hf.op.ops import select_blocks
+from moba_hf.op.ops import select_by_rule
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.plot_style import COLORS, INK, MARKERS, colorbar, legend, new_figure
 
 
-def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = "") -> Any:
+def plot_routing(
+    q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = "", scale: float | None = None
+) -> Any:
     """The blocks that each query of one head attends to; kept, own and chosen blocks have different colours.
 
     Args:
@@ -35,17 +37,15 @@ def plot_routing(q: Tensor, k: Tensor, rule: Rule, head: int, *, title: str = ""
         rule: the rule of the layer.
         head: index of the query head.
         title: title of the figure.
+        scale: factor of the scores in the softmax; None: `1 / sqrt(D)`.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
     group = q.shape[0] // k.shape[0]
-    choice = select_blocks(
-        q[head : head + 1].transpose(0, 1),
-        k[head // group : head // group + 1].transpose(0, 1),
-        **rule.to_dict(),
-    )
+    one, keys = q[head : head + 1], k[head // group : head // group + 1]
+    choice = select_by_rule(one.transpose(0, 1), keys.transpose(0, 1), rule, softmax_scale=scale)
     blocks = -(-k.shape[1] // rule.block_size)
     row, column = torch.arange(q.shape[1])[:, None], torch.arange(blocks)
     if isinstance(rule, SharedRule):
@@ -251,20 +251,22 @@ def routing_of(checkpoint: str, text: str, length: int, layer: int, head: int) -
 
     model, tokenizer = load(checkpoint)
     adapter, text_config = family_of(model)
-    rule = moba_config(text_config).for_layer(layer, adapter.num_layers(text_config))
+    rule = adapter.rule(text_config, moba_config(text_config), layer)
     if rule is None:
         raise ValueError(f"layer {layer} keeps full attention")
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor, float]] = []
 
-    def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, _scale: float) -> None:
+    def probe(index: int, _module: Any, q: Tensor, k: Tensor, _v: Tensor, scale: float) -> None:
         if index == layer:
-            seen.extend((q, k))
+            seen.append((q, k, scale))
 
     with passes_bar(model, "reading the text", 1):
         watch(model, read_ids(tokenizer, text, length), probe)
-    if not seen or not 0 <= head < seen[0].shape[0]:
+    if not seen or not 0 <= head < seen[0][0].shape[0]:
         raise ValueError(f"this model has no layer {layer} with head {head} that uses MoBA")
-    return plot_routing(seen[0], seen[1], rule, head, title=f"Blocks attended by layer {layer}, head {head}")
+    q, k, scale = seen[0]
+    title = f"Blocks attended by layer {layer}, head {head}"
+    return plot_routing(q, k, rule, head, title=title, scale=scale)
 
 
 def from_json(kind: str, path: str, *, setting: str | None = None) -> Any:

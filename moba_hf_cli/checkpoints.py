@@ -103,7 +103,9 @@ def convert(
     ] = False,
     eval_results: Annotated[
         str | None,
-        typer.Option(help="JSON of 'eval' with these settings, to show what they cost in the model card."),
+        typer.Option(
+            help="JSON of 'eval' of SRC with these settings, to show what they cost in the model card."
+        ),
     ] = None,
 ) -> None:
     """Copy a checkpoint and turn MoBA on in its config; the weights are not changed.

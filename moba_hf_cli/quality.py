@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,7 @@ def evaluate(
     """Measure the quality of MoBA compared with dense attention, on your texts and on generated tasks."""
     for name in preset or ():
         check_preset(name)
-    _check_folder(out, store)
+    _check_folder(out, store, read=text or ())
     given = settings(
         block_size=block_size,
         topk=topk,
@@ -108,6 +109,7 @@ def evaluate(
         tasks=run.Tasks(task or [], task_length or [length], contexts, depth or None, repositories),
         seed=seed,
         store=store,
+        source=model,
     )
     _write_json(out, result)
     print(json.dumps(result, indent=1) if as_json else shown(run.tables(result)))
@@ -156,7 +158,7 @@ def calibrate(
         raise ValueError(f"{model}: is not a checkpoint folder, so --write cannot store anything in it")
     if preset is not None:
         check_preset(preset)
-    _check_folder(out, store)
+    _check_folder(out, store, read=text)
     load_package()
     quiet()
     from moba_hf.calibrate import Options, starting_setting, write_settings
@@ -189,7 +191,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw results (needs matplotlib: extra 'plot')."""
-    _check_folder(out)
+    _check_folder(out, read=(source, text))
     load_package()
     quiet()
     from moba_hf import plots
@@ -211,11 +213,20 @@ def lm_eval(context: typer.Context) -> None:
     run_lm_eval(context.args)
 
 
-def _check_folder(*paths: str | None) -> None:
-    """Raises ValueError if a file cannot be written, before the work is done."""
+def _check_folder(*paths: str | None, read: Iterable[str | None] = ()) -> None:
+    """Raises ValueError if a file cannot be written or would replace another one, before the work is done.
+
+    Args:
+        paths: the files to write.
+        read: files that the command reads.
+    """
+    taken = {Path(path).resolve() for path in read if path is not None}
     for path in paths:
         if path is None:
             continue
+        if Path(path).resolve() in taken:
+            raise ValueError(f"{path}: is named twice and would be replaced; name another file to write")
+        taken.add(Path(path).resolve())
         folder = Path(path).absolute().parent
         if not folder.is_dir():
             raise ValueError(f"{path}: the folder {folder} does not exist; create it first")

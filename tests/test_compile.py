@@ -89,6 +89,27 @@ class TestPrefill:
         assert counter.frame_count == 4
         assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(logits))
 
+    @pytest.mark.parametrize("train", [False, True])
+    @pytest.mark.parametrize("rule", [FULL, SHARED], ids=["full", "shared"])
+    def test_one_graph_for_all_lengths(self, rule: MobaConfig, train: bool) -> None:
+        """The numbers in the settings stay constants of the graph, and changing them compiles again."""
+        model, counter = tiny(rule), CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        seen = []
+        for length, changed in ((50, False), (60, False), (77, False), (77, True)):
+            if changed:
+                model.config.moba = dataclasses.replace(rule, full_attention_layers=(0,)).to_dict()
+                if rule is SHARED:
+                    model.config.moba = dataclasses.replace(rule, threshold=0.01).to_dict()
+            ids = tokens(2, length)
+            with torch.set_grad_enabled(train):
+                got, expected = (run(ids, labels=ids, use_cache=False) for run in (compiled, model))
+            torch.testing.assert_close(got.logits, expected.logits)
+            if train:
+                got.loss.backward()
+            seen.append(counter.frame_count)
+        assert seen[0] == seen[1] == seen[2] < seen[3]
+
     def test_a_backend_that_refuses_in_the_first_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both backends are loaded while the graph is traced, as on a GPU with a dtype without kernels."""
         monkeypatch.setattr(backends, "_loaded", Registry())

@@ -337,7 +337,7 @@ class TestHugeSettings:
             results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), tensors)))
         alike = "dense_below" not in huge and "sink_blocks" not in huge  # the same problems, so the same bits
         for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b) if alike else error(a, b) < 1e-5
+            assert torch.equal(a, b) if alike else error(a, b) < 2e-5  # gradients reach 30
         packed = [x.detach().transpose(0, 1)[None] for x in tensors]
         shared = SharedRule(**{"threshold": 0.3, "sink_blocks": 0, "local_blocks": 0, **huge})
         where = Sequences(batched_table(1, 1, 500, torch.device("cpu")), 1, 500)

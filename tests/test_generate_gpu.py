@@ -44,9 +44,15 @@ def static(model: Any) -> MobaCache:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_generate_compiles_equals_eager(rule: str) -> None:
-    """fp32, transformers' own setting (reduce-overhead, CUDA graphs), 64 tokens of a left-padded batch."""
+    """fp32, transformers' own setting (reduce-overhead, CUDA graphs), tokens of a left-padded batch.
+
+    In the first layer, keys of equal tokens have equal norms, so rounding decides which one is the smallest
+    key of a block. A graph rounds differently, so under the shared choice no token occurs twice.
+    """
     model, ids = tiny(RULES[rule]).cuda(), tokens(2, 50).cuda()
     kwargs = {"input_ids": ids, "attention_mask": padded(ids)}
+    if rule == "shared":
+        kwargs |= {"no_repeat_ngram_size": 1, "max_new_tokens": 40}
     expected = generate(model, MobaCache(model.config), **kwargs)
     if rule != "shared":  # with a stock cache its steps hear no earlier rows
         assert torch.equal(generate(model, DynamicCache(config=model.config), **kwargs), expected)
@@ -56,7 +62,7 @@ def test_what_generate_compiles_equals_eager(rule: str) -> None:
         assert torch.equal(generate(model, static(model), compile_config=settings, **kwargs), expected)
     assert not counters["graph_break"]
     assert not counters["inductor"]["cudagraph_skips"]
-    assert len(set(expected[0, -64:].tolist())) > 3
+    assert len(set(expected[0, 50:].tolist())) > 3
 
 
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, graph: bool) -> torch.Tensor:

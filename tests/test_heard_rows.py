@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moba_hf import MobaCache, MobaConfig, prefill
+from moba_hf.hf import recent_queries
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.recent_queries import MOST_REMOVED, FixedQueries, RecentQueries
 from moba_hf.hf.saved_cache import read_with_saved_cache
@@ -215,6 +216,39 @@ def test_rows_that_a_long_crop_removed_are_not_known(model: Any, static: bool) -
     text.crop(2)
     text.step(15)
     assert text.alone > 5
+
+
+def test_compiled_steps_that_hear_nothing_say_so_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    type(recent_queries.logger).warning_once.cache_clear()
+    monkeypatch.setattr(recent_queries.logger, "warning", said.append)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    text = Text(model, [0], 150, static=True)
+    text.read(140)
+    caches = [text.cache, copy.deepcopy(text.cache)]
+
+    def steps(count: int, *runs: Any) -> list[Tensor]:
+        begin = int(caches[0].get_seq_length())
+        ids = [text.ids[:, at : at + 1] for at in range(begin, begin + count)]
+        return [
+            torch.cat([logits(run, one, **cache_kwargs(model, cache)) for one in ids])
+            for run, cache in zip(runs, caches, strict=False)
+        ]
+
+    assert close(*steps(3, compiled, model))
+    assert not said
+    for cache in caches:
+        cache.crop(-70)  # an eager step still knows the rows that are left, a graph none
+    alone = steps(4, compiled, model)
+    assert not close(*alone)
+    assert len(said) == 1
+    assert "run `tile` - 1 steps without torch.compile" in said[0]
+    steps(SHARED.tile - 1, model)
+    caches[1] = copy.deepcopy(caches[0])  # the keys of the steps above differ
+    assert close(*steps(4, compiled, model))
+    assert len(said) == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from moba_hf import MobaConfig
 from moba_hf.checkpoints.changes import Changes
 from moba_hf.checkpoints.context_length import ContextLength
 from moba_hf.checkpoints.convert import convert_checkpoint
+from moba_hf.checkpoints.fingerprint import fingerprint
 from moba_hf.checkpoints.model_card import Card, read_card
 from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.evaluate import run
@@ -264,10 +266,11 @@ def test_verify_sees_another_card_of_the_source(src: Path, tmp_path: Path) -> No
 # What was measured
 
 
-def write_results(path: Path, **changes: Any) -> Path:
-    """Results of `eval` for dense, `MOBA` and another setting."""
+def write_results(path: Path, src: Path, **changes: Any) -> Path:
+    """Results of `eval` of `src` for dense, `MOBA` and another setting."""
     loss = {"tokens": 4095, "loss": 3.0, "trailing_tokens": 2048}
     values = {
+        "model": fingerprint(src),
         "settings": {"dense": None, "given": MOBA.to_dict(), "other": MobaConfig(16, 3).to_dict()},
         "perplexity": {
             "/home/me/a|b.txt": {
@@ -287,7 +290,7 @@ def write_results(path: Path, **changes: Any) -> Path:
 
 
 def test_results_of_these_settings_are_shown(src: Path, tmp_path: Path) -> None:
-    results = write_results(tmp_path / "r.json")
+    results = write_results(tmp_path / "r.json", src)
     made = convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=results)
     text = (made / "README.md").read_text()
     table = text[text.index("| measured") : text.index("Measured with")].strip().splitlines()
@@ -306,7 +309,8 @@ def test_results_of_eval_itself_are_read(src: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
     ids = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(0))
     measures = ("perplexity", "agreement", "positions")
-    result = run.evaluate(model, None, {"text": ids}, {"dense": None, "fine": MOBA}, measures=measures)
+    settings = {"dense": None, "fine": MOBA}
+    result = run.evaluate(model, None, {"text": ids}, settings, measures=measures, source=src)
     (tmp_path / "r.json").write_text(json.dumps(result))
     made = convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=tmp_path / "r.json")
     text = (made / "README.md").read_text()
@@ -327,7 +331,55 @@ def test_results_of_eval_itself_are_read(src: Path, tmp_path: Path) -> None:
 def test_refuses_results_of_something_else(
     changes: dict[str, Any], message: str, src: Path, tmp_path: Path
 ) -> None:
-    results = write_results(tmp_path / "r.json", **changes)
+    results = write_results(tmp_path / "r.json", src, **changes)
     with pytest.raises(ValueError, match=rf"r\.json: .*{message}"):
         convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=results)
     assert not (tmp_path / "dst").exists()
+
+
+def changed_weight(src: Path, folder: Path) -> Path:
+    """A copy of `src` in which one value of one weight differs."""
+    model = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    model.save_pretrained(folder)
+    shutil.copy(src / "config.json", folder)
+    return folder
+
+
+def changed_config(src: Path, folder: Path) -> Path:
+    """A copy of `src` with another rotary base."""
+    shutil.copytree(src, folder)
+    values = json.loads((src / "config.json").read_text())
+    values["rope_parameters"]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("change", [changed_weight, changed_config])
+def test_refuses_results_of_another_model(
+    change: Callable[[Path, Path], Path], src: Path, tmp_path: Path
+) -> None:
+    results = write_results(tmp_path / "r.json", change(src, tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"r\.json: holds results of another model; run 'moba-hf eval' on"):
+        convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=results)
+    assert not (tmp_path / "dst").exists()
+    unnamed = write_results(tmp_path / "r.json", src, model=None)
+    with pytest.raises(ValueError, match=r"r\.json: does not tell which model it measured; run"):
+        convert_checkpoint(src, tmp_path / "dst", MOBA, eval_results=unnamed)
+
+
+def test_results_belong_to_the_context_that_is_written(src: Path, tmp_path: Path) -> None:
+    """Those of the source are not those of the extended model; those of its conversion are."""
+    longer = ContextLength(4096)
+    results = write_results(tmp_path / "r.json", src)
+    with pytest.raises(ValueError, match="results of another model"):
+        convert_checkpoint(src, tmp_path / "dst", MOBA, context=longer, eval_results=results)
+    other = MobaConfig(16, 3)
+    made = convert_checkpoint(src, tmp_path / "dst", other, context=longer, remote_code=True)
+    assert (
+        fingerprint(made) != fingerprint(src) == fingerprint(convert_checkpoint(src, tmp_path / "a", other))
+    )
+    results = write_results(tmp_path / "r.json", made)
+    again = convert_checkpoint(src, tmp_path / "b", MOBA, context=longer, eval_results=results)
+    assert "| measured" in (again / "README.md").read_text()

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_hf import moba_attention, select_blocks
+from moba_hf.config import LayerConfig
 from moba_hf.op import portable
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.operators import attend_op, select_op
+from moba_hf.op.ops import attention
 from moba_hf.op.reference import block_mean_ref, gate_ref, moba_attention_ref, select_blocks_ref
-from moba_hf.op.sequences import batched_table, packed_table
+from moba_hf.op.sequences import Sequences, batched_table, packed_table
+from moba_hf.op.shared_rule import SharedRule
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -414,3 +417,17 @@ class TestTorchLibrary:
             alone = select_blocks_ref(inputs[0][13:], inputs[1][13:], **RULE)
             choice = select_blocks(inputs[0], inputs[1], **RULE, cu_seqlens_q=cu)
             assert torch.equal(choice[13:].sort(2).values, alone.sort(2).values)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("rule", [LayerConfig(8, 2), SharedRule(8, 16, 0.2)], ids=["per query", "shared"])
+def test_backends_that_read_the_table_refuse_more_queries_than_keys(
+    backend: str, rule: LayerConfig | SharedRule
+) -> None:
+    """Compiled graphs and GPUs pass tables on unchecked; positions below 0 gave wrong results."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 1, 57, 16)
+    table = torch.tensor([[0, 0, 30, 0, 30], [0, 30, 70, 30, 57]], dtype=torch.int32)
+    sequences = Sequences(table, 40, 30, by_row=False)
+    with pytest.raises(ValueError, match=r"sequence 1 has more queries \(40\) than keys \(27\)"):
+        attention(q, k, k, sequences, rule, softmax_scale=0.25, backend=backend)

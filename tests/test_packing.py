@@ -12,6 +12,7 @@ from model_checks import LENGTH, close, logits, padded, tiny_model, tokens
 from transformers import StaticCache
 
 from moba_hf.hf.cache_names import cache_kwargs, cache_of
+from moba_hf.op.dense import dense_packed_attention
 
 # Three documents in one row.
 CUTS = [0, 20, 21, LENGTH]
@@ -163,3 +164,43 @@ class TestPositionIds:
         positions = torch.cat([torch.arange(10, 20), torch.arange(30)])[None]
         with pytest.raises(ValueError, match="got 40 queries and 50 keys"):
             logits(model, ids[:, 10:], position_ids=positions, **cache_kwargs(model, cache))
+
+
+class TestFullAttention:
+    """Documents that the rule covers entirely."""
+
+    SPANS = ((0, 0, 7), (0, 9, 10), (0, 10, 22), (1, 3, 24))
+
+    def tensors(self) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        shapes = ((2, 4, 24, 8), (2, 2, 24, 8), (2, 2, 24, 6))
+        return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def test_is_that_of_each_document_alone(self) -> None:
+        q, k, v = self.tensors()
+        out = dense_packed_attention(q, k, v, 0.3, self.SPANS)
+        weight = torch.randn_like(out)
+        expected, grads = torch.zeros_like(out), torch.autograd.grad((out * weight).sum(), (q, k, v))
+        for row, begin, end in self.SPANS:
+            one = [x[row : row + 1, :, begin:end] for x in (q, k, v)]
+            keys, values = (x.repeat_interleave(2, dim=1) for x in one[1:])
+            hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+            scores = (one[0] @ keys.transpose(2, 3) * 0.3).masked_fill(hidden, -torch.inf)
+            expected[row, begin:end] = (scores.softmax(3) @ values).transpose(1, 2)[0]
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(grads, torch.autograd.grad((expected * weight).sum(), (q, k, v)))
+        assert not out[0, 7:9].any()
+        assert not dense_packed_attention(q, k, v, 0.3, ()).any()
+
+    def test_its_backward_passes_over_the_tokens_once(self) -> None:
+        """The backward of a slice, or of a write to one, passes over all tokens for each document."""
+        out = dense_packed_attention(*self.tensors(), 0.3, self.SPANS)
+        seen, left = set(), [out.grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left.extend(one for one, _ in node.next_functions)
+        names = {node.name() for node in seen}
+        assert "SplitBackward0" in names or "SplitWithSizesBackward0" in names
+        assert not names & {"SliceBackward0", "CopySlices", "SelectBackward0", "AsStridedBackward0"}

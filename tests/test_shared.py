@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.op import backends
+from moba_hf.op import backends, shared_portable, shared_problems
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.operators import flat_sequences
@@ -241,18 +242,90 @@ def test_equal_masses_keep_the_lower_block() -> None:
 
 
 def test_long_lists_in_pieces_and_batches_equal_the_reference(monkeypatch) -> None:
-    from moba_hf.op import shared_portable, shared_problems
-
     monkeypatch.setattr(shared_problems, "_PIECE_KEYS", 24)
     monkeypatch.setattr(shared_portable, "_MASS_BUDGET", 500)
-    for budget in (1, 1 << 30):
+    everything = 1 << 30
+    for budget, lists, headroom in itertools.product((1, everything), (1, everything), (16, 1000)):
+        monkeypatch.setattr(shared_portable, "_TERM_BUDGET", budget)
         monkeypatch.setattr(shared_problems, "_SCORE_BUDGET", budget)
+        monkeypatch.setattr(shared_problems, "_LIST_BUDGET", lists)
+        monkeypatch.setattr(shared_problems, "_HEADROOM", headroom)  # 1000: no scores are bounded
         for rule in RULES:
             q, k, v = _tensors(131, 131)
-            out, lse, _, _ = _run(q, k, v, batched_table(1, 131, 131, q.device), rule)
+            out, lse, mask, _ = _run(q, k, v, batched_table(1, 131, 131, q.device), rule)
             expected, expected_lse = _alone(q[0], k[0], v[0], rule)
             _assert_close(out[0], expected)
             _assert_close(lse[0], expected_lse)
+            chosen = select_shared_ref(q[0].transpose(0, 1), k[0].transpose(0, 1), rule)
+            assert torch.equal(unpack_blocks(mask, chosen.shape[2])[:, : chosen.shape[1]], chosen)
+
+
+def test_scores_beyond_the_range_of_exp_equal_the_reference() -> None:
+    """One head's scores are in the thousands, and only there `exp` needs a shift."""
+    rule = SharedRule(8, 16, topk=6, sample=4)
+    q, k, v = _tensors(131, 131)
+    k, v = k.float(), v.float()
+    q = (q * torch.tensor([1.0, 300.0, 0.1, 0.3])[:, None, None]).float()
+    where = Sequences(batched_table(1, 131, 131, q.device), 131, 131)
+    found = []
+
+    def spy(seq, problems, *args):
+        found.append((problems.bounded, problems.place.stop - problems.place.start))
+        return attend_batch(seq, problems, *args)
+
+    attend_batch = shared_portable._attend_batch
+    with patch.object(shared_portable, "_attend_batch", spy):
+        out, lse, mask, _ = _run(q, k, v, where.table, rule)
+    assert lse[0, 1].max() > 1000
+    assert sum(n for bounded, n in found if not bounded) == 2 * 9  # the head's 9 tiles, in two calls
+    settings = {"softmax_scale": 0.25, "backend": "reference", "block_mask": mask}
+    expected, expected_lse = shared_attention(q, k, v, where, rule, **settings)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_keys_that_are_not_finite_stay_behind_the_rows_that_see_them(bounded, monkeypatch) -> None:
+    if not bounded:
+        monkeypatch.setattr(shared_problems, "_HEADROOM", 1000)
+    rule = SharedRule(8, 16, threshold=1e-30)
+    q, k, v = _tensors(131, 131)
+    where = Sequences(batched_table(1, 131, 131, q.device), 131, 131)
+    settings = {"softmax_scale": 0.25, "backend": "portable"}
+    expected, expected_lse = shared_attention(q, k, v, where, rule, **settings)
+    v[0, 0, 70, 3], v[0, 1, 90] = torch.inf, torch.nan
+    k[0, 1, 120] = torch.nan
+    out, lse = shared_attention(q, k, v, where, rule, **settings)
+    _assert_close(out[0, :70], expected[0, :70])
+    _assert_close(out[0, :90, 2:], expected[0, :90, 2:])
+    _assert_close(out[0, 70:, :2, :3], expected[0, 70:, :2, :3])
+    assert (out[0, 70:, :2, 3] == torch.inf).all()
+    assert out[0, 90:, 2:].isnan().all()
+    _assert_close(lse[0, :2], expected_lse[0, :2])
+    assert lse[0, 2:, 120:].isnan().all()
+
+
+def test_the_workspace_does_not_grow_with_the_length(monkeypatch) -> None:
+    monkeypatch.setattr(shared_problems, "_PIECE_KEYS", 64)
+    for name in ("_SCORE_BUDGET", "_LIST_BUDGET"):
+        monkeypatch.setattr(shared_problems, name, 1 << 11)
+    made: list[dict[str, Tensor]] = []
+    scratch = shared_problems.Scratch
+
+    def spy(like: Tensor) -> shared_problems.Scratch:
+        result = scratch(like)
+        made.append(result.space)
+        return result
+
+    rule, sizes = SharedRule(8, 16, topk=20, sample=4), []
+    for length in (200, 800):
+        made.clear()
+        with patch.object(shared_problems, "Scratch", spy):
+            q, k, v = _tensors(length, length)
+            _run(q, k, v, batched_table(1, length, length, q.device), rule)
+        sizes.append({name: x.numel() for name, x in made[0].items()})
+    assert sizes[0] == sizes[1]
+    assert set(sizes[0]) == {"scores", "keys", "values"}
 
 
 @pytest.mark.parametrize("rule", RULES[:4], ids=range(4))
@@ -369,6 +442,17 @@ def test_a_backend_that_cannot_share_a_choice_is_refused() -> None:
     with patch.dict(BACKENDS, {"unable": "none:none"}), pytest.raises(ValueError, match=message):
         choose_backend("unable", q, k, v, RULES[0])
     assert choose_backend("auto", q, k, v, RULES[0]) == "portable"
+
+
+def test_a_tile_whose_masses_do_not_fit_is_refused() -> None:
+    q, k, v = _tensors(8, 8)
+    where = Sequences(batched_table(1, 8, 8, q.device), 8, 1 << 16)
+    rule = SharedRule(16, 1 << 20, 0.1)
+    size = 4 * q.shape[1] * (1 << 20) * (1 << 12) >> 30
+    with pytest.raises(ValueError, match=rf"tile=1048576 with sample=1 takes {size}\.0 GiB .* lower tile"):
+        shared_attention(q, k, v, where, rule, softmax_scale=1.0)
+    few = replace(rule, sample=1 << 12)
+    shared_attention(q, k, v, where, few, softmax_scale=1.0)
 
 
 def test_an_odd_head_dim_is_refused() -> None:

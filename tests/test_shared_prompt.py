@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moba_hf import MobaCache, MobaConfig
+from moba_hf.evaluate.attended import pairs_of
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.rows import Masks, Rows
 from moba_hf.op import shared_prompt
@@ -108,7 +109,7 @@ def test_only_rows_without_padding_cover_their_queries() -> None:
     assert not covers_queries(_whole(2).table)
 
 
-def test_gradients_and_watched_choices_go_through_one_operator() -> None:
+def test_gradients_and_the_reference_go_through_one_operator() -> None:
     tensors = [x.requires_grad_() for x in _tensors()]
     with _dense_rows() as rows:
         out = prompt_attention(*tensors, _whole(2), RULE, **SETTINGS)
@@ -116,20 +117,29 @@ def test_gradients_and_watched_choices_go_through_one_operator() -> None:
         assert torch.equal(out, expected)
         grads = [torch.autograd.grad(x.square().sum(), tensors) for x in (out, expected)]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-        seen: list[Tensor] = []
-        CHOICE_WATCHERS.append(lambda mask, *_: seen.append(mask))
-        try:
-            with torch.no_grad():
-                prompt_attention(*tensors, _whole(2), RULE, **SETTINGS)
-        finally:
-            CHOICE_WATCHERS.pop()
-        assert seen[0].shape[1] >= 2 * -(-LENGTH // 16)
         with torch.no_grad():
             prompt_attention(*tensors, _whole(2), RULE, softmax_scale=0.3, backend="reference")
         assert rows == []
         with torch.no_grad():
             prompt_attention(*tensors, _whole(2), RULE, **SETTINGS)
         assert rows == [48]
+
+
+def test_watchers_see_the_choice_of_every_row() -> None:
+    tensors = _tensors()
+    found: dict[str, Tensor] = {}
+    for run in (prompt_attention, shared_attention):
+        seen: list[Tensor] = []
+        CHOICE_WATCHERS.append(lambda *call, seen=seen: seen.append(pairs_of(*call)))
+        try:
+            with _dense_rows() as rows:
+                run(*tensors, _whole(2), RULE, **SETTINGS)
+        finally:
+            CHOICE_WATCHERS.pop()
+        assert rows == ([48] if run is prompt_attention else [])
+        found[run.__name__] = torch.stack(seen).sum(0)
+    assert torch.equal(found["prompt_attention"], found["shared_attention"])
+    assert found["prompt_attention"].min() > 2 * 48 * 49 // 2
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch, at its first dual number

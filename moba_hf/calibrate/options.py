@@ -59,3 +59,16 @@ class Options:
             check_int(name, getattr(self, name), minimum=least)
         for size in self.block_sizes:
             check_int("block_sizes", size, minimum=1)
+
+    def check_keys(self, dense: float) -> None:
+        """Raises ValueError if `keys` limits nothing.
+
+        Args:
+            dense: the share with full attention in every layer that may use MoBA; below 1 in hybrid models.
+        """
+        if self.keys is not None and self.keys > dense + 1e-9:
+            raise ValueError(
+                f"keys={self.keys} limits nothing: with full attention in every layer that may use MoBA, the "
+                f"model attends to {dense:.1%} of the keys at this length, because its other layers attend "
+                "to fewer; pass less than that"
+            )

@@ -46,6 +46,11 @@ class _Share:
         """The budget of the eligible layers if that of the model is `keys`."""
         return (keys * self.attending - self.others) / self.eligible
 
+    @property
+    def dense(self) -> float:
+        """The budget of the model with full attention in every eligible layer."""
+        return (self.others + self.eligible) / self.attending
+
     def least(self, rule: LayerConfig, length: int) -> float:
         """The smallest budget of the model with `rule`: every topk covers only own, sink and local blocks."""
         own = min(1.0, (1 + rule.sink_blocks + rule.local_blocks) * rule.block_size / length)
@@ -148,6 +153,7 @@ def topk_ladder(passes: Passes, setting: MobaConfig, options: Options) -> TopkLa
         for size in options.block_sizes or (setting.block_size,)
     ]
     share = _Share.of(model, length)
+    options.check_keys(share.dense)
     least = share.lowest(rules, length, options.keys)
     tables = _tables(passes, rules, options)
     return TopkLadder(model.config, setting, adapter.num_layers(text_config), tables, share, least)

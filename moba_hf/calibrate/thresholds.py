@@ -51,11 +51,10 @@ def shared_rules(model: Any, setting: MobaConfig) -> dict[int, SharedRule]:
         ValueError: no layer shares a choice, or in some layer every query chooses for itself.
     """
     adapter, text_config = family_of(model)
-    num_layers = adapter.num_layers(text_config)
-    setting.check_layers(num_layers)
+    setting.check_layers(adapter.num_layers(text_config))
     found: dict[int, SharedRule] = {}
     for layer in adapter.eligible_layers(text_config):
-        rule = setting.for_layer(layer, num_layers)
+        rule = adapter.rule(text_config, setting, layer)
         if rule is None:
             continue
         if not isinstance(rule, SharedRule):
@@ -63,7 +62,7 @@ def shared_rules(model: Any, setting: MobaConfig) -> dict[int, SharedRule]:
                 f"layer {layer} has tile=1, but other layers share a choice: calibrate can find either topk "
                 "or thresholds; pass a setting with only one kind of choice"
             )
-        found[layer] = replace(rule, rotary_pairs=adapter.rotary_pairs)
+        found[layer] = rule
     if not found:
         raise ValueError(f"no layer of this {model.config.model_type} model would use MoBA with this setting")
     return found
@@ -171,6 +170,7 @@ def threshold_ladders(
     dense = passes.length * (passes.length + 1) // 2
     attending = [row for row in rows if row.key_limit != 0]
     others = sum(row.pairs(passes.length) / dense for row in attending if row.index not in rules)
+    options.check_keys((others + len(rules)) / len(attending))
     table = (
         setting,
         adapter.num_layers(text_config),

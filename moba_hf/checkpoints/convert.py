@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from moba_hf.checkpoints.changes import Changes, check_no_code, loading_class
 from moba_hf.checkpoints.context_length import ContextLength
+from moba_hf.checkpoints.fingerprint import fingerprint
 from moba_hf.checkpoints.folders import (
     Tree,
     check_same,
@@ -94,7 +95,7 @@ def convert_checkpoint(
         context: a longer context to write into the config; None: unchanged.
         remote_code: write the module that lets `from_pretrained(dst, trust_remote_code=True)` load the
             checkpoint with MoBA without `import moba_hf`. Refused if `src` contains code.
-        eval_results: JSON file of `moba-hf eval` with these settings, for the model card.
+        eval_results: JSON file of `moba-hf eval` with this model and these settings, for the model card.
         command: the command line to show in the model card; None: this call.
 
     Raises:
@@ -108,11 +109,14 @@ def convert_checkpoint(
     source = source.resolve() if source.is_dir() else source.absolute()
     on_hub = "" if Path(src).exists() else str(src)
     name = on_hub or source.name
+    cost = ""
+    if eval_results is not None:
+        cost = measured_cost(Path(eval_results), config, fingerprint(source, changes))
     card = Card(
         name,
         (command or _call(name, path.name, changes, dtype),),
         base_model=on_hub,
-        cost="" if eval_results is None else measured_cost(Path(eval_results), config),
+        cost=cost,
     )
     target = _Target(path, changes, card, overwrite)
     if source.is_dir():

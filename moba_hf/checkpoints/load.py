@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def load_checkpoint(
     values, config = read_model_config(path)
     check_tensor_parallel(config, ranks)
     check_files(path)
-    if values.get("transformers_weights") or any((path / n).exists() for n in (SINGLE_FILE, INDEX_FILE)):
+    if has_safetensors(path, values):
         read_checkpoint(path, values.get("transformers_weights"))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
 
@@ -106,6 +106,12 @@ def load_checkpoint(
 
         options = {"distributed_config": DistributedConfig(tp_size=ranks)}
     return load_model(path, auto, dtype=dtype, attn_implementation="sdpa", **options), tokenizer
+
+
+def has_safetensors(folder: Path, values: Mapping[str, Any]) -> bool:
+    """Whether the weights of a folder, whose config.json holds `values`, are safetensors."""
+    named = bool(values.get("transformers_weights"))
+    return named or any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def load_model(folder: Path, model_class: Any, **kwargs: Any) -> Any:

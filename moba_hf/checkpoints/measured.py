@@ -12,15 +12,17 @@ from moba_hf.config import MobaConfig
 _HEAD = ("measured", "dense", "MoBA")
 
 
-def measured_cost(path: Path, moba: MobaConfig) -> str:
+def measured_cost(path: Path, moba: MobaConfig, model: str | None) -> str:
     """Loss, attended pairs, agreement with dense attention and tasks, as a markdown table.
 
     Args:
         path: a file with the output of `moba-hf eval --json` or `--out`.
         moba: the settings to look up; `backend` is ignored.
+        model: `fingerprint` of the model that the card describes.
 
     Raises:
-        ValueError: the file is something else or has no results for these settings; the message names it.
+        ValueError: the file is something else, or has no results for this model and these settings; the
+            message names it.
     """
     results = read_json_object(path)
     try:
@@ -31,6 +33,15 @@ def measured_cost(path: Path, moba: MobaConfig) -> str:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: is not what 'moba-hf eval --json' prints ({what})") from error
+    if model is None or results.get("model") != model:
+        what = "does not tell which model it measured"
+        if results.get("model") is not None:
+            what = "holds results of another model"
+        raise ValueError(
+            f"{path}: {what}; "
+            "run 'moba-hf eval' on the checkpoint that is converted (if its context is extended, on a "
+            "checkpoint converted with the same context)"
+        )
     if name is None:
         raise ValueError(
             f"{path}: has no results for the settings to write ({moba.in_words()}), only for "

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from moba_hf.config import MobaConfig, Rule
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
+from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.shared_rule import SharedRule
@@ -73,7 +74,7 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of `hidden (n, width)`, fp32 `(n, vocabulary)`."""
-    return model.get_output_embeddings()(hidden).float()
+    return output_head(model)(hidden).float()
 
 
 def _probed_attention(

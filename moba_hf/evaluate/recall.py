@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moba_hf.config import MobaConfig, Rule
 from moba_hf.evaluate.passes import attention_rows, family_of, ranked_by_rule, sample_positions, watch
-from moba_hf.op.ops import select_blocks
+from moba_hf.op.ops import select_by_rule
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
@@ -75,12 +75,7 @@ def layer_recall(
         k: `(HK, N, D)`.
         positions: positions of the sampled queries, `(M,)`.
     """
-    choice = select_blocks(
-        q.transpose(0, 1),
-        k.transpose(0, 1),
-        **rule.to_dict(),
-        softmax_scale=scale,
-    )
+    choice = select_by_rule(q.transpose(0, 1), k.transpose(0, 1), rule, softmax_scale=scale)
     masses = block_masses(attention_rows(q[:, positions], k, positions, scale), rule.block_size)
     blocks = masses.shape[2]
     if isinstance(rule, SharedRule):
@@ -96,12 +91,11 @@ def layer_recall(
 def recall(model: Any, ids: Tensor, config: MobaConfig, *, samples: int = 128, seed: int = 0) -> Recall:
     """Recall of every MoBA layer, at `samples` queries in the last three quarters of `ids (1, length)`."""
     adapter, text_config = family_of(model)
-    num_layers = adapter.num_layers(text_config)
     positions = sample_positions(ids.shape[1], samples, seed)
     rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def probe(layer: int, _: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        rule = config.for_layer(layer, num_layers)
+        rule = adapter.rule(text_config, config, layer)
         if rule is not None:
             rows[layer] = layer_recall(q, k, positions.to(q.device), rule, scale)
 

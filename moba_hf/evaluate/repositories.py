@@ -107,7 +107,14 @@ def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str 
 
 
 def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repository]) -> None:
-    """Writes the token ids and file offsets of `repositories` to a compressed .npz file."""
+    """Writes the token ids and file offsets of `repositories` to a compressed .npz file.
+
+    Raises:
+        ValueError: two repositories have the same name, so one would replace the other.
+    """
+    names = [one.name for one in repositories]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: two repositories are named {twice[0]!r}; give one of them another name")
     arrays: dict[str, Ids] = {}
     for one in repositories:
         small = one.ids.max() < 1 << 16

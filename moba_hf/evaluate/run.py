@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moba_hf.checkpoints.fingerprint import fingerprint
 from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.checkpoints.load import load_checkpoint
 from moba_hf.config import MobaConfig
@@ -120,6 +121,7 @@ def evaluate(
     tasks: Tasks | None = None,
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
+    source: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures every setting on every text and task.
 
@@ -130,6 +132,8 @@ def evaluate(
         tasks: what to ask; None: nothing.
         seed: seed of the tasks and of the queries that recall samples.
         store: a JSON file that keeps finished results, for the same model, texts, settings and seed.
+        source: the checkpoint that `model` was loaded from. The result then tells which model it is of, which
+            `moba_hf.checkpoints.convert` asks for; None: not known.
 
     Raises:
         ValueError: nothing to measure, unknown names, or a store made for something else.
@@ -138,9 +142,9 @@ def evaluate(
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
         "tasks": [...], "settings": {setting: values of its MobaConfig; None: dense}, "keys": {text: {setting:
         [key budget, share of dense pairs]}}, "attended": {text: {setting: {"share": ..., "heads": {layer:
-        [share of dense pairs by head]}}}}}`. If the number of attended keys depends on the text, the key
-        budget is None, and the share of pairs is counted in the perplexity or agreement passes (None without
-        either).
+        [share of dense pairs by head]}}}}, "model": fingerprint of `source` or None}`. If the number of
+        attended keys depends on the text, the key budget is None, and the share of pairs is counted in the
+        perplexity or agreement passes (None without either).
     """
     tasks = tasks or Tasks()
     _check(texts, measures, tasks)
@@ -154,6 +158,7 @@ def evaluate(
     known = Store(store, {**made_of, "settings": configs, "seed": seed, "dense_tail": DENSE_TAIL})
     result: dict[str, Any] = {measure: {name: {} for name in texts} for measure in measures}
     result |= {"settings": configs, "keys": {}, "attended": {}}
+    result["model"] = None if source is None else fingerprint(source)
     runs = [
         (text, name, measure)
         for text in texts

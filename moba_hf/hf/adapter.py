@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moba_hf.config import MobaConfig
+from moba_hf.config import MobaConfig, Rule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,6 +145,11 @@ class Adapter:
     def num_layers(self, config: Any) -> int:
         """Number of layers of the text model."""
         return int(config.num_hidden_layers)
+
+    def rule(self, config: Any, moba: MobaConfig, layer_idx: int) -> Rule | None:
+        """The rule of a layer under `moba`, with the family's `rotary_pairs`; None: full attention."""
+        rule = moba.for_layer(layer_idx, self.num_layers(config))
+        return None if rule is None else replace(rule, rotary_pairs=self.rotary_pairs)
 
     def eligible_layers(self, config: Any) -> list[int]:
         """Indices of the layers that may use MoBA."""

@@ -263,7 +263,7 @@ def _attend_rows(call: _Call, plan: LayerPlan, backend: str, layer: Any, cached:
         kept = _cached(layer, plan, cached, layout, rule, steps=call.steps)
     if rule is None:
         if layout.spans is not None:
-            return dense_packed_attention(query, key, value, call.scale, layout.spans, backend)
+            return dense_packed_attention(query, key, value, call.scale, layout.spans)
         return dense_attention(query, key, value, call.scale, sequences, backend, whole=layout.whole)
     steps = call.steps and not layout.packed
     if isinstance(rule, SharedRule) and layout.whole and q_len == kv_len and not steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 # Config entries that say where a model comes from or how it runs, not what it computes.
 _NOT_OF_THE_MODEL = {
     *("moba", "attn_implementation", "_attn_implementation", "_name_or_path", "transformers_version"),
-    *("dtype", "torch_dtype", "architectures", "use_cache"),
+    *("dtype", "torch_dtype", "architectures", "use_cache", "auto_map"),
 }
 _SAMPLE = 256  # approximate number of values of each weight that `identity_of` hashes
 
@@ -26,7 +27,7 @@ def identity_of(*things: Any) -> str:
         if isinstance(thing, Tensor):
             found.update(f"{thing.dtype} {tuple(thing.shape)}".encode() + thing.cpu().numpy().tobytes())
             continue
-        config = json.dumps(_without(thing.config.to_dict()), sort_keys=True, default=str)
+        config = json.dumps(values_of_model(thing.config.to_dict()), sort_keys=True, default=str)
         found.update(config.encode())
         for name, weight in thing.named_parameters():
             step = max(1, weight.numel() // _SAMPLE)
@@ -37,10 +38,10 @@ def identity_of(*things: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def _without(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values, nested ones too, without `_NOT_OF_THE_MODEL`."""
+def values_of_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config, nested ones too, that say what the model computes, not how it runs."""
     return {
-        name: _without(value) if isinstance(value, dict) else value
+        name: values_of_model(value) if isinstance(value, dict) else value
         for name, value in values.items()
         if name not in _NOT_OF_THE_MODEL
     }

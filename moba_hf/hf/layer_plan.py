@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers.utils import logging
 
 from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
@@ -82,13 +83,22 @@ def layer_plan(module: nn.Module) -> LayerPlan:
     raw = getattr(config, "moba", None)
     layer_idx: Any = module.layer_idx
     if torch.compiler.is_dynamo_compiling():
-        return _resolve(config, raw, int(layer_idx), bool(getattr(module, SUSPENDED, False)))
+        return _resolve(config, _constant(raw), int(layer_idx), bool(getattr(module, SUSPENDED, False)))
     suspended = bool(module.__dict__.get(SUSPENDED, False))  # a module looks slowly for what it lacks
     known: tuple[Any, bool, LayerPlan] | None = module.__dict__.get("_moba_plan")
     if known is None or known[0] != raw or known[1] != suspended:
         known = (copy.deepcopy(raw), suspended, _resolve(config, raw, int(layer_idx), suspended))
         module.__dict__["_moba_plan"] = known
     return known[2]
+
+
+def _constant(raw: Any) -> Any:
+    """`raw` with numbers that the graph is specialised to; with `dynamic=True` they would be symbols."""
+    if isinstance(raw, dict):
+        return {name: _constant(value) for name, value in raw.items()}
+    if isinstance(raw, (list, tuple)):
+        return type(raw)([_constant(value) for value in raw])
+    return guard_scalar(raw) if isinstance(raw, (int, float)) else raw
 
 
 def adapter_of(model_type: str) -> Adapter:

@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, constant_like, derived
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether values on `device` can be read: not in a traced or captured graph."""
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,22 @@ class Layout:
         return not self.sequences.by_row
 
     def between(self, begin: int, end: int) -> Layout:
-        """The layout of queries `[begin, end)` and the keys up to the last of them; not for packed rows."""
+        """The layout of queries `[begin, end)` and the keys up to the last of them; not for packed rows.
+
+        It is made once for all layers of a forward, except in graphs.
+        """
+        table = self.sequences.table
+        if not may_look(table.device):
+            return self._between(begin, end)
+
+        def make() -> Layout:
+            part = self._between(begin, end)
+            constant_like(table, part.sequences.table)
+            return part
+
+        return derived(table, ("between", begin, end), make)
+
+    def _between(self, begin: int, end: int) -> Layout:
         sequences = self.sequences
         row, q_begin, q_end, k_begin, k_end = sequences.table.unbind(1)
         k_end = torch.maximum(k_end - (q_end - end).clamp(min=0), k_begin)
@@ -46,7 +68,8 @@ class Layout:
         return replace(self, sequences=part)
 
     def to(self, device: torch.device) -> Layout:
-        """The layout for layers on another device."""
+        """The layout for layers on another device; not in graphs."""
         table, start = self.sequences.table.to(device), self.sequences.kv_start
+        table = constant_like(self.sequences.table, table)
         start = None if start is None else start.to(device)
         return replace(self, sequences=replace(self.sequences, table=table, kv_start=start))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from moba_hf.op.block_means import writable
 
@@ -24,6 +25,16 @@ MOST_REMOVED = 64
 def most_rows(tile: int) -> int:
     """How many queries a layer keeps: those that a step may use, and those that a crop may remove."""
     return tile - 1 + MOST_REMOVED
+
+
+_ALONE = (
+    "a static cache has lost queries that compiled decode steps of a shared choice hear, because more than "
+    f"{MOST_REMOVED} tokens were cropped or rows were read by another attention implementation: these steps "
+    "now choose blocks by their own query alone, and may attend to other keys. To hear earlier rows again, "
+    "reset the cache and read the text again, or run `tile` - 1 steps without torch.compile"
+)
+
+logger = logging.get_logger(__name__)
 
 
 class RecentQueries:
@@ -122,7 +133,8 @@ class FixedQueries:
     def follow(self, query: Tensor, slot: Tensor, tile: int) -> Tensor | None:
         """Records the queries of a call; returns those known of the `tile - 1` slots just before them.
 
-        In a compiled graph it returns None while some are lost.
+        In a compiled graph it returns None, and warns once, while some are lost. Graphs keep recording, but
+        nothing on the host counts their rows, so only a reset or rows that are read without a graph end this.
 
         Args:
             query: `(batch, num_heads, rows, head_dim)`.
@@ -138,7 +150,10 @@ class FixedQueries:
         place = (slot + torch.arange(-heard, rows, device=query.device)) % ring
         known = heard
         if self.lost:
-            known = 0 if torch.compiler.is_compiling() else min(self.known, heard)
+            known = min(self.known, heard)
+            if torch.compiler.is_compiling():
+                _warn_of_steps_alone()
+                known = 0
         before = None
         if fits and known > 0:
             before = self.queries.index_select(2, place[heard - known : heard])
@@ -176,6 +191,13 @@ class FixedQueries:
         """Applies `change`, a selection along dim 0, to the rows of the batch."""
         if self.queries is not None:
             self.queries = change(self.queries)
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_steps_alone() -> bool:
+    """Warns once, while a graph is traced."""
+    logger.warning_once(_ALONE)
+    return True
 
 
 def _fits(held: Tensor, like: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from moba_hf.hf.device_rows import assert_later, assert_not_packed, by_kernel, in_graph, on_device
-from moba_hf.hf.layout import Layout
+from moba_hf.hf.layout import Layout, may_look
 from moba_hf.hf.spans import (
     SHORT,
     Seen,
@@ -118,7 +118,7 @@ class Rows:
                 combined with a filled cache, or offsets do not fit.
         """
         found = self._layouts.get(device)
-        if found is not None and _may_look(device):  # an earlier layer has checked everything
+        if found is not None and may_look(device):  # an earlier layer has checked everything
             return found
         if kwargs.get("cu_seq_lens_q") is not None:
             self._check_no_cache()
@@ -152,7 +152,7 @@ class Rows:
         """Whether values can be read: not in a traced or captured graph, and not of fake tensors."""
         held = (self.given, self.q_offset, self.neighbours, self.hidden)
         given = (kwargs.get(name) for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k"))
-        return _may_look(self.device) and not any(isinstance(x, FakeTensor) for x in (*held, *given))
+        return may_look(self.device) and not any(isinstance(x, FakeTensor) for x in (*held, *given))
 
     def _would_wait(self) -> bool:
         """Whether reading the values of this decode step would wait for the device."""
@@ -249,13 +249,6 @@ class Rows:
                 f"all keys of packed sequences must be in the call, got {self.q_len} queries and "
                 f"{self.kv_len} keys: start with an empty dynamic cache or pass use_cache=False"
             )
-
-
-def _may_look(device: torch.device) -> bool:
-    """Whether values on `device` can be read: not in a traced or captured graph."""
-    if torch.compiler.is_compiling() or device.type == "meta":
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _read(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from moba_hf.op.backend_table import BACKENDS, check_backend
 from moba_hf.op.gates import Kept
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.registry import Registry
-from moba_hf.op.sequences import Attended, Sequences
+from moba_hf.op.sequences import Attended, Sequences, rows_of
 from moba_hf.op.shared import SharedRule
 from moba_hf.op.shared_backends import SharedKernels, SharedPortable, SharedReference
 
@@ -244,7 +244,7 @@ class ReferenceBackend:
 
 def _each_sequence(table: Tensor, q: Tensor, *kv: Tensor) -> Iterator[tuple[tuple[int, slice], list[Tensor]]]:
     """Yields for each sequence its `(batch row, query slice)` and its q, k, v as `(length, heads, dim)`."""
-    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+    for row, q_begin, q_end, k_begin, k_end in rows_of(table):
         parts = [q[row, :, q_begin:q_end], *(x[row, :, k_begin:k_end] for x in kv)]
         yield (row, slice(q_begin, q_end)), [x.transpose(0, 1) for x in parts]
 

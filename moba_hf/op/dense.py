@@ -7,6 +7,8 @@ queries at a time, so a full `q_len x kv_len` mask never exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,8 +104,11 @@ def dense_tail_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tenso
     """Causal attention of the last queries of each row, without a mask in memory on a GPU; differentiable.
 
     Shapes are those of `dense_attention`, without padding. Torch takes no grouped heads here, so keys
-    and values are repeated.
+    and values are repeated. A compiled graph cannot contain torch's bias, so masks are built there, for some
+    queries at a time; training keeps them for the backward pass, a byte for each query and key.
     """
+    if torch.compiler.is_compiling():
+        return dense_attention(q, k, v, scale)
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     bias = causal_lower_right(q.shape[2], k.shape[2])
@@ -151,14 +156,33 @@ def _decode_kernel(q: Tensor, k: Tensor, v: Tensor, backend: str) -> str | None:
 
 
 def dense_packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, spans: list[list[int]], backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, scale: float, spans: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Causal attention inside each span `(batch row, begin, end)` of packed sequences.
+    """Causal attention inside each span `(batch row, begin, end)` of packed sequences; 0 elsewhere.
 
-    Shapes are those of `dense_attention`, with equally many queries and keys.
+    Shapes are those of `dense_attention`, with equally many queries and keys. Spans must be in order. Each
+    row is split and put together at once, since the backward of a slice passes over all tokens.
     """
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    for row, begin, end in spans:
-        queries, keys, values = (x[row : row + 1, :, begin:end] for x in (q, k, v))
-        out[row, begin:end] = dense_attention(queries, keys, values, scale, backend=backend)[0]
-    return out
+    outs = []
+    for row, tensors in enumerate(zip(*(x.split(1) for x in (q, k, v)), strict=True)):
+        pieces = _pieces([(begin, end) for at, begin, end in spans if at == row], q.shape[2])
+        sizes = [size for size, _ in pieces]
+        queries, keys, values = (x.split(sizes, dim=2) for x in tensors)
+        for at, (size, real) in enumerate(pieces):
+            if real:
+                outs.append(dense_attention(queries[at], keys[at], values[at], scale))
+            else:
+                outs.append(q.new_zeros(1, size, q.shape[1], v.shape[3]))
+    return torch.cat([x.flatten(0, 1) for x in outs]).unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def _pieces(spans: Iterable[tuple[int, int]], length: int) -> list[tuple[int, bool]]:
+    """Cuts a row at the ends of its spans: the size of each piece, and whether it is a span."""
+    pieces, done = [], 0
+    for begin, end in spans:
+        if begin > done:
+            pieces.append((begin - done, False))
+        if end > begin:
+            pieces.append((end - begin, True))
+        done = max(done, end)
+    return [*pieces, (length - done, False)] if done < length else pieces

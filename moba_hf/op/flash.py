@@ -23,7 +23,7 @@ from torch import Tensor
 from moba_hf.config import LayerConfig
 from moba_hf.op.backends import PortableBackend, choose_backend, load_backend
 from moba_hf.op.numerics import with_positive_scale
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, rows_of
 
 # `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)` -> out, lse.
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool], tuple[Tensor, Tensor]]
@@ -217,7 +217,7 @@ def _sequences(table: Tensor, q_len: int, kv_len: int, block_size: int) -> list[
     """The sequences that have queries; waits for the device."""
     found: list[_Sequence] = []
     number = 0
-    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+    for row, q_begin, q_end, k_begin, k_end in rows_of(table):
         if q_end > q_begin:
             q_at, k_at = row * q_len, row * kv_len
             found.append(_Sequence(q_at + q_begin, q_at + q_end, k_at + k_begin, k_at + k_end, number))

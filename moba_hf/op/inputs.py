@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 
 from moba_hf.config import LayerConfig
 from moba_hf.op.numerics import check_int, has_tangent, plain_int
-from moba_hf.op.sequences import Sequences, batched_table, packed_table
+from moba_hf.op.sequences import Sequences, batched_table, more_queries, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
 
@@ -110,9 +110,7 @@ def _check_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, 
     wrong = (lengths_q > lengths_k).nonzero()
     if len(wrong):
         i = int(wrong[0])
-        raise ValueError(
-            f"sequence {i} has more queries ({int(lengths_q[i])}) than keys ({int(lengths_k[i])})"
-        )
+        raise more_queries(i, int(lengths_q[i]), int(lengths_k[i]))
 
 
 def longest(

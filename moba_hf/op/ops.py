@@ -151,10 +151,26 @@ def select_blocks(
     rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
     table = packed_table_of(q, k, cu_seqlens_q, cu_seqlens_k)
     lengths = longest(q, k, table, max_seqlen_q, max_seqlen_k)
+    return _select(q, k, rule, Sequences(table, *lengths), softmax_scale, backend)
+
+
+def select_by_rule(q: Tensor, k: Tensor, rule: Rule, *, softmax_scale: float | None = None) -> Tensor:
+    """`select_blocks` for one sequence and a rule, which also knows the model's rotary embedding."""
+    check_packed(q, k, k)
+    table = packed_table_of(q, k, None, None)
+    sequences = Sequences(table, *longest(q, k, table, None, None))
+    return _select(q, k, rule, sequences, softmax_scale, "auto")
+
+
+def _select(
+    q: Tensor, k: Tensor, rule: Rule, sequences: Sequences, softmax_scale: float | None, backend: str
+) -> Tensor:
+    """The result of `select_blocks`, for checked tensors."""
+    table, lengths = sequences.table, (sequences.max_seqlen_q, sequences.max_seqlen_k)
     q4, k4 = as_batch(q.detach()), as_batch(k.detach())
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
     if isinstance(rule, SharedRule):
-        return select_shared(q4, k4, Sequences(table, *lengths), rule, softmax_scale=scale, backend=backend)
+        return select_shared(q4, k4, sequences, rule, softmax_scale=scale, backend=backend)
     check_head_dim(rule, q)
     short = rule if torch.compiler.is_compiling() else _shortened(rule, int(lengths[1]))
     if short.topk < rule.topk:

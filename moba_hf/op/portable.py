@@ -26,7 +26,7 @@ from torch import Tensor
 from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES, Summary
 from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
-from moba_hf.op.sequences import Attended
+from moba_hf.op.sequences import Attended, rows_of
 
 # Maximum numbers of elements of score matrices, of partial outputs, and of one group of tiles on a CPU. On
 # other devices, where launches dominate instead of page faults, they are multiplied by `_DEVICE_FACTOR`.
@@ -65,7 +65,7 @@ def select(
     gate = GATES[rule.gate]
     result = torch.full((batch, q_len, num_heads, rule.topk), -1, dtype=torch.int32, device=q.device)
     with full_precision(q.device):
-        for row, q_begin, q_end, k_begin, k_end in table.tolist():
+        for row, q_begin, q_end, k_begin, k_end in rows_of(table):
             if q_end - q_begin and k_end - k_begin <= rule.block_size:  # one block, so there is no choice
                 result[row, q_begin:q_end, :, 0] = 0
                 continue
@@ -298,7 +298,7 @@ def _chunks(
 ) -> Iterator[tuple[int, slice, slice, _Tiles]]:
     """Yields (batch row, query slice, key slice, tiles) of every chunk of every sequence that has queries."""
     num_heads, width = q.shape[1], max(q.shape[3], v.shape[3])
-    for row, q_begin, q_end, k_begin, k_end in table.tolist():
+    for row, q_begin, q_end, k_begin, k_end in rows_of(table):
         if q_begin == q_end:
             continue
         keys, values = k[row, :, k_begin:k_end], v[row, :, k_begin:k_end]

@@ -70,6 +70,24 @@ def batched_table(
     return torch.stack([rows, q_begin, q_end, start, end], dim=1)
 
 
+def rows_of(table: Tensor) -> list[list[int]]:
+    """The rows of a sequence table, for backends that work sequence by sequence; waits for the device.
+
+    Raises:
+        ValueError: a sequence has more queries than keys. Graphs and GPUs check nothing before this point.
+    """
+    rows: list[list[int]] = table.tolist()
+    for number, (_, q_begin, q_end, k_begin, k_end) in enumerate(rows):
+        if q_end - q_begin > k_end - k_begin:
+            raise more_queries(number, q_end - q_begin, k_end - k_begin)
+    return rows
+
+
+def more_queries(number: int, queries: int, keys: int) -> ValueError:
+    """The error for a sequence with more queries than keys."""
+    return ValueError(f"sequence {number} has more queries ({queries}) than keys ({keys})")
+
+
 @dataclass(frozen=True)
 class Sequences:
     """The location of each sequence in `(batch, heads, length, dim)` tensors; created once per forward.
@@ -142,6 +160,13 @@ def constant_table(table: Tensor, *, covers: bool = False) -> Tensor:
 def covers_queries(table: Tensor) -> bool:
     """Whether the results of queries outside of all sequences need not be written, see `constant_table`."""
     return bool(_derived.get(table, {}).get(_COVERS, False))
+
+
+def constant_like(table: Tensor, made: Tensor) -> Tensor:
+    """`made` itself, the sequences of `table` or parts of them elsewhere; constant if `table` is."""
+    if made is table or table not in _derived:
+        return made
+    return constant_table(made, covers=covers_queries(table))
 
 
 def derived(table: Tensor, key: Hashable, make: Callable[[], T]) -> T:

@@ -54,7 +54,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, rows_of
 from moba_hf.op.shared_rule import SharedRule
 
 __all__ = [
@@ -92,7 +92,11 @@ def sequence_tiles(sequences: Sequences, q: Tensor, tile: int) -> Iterator[tuple
     """Yields for each sequence with queries the numbers of its tiles and their rows of the tile table.
 
     It waits for the device.
+
+    Raises:
+        ValueError: a sequence has more queries than keys.
     """
+    rows_of(sequences.table)
     rows = tile_table(sequences.table, tile, num_tiles(sequences, q, tile)).tolist()
     at = 0
     for _, group in groupby(rows, key=lambda row: (row[0], row[4], row[5])):

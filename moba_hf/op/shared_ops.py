@@ -22,10 +22,13 @@ from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
 
 # Builds the rule from its flattened form; cached, so that it is validated once.
+# Most bytes for the masses of one tile in fp32. A larger tile would run out of memory, not just be slow.
+_MOST_MASSES = 1 << 32
+
 _rule = lru_cache(maxsize=None)(SharedRule)
 
-# Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. Empty
-# unless an evaluation is running.
+# Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. A prompt
+# may take two calls, one for the rows before `dense_below`. Empty unless an evaluation is running.
 CHOICE_WATCHERS: list[Callable[[Tensor, Tensor, Sequences, SharedRule], None]] = []
 
 
@@ -189,14 +192,27 @@ def select_shared(
     Arguments as for `shared_attention`.
 
     Raises:
-        ValueError: the head dim is odd.
+        ValueError: the head dim is odd, or the tile is huge.
     """
     if q.shape[3] % 2:
         raise ValueError(f"a shared choice (tile > 1) needs an even head_dim, got {q.shape[3]}")
+    _check_masses(q.shape[1], sequences.max_seqlen_k, rule)
     name = choose_backend(backend, q, k, k, rule)
     flat = (*flat_sequences(sequences), *flat_shared_rule(rule))
     mask: Tensor = select_shared_op(q.detach(), k.detach(), *flat, softmax_scale, name)
     return mask
+
+
+def _check_masses(num_heads: int, longest: int, rule: SharedRule) -> None:
+    """Raises ValueError if the masses of a single tile, of which all backends hold at least one, are huge."""
+    rows, blocks = rule.tile // rule.sample, -(-longest // rule.block_size)
+    size = 4 * num_heads * rows * blocks
+    if size > _MOST_MASSES:
+        raise ValueError(
+            f"tile={rule.tile} with sample={rule.sample} takes {size / 2**30:,.1f} GiB for the masses of one "
+            f"tile: {num_heads} heads x {rows} rows x {blocks} blocks; at most {_MOST_MASSES >> 30} GiB are "
+            "allowed, so lower tile, or raise sample or block_size"
+        )
 
 
 def shared_attention(

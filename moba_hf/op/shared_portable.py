@@ -22,7 +22,9 @@ from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
 from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
 
-_MASS_BUDGET = 1 << 20  # elements that the terms of the masses of one step may hold, on a CPU
+# Elements that the terms of the masses of one step may hold for each thread, and masses of a run of tiles.
+_TERM_BUDGET = 1 << 19
+_MASS_BUDGET = 1 << 20
 
 
 def select(
@@ -44,12 +46,11 @@ def select(
     with full_precision(q.device):
         for numbers, rows in sequence_tiles(sequences, q, rule.tile):
             batch, _, _, _, k_begin, k_end = rows[0]
-            blocks = -(-(k_end - k_begin) // rule.block_size)
             gate = PairedMassSummary(
                 k[batch, :, k_begin:k_end], rule.block_size, softmax_scale, rule.rotary_pairs
             )
-            terms = q.shape[1] * (rule.tile // rule.sample) * blocks * gate.mean.shape[1]
-            step, scratch = max(1, budget(_MASS_BUDGET, q) // terms), Scratch(gate.mean)
+            step = max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * -(-(k_end - k_begin) // rule.block_size)))
+            scratch = Scratch(gate.mean)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 chosen = _choose_tiles(q[batch], gate, part, rule, scratch)
@@ -61,7 +62,7 @@ def select(
 def mass_step(q: Tensor, kept: Tensor, rule: SharedRule) -> int:
     """Number of queries per row whose masses over `kept (batch, HK, C, width)` fit the budget."""
     parts = rule.block_size // part_size(rule.block_size)
-    return max(1, budget(_MASS_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
+    return max(1, budget(_TERM_BUDGET, q) // (q.shape[1] * max(1, kept.shape[2]) * (parts + 1)))
 
 
 def _choose_tiles(
@@ -73,26 +74,51 @@ def _choose_tiles(
     begin, count = table[:, 3], table[:, 2] - table[:, 1]
     start = begin // rule.tile * rule.tile
     candidates = start // rule.block_size
-    columns = int(candidates[-1])
     last = (begin + count - 1) // rule.block_size + 1
     block = torch.arange(int(last[-1]), device=device)
     own = (block >= candidates[:, None]) & (block < last[:, None])
     earlier = block < candidates[:, None]
-    dense = (start < rule.dense_below)[:, None]
-    if columns == 0 or bool(dense.all()):
-        return (own | (earlier & dense)).expand(q.shape[0], -1, -1)
-    sampled, speaks = _sampled_rows(begin, count, rule.sample)
-    at = table[:, 1, None] + sampled - begin[:, None]  # (tiles, groups), queries of the batch row
-    seen = int(candidates[0])  # number of candidates of all tiles
-    hidden = ~earlier[:, None, seen:columns].expand(-1, at.shape[1], -1)
-    weights = _term_weights(q[:, at.flatten()], gate, hidden.flatten(0, 1), seen, scratch)
-    weights = weights.unflatten(1, at.shape)
-    if not speaks.all():
-        weights *= speaks[:, :, None, None]
-    mass = weights.sum((2, 3)).div_(speaks.sum(1)[:, None])
-    taken = take_candidates(mass, candidates, rule)
+    first = sum(row[3] // rule.tile * rule.tile < rule.dense_below for row in rows)  # number of dense tiles
+    columns = int(candidates[-1])
+    if columns == 0 or first == len(rows):
+        return (own | earlier).expand(q.shape[0], -1, -1)
+    sampled, speaks = _sampled_rows(begin[first:], count[first:], rule.sample)
+    at = table[first:, 1, None] + sampled - begin[first:, None]  # (tiles, groups), queries of the batch row
+    mass = _tile_masses(q, gate, at, speaks, candidates[first:], scratch)
+    taken = take_candidates(mass, candidates[first:], rule)
     taken = torch.nn.functional.pad(taken, (0, len(block) - columns))
-    return torch.where(dense, earlier, taken) | own
+    return torch.cat([earlier[:first].expand(len(q), -1, -1), taken], 1) | own
+
+
+def _tile_masses(
+    q: Tensor, gate: PairedMassSummary, at: Tensor, speaks: Tensor, candidates: Tensor, scratch: Scratch
+) -> Tensor:
+    """The masses of the candidates of a run of tiles, `(H, tiles, candidates of the last)`, 0 for others.
+
+    Args:
+        q: `(H, q_len, D)`.
+        at: `(tiles, S)`, the sampled rows of `q`.
+        speaks: bool `(tiles, S)`, which of them exist.
+        candidates: `(tiles,)`, the number of candidates of each tile, rising.
+    """
+    heads, (tiles, groups), parts = len(q), at.shape, gate.mean.shape[1]
+    counts: list[int] = candidates.tolist()
+    result = gate.mean.new_zeros(heads, tiles, counts[-1])
+    share = (speaks / speaks.sum(1, keepdim=True)).to(result.dtype)
+    most = budget(_TERM_BUDGET, q) // (heads * groups * (parts + 1))  # blocks of the tiles of a step
+    end = 0
+    while end < tiles:
+        begin, end = end, end + 1
+        while end < tiles and (end + 1 - begin) * counts[end] <= most:
+            end += 1
+        seen, columns = counts[begin], counts[end - 1]  # all tiles of the step have the first `seen`
+        hidden = torch.arange(seen, columns, device=q.device) >= candidates[begin:end, None]
+        hidden = hidden[:, None].expand(-1, groups, -1).flatten(0, 1)
+        terms = _terms(q[:, at[begin:end].flatten()], gate, hidden, seen, scratch)
+        weights = share[begin:end].repeat(heads, 1)[:, None]  # (H * tiles, 1, S)
+        means = torch.bmm(weights, terms.view(len(weights), groups, -1))
+        result[:, begin:end, :columns] = _sum_terms(means, parts).view(heads, end - begin, columns)
+    return result
 
 
 def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) -> Tensor:
@@ -103,31 +129,46 @@ def row_masses(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int) ->
     Args:
         hidden: bool `(M, further blocks)`.
     """
-    return _term_weights(q, gate, hidden, seen, Scratch(gate.mean)).sum(2)
+    terms = _terms(q, gate, hidden, seen, Scratch(gate.mean)).view(*q.shape[:2], -1)
+    return _sum_terms(terms, gate.mean.shape[1])
 
 
-def _term_weights(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
-    """The terms of `row_masses` of each part and smallest key of blocks: `(H, M, parts + 1, blocks)`."""
+def _sum_terms(terms: Tensor, parts: int) -> Tensor:
+    """The sums of the terms `(..., (parts + 1) * columns)` of each block, `(..., columns)`; see `_terms`."""
+    columns = terms.shape[-1] // (parts + 1)
+    of_parts, of_smallest = terms.split([parts * columns, columns], -1)
+    return of_parts.unflatten(-1, (columns, parts)).sum(-1) + of_smallest
+
+
+def _terms(q: Tensor, gate: PairedMassSummary, hidden: Tensor, seen: int, scratch: Scratch) -> Tensor:
+    """The softmax over all terms of `row_masses`, `(HK, H / HK * M, (parts + 1) * blocks)`.
+
+    Terms of the parts come first, block by block, then those of the smallest keys.
+    """
     kv_heads, parts = gate.mean.shape[:2]
     columns = seen + hidden.shape[1]
     queries = q.to(gate.mean.dtype).reshape(kv_heads, -1, q.shape[2])
-    rows = queries.shape[1]
-    # f(v) of `moba_hf.op.gates` is m (2 r - m), with r = sqrt(v / 2) and m = min(r, sqrt(log n))
-    var = gate.var[:, :, :columns].flatten(1, 2).mul(2).transpose(1, 2)
-    twice_r = scratch.room("roots", kv_heads, rows, parts * columns)
-    torch.bmm(gate.squares(queries), var, out=twice_r).sqrt_()
-    twice_m = scratch.room("least", kv_heads, rows, parts * columns)
-    torch.clamp(twice_r, max=2 * math.sqrt(gate.log_size), out=twice_m)
-    terms = scratch.room("terms", kv_heads, rows, (parts + 1) * columns)
-    torch.bmm(queries, gate.centers[:, :, :columns].flatten(1, 2).transpose(1, 2), out=terms)
-    terms[..., : parts * columns].addcmul_(twice_r.sub_(twice_m, alpha=0.5), twice_m, value=0.5)
-    terms[..., parts * columns :].sub_(gate.log_size)  # instead of adding it to the parts
-    split = terms.view(q.shape[0], q.shape[1], parts + 1, columns)
-    split[..., seen:].masked_fill_(hidden[:, None], -torch.inf)
+    mean, var = (
+        x[:, :, :columns].transpose(1, 2).flatten(1, 2).transpose(1, 2) for x in (gate.mean, gate.var)
+    )
+    terms = scratch.room("terms", *queries.shape[:2], (parts + 1) * columns)
+    of_parts, of_least = terms.split([parts * columns, columns], 2)
+    # with r = sqrt(v), f(v) of `moba_hf.op.gates` is m (r - m / 2), where m = min(r, sqrt(2 log n))
+    roots = scratch.room("roots", *of_parts.shape)
+    torch.bmm(gate.squares(queries), var, out=roots).sqrt_()
+    torch.clamp(roots, max=math.sqrt(2 * gate.log_size), out=of_parts)
+    of_parts.mul_(roots.sub_(of_parts, alpha=0.5))
+    of_parts.baddbmm_(queries, mean)
+    torch.bmm(queries, gate.smallest[:, :columns].transpose(1, 2), out=of_least)
+    of_least.sub_(gate.log_size)  # instead of adding it to the parts
+    if hidden.shape[1]:
+        for x in (of_parts, of_least):
+            blocks = x.view(*q.shape[:2], columns, -1)
+            blocks[:, :, seen:].masked_fill_(hidden[..., None], -torch.inf)
     torch.softmax(terms, 2, out=terms)
     if seen == 0:
-        split.masked_fill_(hidden.all(1)[:, None, None], 0.0)
-    return split
+        terms.view(*q.shape[:2], -1).masked_fill_(hidden.all(1)[:, None], 0.0)
+    return terms
 
 
 def _sampled_rows(begin: Tensor, count: Tensor, sample: int) -> tuple[Tensor, Tensor]:
@@ -188,10 +229,12 @@ def attend(
             outs = seq.q.new_empty(len(seq.order), seq.tile, v.shape[3])
             lses = seq.q.new_empty(len(seq.order), seq.tile)
             for problems in seq.batches():
-                part, part_lse = outs[problems.place], lses[problems.place]
-                _attend_batch(seq, problems, part, part_lse)
-                if not all_finite(part):  # a weight of 0 may have been multiplied by a NaN
-                    _attend_not_finite(seq, problems, part, part_lse)
+                _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+            if not all_finite(outs):  # a weight of 0 may have been multiplied by a NaN
+                for problems in seq.batches():
+                    part = outs[problems.place]
+                    if not all_finite(part):
+                        _attend_not_finite(seq, problems, part, lses[problems.place])
             place = seq.places()
             rows = out[seq.batch, seq.queries].flatten(0, 1)
             _take(outs.flatten(0, 1), place.t().flatten(), rows)
@@ -209,20 +252,28 @@ def _take(x: Tensor, index: Tensor, out: Tensor) -> None:
 
 def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
     """Writes the outputs `(P, T, Dv)` and the logarithms of the denominators `(P, T)`."""
-    first = True
-    for piece in seq.pieces(problems):
-        top = piece.scores.amax(2)
-        weights = torch.softmax(piece.scores, 2, out=piece.scores)
-        log = top.sub_(weights.amax(2).log_())  # the largest weight is 1 / denominator
-        if first:
+    top, mass = None, lse  # the largest scores so far, and the sums of weights
+    for number, piece in enumerate(seq.pieces(problems)):
+        if not problems.bounded:
+            piece.hide(-torch.inf)
+            high = piece.scores.amax(2, keepdim=True)
+            if top is not None:
+                high = torch.maximum(high, top)
+                shrink = (top - high).exp_()
+                out.mul_(shrink)
+                mass.mul_(shrink[..., 0])
+            top = high
+        weights = piece.weights(top)
+        if number == 0:
             torch.bmm(weights, piece.values, out=out)
-            lse.copy_(log)
+            torch.sum(weights, 2, out=mass)
         else:
-            total = torch.logaddexp(lse, log)
-            out.mul_((lse - total).exp_()[..., None])
-            out += torch.bmm(weights, piece.values).mul_((log - total).exp_()[..., None])
-            lse.copy_(total)
-        first = False
+            out.baddbmm_(weights, piece.values)
+            mass += weights.sum(2)
+    out.div_(mass[..., None])
+    mass.log_()
+    if top is not None:
+        lse += top[..., 0]
 
 
 def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:
@@ -230,6 +281,7 @@ def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse
     out.zero_()
     lse.fill_(-torch.inf)
     for piece in seq.pieces(problems):
+        piece.hide(-torch.inf)
         top = piece.scores.amax(2)
         nothing = top == -torch.inf  # every score of the row is -inf
         weights = torch.softmax(piece.scores, 2).masked_fill_(nothing[..., None], 0.0)

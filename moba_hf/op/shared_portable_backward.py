@@ -28,30 +28,27 @@ def attend_backward(
     with full_precision(q.device):
         delta = (grad_out.to(dtype) * out.to(dtype)).sum(3).transpose(1, 2) - grad_lse.to(dtype)
         for seq in each_sequence(q, k, v, block_mask, sequences, block_size, tile, softmax_scale):
-            d_out = seq.flat(grad_out[seq.batch, seq.queries].transpose(0, 1))
-            d_row = seq.flat(delta[seq.batch, :, seq.queries, None])
-            lse_row = seq.flat(lse[seq.batch, :, seq.queries, None], fill=torch.inf)
+            d_out = seq.sorted(grad_out[seq.batch, seq.queries].transpose(0, 1))
+            d_row = seq.sorted(delta[seq.batch, :, seq.queries, None])
+            lse_row = seq.sorted(lse[seq.batch, :, seq.queries, None], fill=torch.inf)
             d_q, d_values = torch.zeros_like(seq.q), torch.zeros_like(seq.values)
             d_keys = d_values.new_zeros(len(d_values), seq.block_size * k.shape[3])
             for problems in seq.batches():
-                d_tile, d_sum, log = (seq.gather(x, problems.row) for x in (d_out, d_row, lse_row))
-                queries = seq.gather(seq.q, problems.row)
-                part = torch.zeros_like(queries)
+                d_tile, d_sum, log, queries = (x[problems.place] for x in (d_out, d_row, lse_row, seq.q))
+                part = d_q[problems.place]
                 for piece in seq.pieces(problems):
                     weights = piece.weights(log)
                     d_scores = torch.bmm(d_tile, piece.values.transpose(1, 2)).sub_(d_sum).mul_(weights)
                     hidden = None if finite else piece.hidden()
                     turned = None if hidden is None else hidden.transpose(1, 2)
-                    part += masked_product(d_scores, piece.keys.transpose(1, 2), hidden)
+                    part += masked_product(d_scores, piece.keys, hidden)
                     grads = (
                         masked_product(d_scores.transpose(1, 2), queries, turned),
                         masked_product(weights.transpose(1, 2), d_tile, turned),
                     )
                     for total, grad in zip((d_keys, d_values), grads, strict=True):
                         _add_blocks(total, piece.index, grad)
-                d_q.index_copy_(0, problems.row.flatten(), part.flatten(0, 1))
-            d_q = (d_q[:-1] * softmax_scale).unflatten(0, (q.shape[1], -1))
-            grad_q[seq.batch, :, seq.queries] = d_q.to(q.dtype)
+            grad_q[seq.batch, :, seq.queries] = seq.unsorted(d_q.mul_(softmax_scale)).to(q.dtype)
             for total, grad in ((grad_k, d_keys), (grad_v, d_values)):
                 blocks = grad.view(seq.num_kv_heads, seq.count * seq.block_size, -1)
                 total[seq.batch, :, seq.slots] += blocks[:, : seq.length]

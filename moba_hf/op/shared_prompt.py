@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moba_hf.op.dense import dense_attention
 from moba_hf.op.inputs import refuse_tangents
-from moba_hf.op.sequences import Sequences, constant_table, derived
-from moba_hf.op.shared_ops import CHOICE_WATCHERS, shared_attention
+from moba_hf.op.sequences import Sequences, batched_table, constant_table, derived
+from moba_hf.op.shared_ops import CHOICE_WATCHERS, select_shared, shared_attention
 from moba_hf.op.shared_rule import SharedRule
 
 
@@ -45,6 +45,10 @@ def prompt_attention(
     later = derived(sequences.table, ("rows from", dense), lambda: _rows_from(sequences, dense))
     out, _ = shared_attention(q, k, v, later, rule, softmax_scale=softmax_scale, backend=backend)
     q, k, v = (x[:, :, :dense] for x in (q, k, v))
+    for watch in CHOICE_WATCHERS:
+        below = Sequences(batched_table(q.shape[0], dense, dense, q.device), dense, dense)
+        mask = select_shared(q, k, below, rule, softmax_scale=softmax_scale, backend=backend)
+        watch(mask, q, below, rule)
     out[:, :dense] = dense_attention(q, k, v, softmax_scale, backend=backend)
     return out
 
@@ -53,7 +57,7 @@ def _splits(q: Tensor, k: Tensor, v: Tensor, rule: SharedRule, backend: str) -> 
     """Whether torch's attention computes the rows before `dense_below`."""
     if not 0 < rule.dense_below < q.shape[2]:
         return False
-    if backend == "reference" or CHOICE_WATCHERS or torch.compiler.is_compiling():
+    if backend == "reference" or torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
 

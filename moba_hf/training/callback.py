@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -25,7 +25,10 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
+from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
+from moba_hf.op.numerics import check_int
+from moba_hf.training.loss import inner_model, token_losses_in_pieces
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -44,6 +47,7 @@ class Recipe:
 
     Raises:
         ValueError: `full_share` out of range.
+        TypeError: `full_layers` are not ints.
     """
 
     full_share: float = 0.0
@@ -53,7 +57,11 @@ class Recipe:
         if not 0.0 <= self.full_share < 1.0:
             raise ValueError(f"full_share must be at least 0 and below 1, got {self.full_share}")
         if self.full_layers is not None:
+            if isinstance(self.full_layers, str) or not isinstance(self.full_layers, Iterable):
+                raise TypeError(f"full_layers must be a sequence of layer numbers, got {self.full_layers!r}")
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
+            for layer in self.full_layers:
+                check_int("full_layers", layer, minimum=-sys.maxsize)
 
     def switch_step(self, max_steps: int) -> int:
         """Number of optimizer steps with MoBA before full attention begins; `max_steps` if it never does.
@@ -122,8 +130,9 @@ class MobaCallback(TrainerCallback):
     def __init__(
         self, recipe: Recipe | str = "moba", config: MobaConfig | None = None, *, trailing_tokens: int = 2048
     ) -> None:
-        if trailing_tokens < 1:
-            raise ValueError(f"trailing_tokens must be at least 1, got {trailing_tokens}")
+        check_int("trailing_tokens", trailing_tokens, minimum=1)
+        if config is not None and not isinstance(config, MobaConfig):
+            raise TypeError(f"config must be a MobaConfig, got {type(config).__name__}")
         self.recipe = recipe_of(recipe)
         self.config = config
         self.trailing_tokens = trailing_tokens
@@ -137,7 +146,7 @@ class MobaCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
-        self._model = _inner(model)
+        self._model = inner_model(model)
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)
         self._meters = {training: _Meter(self._model.device) for training in (True, False)}
@@ -216,7 +225,7 @@ class MobaCallback(TrainerCallback):
         if logits is not None and logits.shape[:2] == labels.shape:
             meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
         elif logits is None and hidden is not None:
-            head = module.get_output_embeddings()
+            head = output_head(module)
             meter.add_loss(*trailing_loss(hidden, labels[:, -hidden.shape[1] :], self.trailing_tokens, head))
 
 
@@ -253,18 +262,11 @@ def trailing_loss(
         count: number of positions at the end of each row.
         head: computes logits from hidden states; None: `logits` are logits.
     """
-    head = head or (lambda given: given)
-    count = min(count, labels.shape[1] - 1)
-    targets = labels[:, labels.shape[1] - count :].to(logits.device)
-    scores = logits[:, logits.shape[1] - count - 1 : -1]
-    parts = zip(scores.split(_ROWS, dim=1), targets.split(_ROWS, dim=1), strict=True)
-    losses = [
-        F.cross_entropy(
-            head(part).float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
-        )
-        for part, target in parts
-    ]
-    return torch.stack(losses).sum(), (targets != -100).sum()
+    last = min(count, labels.shape[1] - 1) + 1  # and the position that predicts the first of them
+    losses, counted = token_losses_in_pieces(
+        logits[:, -last:], labels[:, -last:], head or (lambda given: given), piece=_ROWS
+    )
+    return losses.sum(), counted.sum()
 
 
 def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> None:
@@ -285,15 +287,3 @@ def turn_on(model: Any, recipe: Recipe, config: MobaConfig | None = None) -> Non
     # transformers saves this public field and reads it in a plain load; it does not save its private one
     key = adapter.nested_key(model.config)
     model.config.attn_implementation = NAME if key is None else {key: NAME}
-
-
-def _inner(model: Any) -> Any:
-    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
-    for _ in range(4):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
-            model = model.module
-    return model

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL
+from moba_hf.hf.output_head import output_head
 from moba_hf.op.numerics import check_int
 from moba_hf.training.rows import IGNORED, WEIGHTS
 
@@ -43,15 +44,24 @@ def loss_in_pieces(
             mean weight of the labels, so that its scale stays the same. None: 1.
     """
     losses, counted = token_losses_in_pieces(hidden, labels, head, piece=piece)
-    return weighted_sum(losses, counted, weights)
+    return weighted_sum(losses, counted, None if weights is None else of_next_tokens(weights))
+
+
+def of_next_tokens(values: Tensor) -> Tensor:
+    """`values (batch, length)` of the token that each position predicts, `(batch * (length - 1),)`."""
+    return values[:, 1:].flatten()
 
 
 def weighted_sum(losses: Tensor, counted: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The results of `loss_in_pieces` from those of `token_losses_in_pieces`."""
+    """The results of `loss_in_pieces` from those of `token_losses_in_pieces`.
+
+    Args:
+        weights: the factor of each loss, of the shape of `losses`; None: 1.
+    """
     count = counted.sum()
     if weights is None:
         return losses.sum(), count
-    factors = weights[:, 1:].flatten().to(losses) * counted
+    factors = weights.to(losses) * counted
     whole = factors.sum()
     whole = torch.where(whole > 0, whole, 1)  # without labels, the sum is 0
     return (losses * factors).sum() * count / whole, count
@@ -68,7 +78,7 @@ def token_losses_in_pieces(
     def one(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, ignore_index=IGNORED, reduction="none")
 
-    states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
+    states, targets = hidden[:, :-1].flatten(0, 1), of_next_tokens(labels).to(hidden.device)
     losses = [
         checkpoint(one, *part, use_reentrant=False)
         for part in zip(states.split(piece), targets.split(piece), strict=True)
@@ -98,11 +108,23 @@ def dense_tail(model: Any, tokens: int) -> Iterator[None]:
                 setattr(module, TRAINED_TAIL, held)
 
 
+def inner_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
+    for _ in range(4):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
+            model = model.module
+    return model
+
+
 class LongRowTrainer(Trainer):
     """transformers' Trainer with the loss computed in pieces and, optionally, activations in host memory.
 
-    Rows may have `loss_weights` (see `loss_in_pieces`; with `remove_unused_columns=False`). Then each line of
-    the log has `marked_loss`, the plain mean loss of the tokens whose weight is above 1.
+    Rows may have `loss_weights` (see `loss_in_pieces`). Then each line of the log has `marked_loss`, the
+    plain mean loss of the tokens whose weight is above 1.
 
     Args:
         piece: positions whose logits exist at the same time.
@@ -111,6 +133,10 @@ class LongRowTrainer(Trainer):
         dense_tail: number of queries at the end of each row that attend every key, as the last tokens of a
             prompt do in `moba_hf.prefill`. Packed rows have no such tail. A multiple of the tile if queries
             share a choice.
+
+    Raises:
+        ValueError: a number out of range, or an argument of `Trainer` for another loss or for the logits of
+            all positions.
     """
 
     def __init__(
@@ -119,14 +145,35 @@ class LongRowTrainer(Trainer):
         check_int("piece", piece, minimum=1)
         check_int("dense_tail", dense_tail, minimum=0)
         super().__init__(*args, **kwargs)
+        self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
+
+    def _refuse_other_losses(self) -> None:
+        """Raises ValueError for arguments that `compute_loss` would ignore."""
+        given = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "compute_metrics": self.compute_metrics is not None,
+            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
+        }
+        if named := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                "LongRowTrainer computes the plain loss of the next tokens and no logits of whole rows, so "
+                f"it does not support {', '.join(named)}; leave it out or use transformers.Trainer"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the weights in rows whose unused columns are removed, because the model has no such input."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if WEIGHTS not in columns:
+            columns.append(WEIGHTS)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward and backward pass with the dense tail."""
         if not self.dense_tail:
             return super().training_step(model, *args, **kwargs)
-        with dense_tail(self.accelerator.unwrap_model(model), self.dense_tail):
+        with dense_tail(inner_model(model), self.dense_tail):
             return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
@@ -134,8 +181,11 @@ class LongRowTrainer(Trainer):
     ) -> Any:
         """The mean loss over the labels in `inputs`; with `num_items_in_batch`, their sum divided by that."""
         inputs = dict(inputs)
+        if "labels" not in inputs:
+            raise ValueError(f"the rows need labels, got only {', '.join(inputs)}")
         labels, weights, kept = inputs.pop("labels"), inputs.pop(WEIGHTS, None), []
-        inner = self.accelerator.unwrap_model(model)
+        weights = None if weights is None else of_next_tokens(weights)
+        inner = inner_model(model)
         hook = inner.base_model.register_forward_hook(lambda *given: kept.append(given[2]))
         pinned = inputs["input_ids"].device.type == "cuda"
         saved = torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offload else nullcontext()
@@ -147,11 +197,11 @@ class LongRowTrainer(Trainer):
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
             losses, counted = token_losses_in_pieces(
-                kept[0].last_hidden_state, labels, inner.get_output_embeddings(), piece=self.piece
+                kept[0].last_hidden_state, labels, output_head(inner), piece=self.piece
             )
         total, count = weighted_sum(losses, counted, weights)
         if weights is not None and model.training:  # an evaluation between two log lines has its own loss
-            self._mark(losses.detach(), counted & (weights[:, 1:].flatten().to(losses) > 1))
+            self._mark(losses.detach(), counted & (weights.to(losses) > 1))
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
 from moba_hf.evaluate.repositories import Repository
+from moba_hf.op.numerics import check_int
 
 Ids = np.ndarray[Any, Any]
 IGNORED = -100
@@ -50,7 +51,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             half of `length`. If it is above 0, a long row is a single document, as a prompt is, also where
             it holds several repositories.
         lookup_weight: weight of the answers in the loss, at least 1. Above 1, rows have `loss_weights`, fp32
-            `(length,)`.
+            `(length,)`, which `LongRowTrainer` applies and other trainers ignore.
         tokenizer: required if `lookups` is above 0.
 
     Raises:
@@ -73,6 +74,12 @@ class Rows(Dataset[dict[str, Tensor]]):
     ) -> None:
         if not repositories:
             raise ValueError("there is no repository to read")
+        for name, value, least in (
+            ("length", length, 2),
+            ("count", count, 1),
+            ("short_length", short_length, 1),
+        ):
+            check_int(name, value, minimum=least)
         if not 0 <= short_share <= 1:
             raise ValueError(f"short_share must be from 0 to 1, got {short_share}")
         if lookups < 0 or (lookups and tokenizer is None):
@@ -93,6 +100,9 @@ class Rows(Dataset[dict[str, Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"there are {self.count} rows, so no row {index}")
+        index %= self.count
         rng = np.random.default_rng([self.seed, index])
         if rng.random() < self.short_share:
             pieces = self._short_pieces(rng)

@@ -75,6 +75,8 @@ class Stage:
             check_int(name, getattr(self, name), minimum=least)
         if not isinstance(self.moba, MobaConfig):
             raise TypeError(f"moba must be a MobaConfig, got {self.moba!r}")
+        if isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, (int, float)):
+            raise TypeError(f"learning_rate must be a number, got {self.learning_rate!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.dense_tail > self.length // 2 or self.dense_tail % self.moba.tile:

@@ -289,6 +289,8 @@ def test_windows_and_layers_without_keys_are_in_the_budget_as_inspect_counts_the
     assert found.chosen.keys == counted
     assert 0.25 < counted <= 0.3
     assert [i for i in range(4) if found.config.for_layer(i, 4) is not None] == [1, 3]
+    with pytest.raises(ValueError, match=r"keys=0\.6 limits nothing: .* attends to 56\.2% of the keys"):
+        calibrate(model, [tiny_ids(128)], replace(options, keys=0.6))
 
 
 def test_a_choice_per_query_keeps_how_its_setting_decodes_and_decides_what_is_full() -> None:

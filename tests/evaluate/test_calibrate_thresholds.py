@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moba_hf import MobaConfig, use_moba
 from moba_hf.calibrate import Options, calibrate, passes, starting_setting, thresholds, write_settings
+from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.evaluate import token_losses
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.local_shared import threshold_errors
@@ -252,6 +253,20 @@ def test_senseless_combinations_are_refused_before_any_pass(
     setting = replace(SETTING, **changes)
     with pytest.raises(ValueError, match=message):
         calibrate(tiny_model(), [tiny_ids(128)], Options(keys=0.5, setting=setting, **options))
+
+
+def test_more_keys_than_a_hybrid_attends_are_refused_before_any_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "one_pass", lambda *_: pytest.fail("a pass was made"))
+    monkeypatch.setattr(thresholds, "threshold_costs", lambda *_, **__: pytest.fail("a pass was made"))
+    model = tiny_windowed()
+    dense = inspect_config(model.config, replace(SETTING, full_attention_layers=(0, 1, 2, 3)), (128,))
+    share = dense.lengths[0].pair_share
+    assert 0.5 < share < 0.7
+    message = rf"keys=0\.7 limits nothing: .* attends to {share:.1%} of the keys"
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, [tiny_ids(128)], Options(keys=0.7, setting=SETTING))
 
 
 def test_a_stopped_run_makes_no_pass_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,28 @@ def run(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
     return captured.out
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("eval", "MODEL", "--text", "TEXT", "--out", "TEXT"),
+        ("eval", "MODEL", "--text", "TEXT", "--out", "NEW", "--store", "NEW"),
+        ("calibrate", "MODEL", "--text", "TEXT", "--keys", "0.5", "--store", "TEXT"),
+        ("plot", "routing", "MODEL", "--text", "TEXT", "--out", "TEXT"),
+    ],
+)
+def test_no_output_replaces_an_input_or_another_output(
+    args: tuple[str, ...], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(before := (checkpoint / "text.txt").read_text())
+    named = {"MODEL": str(checkpoint), "TEXT": str(text), "NEW": str(tmp_path / "new.json")}
+    with pytest.raises(SystemExit) as stop:
+        main([named.get(arg, arg) for arg in args])
+    assert stop.value.code == 2
+    assert "is named twice and would be replaced" in capsys.readouterr().err
+    assert text.read_text() == before
+
+
 def test_eval_prints_what_it_writes(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

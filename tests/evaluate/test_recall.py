@@ -1,5 +1,7 @@
 """Recall compared with brute force over all blocks and heads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
@@ -7,8 +9,9 @@ from tiny import tiny_ids, tiny_model
 from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate import recall
-from moba_hf.evaluate.passes import watch
+from moba_hf.evaluate.passes import sample_positions, watch
 from moba_hf.evaluate.recall import layer_recall
+from moba_hf.hf.adapter import find_adapter, trying
 from moba_hf.op.reference import select_blocks_ref
 from moba_hf.op.shared_reference import select_shared_ref
 from moba_hf.op.shared_rule import SharedRule
@@ -51,11 +54,11 @@ def test_layer_recall_is_that_of_brute_force(
         assert [float(x[head]) for x in (block, mass, oracle)] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("sample", [1, 4])
-def test_recall_of_a_shared_choice_is_that_of_brute_force(sample: int) -> None:
+@pytest.mark.parametrize(("sample", "pairs"), [(1, "halves"), (4, "halves"), (4, "neighbours")])
+def test_recall_of_a_shared_choice_is_that_of_brute_force(sample: int, pairs: str) -> None:
     torch.manual_seed(0)
     q, k = 2 * torch.randn(4, 90, 16), 2 * torch.randn(2, 90, 16)
-    rule = SharedRule(8, 16, 0.3, sample=sample)
+    rule = SharedRule(8, 16, 0.3, sample=sample, rotary_pairs=pairs)
     positions = torch.tensor([5, 20, 33, 59, 89])
     block, mass, oracle = layer_recall(q, k, positions, rule, 0.25)
     choice = select_shared_ref(q.transpose(0, 1), k.transpose(0, 1), rule, 0.25)
@@ -86,6 +89,28 @@ def test_recall_of_a_model_covers_its_sparse_layers_and_never_beats_the_oracle()
     full = recall(model, ids, MobaConfig(8, 16), samples=8)
     assert min(min(row) for row in full.block) == 1.0
     assert min(min(row) for row in full.mass) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MobaConfig(8, 3, gate="mass"), MobaConfig(8, tile=16, threshold=0.1, gate="mass")],
+)
+def test_recall_is_of_the_rotary_pairs_of_the_family(config: MobaConfig) -> None:
+    """The mass that is measured is that of the blocks which the model itself attends to."""
+
+    class Neighbours(find_adapter("llama").__class__):  # type: ignore[misc]
+        rotary_pairs = "neighbours"
+
+    model, ids = tiny_model(), tiny_ids(128)
+    seen = {}
+    watch(model, ids, lambda layer, _, q, k, v, scale: seen.update({layer: (q, k, scale)}))
+    positions = sample_positions(128, 16, 0)
+    with trying(Neighbours(), ["llama"]):
+        found = recall(model, ids, config, samples=16)
+    for pairs, equal in (("neighbours", True), ("halves", False)):
+        rules = {layer: replace(config.for_layer(layer, 3), rotary_pairs=pairs) for layer in found.layers}
+        masses = [layer_recall(q, k, positions, rules[i], scale)[1] for i, (q, k, scale) in seen.items()]
+        assert torch.allclose(torch.stack(masses), torch.tensor(found.mass), atol=1e-6) == equal
 
 
 def test_watching_changes_nothing_and_sees_what_the_layers_attend() -> None:

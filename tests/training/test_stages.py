@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Letters
-from tiny_models import checkpointed, tiny, tokens
-from transformers import AutoConfig, TrainingArguments
+from model_checks import tiny_model
+from tiny_models import RULE, Blocks, checkpointed, grads, tiny, tokens
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from moba_hf import MobaConfig
+from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.repositories import load_repositories, save_repositories
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.prefill import attending_everything
 from moba_hf.op.dense import dense_tail_attention
 from moba_hf.training import (
     LongRowTrainer,
+    MobaCallback,
+    Recipe,
     Repository,
     Rows,
     Schedule,
@@ -137,8 +142,6 @@ def test_loss_in_pieces_is_the_loss() -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_trainer_takes_the_same_step(offload: bool, tmp_path: Path) -> None:
-    from transformers import Trainer
-
     rows = [{"input_ids": tokens(48, seed=i), "labels": tokens(48, seed=i)} for i in range(4)]
 
     def after(kind: Any, **given: Any) -> dict[str, torch.Tensor]:
@@ -241,6 +244,39 @@ def lookup_rows(**given: Any) -> Rows:
     return Rows([Repository("r", text, np.array([0]))], 2048, 4, **given)
 
 
+def test_rows_end_and_sizes_are_checked() -> None:
+    rows = lookup_rows()
+    assert len(list(rows)) == 4  # iteration asks for rows until there is none
+    assert all(torch.equal(rows[-1][name], rows[3][name]) for name in rows[3])
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f"there are 4 rows, so no row {index}"):
+            rows[index]
+    with pytest.raises(ValueError, match="short_length must be at least 1, got 0"):
+        lookup_rows(short_length=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(full_layers="-1"), "full_layers must be a sequence of layer numbers, got '-1'"),
+        (lambda: Recipe(full_layers=-1), "full_layers must be a sequence of layer numbers, got -1"),
+        (lambda: Recipe(full_layers=(1.5,)), r"full_layers must be an int, got 1\.5"),
+        (lambda: MobaCallback(trailing_tokens=2.5), r"trailing_tokens must be an int, got 2\.5"),
+        (lambda: MobaCallback(config={"topk": 2}), "config must be a MobaConfig, got dict"),
+        (lambda: Stage(64, MobaConfig(8, 2), 1, learning_rate="1e-3"), "learning_rate must be a number"),
+    ],
+)
+def test_values_of_another_type_are_refused_at_once(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_repositories_of_one_name_are_not_saved(tmp_path: Path) -> None:
+    one = Repository("src", np.arange(5), np.array([0]))
+    with pytest.raises(ValueError, match="two repositories are named 'src'; give one of them another name"):
+        save_repositories(tmp_path / "a.npz", [one, one])
+
+
 @pytest.mark.parametrize("tail", [0, 512])
 def test_rows_with_lookups(tail: int) -> None:
     rows = lookup_rows(tail=tail, lookup_weight=4.0)
@@ -286,7 +322,8 @@ def test_a_row_with_a_tail_is_one_document() -> None:
         lookup_rows(lookup_weight=0.5)
 
 
-def test_weights_of_the_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remove_unused", [False, True])
+def test_weights_of_the_loss(remove_unused: bool, tmp_path: Path) -> None:
     model, ids = tiny(), tokens(2, 60)
     hidden = model.base_model(input_ids=ids).last_hidden_state
     weights = torch.ones(2, 60)
@@ -302,12 +339,43 @@ def test_weights_of_the_loss(tmp_path: Path) -> None:
     rows = [{"input_ids": ids[0], "labels": labels[0], "loss_weights": weights[0]}] * 2
     settings = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
-        save_strategy="no", per_device_train_batch_size=1, remove_unused_columns=False, learning_rate=1e-9,
+        save_strategy="no", per_device_train_batch_size=1, learning_rate=1e-9,
+        remove_unused_columns=remove_unused,
     )  # fmt: skip
     trainer = LongRowTrainer(model=model, args=settings, train_dataset=rows)
     trainer.train()
+    weighted = (losses * factors)[:59].sum() / factors[:59].sum()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(weighted.detach()), abs=1e-3)
     marked = losses[:59][factors[:59] > 1].mean()
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
+
+
+def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
+    """The loss of the first training step."""
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+        save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer = trainer_class(model=model, args=settings, train_dataset=Blocks(2, 60))
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
+
+
+def test_the_loss_of_a_model_that_caps_its_logits(tmp_path: Path) -> None:
+    config = {"final_logit_softcapping": 0.5, "layer_types": ["full_attention"] * 2}
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512}
+    model = tiny_model("gemma3_text", RULE, **sizes, **config)
+    ids = tokens(1, 60)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, :-1]
+    assert logits.abs().max() <= 0.5
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    torch.testing.assert_close(token_losses(model, ids, RULE), expected)
+    losses = [loss_of(kind, deepcopy(model), tmp_path) for kind in (Trainer, LongRowTrainer)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match=r"changes its logits by logits_scaling=8\.0"):
+        token_losses(model, ids, RULE)
 
 
 def test_a_row_without_labels_adds_no_weighted_loss() -> None:
@@ -360,6 +428,23 @@ def test_rows_within_the_tail_attend_every_key(length: int) -> None:
     assert not torch.allclose(by_rule, expected, atol=1e-3)
 
 
+def test_a_dense_tail_in_a_compiled_model() -> None:
+    """One graph with the gradients of the model itself, and another one without the tail."""
+    ids, found = tokens(1, 96), []
+    for compiled in (False, True):
+        model = tiny()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with dense_tail(model, 24):
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        gradients = grads(model)
+        with torch.no_grad():
+            after = run(input_ids=ids, labels=ids, use_cache=False).loss
+        assert abs(after - loss) > 1e-3
+        found.append((loss.detach(), after, gradients))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_tails_may_be_nested() -> None:
     model, ids = tiny(), tokens(1, 96)
     before = model(input_ids=ids, use_cache=False).logits
@@ -370,6 +455,22 @@ def test_tails_may_be_nested() -> None:
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, outer)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert not torch.equal(outer, inner)
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "label_smoothing_factor"])
+def test_refuses_what_the_loss_in_pieces_would_ignore(name: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"label_smoothing_factor": 0.1} if name == "label_smoothing_factor" else {}
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, **more)
+    given: dict[str, Any] = {} if more else {name: lambda *args, **kwargs: None}
+    with pytest.raises(ValueError, match=f"does not support {name}; leave it out"):
+        LongRowTrainer(model=tiny(), args=settings, train_dataset=[{}], **given)
+
+
+def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    trainer = LongRowTrainer(model=tiny(), args=settings, train_dataset=[{}])
+    with pytest.raises(ValueError, match="the rows need labels, got only input_ids"):
+        trainer.compute_loss(trainer.model, {"input_ids": tokens(1, 60)})
 
 
 def test_an_evaluation_does_not_count_towards_the_marked_loss(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_models import HYBRID, RULE, VOCABULARY, Blocks, tiny, tokens
 from transformers import Trainer
 
 from moba_hf.config import LayerConfig
-from moba_hf.training import MobaCallback, Recipe
+from moba_hf.training import LongRowTrainer, MobaCallback, Recipe
 
 # Deprecated uses of transformers in these libraries are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -56,6 +56,16 @@ class TestPeft:
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
         assert json.loads((tmp_path / "merged" / "config.json").read_text())["moba"] == RULE.to_dict()
+
+    @pytest.mark.parametrize("tail", [0, 16])
+    def test_the_loss_in_pieces(self, tail: int, tmp_path: Path) -> None:
+        found = []
+        for kind, more in ((Trainer, {}), (LongRowTrainer, {"dense_tail": tail})):
+            model = self.lora(tiny())
+            kind(model=model, args=arguments(tmp_path, 2), train_dataset=Blocks(), **more).train()
+            found.append(weights(model))
+        same = [torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0]]
+        assert all(same) == (tail == 0)
 
     def test_resumes_bit_identically(self, tmp_path: Path) -> None:
         trained = []
