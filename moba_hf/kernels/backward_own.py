@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.backward_routed import Rows, load_stats
+from moba_hf.kernels.backward_routed import Rows
+from moba_hf.kernels.backward_rows import load_stats
 from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import (
     LOG2_E,

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
+from moba_hf.kernels.backward_rows import load_stats
 from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
@@ -202,19 +203,6 @@ def _row_places(pair, first_row, q_len, NUM_HEADS: tl.constexpr, SLOTS: tl.const
         return tl.zeros_like(head), head, query.to(tl.int64), stat
     else:
         return (query // q_len).to(tl.int64), head, (query % q_len).to(tl.int64), stat
-
-
-@triton.jit
-def load_stats(at):
-    """lse and delta of the rows whose stats are at the pointers `at (M,)`.
-
-    The reduction keeps the compiler from loading them again in the layout of the products, in which every
-    thread would fetch a quarter of the rows.
-    """
-    which = tl.arange(0, STAT_COLUMNS)[None, :]
-    both = tl.load(at[:, None] + which)
-    lse = tl.sum(tl.where(which == STAT_LSE, both, 0.0), 1)
-    return lse, tl.sum(tl.where(which == STAT_DELTA, both, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["q_len", "first_row"])

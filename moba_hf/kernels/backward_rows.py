@@ -177,3 +177,16 @@ def _partial(partial_ptr, key_ptr, pair, mask, no_bin, HEAD_DIM: tl.constexpr, P
     """Partial gradients of `pair (M,)`; zero for missing slots."""
     chosen = mask & (tl.load(key_ptr + pair, mask=mask, other=0).to(tl.int32) != no_bin)
     return load_rows(partial_ptr, pair * HEAD_DIM, chosen, HEAD_DIM, PADDED_DIM, False).to(tl.float32)
+
+
+@triton.jit
+def load_stats(at):
+    """lse and delta of the rows whose stats are at the pointers `at (M,)`.
+
+    The reduction keeps the compiler from loading them again in the layout of the products, in which every
+    thread would fetch a quarter of the rows.
+    """
+    which = tl.arange(0, STAT_COLUMNS)[None, :]
+    both = tl.load(at[:, None] + which)
+    lse = tl.sum(tl.where(which == STAT_LSE, both, 0.0), 1)
+    return lse, tl.sum(tl.where(which == STAT_DELTA, both, 0.0), 1)
