@@ -49,6 +49,13 @@ STAT_COLUMNS = tl.constexpr(2)
 STAT_LSE = tl.constexpr(0)
 STAT_DELTA = tl.constexpr(1)
 
+# Totals of the masses of a sampled row, fp32 `(..., TOTAL_COLUMNS)`: see `shared_mass.Masses`.
+TOTAL_COLUMNS = tl.constexpr(2)
+TOTAL_HIGH = tl.constexpr(0)
+TOTAL_MASS = tl.constexpr(1)
+# log2 of the mass of nothing: it adds nothing to a row that has candidates.
+LOWEST = tl.constexpr(-1e30)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

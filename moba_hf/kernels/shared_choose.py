@@ -16,6 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.launch import cdiv, device_of, next_power_of_2
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    LOWEST,
+    PLAN_POSITION,
+    PLAN_Q_BEGIN,
+    PLAN_Q_END,
+    TOTAL_COLUMNS,
+    TOTAL_HIGH,
+    TOTAL_MASS,
+)
 from moba_hf.kernels.shared_mass import Masses
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import ChooseTile, choose_tile
@@ -69,7 +79,7 @@ def choose(
             scratch,
             block_mask,
             plan.tiles,
-            *block_mask.stride()[:2],
+            block_mask.stride()[:2],
             first_tile,
             blocks,
             plan.words,
@@ -95,9 +105,9 @@ def _place(tile_ptr, number, block_size, dense_below, TILE: tl.constexpr):
 
     The last result is whether every candidate is taken, or there is none.
     """
-    info = tile_ptr + number.to(tl.int64) * 8
-    position = tl.load(info + 3)
-    end = position + tl.load(info + 2) - tl.load(info + 1)
+    info = tile_ptr + number.to(tl.int64) * INFO_COLUMNS
+    position = tl.load(info + PLAN_POSITION)
+    end = position + tl.load(info + PLAN_Q_END) - tl.load(info + PLAN_Q_BEGIN)
     first = position // TILE * TILE
     columns = first // block_size
     return first, position, end, columns, (first < dense_below) | (columns == 0) | (end <= position)
@@ -136,7 +146,7 @@ def _tile_masses_kernel(
         item = number.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
         mass_ptr += item * ROWS * blocks  # so that the offsets below fit in 32 bits
         high_ptr += item * ROWS * (blocks // STEP)
-        total_ptr += item * ROWS * 2
+        total_ptr += item * ROWS * TOTAL_COLUMNS
         # (steps, blocks of a step): all blocks of a step share one unit
         step = start // STEP + tl.arange(0, STEPS)
         slot = tl.arange(0, STEP)
@@ -149,9 +159,9 @@ def _tile_masses_kernel(
         # a mask per step keeps loads wide; masses past the last column of a step were written too
         there = step * STEP < columns
         for row in tl.range(first_row, last_row, loop_unroll_factor=UNROLL):
-            high = tl.load(total_ptr + row * 2)
-            total = tl.load(total_ptr + row * 2 + 1)
-            unit = tl.load(high_ptr + row * (blocks // STEP) + step, mask=there, other=-1e30)
+            high = tl.load(total_ptr + row * TOTAL_COLUMNS + TOTAL_HIGH)
+            total = tl.load(total_ptr + row * TOTAL_COLUMNS + TOTAL_MASS)
+            unit = tl.load(high_ptr + row * (blocks // STEP) + step, mask=there, other=LOWEST)
             mass = tl.load(mass_ptr + row * blocks + place, mask=there[:, None], other=0.0)
             weight = tl.exp2(unit - high) * (1.0 / (total * count))
             mean += mass.to(tl.float32) * weight[:, None]
@@ -278,8 +288,7 @@ def _choose_kernel(
     scratch_ptr,
     mask_ptr,
     tile_ptr,
-    mask_stride_h,
-    mask_stride_t,
+    mask_strides,
     first_tile,
     blocks,
     words,
@@ -308,7 +317,7 @@ def _choose_kernel(
     largest = 0.0
     if not dense:
         largest = _largest(scratch_ptr, columns, BLOCK_N)
-    mask_ptr += head.to(tl.int64) * mask_stride_h + (first_tile + number).to(tl.int64) * mask_stride_t
+    mask_ptr += head.to(tl.int64) * mask_strides[0] + (first_tile + number).to(tl.int64) * mask_strides[1]
     write_choice(
         scratch_ptr, mask_ptr, largest, dense, columns, last_block, words,
         threshold, share, topk, sink, local, BLOCK_N, THRESHOLD, SHARE, TOPK,

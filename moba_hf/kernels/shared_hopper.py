@@ -111,7 +111,6 @@ def row_masses(
     rows, size = rule.tile // rule.sample, part_size(rule.block_size)
     heads, block_rows = heads_and_rows(group, rows, tile.m)
     chunk = masses.mass.shape[0]
-    log2_e = math.log2(math.e)
     with device_of(q):
         row_masses_kernel[(chunk * (rows // block_rows), centers.shape[0] * cdiv(group, heads))](
             q,
@@ -121,7 +120,7 @@ def row_masses(
             masses.high,
             masses.total,
             plan.tiles,
-            *q.stride()[:3],
+            q.stride()[:3],
             masses.mass.shape[3],
             first_tile,
             min(first_tile + chunk, plan.num_tiles),
@@ -129,8 +128,8 @@ def row_masses(
             group,
             rule.block_size,
             rule.dense_below,
-            softmax_scale * log2_e,
-            softmax_scale**2 * log2_e,
+            softmax_scale * LOG2_E.value,
+            softmax_scale**2 * LOG2_E.value,
             TILE=rule.tile,
             SAMPLE=rule.sample,
             ROWS=rows,

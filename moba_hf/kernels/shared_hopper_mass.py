@@ -21,6 +21,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moba_hf.kernels.hopper.common import barrier, load_tile
+from moba_hf.kernels.layout import (
+    INFO_COLUMNS,
+    LOWEST,
+    PLAN_BATCH,
+    PLAN_FIRST_BLOCK,
+    PLAN_POSITION,
+    PLAN_Q_BEGIN,
+    PLAN_Q_END,
+    TOTAL_COLUMNS,
+    TOTAL_HIGH,
+    TOTAL_MASS,
+)
 
 
 @gluon.constexpr_function
@@ -108,11 +120,10 @@ def _step(
     terms = _terms(operands, ring, step, scales, LOG2_SIZE, P, N, S)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     if MASKED:
-        # a term of -1e30 adds nothing to a row that has candidates
         inside = (step * N + gl.arange(0, N, gl.SliceLayout(0, layout)) < columns)[None, :]
         masked = ()
         for part in gl.static_range(P + 1):
-            term = gl.where(inside, terms[part], -1e30)
+            term = gl.where(inside, terms[part], LOWEST)
             masked = masked + (term,)  # type: ignore[assignment]
         terms = masked
     top = terms[P]
@@ -139,13 +150,13 @@ def _step(
 def _consume(
     q_smem,
     square_smem,
+    PART: gl.constexpr,
     ring,
     pointers,
     place,
     sizes,
     q_strides,
     scales,
-    PART: gl.constexpr,
     SAMPLE: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
@@ -186,7 +197,7 @@ def _consume(
     there = rows[1]
     item = (number.to(gl.int64) * num_heads + rows[2]) * ROWS + rows[3]
     places = (mass_ptr + item * mass_blocks, high_ptr + item * (mass_blocks // N), there)
-    high = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, layout))
+    high = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, layout))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
     operands = (q_smem, square_smem)
     for step in range(columns // N):
@@ -197,8 +208,9 @@ def _consume(
         high, total = _step(
             operands, ring, columns // N, scales, (high, total), places, columns, LOG2_SIZE, P, N, S, True
         )
-    gl.store(total_ptr + item * 2, high, mask=there)
-    gl.store(total_ptr + item * 2 + 1, total, mask=there)
+    total_at = total_ptr + item * TOTAL_COLUMNS
+    gl.store(total_at + TOTAL_HIGH, high, mask=there)
+    gl.store(total_at + TOTAL_MASS, total, mask=there)
 
 
 @gluon.jit
@@ -238,9 +250,7 @@ def row_masses_kernel(
     high_ptr,
     total_ptr,
     tile_ptr,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
+    q_strides,
     mass_blocks,
     first_tile,
     last_tile,
@@ -265,8 +275,8 @@ def row_masses_kernel(
     SPLIT: gl.constexpr = ROWS // BLOCK_ROWS  # programs that share the rows of one tile
     number = (gl.num_programs(0) - 1 - gl.program_id(0)) // SPLIT  # the longest tiles come first
     tile = first_tile + number
-    info = tile_ptr + gl.minimum(tile, last_tile - 1).to(gl.int64) * 8
-    position = gl.load(info + 3)
+    info = tile_ptr + gl.minimum(tile, last_tile - 1).to(gl.int64) * INFO_COLUMNS
+    position = gl.load(info + PLAN_POSITION)
     first = position // TILE * TILE
     columns = gl.where((tile < last_tile) & (first >= dense_below), first // block_size, 0)
     kv_head = gl.program_id(1) // ((group_size + HEADS - 1) // HEADS)
@@ -290,9 +300,9 @@ def row_masses_kernel(
         ring = (centers, spreads, ready, free)
         pointers = (q_ptr, mass_ptr, high_ptr, total_ptr)
         place = (
-            gl.load(info),
-            gl.load(info + 1),
-            gl.load(info + 2),
+            gl.load(info + PLAN_BATCH),
+            gl.load(info + PLAN_Q_BEGIN),
+            gl.load(info + PLAN_Q_END),
             position,
             first,
             number,
@@ -300,57 +310,14 @@ def row_masses_kernel(
             columns,
         )
         sizes = (group_size, num_heads, mass_blocks)
-        strides = (q_stride_b, q_stride_h, q_stride_n)
         scales = (scale, square_scale, 2 * LOG2_SIZE / square_scale)
-        base = gl.load(info + 6)
+        base = gl.load(info + PLAN_FIRST_BLOCK)
+        shared = (ring, pointers, place, sizes, q_strides, scales)
+        shape: gl.constexpr = (SAMPLE, ROWS, BLOCK_ROWS, HEADS, LOG2_SIZE, PARTS, HALVES, N, STAGES)
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (
-                        queries.index(0),
-                        squares.index(0),
-                        ring,
-                        pointers,
-                        place,
-                        sizes,
-                        strides,
-                        scales,
-                        0,
-                        SAMPLE,
-                        ROWS,
-                        BLOCK_ROWS,
-                        HEADS,
-                        LOG2_SIZE,
-                        PARTS,
-                        HALVES,
-                        N,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        queries.index(1),
-                        squares.index(1),
-                        ring,
-                        pointers,
-                        place,
-                        sizes,
-                        strides,
-                        scales,
-                        1,
-                        SAMPLE,
-                        ROWS,
-                        BLOCK_ROWS,
-                        HEADS,
-                        LOG2_SIZE,
-                        PARTS,
-                        HALVES,
-                        N,
-                        STAGES,
-                    ),
-                ),
+                (_consume, (queries.index(0), squares.index(0), 0) + shared + shape),
+                (_consume, (queries.index(1), squares.index(1), 1) + shared + shape),
                 (_produce, (center_desc, spread_desc, ring, kv_head, base, columns, PARTS, N, STAGES)),
             ],
             [4, 1],

@@ -72,7 +72,7 @@ def block_lists(block_mask: Tensor, plan: SharedPlan, first_tile: int, lists: Li
             lists.blocks,
             lists.counts,
             plan.tiles,
-            *block_mask.stride()[:2],
+            block_mask.stride()[:2],
             first_tile,
             num_heads,
             blocks,
@@ -104,8 +104,7 @@ def _block_lists_kernel(
     list_ptr,
     count_ptr,
     tile_ptr,
-    mask_stride_h,
-    mask_stride_t,
+    mask_strides,
     first_tile,
     num_heads,
     blocks,
@@ -117,7 +116,7 @@ def _block_lists_kernel(
     head = tl.program_id(1)
     tile = (first_tile + number).to(tl.int64)
     columns = tl.load(tile_ptr + tile * INFO_COLUMNS + PLAN_POSITION) // TILE * TILE // block_size
-    mask_ptr += head.to(tl.int64) * mask_stride_h + tile * mask_stride_t
+    mask_ptr += head.to(tl.int64) * mask_strides[0] + tile * mask_strides[1]
     item = number.to(tl.int64) * num_heads + head
     count = _write_list(mask_ptr, list_ptr + item * blocks, columns, BLOCK)
     tl.store(count_ptr + item, count)
@@ -143,7 +142,7 @@ def tile_lists(block_mask: Tensor, plan: SharedPlan, group: int, first_block: in
             plan.table,
             plan.tile_offset,
             plan.block_offset,
-            *block_mask.stride()[:2],
+            block_mask.stride()[:2],
             plan.num_seqs,
             first_block,
             length,
@@ -176,8 +175,7 @@ def _tile_lists_kernel(
     table_ptr,
     tile_offset_ptr,
     block_offset_ptr,
-    mask_stride_h,
-    mask_stride_t,
+    mask_strides,
     num_seqs,
     first_block,
     length,
@@ -201,10 +199,10 @@ def _tile_lists_kernel(
         begin = tl.maximum(((block + 1) * BLOCK_SIZE + TILE - 1) // TILE - position // TILE, 0)
         list_ptr += item * length
         for in_group in range(GROUP):
-            column = mask_ptr + (kv_head * GROUP + in_group).to(tl.int64) * mask_stride_h + block // 32
+            column = mask_ptr + (kv_head * GROUP + in_group).to(tl.int64) * mask_strides[0] + block // 32
             for start in range(begin, tiles, BLOCK):
                 tile = start + tl.arange(0, BLOCK)
-                at = (first_tile + tile).to(tl.int64) * mask_stride_t
+                at = (first_tile + tile).to(tl.int64) * mask_strides[1]
                 word = tl.load(column + at, mask=tile < tiles, other=0)
                 bit = (word >> (block % 32)) & 1
                 to = count + tl.cumsum(bit, 0) - bit

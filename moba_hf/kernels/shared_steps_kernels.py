@@ -9,11 +9,18 @@ import triton
 import triton.language as tl
 
 from moba_hf.kernels.launch import dot, narrow
-from moba_hf.kernels.layout import head_offset, pair_coordinates, row_offset, step_place
+from moba_hf.kernels.layout import (
+    LOWEST,
+    TOTAL_COLUMNS,
+    TOTAL_HIGH,
+    TOTAL_MASS,
+    head_offset,
+    pair_coordinates,
+    row_offset,
+    step_place,
+)
 from moba_hf.kernels.shared_choose import NOT_A_NUMBER, write_choice
-from moba_hf.kernels.shared_mass import part_term
-
-_LOWEST = tl.constexpr(-1e30)
+from moba_hf.kernels.shared_mass_kernels import part_term
 
 
 @triton.jit
@@ -117,13 +124,13 @@ def step_masses_kernel(
         begin = tl.program_id(2) * share
         end = tl.minimum(begin + share, columns)
         item = (number.to(tl.int64) * num_heads + head) * ROWS + sampled
-        high = tl.full([BLOCK_M], _LOWEST, tl.float32)
+        high = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_N)
             valid = (column < end)[None, :]
             section_begins = start % section_size == 0
-            high = tl.where(section_begins, _LOWEST, high)
+            high = tl.where(section_begins, LOWEST, high)
             total = tl.where(section_begins, 0.0, total)
             block_at = kept_at + column.to(tl.int64) * kept_strides[2]
             c_at = center_ptr + block_at[None, :] + dim[:, None]
@@ -139,7 +146,7 @@ def step_masses_kernel(
                 term = part_term(q, squares, center, spread, scale, square_scale, LOG2_SIZE)
                 terms = terms + (term,)  # type: ignore[assignment]
                 top = tl.maximum(top, term)
-            top = tl.where(valid, top, _LOWEST)
+            top = tl.where(valid, top, LOWEST)
             new_high = tl.maximum(high, tl.max(top, 1))
             mass = tl.exp2(least - new_high[:, None])
             for part in tl.static_range(PARTS):
@@ -151,9 +158,9 @@ def step_masses_kernel(
             tl.store(target, mass.to(tl.float16), mask=there[:, None])
             tl.store(high_ptr + item * (stored // BLOCK_N) + start // BLOCK_N, high, mask=there)
             section_ends = ((start + BLOCK_N) % section_size == 0) | (start + BLOCK_N >= end)
-            total_at = total_ptr + (item * SECTIONS + start // section_size) * 2
-            tl.store(total_at, high, mask=there & section_ends)
-            tl.store(total_at + 1, total, mask=there & section_ends)
+            total_at = total_ptr + (item * SECTIONS + start // section_size) * TOTAL_COLUMNS
+            tl.store(total_at + TOTAL_HIGH, high, mask=there & section_ends)
+            tl.store(total_at + TOTAL_MASS, total, mask=there & section_ends)
 
 
 @triton.jit(do_not_specialize=["first_item", "length", "known", "dense_below"])
@@ -196,14 +203,14 @@ def step_means_kernel(
             _at, there = _heard(sampled, first, position, query, known, ROWS, SAMPLE)
             row = item * ROWS + sampled
             each = there[:, None] & scored[None, :]
-            total_at = total_ptr + (row[:, None] * SECTIONS + section[None, :]) * 2
-            highs = tl.load(total_at, mask=each, other=_LOWEST)
+            total_at = total_ptr + (row[:, None] * SECTIONS + section[None, :]) * TOTAL_COLUMNS
+            highs = tl.load(total_at + TOTAL_HIGH, mask=each, other=LOWEST)
             high = tl.max(highs, 1)
-            total = tl.load(total_at + 1, mask=each, other=0.0) * tl.exp2(highs - high[:, None])
+            total = tl.load(total_at + TOTAL_MASS, mask=each, other=0.0) * tl.exp2(highs - high[:, None])
             total = tl.where(there, tl.sum(total, 1), 1.0)
             both = there[:, None] & (step * STEP < columns)[None, :]
             unit = tl.load(
-                high_ptr + row[:, None] * (stored // STEP) + step[None, :], mask=both, other=_LOWEST
+                high_ptr + row[:, None] * (stored // STEP) + step[None, :], mask=both, other=LOWEST
             )
             weight = tl.exp2(unit - high[:, None]) / total[:, None]
             weight = tl.where(both, weight, 0.0)
