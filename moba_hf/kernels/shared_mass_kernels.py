@@ -66,15 +66,14 @@ def _load_queries(
     head,
     rows,
     q_strides,
+    dim,
     like,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     HALVES: tl.constexpr,
 ):
     """The queries `(M, D)` of `_sampled_rows`, and the squared norms `(M, D / 2)` of their rotary pairs."""
     q_begin, position, at, there = rows
-    dim = tl.arange(0, PADDED_DIM)
     query = tl.where(there, q_begin + at - position, 0).to(tl.int64)
     q_ptr += tl.load(info + PLAN_BATCH).to(tl.int64) * q_strides[0]
     q_ptr += tl.where(there, head, 0).to(tl.int64) * q_strides[1] + query * q_strides[2]
@@ -95,17 +94,16 @@ def _load_vectors(at, valid, SIZE: tl.constexpr):
 
 @triton.jit
 def _terms(
-    operands, least, places, window, scales, step,
-    PARTS: tl.constexpr, LOG2_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    operands, least, places, window, column, scales, step,
+    PARTS: tl.constexpr, LOG2_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Terms of the smallest key and, as a tuple, of the parts, all `(M, N)`, and their maxima."""
     q, squares = operands
     center_at, spread_at = places
     start, last, seen, masked = window
-    column = start + tl.arange(0, BLOCK_N)
-    valid = (column < last)[None, :]
+    valid = (start + column < last)[None, :]
     if masked:
-        least = tl.where(column[None, :] < seen[:, None], least, LOWEST)
+        least = tl.where((start + column)[None, :] < seen[:, None], least, LOWEST)
     terms = ()
     top = least
     for part in tl.static_range(PARTS):
@@ -113,7 +111,7 @@ def _terms(
         spread = _load_vectors(spread_at + part * step * (HEAD_DIM // 2), valid, HEAD_DIM // 2)
         term = part_term(q, squares, center, spread, scales[0], scales[1], LOG2_SIZE)
         if masked:
-            term = tl.where(column[None, :] < seen[:, None], term, LOWEST)
+            term = tl.where((start + column)[None, :] < seen[:, None], term, LOWEST)
         terms = terms + (term,)  # type: ignore[assignment]
         top = tl.maximum(top, term)
     return least, terms, top
@@ -121,15 +119,13 @@ def _terms(
 
 @triton.jit
 def _wide_terms(
-    operands, least, places, window, scales,
-    PARTS: tl.constexpr, LOG2_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    operands, least, places, window, column, wide_column, scales,
+    PARTS: tl.constexpr, LOG2_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Terms of the smallest key `(M, N)` and of the parts `(M, P, N)`, and their maxima `(M, N)`."""
     q, squares = operands
     center_at, spread_at = places
     start, last, seen, masked = window
-    column = tl.arange(0, BLOCK_N)
-    wide_column = tl.arange(0, PARTS * BLOCK_N) % BLOCK_N
     valid = (start + wide_column < last)[None, :]
     center = _load_vectors(center_at, valid, HEAD_DIM)
     spread = _load_vectors(spread_at, valid, HEAD_DIM // 2)
@@ -137,7 +133,7 @@ def _wide_terms(
     if masked:
         term = tl.where((start + wide_column)[None, :] < seen[:, None], term, LOWEST)
         least = tl.where((start + column)[None, :] < seen[:, None], least, LOWEST)
-    term = tl.reshape(term, (term.shape[0], PARTS, BLOCK_N))
+    term = tl.reshape(term, (term.shape[0], PARTS, column.shape[0]))
     return least, term, tl.maximum(least, tl.max(term, 1))
 
 
@@ -145,6 +141,7 @@ def _wide_terms(
 def _sequence_masses(
     operands,
     pointers,
+    axes,
     here,
     seen,
     there,
@@ -156,8 +153,6 @@ def _sequence_masses(
     PARTS: tl.constexpr,
     LOG2_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -169,14 +164,13 @@ def _sequence_masses(
     center_ptr, spread_ptr, mass_ptr, high_ptr = pointers
     step, mass_blocks = sizes
     high, total = state
-    dim = tl.arange(0, PADDED_DIM)
-    pair = tl.arange(0, PADDED_HALF)
-    column = tl.arange(0, BLOCK_N)
+    dim, pair, column = axes
     center_at = center_ptr + (here + column)[None, :].to(tl.int64) * HEAD_DIM + dim[:, None]
     spread_at = spread_ptr + (here + column)[None, :].to(tl.int64) * HALF + pair[:, None]
     if WIDE:
         w = tl.arange(0, PARTS * BLOCK_N)
-        w_at = (here + w % BLOCK_N).to(tl.int64) + (w // BLOCK_N).to(tl.int64) * step
+        wide_column = w % BLOCK_N
+        w_at = (here + wide_column).to(tl.int64) + (w // BLOCK_N).to(tl.int64) * step
         wide_center_at = center_ptr + w_at[None, :] * HEAD_DIM + dim[:, None]
         wide_spread_at = spread_ptr + w_at[None, :] * HALF + pair[:, None]
     last = tl.max(seen, 0)
@@ -189,12 +183,12 @@ def _sequence_masses(
         if WIDE:
             places = (wide_center_at + start * HEAD_DIM, wide_spread_at + start * HALF)
             least, terms, top = _wide_terms(
-                operands, least, places, window, scales, PARTS, LOG2_SIZE, HEAD_DIM, BLOCK_N
+                operands, least, places, window, column, wide_column, scales, PARTS, LOG2_SIZE, HEAD_DIM
             )
         else:
             places = (c_at, spread_at + start * HALF)
             least, terms, top = _terms(
-                operands, least, places, window, scales, step, PARTS, LOG2_SIZE, HEAD_DIM, BLOCK_N
+                operands, least, places, window, column, scales, step, PARTS, LOG2_SIZE, HEAD_DIM
             )
         new_high = tl.maximum(high, tl.max(top, 1))
         mass = tl.exp2(least - new_high[:, None])
@@ -265,8 +259,9 @@ def _row_masses_kernel(
     rows, columns, base = _sampled_rows(info, known, sampled, block_size, dense_below, TILE, SAMPLE)
     if tl.max(columns, 0) > 0:
         there = rows[3]
+        axes = (tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_HALF), tl.arange(0, BLOCK_N))
         operands = _load_queries(
-            q_ptr, info, head, rows, q_strides, spread_ptr, HEAD_DIM, PADDED_DIM, PADDED_HALF, HALVES
+            q_ptr, info, head, rows, q_strides, axes[0], spread_ptr, HEAD_DIM, PADDED_HALF, HALVES
         )
         step = tl.cast(blocks, tl.int64)
         center_ptr += kv_head.to(tl.int64) * (PARTS + 1) * step * HEAD_DIM
@@ -285,8 +280,8 @@ def _row_masses_kernel(
             if here > done:
                 done = here
                 high, total = _sequence_masses(
-                    operands, pointers, here, seen, there, (high, total), item, sizes, scales, WIDE, PARTS,
-                    LOG2_SIZE, HEAD_DIM, PADDED_DIM, PADDED_HALF, BLOCK_N, STAGES,
+                    operands, pointers, axes, here, seen, there, (high, total), item, sizes, scales, WIDE,
+                    PARTS, LOG2_SIZE, HEAD_DIM, BLOCK_N, STAGES,
                 )  # fmt: skip
         total_at = total_ptr + item * TOTAL_COLUMNS
         tl.store(total_at + TOTAL_HIGH, high, mask=there)
