@@ -19,7 +19,7 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.code_lookup import CODE_LOOKUP, QUESTIONS, run_code_lookup
-from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
+from moba_hf.evaluate.passes import check_ids, family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
@@ -136,7 +136,9 @@ def evaluate(
             `moba_hf.checkpoints.convert` asks for; None: not known.
 
     Raises:
-        ValueError: nothing to measure, unknown names, or a store made for something else.
+        ValueError: nothing to measure, unknown names, texts of another shape, or a store made for something
+            else.
+        TypeError: a text is not a tensor.
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
@@ -148,6 +150,8 @@ def evaluate(
     """
     tasks = tasks or Tasks()
     _check(texts, measures, tasks)
+    for ids in texts.values():
+        check_ids(ids)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of: dict[str, Any] = {}
     if store is not None:

@@ -21,6 +21,7 @@ from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
+from moba_hf.op.inputs import require_tensor
 from moba_hf.op.numerics import check_int
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress_bar
@@ -79,6 +80,7 @@ def prefill(
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, or
             a cache that is passed under both names, already contains the whole prompt, contains tokens
             rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens.
+        TypeError: `input_ids` or `attention_mask` is not a tensor, or `dense_tail` is not an int.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -169,6 +171,9 @@ def _reading(cache: Cache, prompt: Prompt) -> Iterator[None]:
 
 
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:
+    require_tensor("input_ids", input_ids)
+    if attention_mask is not None:
+        require_tensor("attention_mask", attention_mask)
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
