@@ -75,7 +75,7 @@ class LayerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as keyword arguments of `moba_attention` and `select_blocks`."""
-        return {name: getattr(self, name) for name in _LAYER_FIELDS}
+        return {name: getattr(self, name) for name in (*_LAYER_FIELDS, "rotary_pairs")}
 
     def pairs(self, length: int) -> int:
         """Number of (query, key) pairs attended per head in a causal sequence of `length` tokens."""
@@ -100,6 +100,7 @@ def make_rule(
     threshold: float | None = None,
     dense_below: int = 0,
     sample: int = 1,
+    rotary_pairs: str = "halves",
 ) -> Rule:
     """The rule for these settings: the paper's if `tile` is 1, else a choice shared by `tile` queries.
 
@@ -119,7 +120,7 @@ def make_rule(
                 )
         if topk is None:
             raise ValueError("topk is missing: with tile=1 every query attends topk blocks")
-        return LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
+        return LayerConfig(block_size, topk, sink_blocks, local_blocks, gate, rotary_pairs)
     if gate != "mass":
         raise ValueError(f"tile={tile} needs gate='mass', got gate={gate!r}")
     if threshold is None:
@@ -136,6 +137,7 @@ def make_rule(
         local_blocks=local_blocks,
         sample=sample,
         dense_below=dense_below,
+        rotary_pairs=rotary_pairs,
     )
 
 

@@ -210,7 +210,6 @@ class ReferenceBackend:
                     keys,
                     **rule.to_dict(),
                     softmax_scale=softmax_scale,
-                    rotary_pairs=rule.rotary_pairs,
                 )  # the reference computes its own means
         return result
 
