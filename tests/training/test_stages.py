@@ -357,6 +357,25 @@ def test_weights_of_the_loss(remove_unused: bool, tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
 
 
+@pytest.mark.parametrize("remove_unused", [False, True])
+def test_a_trainer_that_ignores_the_weights_is_refused(remove_unused: bool, tmp_path: Path) -> None:
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=1, remove_unused_columns=remove_unused,
+    )  # fmt: skip
+    text = [Repository("r", tokens(300).numpy().astype(np.uint16), np.arange(0, 300, 50))]
+
+    def train(trainer_class: Any, weight: float) -> int:
+        rows, callback = Rows(text, 60, 2, lookup_weight=weight), MobaCallback()
+        trainer = trainer_class(model=tiny(), args=settings, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        return int(trainer.state.global_step)
+
+    with pytest.raises(ValueError, match=r"the rows have loss_weights, but this trainer .*LongRowTrainer"):
+        train(Trainer, 5.0)
+    assert train(Trainer, 1.0) == train(LongRowTrainer, 5.0) == 1
+
+
 def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
     """The loss of the first training step."""
     settings = TrainingArguments(
