@@ -23,7 +23,7 @@ from moba_hf.evaluate.passes import check_ids, family_of, identity_of, passes_ba
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, format_table
+from moba_hf.evaluate.results import Store, format_table, percent
 from moba_hf.evaluate.tasks import TASKS, SampleSize, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.parallel import launched_ranks
@@ -268,8 +268,8 @@ def tables(result: Mapping[str, Any]) -> str:
             heads = [share for shares in one["heads"].values() for share in shares]
             layers = " ".join(f"{sum(shares) / len(shares):.2f}" for shares in one["heads"].values())
             if len({round(share, 6) for share in heads}) > 1:
-                ends = [_percent(min(heads)), _percent(max(heads))]
-                rows.append([name, _percent(one["share"]), layers, *ends])
+                ends = [percent(min(heads)), percent(max(heads))]
+                rows.append([name, percent(one["share"]), layers, *ends])
         if len(rows) > 1:
             parts.append(f"{text}, pairs attended by layers and heads\n{format_table(rows)}")
     for text, by_setting in result.get("recall", {}).items():
@@ -287,10 +287,6 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     """A row per setting: the keys and pairs it attends, its losses on `text`, its agreement with dense."""
     losses = result.get("perplexity", {}).get(text, {})
@@ -300,7 +296,7 @@ def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     for name in {**losses, **near}:
         shares = result["keys"].get(text, {}).get(name)
         row: list[object] = [name]
-        row += ["-" if x is None else _percent(x) for x in shares or (1.0, 1.0)]
+        row += ["-" if x is None else percent(x) for x in shares or (1.0, 1.0)]
         one, dense, other = losses.get(name), losses.get("dense"), near.get(name)
         row += ["-", "-"] if one is None else [one["loss"], one["trailing"]]
         known = one is not None and dense is not None and name != "dense"
