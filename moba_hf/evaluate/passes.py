@@ -12,12 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moba_hf.config import MobaConfig, Rule
+from moba_hf.config import MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
 from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.inputs import require_tensor
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import advanced_by, progress_bar

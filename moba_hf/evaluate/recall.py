@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moba_hf.config import MobaConfig, Rule
+from moba_hf.config import MobaConfig
 from moba_hf.evaluate.passes import (
     attention_rows,
     check_ids,
@@ -24,6 +24,7 @@ from moba_hf.evaluate.passes import (
     sample_positions,
     watch,
 )
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.ops import select_by_rule
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule

@@ -18,8 +18,9 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers.utils import logging
 
-from moba_hf.config import DEFAULT_PRESET, NAME, MobaConfig, Rule
+from moba_hf.config import DEFAULT_PRESET, NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.registry import Registry
 from moba_hf.op.shared_rule import SharedRule
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import Backend, choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import GATES, Kept
@@ -29,6 +28,7 @@ from moba_hf.op.inputs import (
     refuse_tangents,
     require_tensor,
 )
+from moba_hf.op.layer_rule import LayerConfig, Rule, make_rule
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences
