@@ -460,3 +460,20 @@ def test_an_odd_head_dim_is_refused() -> None:
     where = Sequences(batched_table(1, 8, 8, q.device), 8, 8)
     with pytest.raises(ValueError, match="needs an even head_dim, got 15"):
         shared_attention(q, k, v, where, RULES[0], softmax_scale=1.0)
+
+
+def test_masses_and_outputs_are_exact_under_any_precision_of_matmuls(monkeypatch) -> None:
+    monkeypatch.setattr(shared_problems, "_PIECE_KEYS", 16)  # outputs are sums of several products
+    q, k, v = _tensors(160, 160)
+    q, k, v = (x.float() for x in (q, k, v))
+    rule = SharedRule(16, 16, share=0.7)
+    table = packed_table(cumulative([160]), cumulative([160]))
+    expected = _run(q, k, v, table, rule)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        actual = _run(q, k, v, table, rule)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
