@@ -18,7 +18,7 @@ from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.operators import flat_sequences
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, tile_bound, tile_table, unpack_blocks
-from moba_hf.op.shared_ops import flat_shared_rule, select_shared_op, shared_attention
+from moba_hf.op.shared_ops import flat_shared_rule, select_shared, select_shared_op, shared_attention
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref, tile_masses_ref, tiles_ref
 from tests.moba_cases import cumulative
 
@@ -282,6 +282,26 @@ def test_scores_beyond_the_range_of_exp_equal_the_reference() -> None:
     expected, expected_lse = shared_attention(q, k, v, where, rule, **settings)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_small_values_survive_where_all_scores_are_low(size) -> None:
+    """With scores of -70 and values of 1e-12, products without a shift would be 0."""
+    rule = SharedRule(8, 16, topk=6, sample=4)
+    q, k, v = _tensors(131, 131)
+    q, k, v = -8.5 - 0.01 * q, 8.2 + 0.01 * k, size * v.abs()
+    q[:, 1:], q, k, v = q[:, 1:] / 8, q[..., :4].float(), k[..., :4].float(), v.float()
+    where = Sequences(batched_table(1, 131, 131, q.device), 131, 131)
+    settings = {"softmax_scale": 0.25}
+    out, lse = shared_attention(q, k, v, where, rule, **settings, backend="portable")
+    exact = [x.double() for x in (q, k, v)]
+    mask = select_shared(q, k, where, rule, **settings, backend="portable")
+    expected, expected_lse = shared_attention(
+        *exact, where, rule, **settings, backend="reference", block_mask=mask
+    )
+    assert expected_lse[0, 0].max() < -60
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bounded", [True, False])
