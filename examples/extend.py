@@ -1,4 +1,4 @@
-"""Extends the context of a checkpoint with MoBA, stage by stage, on repositories of source code.
+"""Extends the context of a checkpoint, stage by stage, on repositories of source code.
 
     python examples/extend.py MODEL --schedule schedule.json --text numpy/ --text sympy/ --out out/extend
     python examples/extend.py MODEL --schedule schedule.json --tokens train.npz --out out/extend \\
@@ -38,11 +38,29 @@ from moba_hf.training import LongRowTrainer, MobaCallback, Repository, Rows, Sch
 from moba_hf.training.stages import load_stage, save_stage, stages_done
 
 CUDA = torch.cuda.is_available()
-# SmolLM2-135M from 8,192 to 131,072 tokens; the rotary base grows faster than the length
+# The choice of blocks is shared by 64 queries; it takes more blocks of the same size in longer rows
+SHARED = MobaConfig(64, sink_blocks=1, local_blocks=1, gate="mass", tile=64, threshold=0.01)
+# SmolLM2-135M from 8,192 to 131,072 tokens (docs/training.md); the rotary base grows faster than the length
 EXAMPLE = Schedule(
     (
-        Stage(32768, MobaConfig(128, 8), tokens=13_107_200, learning_rate=6e-4, theta=1e6),
-        Stage(131072, MobaConfig(256, 8), tokens=15_728_640, learning_rate=3e-4, theta=8e6),
+        Stage(
+            32768,
+            SHARED,
+            tokens=7_438_336,
+            learning_rate=6e-4,
+            warmup_steps=20,
+            theta=1e6,
+            dense_tail=2048,
+        ),
+        Stage(
+            131072,
+            SHARED,
+            tokens=5_373_952,
+            learning_rate=3e-4,
+            warmup_steps=5,
+            theta=8e6,
+            dense_tail=4096,
+        ),
     )
 )
 
@@ -263,7 +281,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", type=Path, help="the checkpoint to extend")
+    add("model", type=Path, nargs="?", help="the checkpoint to extend; not needed for --write-schedule")
     add("--schedule", type=Path, help="JSON file of a moba_hf.training.Schedule")
     add("--write-schedule", type=Path, help="write an example schedule (SmolLM2-135M to 131,072) and exit")
     add("--text", type=Path, action="append", help="folder of a repository; repeatable")
@@ -292,6 +310,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.schedule is None) == (args.write_schedule is None) and args.save_tokens is None:
         parser.error("pass either --schedule FILE, or --write-schedule FILE to get an example schedule")
+    if args.model is None and args.write_schedule is None:
+        parser.error("MODEL is missing: pass the folder of the checkpoint to extend")
     return args
 
 

@@ -9,134 +9,17 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from torch import Tensor
-
 from moba_hf.op.backend_table import check_backend
-from moba_hf.op.gates import GATES
+from moba_hf.op.layer_rule import LAYER_FIELDS, SHARED_FIELDS, LayerConfig, Rule, make_rule
 from moba_hf.op.numerics import check_int, plain_int
-from moba_hf.op.shared_rule import SharedRule, check_rotary_pairs
 
 # Names used by the original MoBA release; `from_dict` reads them too.
 _ALIASES = {"moba_chunk_size": "block_size", "moba_topk": "topk"}
-# Fields that a single layer may override.
-_LAYER_FIELDS = ("block_size", "topk", "sink_blocks", "local_blocks", "gate")
-# Fields that apply to a shared choice only, with their values when there is none.
-_SHARED_FIELDS: dict[str, Any] = {"tile": 1, "threshold": None, "sample": 1, "dense_below": 0}
 _DECODE = ("full", "sparse")
 
 DEFAULT_PRESET = "default"
 # The name of MoBA as an `attn_implementation` of transformers.
 NAME = "moba"
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """The rule of one MoBA layer in which every query makes its own choice.
-
-    Attributes:
-        block_size: tokens in a block.
-        topk: total number of blocks a query attends, its own included.
-        sink_blocks: number of blocks at the start of the sequence that are always attended; part of `topk`.
-        local_blocks: number of blocks just before the own one that are always attended; part of `topk`.
-        gate: how blocks are scored, a name in `moba_hf.op.gates.GATES`.
-        rotary_pairs: how the model's rotary embedding pairs coordinates, one of `ROTARY_PAIRS`; used by the
-            mass gate.
-    """
-
-    block_size: int
-    topk: int
-    sink_blocks: int = 0
-    local_blocks: int = 0
-    gate: str = "mean"
-    rotary_pairs: str = "halves"
-
-    def __post_init__(self) -> None:
-        check_rotary_pairs(self.rotary_pairs)
-        check_rule(self.block_size, self.topk, self.sink_blocks, self.local_blocks, self.gate)
-
-    def forces(self, block: Tensor, own: Tensor) -> Tensor:
-        """Whether queries with own block `own` always attend `block`, which must not come after `own`."""
-        return (block < self.sink_blocks) | (block >= own - self.local_blocks)
-
-    @property
-    def max_keys(self) -> int:
-        """Maximum number of keys a query attends: `topk * block_size`."""
-        return self.block_size * self.topk
-
-    @property
-    def dense_len(self) -> int:
-        """Maximum length in tokens at which a sequence is attended in full."""
-        return self.max_keys
-
-    @property
-    def forced_blocks(self) -> int:
-        """Number of blocks a query always attends; the minimum of `topk`."""
-        return 1 + self.sink_blocks + self.local_blocks
-
-    def to_dict(self) -> dict[str, Any]:
-        """The rule as keyword arguments of `moba_attention` and `select_blocks`."""
-        return {name: getattr(self, name) for name in _LAYER_FIELDS}
-
-    def pairs(self, length: int) -> int:
-        """Number of (query, key) pairs attended per head in a causal sequence of `length` tokens."""
-        whole, rest = divmod(length, self.block_size)
-        own = whole * self.block_size * (self.block_size + 1) // 2 + rest * (rest + 1) // 2
-        rising = min(whole, self.topk)  # block c attends min(c, topk - 1) earlier blocks
-        earlier = rising * (rising - 1) // 2 + (whole - rising) * (self.topk - 1)
-        earlier_keys = self.block_size * (self.block_size * earlier + rest * min(whole, self.topk - 1))
-        return own + earlier_keys
-
-
-Rule = LayerConfig | SharedRule
-
-
-def make_rule(
-    block_size: int,
-    topk: int | None = None,
-    sink_blocks: int = 0,
-    local_blocks: int = 0,
-    gate: str = "mean",
-    tile: int = 1,
-    threshold: float | None = None,
-    dense_below: int = 0,
-    sample: int = 1,
-) -> Rule:
-    """The rule for these settings: the paper's if `tile` is 1, else a choice shared by `tile` queries.
-
-    Raises:
-        ValueError: values out of range, or values that apply only to the other rule.
-        TypeError: values of the wrong type.
-    """
-    block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample = (
-        plain_int(x) for x in (block_size, topk, sink_blocks, local_blocks, tile, dense_below, sample)
-    )
-    check_int("tile", tile, minimum=1)
-    if tile == 1:
-        for name, value in (("threshold", threshold), ("sample", sample), ("dense_below", dense_below)):
-            if value != _SHARED_FIELDS[name]:
-                raise ValueError(
-                    f"{name}={value} needs tile > 1: with tile=1 every query attends topk blocks"
-                )
-        if topk is None:
-            raise ValueError("topk is missing: with tile=1 every query attends topk blocks")
-        return LayerConfig(block_size, topk, sink_blocks, local_blocks, gate)
-    if gate != "mass":
-        raise ValueError(f"tile={tile} needs gate='mass', got gate={gate!r}")
-    if threshold is None:
-        raise ValueError(
-            f"threshold is missing: with tile={tile} a block is attended if its mass is at least threshold "
-            "times the largest mass"
-        )
-    return SharedRule(
-        block_size,
-        tile,
-        threshold,
-        topk=topk,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        sample=sample,
-        dense_below=dense_below,
-    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +77,7 @@ class MobaConfig:
     dense_below: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*_LAYER_FIELDS, *_SHARED_FIELDS, "decode_max_len"):
+        for name in (*LAYER_FIELDS, *SHARED_FIELDS, "decode_max_len"):
             object.__setattr__(self, name, plain_int(getattr(self, name)))
         _ = self._base  # raises if the rule is invalid
         object.__setattr__(self, "full_attention_layers", _int_tuple(self.full_attention_layers))
@@ -217,20 +100,20 @@ class MobaConfig:
 
     @property
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*_LAYER_FIELDS, *_SHARED_FIELDS)}
+        return {name: getattr(self, name) for name in (*LAYER_FIELDS, *SHARED_FIELDS)}
 
     def in_words(self) -> str:
         """The rule of layers without overrides, as text: `name=value` for each setting that applies."""
         return ", ".join(
             f"{name}={value}"
             for name, value in self._values.items()
-            if value not in (None, _SHARED_FIELDS.get(name))
+            if value not in (None, SHARED_FIELDS.get(name))
         )
 
     def _override(self, pairs: tuple[tuple[str, Any], ...]) -> Rule:
         values: dict[str, Any] = dict(pairs)
         own = values.get("tile") == 1  # then the shared-choice fields are not inherited
-        return make_rule(**{**self._values, **(_SHARED_FIELDS if own else {}), **values})
+        return make_rule(**{**self._values, **(SHARED_FIELDS if own else {}), **values})
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError if a layer index does not exist in a model with `num_layers` layers."""
@@ -335,7 +218,7 @@ class MobaConfig:
 
         Leaves out `backend`, and with `tile` = 1 the fields that apply to a shared choice only.
         """
-        shared = {name: getattr(self, name) for name in _SHARED_FIELDS} if self.tile > 1 else {}
+        shared = {name: getattr(self, name) for name in SHARED_FIELDS} if self.tile > 1 else {}
         return {
             **shared,
             "block_size": self.block_size,
@@ -348,21 +231,6 @@ class MobaConfig:
             "decode_max_len": self.decode_max_len,
             "layers": {str(index): dict(pairs) for index, pairs in self.layers},
         }
-
-
-def check_rule(block_size: int, topk: int, sink_blocks: int, local_blocks: int, gate: str = "mean") -> None:
-    """Raises TypeError or ValueError unless the four numbers form a valid rule and the gate is known."""
-    check_int("block_size", block_size, minimum=1)
-    check_int("topk", topk, minimum=1)
-    check_int("sink_blocks", sink_blocks, minimum=0)
-    check_int("local_blocks", local_blocks, minimum=0)
-    if topk < 1 + sink_blocks + local_blocks:
-        raise ValueError(
-            f"topk={topk} is too small: it counts the query's own block, {sink_blocks} sink_blocks and "
-            f"{local_blocks} local_blocks, so it must be at least {1 + sink_blocks + local_blocks}"
-        )
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
 
 
 def preset_names() -> list[str]:
@@ -405,11 +273,11 @@ def _normalise_layers(layers: Any) -> tuple[tuple[int, tuple[tuple[str, Any], ..
             index = int(str(key))  # str() rejects 1.5 and True
         except ValueError:
             raise ValueError(f"layers is keyed by layer index, got {key!r}") from None
-        unknown = sorted(set(pairs) - {*_LAYER_FIELDS, *_SHARED_FIELDS})
+        unknown = sorted(set(pairs) - {*LAYER_FIELDS, *SHARED_FIELDS})
         if unknown:
             raise ValueError(
                 f"layer {index} overrides {', '.join(unknown)}; it may set "
-                f"{', '.join([*_LAYER_FIELDS, *_SHARED_FIELDS])}"
+                f"{', '.join([*LAYER_FIELDS, *SHARED_FIELDS])}"
             )
         result.append((index, tuple(sorted((name, plain_int(value)) for name, value in pairs.items()))))
     if len({index for index, _ in result}) != len(result):

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import Rule
 from moba_hf.evaluate.passes import family_of, passes_bar, watch
 from moba_hf.evaluate.perplexity import Perplexity
 from moba_hf.evaluate.recall import Recall, chosen_mask
 from moba_hf.evaluate.run import load, read_ids
 from moba_hf.evaluate.tasks import TaskScore
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.ops import select_by_rule
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule

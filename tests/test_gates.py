@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
+from moba_hf.config import make_rule
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.op.gates import MassSummary, PairedMassSummary
-from moba_hf.op.reference import mass_gate_ref
+from moba_hf.op.reference import mass_gate_ref, select_blocks_ref
+from moba_hf.op.shared import unpack_blocks
+from moba_hf.op.shared_reference import select_shared_ref
+from moba_hf.op.shared_rule import SharedRule
 from moba_hf.patches.llama import LlamaAdapter
 
 
@@ -162,6 +167,39 @@ def test_scores_do_not_depend_on_where_positions_begin(pairs: str) -> None:
             if cls is MassSummary:
                 wanted = mass_gate_ref(q, k, 16, 0.3, how)
                 assert torch.allclose(before.transpose(0, 1), wanted)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_the_operator_scores_by_the_given_rotary_pairs(backend: str) -> None:
+    """Against the reference of each rule; the two pairings choose different blocks here."""
+    q, k, v = qkv(200, 4, 2)
+    q[..., ::4] *= 3  # the coordinates of a pair contribute differently
+    k[..., 1::4] *= 3
+    own: dict = {"block_size": 16, "topk": 4, "gate": "mass"}
+    shared: dict = {"block_size": 8, "tile": 16, "threshold": 0.3, "gate": "mass"}
+    for settings in (own, shared):
+        found = {}
+        for pairs in ("halves", "neighbours"):
+            given = {**settings, "rotary_pairs": pairs}
+            choice = select_blocks(q, k, **given, backend=backend)
+            rule = make_rule(**given)
+            assert rule.rotary_pairs == pairs
+            assert make_rule(**rule.to_dict()) == rule
+            if isinstance(rule, SharedRule):
+                blocks = -(-200 // 8)
+                wanted = select_shared_ref(q, k, rule)
+                assert torch.equal(unpack_blocks(choice, blocks)[:, : wanted.shape[1]], wanted)
+            else:
+                wanted = select_blocks_ref(q, k, **given)
+                assert torch.equal(choice.sort(2).values, wanted.sort(2).values)
+            found[pairs] = choice
+            out = moba_attention(q, k, v, **given, backend=backend)
+            over = moba_attention(q, k, v, **settings, block_indices=choice, backend=backend)
+            assert torch.allclose(out, over, atol=1e-5)
+        assert not torch.equal(found["halves"].sort(2).values, found["neighbours"].sort(2).values)
+        for call in (partial(moba_attention, q, k, v), partial(select_blocks, q, k)):
+            with pytest.raises(ValueError, match="rotary_pairs must be one of 'halves', 'neighbours'"):
+                call(**settings, rotary_pairs="x")
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,14 @@ class TestPrefill:
         with pytest.raises(ValueError, match=message):
             prefill(tiny(), **({"input_ids": tokens(1, 30), "progress": False} | kwargs))
 
+    @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+    def test_a_list_is_refused(self, name: str) -> None:
+        given: dict = {"input_ids": tokens(1, 30), "attention_mask": torch.ones(1, 30)}
+        with pytest.raises(
+            TypeError, match=rf"{name} must be a torch tensor, got list: pass torch.as_tensor"
+        ):
+            prefill(tiny(), **{**given, name: given[name].tolist()}, progress=False)
+
     def test_a_full_cache_is_refused(self) -> None:
         model, ids = tiny(), tokens(1, 30)
         cache = MobaCache(model.config)

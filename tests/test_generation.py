@@ -119,6 +119,8 @@ def test_bad_numbers() -> None:
             generate(model, ids, **arguments)
     with pytest.raises(ValueError, match="not empty"):
         generate(model, ids[:, :0], 1)
+    with pytest.raises(TypeError, match=r"ids must be a torch tensor, got list: pass torch.as_tensor"):
+        generate(model, ids.tolist(), 1)
 
 
 @pytest.mark.parametrize("gpus", [False, True])

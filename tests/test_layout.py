@@ -65,6 +65,7 @@ LAYERS = [
     {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
     {"checkpoints.gguf_header"},
     {"config", "hf.cache_names"},
+    {"op.layer_rule"},
     {"op.backend_table", "op.gates", "op.shared_rule"},
     {"op.numerics", "op.registry"},
 ]

@@ -18,13 +18,21 @@ from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.passes import passes_bar
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.results import Store
+from moba_hf.op.inputs import require_tensor
 
 # Losses are averaged over stretches of this many tokens, because neighbouring tokens are not independent.
 _STRETCH = 64
 
 
 def check_texts(texts: Sequence[Tensor], length: int | None = None) -> int:
-    """The length of all texts. Raises ValueError if they are not `(1, length)` or their lengths differ."""
+    """The length of all texts.
+
+    Raises:
+        ValueError: they are not `(1, length)`, or their lengths differ.
+        TypeError: a text is not a tensor.
+    """
+    for ids in texts:
+        require_tensor("texts", ids)
     length = length or (texts[0].shape[-1] if texts else 0)
     if not texts or any(text.ndim != 2 or text.shape != (1, length) for text in texts):
         raise ValueError("texts must be token ids (1, length), all of the same length")

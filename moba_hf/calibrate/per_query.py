@@ -11,9 +11,10 @@ from moba_hf.calibrate.options import Options
 from moba_hf.calibrate.passes import Passes
 from moba_hf.calibrate.results import KEY_BUDGET, Point
 from moba_hf.checkpoints.inspection import inspect_config
-from moba_hf.config import LayerConfig, MobaConfig
+from moba_hf.config import MobaConfig
 from moba_hf.evaluate.local import SENSITIVITY_TOKENS, LocalCosts, local_costs, sensitivities
 from moba_hf.evaluate.passes import family_of
+from moba_hf.op.layer_rule import LayerConfig
 
 SHARES = (0.016, 0.023, 0.031, 0.047, 0.0625, 0.094, 0.125, 0.1875, 0.25, 0.375, 0.5)
 

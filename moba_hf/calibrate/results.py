@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moba_hf.config import MobaConfig
-from moba_hf.evaluate.results import format_table
+from moba_hf.evaluate.results import format_table, percent
 
 # What `Point.keys` may count.
 KEY_BUDGET, CAUSAL_PAIRS = "key budget", "causal pairs"
@@ -119,7 +119,7 @@ class Calibration:
             assert self.held_out.pairs is not None
             parts.append(
                 f"Held-out text ({self.length} tokens not used for tuning): rise "
-                f"{self.held_out.rises()} at {_percent(self.held_out.pairs)} of the causal pairs"
+                f"{self.held_out.rises()} at {percent(self.held_out.pairs)} of the causal pairs"
             )
         if shared:
             parts.append("Losses are as run: the choice of a tile depends on all of its queries.")
@@ -138,16 +138,12 @@ class Calibration:
             f"{i}: {v['threshold']:g}" for i, v in config["layers"].items() if "threshold" in v
         )
         what = f"threshold {config['threshold']:g}" + (f", by layer {layers}" if layers else "")
-        return f"Chosen: {what}; rise {point.rises()} at {_percent(point.pairs)} of the causal pairs"
+        return f"Chosen: {what}; rise {point.rises()} at {percent(point.pairs)} of the causal pairs"
 
 
 def shown_rise(rise: float, error: float | None) -> str:
     """An increase with its interval, e.g. `+0.0021 ± 0.0010`."""
     return f"{rise:+.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _topk_rows(curve: Sequence[Point]) -> list[list[object]]:
@@ -167,7 +163,7 @@ def _threshold_rows(curve: Sequence[Point]) -> list[list[object]]:
         thresholds = point.thresholds
         ends = " to ".join(f"{t:g}" for t in dict.fromkeys((thresholds[0], thresholds[-1])))
         ends = "full attention" if point.dense else ends
-        shown = _percent(point.keys) + ("" if point.pairs is not None else ", estimated")
+        shown = percent(point.keys) + ("" if point.pairs is not None else ", estimated")
         rows.append([shown, ends, point.cost, point.rises()])
     return rows
 
@@ -175,6 +171,6 @@ def _threshold_rows(curve: Sequence[Point]) -> list[list[object]]:
 def _compared(found: Comparison) -> str:
     verdict = "so each layer gets its own" if found.pays else "no significant gain, so all layers share one"
     return (
-        f"A threshold per layer ({_percent(found.by_layer)} of the causal pairs) compared with a single one "
-        f"({_percent(found.one)}): loss {shown_rise(found.difference, found.error)}, {verdict}"
+        f"A threshold per layer ({percent(found.by_layer)} of the causal pairs) compared with a single one "
+        f"({percent(found.one)}): loss {shown_rise(found.difference, found.error)}, {verdict}"
     )

@@ -16,9 +16,10 @@ import torch
 
 from moba_hf.checkpoints.load import find_source
 from moba_hf.checkpoints.model_config import read_model_config
-from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
+from moba_hf.config import DEFAULT_PRESET, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.op.gates import GATES
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.shared_rule import SharedRule
 
 LENGTHS = (8192, 32768, 131072, 1048576)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moba_hf.config import MobaConfig
-from moba_hf.evaluate.passes import attention, hidden_states, logits
+from moba_hf.evaluate.passes import attention, check_ids, hidden_states, logits
 
 _CHUNK = 512
 
@@ -36,6 +36,7 @@ class Agreement:
 @torch.no_grad()
 def agreement(model: Any, ids: Tensor, config: MobaConfig, *, trailing: int = 2048) -> Agreement:
     """Compares MoBA with dense at the last `trailing` positions of `ids (1, length)`, in two passes."""
+    check_ids(ids)
     with attention(model, None):
         dense = hidden_states(model, ids)[-trailing:]
     with attention(model, config):

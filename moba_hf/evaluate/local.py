@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moba_hf.config import LayerConfig
 from moba_hf.evaluate.passes import (
     attention,
     attention_rows,
@@ -30,6 +29,7 @@ from moba_hf.evaluate.passes import (
 )
 from moba_hf.hf.output_head import output_head
 from moba_hf.op.gates import GATES
+from moba_hf.op.layer_rule import LayerConfig
 
 SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
 

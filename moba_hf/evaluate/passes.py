@@ -12,11 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from moba_hf.config import MobaConfig, Rule
+from moba_hf.config import MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
 from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import set_implementation, use_moba
+from moba_hf.op.inputs import require_tensor
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import advanced_by, progress_bar
@@ -63,6 +65,13 @@ def passes_bar(model: Any, what: str, passes: int) -> Iterator[Any]:
     modules = [module for _, module in family_of(model)[0].attention_layers(model)]
     with progress_bar(what, passes * len(modules), " layers") as bar, advanced_by(bar, modules):
         yield bar
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raises TypeError or ValueError unless `ids` is a tensor `(1, length)` with at least two tokens."""
+    require_tensor("ids", ids)
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise ValueError(f"ids must be (1, length) with at least two tokens, got {tuple(ids.shape)}")
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moba_hf.config import MobaConfig
-from moba_hf.evaluate.passes import attention, hidden_states, logits
+from moba_hf.evaluate.passes import attention, check_ids, hidden_states, logits
+from moba_hf.op.inputs import require_tensor
 
 _CHUNK = 1024  # rows of logits held at a time
 
@@ -55,9 +56,9 @@ def token_losses(model: Any, ids: Tensor, config: MobaConfig | None = None) -> T
 
     Raises:
         ValueError: `ids` has another shape, or fewer than two tokens.
+        TypeError: `ids` is not a tensor.
     """
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
-        raise ValueError(f"ids must be (1, length) with at least two tokens, got {tuple(ids.shape)}")
+    check_ids(ids)
     with attention(model, config):
         hidden = hidden_states(model, ids)
         targets = ids[0, 1:].to(hidden.device)
@@ -67,6 +68,7 @@ def token_losses(model: Any, ids: Tensor, config: MobaConfig | None = None) -> T
 
 def summarize(losses: Tensor, buckets: int = 8, trailing: int = 2048) -> Perplexity:
     """Means of `losses (length - 1,)`: overall, over the last `trailing`, and over `buckets` equal ranges."""
+    require_tensor("losses", losses)
     count = len(losses)
     trailing = min(trailing, count)
     edges = [count * i // buckets for i in range(buckets + 1)]
@@ -98,6 +100,7 @@ class Positions:
 
 def by_position(losses: Tensor, first: int = 1024) -> Positions:
     """Means of `losses (length - 1,)` over the ranges that end at `first`, `2 * first`, `4 * first` ..."""
+    require_tensor("losses", losses)
     count = len(losses)
     edges = [1]
     while edges[-1] <= count:

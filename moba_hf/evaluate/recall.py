@@ -15,8 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moba_hf.config import MobaConfig, Rule
-from moba_hf.evaluate.passes import attention_rows, family_of, ranked_by_rule, sample_positions, watch
+from moba_hf.config import MobaConfig
+from moba_hf.evaluate.passes import (
+    attention_rows,
+    check_ids,
+    family_of,
+    ranked_by_rule,
+    sample_positions,
+    watch,
+)
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.ops import select_by_rule
 from moba_hf.op.shared import unpack_blocks
 from moba_hf.op.shared_rule import SharedRule
@@ -90,6 +98,7 @@ def layer_recall(
 
 def recall(model: Any, ids: Tensor, config: MobaConfig, *, samples: int = 128, seed: int = 0) -> Recall:
     """Recall of every MoBA layer, at `samples` queries in the last three quarters of `ids (1, length)`."""
+    check_ids(ids)
     adapter, text_config = family_of(model)
     positions = sample_positions(ids.shape[1], samples, seed)
     rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

@@ -74,6 +74,11 @@ class Store:
             raise
 
 
+def percent(share: float) -> str:
+    """A share with one decimal, such as "12.5 %"."""
+    return f"{100 * share:.1f} %"
+
+
 def format_table(rows: Sequence[Sequence[object]]) -> str:
     """Rows as a Markdown table whose header is the first row; floats get four decimals."""
 

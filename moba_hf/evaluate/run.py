@@ -19,11 +19,11 @@ from moba_hf.config import MobaConfig
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.attended import count_pairs
 from moba_hf.evaluate.code_lookup import CODE_LOOKUP, QUESTIONS, run_code_lookup
-from moba_hf.evaluate.passes import family_of, identity_of, passes_bar
+from moba_hf.evaluate.passes import check_ids, family_of, identity_of, passes_bar
 from moba_hf.evaluate.perplexity import by_position, perplexity, token_losses
 from moba_hf.evaluate.recall import recall
 from moba_hf.evaluate.repositories import Repository
-from moba_hf.evaluate.results import Store, format_table
+from moba_hf.evaluate.results import Store, format_table, percent
 from moba_hf.evaluate.tasks import TASKS, SampleSize, run_task
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.parallel import launched_ranks
@@ -136,7 +136,9 @@ def evaluate(
             `moba_hf.checkpoints.convert` asks for; None: not known.
 
     Raises:
-        ValueError: nothing to measure, unknown names, or a store made for something else.
+        ValueError: nothing to measure, unknown names, texts of another shape, or a store made for something
+            else.
+        TypeError: a text is not a tensor.
 
     Returns:
         `{"perplexity": {text: {setting: ...}}, "positions": ..., "agreement": ..., "recall": ...,
@@ -148,6 +150,8 @@ def evaluate(
     """
     tasks = tasks or Tasks()
     _check(texts, measures, tasks)
+    for ids in texts.values():
+        check_ids(ids)
     configs = {name: None if c is None else c.to_dict() for name, c in settings.items()}
     made_of: dict[str, Any] = {}
     if store is not None:
@@ -264,8 +268,8 @@ def tables(result: Mapping[str, Any]) -> str:
             heads = [share for shares in one["heads"].values() for share in shares]
             layers = " ".join(f"{sum(shares) / len(shares):.2f}" for shares in one["heads"].values())
             if len({round(share, 6) for share in heads}) > 1:
-                ends = [_percent(min(heads)), _percent(max(heads))]
-                rows.append([name, _percent(one["share"]), layers, *ends])
+                ends = [percent(min(heads)), percent(max(heads))]
+                rows.append([name, percent(one["share"]), layers, *ends])
         if len(rows) > 1:
             parts.append(f"{text}, pairs attended by layers and heads\n{format_table(rows)}")
     for text, by_setting in result.get("recall", {}).items():
@@ -283,10 +287,6 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     """A row per setting: the keys and pairs it attends, its losses on `text`, its agreement with dense."""
     losses = result.get("perplexity", {}).get(text, {})
@@ -296,7 +296,7 @@ def _loss_rows(result: Mapping[str, Any], text: str) -> list[list[object]]:
     for name in {**losses, **near}:
         shares = result["keys"].get(text, {}).get(name)
         row: list[object] = [name]
-        row += ["-" if x is None else _percent(x) for x in shares or (1.0, 1.0)]
+        row += ["-" if x is None else percent(x) for x in shares or (1.0, 1.0)]
         one, dense, other = losses.get(name), losses.get("dense"), near.get(name)
         row += ["-", "-"] if one is None else [one["loss"], one["trailing"]]
         known = one is not None and dense is not None and name != "dense"

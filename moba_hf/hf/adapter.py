@@ -14,7 +14,8 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moba_hf.config import MobaConfig, Rule
+from moba_hf.config import MobaConfig
+from moba_hf.op.layer_rule import Rule
 
 if TYPE_CHECKING:
     from torch import nn

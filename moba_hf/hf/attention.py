@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
-from moba_hf.config import NAME, LayerConfig, Rule
+from moba_hf.config import NAME
 from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE
 from moba_hf.hf.layer_plan import TRAINED_TAIL, LayerPlan, adapter_of, layer_plan
 from moba_hf.hf.layout import Layout
@@ -32,6 +32,7 @@ from moba_hf.op.dense import (
     dense_tail_attention,
 )
 from moba_hf.op.inputs import check_tensors
+from moba_hf.op.layer_rule import LayerConfig, Rule
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.ops import attention, kept_of
 from moba_hf.op.shared_prompt import prompt_attention

@@ -19,6 +19,7 @@ from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.hf.patching import patch_model, unpatch_model
 from moba_hf.hf.prefill import DENSE_TAIL, prefill
+from moba_hf.op.inputs import require_tensor
 
 CHUNK = 2048
 
@@ -149,7 +150,9 @@ def generate(
 
     Raises:
         ValueError: the prompt is empty, or `max_new_tokens` or `chunk` is too small (see `prefill`).
+        TypeError: `ids` is not a tensor.
     """
+    require_tensor("ids", ids)
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"ids must be (1, length) and not empty, got {tuple(ids.shape)}")
     if max_new_tokens < 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers.utils import logging
 
-from moba_hf.config import DEFAULT_PRESET, MobaConfig, Rule
+from moba_hf.config import DEFAULT_PRESET, NAME, MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
+from moba_hf.op.layer_rule import Rule
 from moba_hf.op.registry import Registry
 from moba_hf.op.shared_rule import SharedRule
 
@@ -56,6 +58,17 @@ class LayerPlan:
 def moba_config(config: Any) -> MobaConfig:
     """The MoBA settings of a text config: its `moba`, else the preset "default" (with a warning, once)."""
     return _settings_of(getattr(config, "moba", None))
+
+
+def common_tile(model: Any) -> int:
+    """The least common multiple of the tiles of all layers; 1 if no layer shares a choice between queries."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != NAME:
+        return 1
+    moba = moba_config(config)
+    layers = int(config.num_hidden_layers)
+    rules = [moba.for_layer(i, layers) for i in range(layers)]
+    return math.lcm(*(rule.tile for rule in rules if isinstance(rule, SharedRule)))
 
 
 def _settings_of(raw: Any) -> MobaConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -18,11 +17,11 @@ from moba_hf.config import NAME
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
-from moba_hf.hf.layer_plan import SUSPENDED, moba_config
+from moba_hf.hf.layer_plan import SUSPENDED, common_tile, moba_config
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
+from moba_hf.op.inputs import require_tensor
 from moba_hf.op.numerics import check_int
-from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress_bar
 
 # Default number of tokens at the end of a prompt that attend to every key: usually the question.
@@ -79,6 +78,7 @@ def prefill(
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, or
             a cache that is passed under both names, already contains the whole prompt, contains tokens
             rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens.
+        TypeError: `input_ids` or `attention_mask` is not a tensor, or `dense_tail` is not an int.
     """
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
@@ -136,7 +136,7 @@ def tail_begin(model: Any, length: int, dense_tail: int) -> int:
     if dense_tail == 0 or model.config.get_text_config(decoder=True)._attn_implementation != NAME:
         return length - 1
     begin = max(0, length - dense_tail)
-    return min(length - 1, begin - begin % _tile(model))
+    return min(length - 1, begin - begin % common_tile(model))
 
 
 @contextmanager
@@ -169,6 +169,9 @@ def _reading(cache: Cache, prompt: Prompt) -> Iterator[None]:
 
 
 def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, shortest: int) -> None:
+    require_tensor("input_ids", input_ids)
+    if attention_mask is not None:
+        require_tensor("attention_mask", attention_mask)
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -211,7 +214,7 @@ def _chunks(
         padded: the batch has padding.
         few: chunks may be as short as a decode step, because the cache records what is prompt.
     """
-    tile, shortest = _tile(model), _decode_max_len(model) + 1
+    tile, shortest = common_tile(model), _decode_max_len(model) + 1
     if tile == 1 or end - seen <= chunk_size:
         return _chunk_lengths(end - seen, chunk_size, shortest, empty=few or seen == 0)
     size = chunk_size - chunk_size % tile
@@ -231,17 +234,6 @@ def _chunks(
             "parts of a cut tile choose separately, so results differ slightly from a prefill in one call"
         )
     return [b - a for a, b in pairwise([*cuts, end])]
-
-
-def _tile(model: Any) -> int:
-    """The least common multiple of the tiles of all layers; 1 if no layer shares a choice between queries."""
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
-        return 1
-    moba = moba_config(config)
-    layers = int(config.num_hidden_layers)
-    rules = [moba.for_layer(i, layers) for i in range(layers)]
-    return math.lcm(*(rule.tile for rule in rules if isinstance(rule, SharedRule)))
 
 
 def _chunk_lengths(total: int, chunk_size: int, shortest: int, *, empty: bool) -> list[int]:

@@ -29,6 +29,7 @@ from moba_hf.hf.identity import identity_of
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.places import close_cache
 from moba_hf.hf.prefill import prefill
+from moba_hf.op.inputs import require_tensor
 from moba_hf.op.numerics import check_int
 
 _FORMAT = "moba_hf cache 1"
@@ -60,6 +61,7 @@ def read_with_saved_cache(
             settings or chunks.
     """
     check_int("chunk_size", chunk_size, minimum=1)
+    require_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (1, length) and not empty, got {tuple(input_ids.shape)}")
     _check_tiles(model, chunk_size)

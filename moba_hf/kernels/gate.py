@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.kernels import tuning
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.gate_kernels import gate_fwd_kernel, gate_rest_kernel
@@ -34,6 +33,7 @@ from moba_hf.kernels.launch import cdiv, device_of, num_processors, padded, rows
 from moba_hf.kernels.levels import tile_bits
 from moba_hf.kernels.mass_summary import mass_summary
 from moba_hf.kernels.tiling import Tiling, head_split, make_tiling
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import part_size
 from moba_hf.op.sequences import Sequences
 

@@ -75,6 +75,7 @@ def select(
         workspace: maximum bytes for the masses; None: `shared_tuning.MASS_WORKSPACE`.
         mass_tile: tile of the mass kernel; None: by `shared_tuning.mass_tile`.
     """
+    q, softmax_scale = with_positive_scale(q, softmax_scale)  # the mass kernels divide by its square
     q, k = rows_contiguous(q), rows_contiguous(k)
     plan = _plan(q, k, sequences, rule.block_size, rule.tile)
     num_heads = q.shape[1]

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op.backend_table import BACKENDS, check_backend
 from moba_hf.op.gates import Kept
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 from moba_hf.op.registry import Registry
 from moba_hf.op.sequences import Attended, Sequences, rows_of
@@ -210,7 +210,6 @@ class ReferenceBackend:
                     keys,
                     **rule.to_dict(),
                     softmax_scale=softmax_scale,
-                    rotary_pairs=rule.rotary_pairs,
                 )  # the reference computes its own means
         return result
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op import portable
 from moba_hf.op.backends import load_backend
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import part_size
 from moba_hf.op.operators import flat_rule, select_op
 from moba_hf.op.reference import block_mean_ref, gate_ref, mass_gate_ref

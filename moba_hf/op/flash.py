@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op.backends import PortableBackend, choose_backend, load_backend
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import with_positive_scale
 from moba_hf.op.sequences import Sequences, rows_of
 

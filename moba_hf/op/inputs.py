@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from moba_hf.config import LayerConfig
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import check_int, has_tangent, plain_int
 from moba_hf.op.sequences import Sequences, batched_table, more_queries, packed_table
 from moba_hf.op.shared import mask_words, num_tiles, sequence_tiles, unpack_blocks

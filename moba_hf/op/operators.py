@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op.backends import CacheKernels, load_backend
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.sequences import Attended, Sequences
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig, Rule, make_rule
 from moba_hf.op.backends import Backend, choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import GATES, Kept
@@ -29,6 +28,7 @@ from moba_hf.op.inputs import (
     refuse_tangents,
     require_tensor,
 )
+from moba_hf.op.layer_rule import LayerConfig, Rule, make_rule
 from moba_hf.op.numerics import default_scale
 from moba_hf.op.operators import attend_op, decode_op, flat_rule, flat_sequences, select_op
 from moba_hf.op.sequences import Sequences
@@ -50,6 +50,7 @@ def moba_attention(
     threshold: float | None = None,
     sample: int = 1,
     dense_below: int = 0,
+    rotary_pairs: str = "halves",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -81,6 +82,8 @@ def moba_attention(
         threshold: with `tile` > 1, a block is attended if its mass is at least `threshold` times the largest.
         sample: with `tile` > 1, only the last of every `sample` queries is used to choose for the tile.
         dense_below: with `tile` > 1, queries before this position attend to every key; a multiple of `tile`.
+        rotary_pairs: which coordinates the rotary embedding of q and k rotates together: "halves" (d and
+            d + D/2, as in Llama) or "neighbours" (2d and 2d + 1, interleaved). Only gate "mass" uses it.
         cu_seqlens_q: int32 `(num_seqs + 1,)`, cumulative numbers of queries, from 0; None: one sequence.
             Sequences may be empty. A sequence with fewer queries than keys is aligned at its end.
         cu_seqlens_k: the same for keys; None: `cu_seqlens_q`, or one sequence.
@@ -101,7 +104,10 @@ def moba_attention(
         NotImplementedError: a forward-mode derivative, which only backend "reference" supports.
     """
     check_packed(q, k, v)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
+    shared: Any = {"threshold": threshold, "dense_below": dense_below, "sample": sample}
+    rule = make_rule(
+        block_size, topk, sink_blocks, local_blocks, gate, tile, **shared, rotary_pairs=rotary_pairs
+    )
     table = packed_table_of(q, k, cu_seqlens_q, cu_seqlens_k)
     sequences = Sequences(table, *longest(q, k, table, max_seqlen_q, max_seqlen_k), by_row=False)
     if block_indices is not None:
@@ -133,6 +139,7 @@ def select_blocks(
     threshold: float | None = None,
     sample: int = 1,
     dense_below: int = 0,
+    rotary_pairs: str = "halves",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -148,7 +155,10 @@ def select_blocks(
     Arguments and errors are those of `moba_attention`. The choice has no gradient.
     """
     check_packed(q, k, k)
-    rule = make_rule(block_size, topk, sink_blocks, local_blocks, gate, tile, threshold, dense_below, sample)
+    shared: Any = {"threshold": threshold, "dense_below": dense_below, "sample": sample}
+    rule = make_rule(
+        block_size, topk, sink_blocks, local_blocks, gate, tile, **shared, rotary_pairs=rotary_pairs
+    )
     table = packed_table_of(q, k, cu_seqlens_q, cu_seqlens_k)
     lengths = longest(q, k, table, max_seqlen_q, max_seqlen_k)
     return _select(q, k, rule, Sequences(table, *lengths), softmax_scale, backend)

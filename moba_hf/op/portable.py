@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES, Summary
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
 from moba_hf.op.sequences import Attended, rows_of
 

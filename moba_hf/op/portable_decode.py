@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moba_hf.config import LayerConfig
 from moba_hf.op.gates import GATES
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype, full_precision
 
 # Most queries per row for which this path is used.

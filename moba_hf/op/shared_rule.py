@@ -131,6 +131,7 @@ class SharedRule:
             "threshold",
             "sample",
             "dense_below",
+            "rotary_pairs",
         )
         return {name: getattr(self, name) for name in names}
 

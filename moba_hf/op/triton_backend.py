@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from moba_hf import kernels
-from moba_hf.config import LayerConfig
 from moba_hf.kernels import shared, shared_steps
 from moba_hf.kernels.shared_summary import update_kept_mass
 from moba_hf.op import shared_decode
 from moba_hf.op.gates import Kept, KeptMass, KeptMeans
+from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.sequences import Attended, Sequences
 from moba_hf.op.shared import SharedRule
 

@@ -29,6 +29,7 @@ from moba_hf.hf.output_head import output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
 from moba_hf.op.numerics import check_int
 from moba_hf.training.loss import inner_model, token_losses_in_pieces
+from moba_hf.training.rows import WEIGHTS, Rows
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -121,6 +122,9 @@ class MobaCallback(TrainerCallback):
     values. To put this callback first, use `trainer.callback_handler.callbacks.insert(0, callback)` instead
     of `callbacks=[callback]`.
 
+    If `Rows` have `loss_weights` and the model computes the loss, which ignores them, the first step raises
+    ValueError; `LongRowTrainer` applies them.
+
     Args:
         recipe: a `Recipe`, or a name from `RECIPES`.
         config: the MoBA settings; None: the model's own, or the preset "default" if it has none.
@@ -141,11 +145,22 @@ class MobaCallback(TrainerCallback):
         self._full = False
         self._meters: dict[bool, _Meter] = {}
         self._hooks: list[Any] = []
+        self._weighted = False  # whether the rows have weights of the loss
         self._hidden: Tensor | None = None  # for the trailing positions of the current batch
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
+        rows = getattr(train_dataloader, "dataset", None)
+        self._weighted = isinstance(rows, Rows) and rows.weighted
         self._model = inner_model(model)
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)
@@ -222,6 +237,11 @@ class MobaCallback(TrainerCallback):
             meter.add_length(ids.shape[1])
         if labels is None:
             return
+        if self._weighted and module.training:  # LongRowTrainer keeps the labels from the model
+            raise ValueError(
+                f"the rows have {WEIGHTS}, but this trainer lets the model compute its plain loss, which "
+                "ignores them: use moba_hf.training.LongRowTrainer, or make Rows with lookup_weight=1"
+            )
         if logits is not None and logits.shape[:2] == labels.shape:
             meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
         elif logits is None and hidden is not None:

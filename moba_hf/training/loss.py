@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
-from moba_hf.hf.layer_plan import TRAINED_TAIL
+from moba_hf.hf.layer_plan import TRAINED_TAIL, common_tile
 from moba_hf.hf.output_head import output_head
 from moba_hf.op.numerics import check_int
 from moba_hf.training.rows import IGNORED, WEIGHTS
@@ -86,6 +86,20 @@ def token_losses_in_pieces(
     return torch.cat(losses), targets != IGNORED
 
 
+def check_dense_tail(tokens: int, tile: int) -> None:
+    """Raises unless `tokens`, the length of a dense tail, is a number of whole tiles of `tile` queries.
+
+    A tail that began inside a tile would leave fewer queries to choose for it than in `moba_hf.prefill`.
+
+    Raises:
+        ValueError: negative, or not a multiple of `tile`.
+        TypeError: not an int.
+    """
+    check_int("dense_tail", tokens, minimum=0)
+    if tokens % tile:
+        raise ValueError(f"dense_tail={tokens} must be a multiple of tile={tile}")
+
+
 @contextmanager
 def dense_tail(model: Any, tokens: int) -> Iterator[None]:
     """Inside the block, the last `tokens` queries of each row attend every key, in every MoBA layer.
@@ -93,7 +107,11 @@ def dense_tail(model: Any, tokens: int) -> Iterator[None]:
     It covers forward passes over rows with one document, all of it if it is not longer than the tail; packed
     rows have no such tail. The backward pass belongs into the block too, because gradient checkpointing
     repeats the forward pass.
+
+    Raises:
+        ValueError: `tokens` is not a multiple of the tiles of all layers.
     """
+    check_dense_tail(tokens, common_tile(model))
     modules = [module for _, module in find_adapter(model.config.model_type).attention_layers(model)]
     before = [module.__dict__.get(TRAINED_TAIL) for module in modules]
     for module in modules:
@@ -145,6 +163,8 @@ class LongRowTrainer(Trainer):
         check_int("piece", piece, minimum=1)
         check_int("dense_tail", dense_tail, minimum=0)
         super().__init__(*args, **kwargs)
+        if dense_tail:  # MoBA may be turned on later, so every step checks too
+            check_dense_tail(dense_tail, common_tile(inner_model(self.model)))
         self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line

@@ -51,7 +51,8 @@ class Rows(Dataset[dict[str, Tensor]]):
             half of `length`. If it is above 0, a long row is a single document, as a prompt is, also where
             it holds several repositories.
         lookup_weight: weight of the answers in the loss, at least 1. Above 1, rows have `loss_weights`, fp32
-            `(length,)`, which `LongRowTrainer` applies and other trainers ignore.
+            `(length,)`, which only `LongRowTrainer` applies. Other trainers ignore them; with a
+            `MobaCallback`, their first step raises ValueError.
         tokenizer: required if `lookups` is above 0.
 
     Raises:
@@ -96,6 +97,11 @@ class Rows(Dataset[dict[str, Tensor]]):
         if lookups:
             self.definitions, self.newlines = Definitions(tokenizer), newline_tokens(tokenizer)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have `loss_weights`."""
+        return self.lookup_weight > 1
+
     def __len__(self) -> int:
         return self.count
 
@@ -114,7 +120,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             label[0] = IGNORED  # a document's first token has no context to predict it from
         positions = [np.arange(len(piece)) for piece in pieces]
         row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
-        if self.lookup_weight > 1:
+        if self.weighted:
             row[WEIGHTS] = weights
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
 

@@ -28,6 +28,7 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.op.numerics import check_int
 from moba_hf.training.callback import Recipe, turn_on
+from moba_hf.training.loss import check_dense_tail
 
 POSITION = "moba_schedule.json"
 
@@ -70,7 +71,6 @@ class Stage:
             ("tokens", 0),
             ("warmup_steps", 0),
             ("rows", 1),
-            ("dense_tail", 0),
         ):
             check_int(name, getattr(self, name), minimum=least)
         if not isinstance(self.moba, MobaConfig):
@@ -79,11 +79,10 @@ class Stage:
             raise TypeError(f"learning_rate must be a number, got {self.learning_rate!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.dense_tail > self.length // 2 or self.dense_tail % self.moba.tile:
-            raise ValueError(
-                f"dense_tail={self.dense_tail} must be at most half of length={self.length} and a multiple "
-                f"of tile={self.moba.tile}"
-            )
+        tiles = [dict(pairs).get("tile", 1) for _, pairs in self.moba.layers]
+        check_dense_tail(self.dense_tail, math.lcm(self.moba.tile, *tiles))
+        if self.dense_tail > self.length // 2:
+            raise ValueError(f"dense_tail={self.dense_tail} must be at most half of length={self.length}")
         ContextLength(self.length, self.rope, self.theta)  # raises
 
     @property

@@ -1,13 +1,18 @@
 """Losses compared with values computed by hand."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_ids, tiny_model
 
 from moba_hf import MobaConfig, use_moba
-from moba_hf.evaluate import agreement, perplexity, summarize, token_losses
+from moba_hf.calibrate.passes import check_texts
+from moba_hf.evaluate import agreement, perplexity, recall, summarize, token_losses
+from moba_hf.evaluate.perplexity import by_position
+from moba_hf.evaluate.run import evaluate
 
 
 def test_losses_are_those_counted_by_hand() -> None:
@@ -64,3 +69,25 @@ def test_kl_is_the_one_counted_by_hand() -> None:
         q = model(ids).logits[0, -20:].detach().double().softmax(1)
     by_hand = sum(float((a * (a / b).log()).sum()) for a, b in zip(p, q, strict=True)) / 20
     assert agreement(model, ids, config, trailing=20).kl == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_what_is_not_one_row_of_ids_is_refused() -> None:
+    model, ids, config = tiny_model(), tiny_ids(50), MobaConfig(8, 2)
+    measures: list[Callable[[Any], Any]] = [
+        lambda x: token_losses(model, x),
+        lambda x: perplexity(model, x, config),
+        lambda x: agreement(model, x, config),
+        lambda x: recall(model, x, config),
+        lambda x: evaluate(model, None, {"text": x}, {"moba": config}),
+    ]
+    for measure in measures:
+        with pytest.raises(TypeError, match=r"ids must be a torch tensor, got list: pass torch.as_tensor"):
+            measure(ids.tolist())
+        for wrong in (ids[0], ids[:, :1], ids.repeat(2, 1)):
+            with pytest.raises(ValueError, match=r"ids must be .1, length. with at least two tokens"):
+                measure(wrong)
+    for means in (summarize, by_position):
+        with pytest.raises(TypeError, match="losses must be a torch tensor, got list"):
+            means([1.0, 2.0])
+    with pytest.raises(TypeError, match="texts must be a torch tensor, got list"):
+        check_texts([ids, ids.tolist()])

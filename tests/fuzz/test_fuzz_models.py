@@ -78,6 +78,7 @@ class Draw:
                 for i in range(q.shape[2]):
                     size = 10**6 if rule is None or (full and i >= (prompt or 0)) else rule.block_size
                     values_of = rule.to_dict() if rule is not None else {"topk": 1}
+                    values_of.pop("rotary_pairs", None)  # the oracle knows the pairs of this model only
                     numbers = oracle.Rule(**{**values_of, "block_size": size}, scale=scaling)
                     query = q[0, h, i].numpy()
                     blocks = oracle.blocks_of(query, keys, i, numbers)

@@ -22,6 +22,22 @@ def extend() -> Any:
     return load_example("extend")
 
 
+def test_the_example_schedule_is_the_measured_one(
+    extend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/training.md carries on these two stages in its results."""
+    path = tmp_path / "schedule.json"
+    assert extend.main(["--write-schedule", str(path)]) == []
+    first, second = Schedule.load(path).stages
+    rule = MobaConfig(64, sink_blocks=1, local_blocks=1, gate="mass", tile=64, threshold=0.01)
+    assert first == Stage(32768, rule, 7_438_336, 6e-4, 20, theta=1e6, dense_tail=2048)
+    assert second == Stage(131072, rule, 5_373_952, 3e-4, 5, theta=8e6, dense_tail=4096)
+    assert (first.steps, second.steps) == (227, 41)
+    with pytest.raises(SystemExit):
+        extend.parse(["--schedule", str(path)])
+    assert "MODEL is missing" in capsys.readouterr().err
+
+
 def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
     tiny(rule=None, attention="sdpa").save_pretrained(tmp_path / "model")
     ids = tokens(3000).numpy().astype(np.uint16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from model_checks import tiny_model
 from tiny_models import RULE, Blocks, checkpointed, grads, tiny, tokens
 from transformers import AutoConfig, Trainer, TrainingArguments
 
-from moba_hf import MobaConfig
+from moba_hf import MobaConfig, patch_model
 from moba_hf.evaluate.perplexity import token_losses
 from moba_hf.evaluate.repositories import load_repositories, save_repositories
 from moba_hf.hf.cache_names import cache_kwargs
@@ -37,6 +38,7 @@ from moba_hf.training.loss import dense_tail
 from moba_hf.training.rows import IGNORED
 from moba_hf.training.stages import POSITION, load_stage, save_stage
 
+SHARED = MobaConfig(16, gate="mass", tile=16, threshold=0.01)
 TWO = Schedule(
     (
         Stage(1024, MobaConfig(8, 4), tokens=3000, theta=4e4),
@@ -62,7 +64,12 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"rope": "none"}, "rope must be one of"),
-        ({"dense_tail": 33}, "dense_tail=33 must be at most half of length=64 and a multiple of tile=1"),
+        ({"dense_tail": 33}, "dense_tail=33 must be at most half of length=64"),
+        ({"dense_tail": 24, "moba": SHARED}, "dense_tail=24 must be a multiple of tile=16"),
+        (
+            {"dense_tail": 16, "moba": replace(SHARED, layers={0: {"tile": 32}})},
+            "dense_tail=16 must be a multiple of tile=32",
+        ),
         ({"rope": "yarn", "theta": 1e6}, "theta=1000000.0 needs rope="),
     ],
 )
@@ -350,6 +357,25 @@ def test_weights_of_the_loss(remove_unused: bool, tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["marked_loss"] == pytest.approx(float(marked.detach()), abs=1e-3)
 
 
+@pytest.mark.parametrize("remove_unused", [False, True])
+def test_a_trainer_that_ignores_the_weights_is_refused(remove_unused: bool, tmp_path: Path) -> None:
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=1, remove_unused_columns=remove_unused,
+    )  # fmt: skip
+    text = [Repository("r", tokens(300).numpy().astype(np.uint16), np.arange(0, 300, 50))]
+
+    def train(trainer_class: Any, weight: float) -> int:
+        rows, callback = Rows(text, 60, 2, lookup_weight=weight), MobaCallback()
+        trainer = trainer_class(model=tiny(), args=settings, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        return int(trainer.state.global_step)
+
+    with pytest.raises(ValueError, match=r"the rows have loss_weights, but this trainer .*LongRowTrainer"):
+        train(Trainer, 5.0)
+    assert train(Trainer, 1.0) == train(LongRowTrainer, 5.0) == 1
+
+
 def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
     """The loss of the first training step."""
     settings = TrainingArguments(
@@ -415,6 +441,23 @@ def test_a_dense_tail_in_training(recompute: bool, tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
     assert not any(hasattr(module, "moba_trained_tail") for module in model.modules())
+
+
+def test_a_tail_of_parts_of_tiles_is_refused(tmp_path: Path) -> None:
+    """When the trainer is made if its model uses MoBA by then, else in the first step."""
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+
+    def trainer(model: Any, tail: int) -> LongRowTrainer:
+        return LongRowTrainer(model=model, args=settings, train_dataset=[{}], dense_tail=tail)
+
+    with pytest.raises(ValueError, match="dense_tail=24 must be a multiple of tile=16"):
+        trainer(tiny(SHARED), 24)
+    trainer(tiny(SHARED), 32)
+    model, ids = tiny(rule=None, attention="sdpa"), tokens(1, 96)
+    late = trainer(model, 24)
+    patch_model(model, SHARED)
+    with pytest.raises(ValueError, match="dense_tail=24 must be a multiple of tile=16"):
+        late.training_step(model, {"input_ids": ids, "labels": ids})
 
 
 @pytest.mark.parametrize("length", [64, 96])

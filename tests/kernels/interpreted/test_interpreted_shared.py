@@ -66,6 +66,8 @@ def test_scales_that_are_not_positive() -> None:
     assert_attention(case, rule, mask)
     assert_gradients(case, rule, mask)
     case.softmax_scale = 0.0
+    mask = checked_choice(case, rule)
+    assert unpack_blocks(mask, 5)[:, -1].all()  # all blocks have the same mass
     assert_attention(case, rule, mask)
 
 
