@@ -543,10 +543,12 @@ class TestPrecisionOfOneThread:
         seen = {}
 
         def ours() -> None:
-            written = torch.empty(1, 40, 40)
+            written, added, row = torch.empty(1, 40, 40), torch.zeros(1, 40, 40), torch.zeros(40, 40)
             with full_precision(a.device):
                 torch.bmm(a[None], b[None], out=written)
-                seen["written"] = [written[0]]
+                added.baddbmm_(a[None], b[None])
+                row.addmm_(a, b)
+                seen["written"] = [written[0], added[0], row]
                 inside.set()
                 other.wait(20)
                 seen["ours"] = [

@@ -18,7 +18,7 @@ from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.operators import flat_sequences
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
 from moba_hf.op.shared import SharedRule, mask_words, pack_blocks, tile_bound, tile_table, unpack_blocks
-from moba_hf.op.shared_ops import flat_shared_rule, select_shared_op, shared_attention
+from moba_hf.op.shared_ops import flat_shared_rule, select_shared, select_shared_op, shared_attention
 from moba_hf.op.shared_reference import select_shared_ref, shared_attention_ref, tile_masses_ref, tiles_ref
 from tests.moba_cases import cumulative
 
@@ -284,6 +284,26 @@ def test_scores_beyond_the_range_of_exp_equal_the_reference() -> None:
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_small_values_survive_where_all_scores_are_low(size) -> None:
+    """With scores of -70 and values of 1e-12, products without a shift would be 0."""
+    rule = SharedRule(8, 16, topk=6, sample=4)
+    q, k, v = _tensors(131, 131)
+    q, k, v = -8.5 - 0.01 * q, 8.2 + 0.01 * k, size * v.abs()
+    q[:, 1:], q, k, v = q[:, 1:] / 8, q[..., :4].float(), k[..., :4].float(), v.float()
+    where = Sequences(batched_table(1, 131, 131, q.device), 131, 131)
+    settings = {"softmax_scale": 0.25}
+    out, lse = shared_attention(q, k, v, where, rule, **settings, backend="portable")
+    exact = [x.double() for x in (q, k, v)]
+    mask = select_shared(q, k, where, rule, **settings, backend="portable")
+    expected, expected_lse = shared_attention(
+        *exact, where, rule, **settings, backend="reference", block_mask=mask
+    )
+    assert expected_lse[0, 0].max() < -60
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bounded", [True, False])
 def test_keys_that_are_not_finite_stay_behind_the_rows_that_see_them(bounded, monkeypatch) -> None:
     if not bounded:
@@ -460,3 +480,20 @@ def test_an_odd_head_dim_is_refused() -> None:
     where = Sequences(batched_table(1, 8, 8, q.device), 8, 8)
     with pytest.raises(ValueError, match="needs an even head_dim, got 15"):
         shared_attention(q, k, v, where, RULES[0], softmax_scale=1.0)
+
+
+def test_masses_and_outputs_are_exact_under_any_precision_of_matmuls(monkeypatch) -> None:
+    monkeypatch.setattr(shared_problems, "_PIECE_KEYS", 16)  # outputs are sums of several products
+    q, k, v = _tensors(160, 160)
+    q, k, v = (x.float() for x in (q, k, v))
+    rule = SharedRule(16, 16, share=0.7)
+    table = packed_table(cumulative([160]), cumulative([160]))
+    expected = _run(q, k, v, table, rule)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        actual = _run(q, k, v, table, rule)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5

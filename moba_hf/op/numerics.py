@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,19 +46,25 @@ class _Fp64Matmuls(TorchDispatchMode):
     """Computes fp32 matrix products in fp64, only in the current thread."""
 
     # below autograd, as inside our operators, a mode sees matmul and einsum before they are decomposed
-    _PRODUCTS = frozenset(
-        getattr(torch.ops.aten, name)
-        for name in ("matmul", "einsum", "linear", "mm", "bmm", "addmm", "baddbmm", "mv", "dot")
-    )
+    _NAMES = ("matmul", "einsum", "linear", "mm", "bmm", "addmm", "baddbmm", "mv", "dot")
+    _PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in _NAMES)
+    # the same that write their result to the first argument
+    _IN_PLACE: ClassVar[dict[Any, Any]] = {
+        getattr(torch.ops.aten, f"{name}_"): getattr(torch.ops.aten, name) for name in ("addmm", "baddbmm")
+    }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket not in self._PRODUCTS:
+        product_of = func.overloadpacket
+        if product_of in self._IN_PLACE:
+            product_of, result = self._IN_PLACE[product_of], args[0]
+        elif product_of in self._PRODUCTS:
+            result = kwargs.pop("out", None)
+        else:
             return func(*args, **kwargs)
-        result = kwargs.pop("out", None)
-        product = func.overloadpacket(*_widened(args), **kwargs)
+        product = product_of(*_widened(args), **kwargs)
         narrow = product.to(next(_tensors(args)).dtype)
         return narrow if result is None else result.copy_(narrow)
 

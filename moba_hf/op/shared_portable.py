@@ -12,6 +12,7 @@ CPUs, MPS and GPUs without a kernel. The backward is in `shared_portable_backwar
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ from moba_hf.op.gates import PairedMassSummary
 from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product, part_size
 from moba_hf.op.sequences import Sequences
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles, pack_blocks, sequence_tiles
-from moba_hf.op.shared_problems import Problems, Scratch, SequenceBlocks, budget, each_sequence
+from moba_hf.op.shared_problems import (
+    Problems,
+    Scratch,
+    SequenceBlocks,
+    budget,
+    each_sequence,
+    needs_shift,
+)
 
 # Elements that the terms of the masses of one step may hold for each thread, and masses of a run of tiles.
 _TERM_BUDGET = 1 << 19
@@ -230,6 +238,8 @@ def attend(
             lses = seq.q.new_empty(len(seq.order), seq.tile)
             for problems in seq.batches():
                 _attend_batch(seq, problems, outs[problems.place], lses[problems.place])
+            if needs_shift(lses):
+                _attend_shifted(seq, outs, lses)
             if not all_finite(outs):  # a weight of 0 may have been multiplied by a NaN
                 for problems in seq.batches():
                     part = outs[problems.place]
@@ -274,6 +284,14 @@ def _attend_batch(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Ten
     mass.log_()
     if top is not None:
         lse += top[..., 0]
+
+
+def _attend_shifted(seq: SequenceBlocks, outs: Tensor, lses: Tensor) -> None:
+    """Repeats `_attend_batch` with a shift where all scores of a row are so low that values underflowed."""
+    for problems in seq.batches():
+        lse = lses[problems.place]
+        if problems.bounded and needs_shift(lse):
+            _attend_batch(seq, replace(problems, bounded=False), outs[problems.place], lse)
 
 
 def _attend_not_finite(seq: SequenceBlocks, problems: Problems, out: Tensor, lse: Tensor) -> None:

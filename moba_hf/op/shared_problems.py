@@ -49,6 +49,11 @@ def shifted_exp(scores: Tensor, shift: Tensor) -> Tensor:
     return scores.sub_(shift).clamp_(min=least).exp_()
 
 
+def needs_shift(lse: Tensor) -> bool:
+    """Whether sums `exp(lse)` without a shift are so small that products with values may be subnormal."""
+    return bool((lse < -_HEADROOM).any())
+
+
 class Scratch:
     """Named buffers of one dtype that steps reuse, because touching new pages is slow."""
 
@@ -136,7 +141,8 @@ class SequenceBlocks:
     """One sequence's queries, keys and values, arranged for gathers, in the dtype of sums.
 
     A problem is *bounded* if the largest norms of its queries and of the head's keys show that `exp` of every
-    score, and sums of many, are normal numbers. Then the softmax needs no maxima, an eighth of the time.
+    score, and sums of many, are normal numbers. Then the softmax needs no maxima, an eighth of the time,
+    unless `needs_shift` finds that values underflowed.
 
     Attributes:
         tile: at most the length of the sequence.
