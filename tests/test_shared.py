@@ -466,9 +466,9 @@ def test_a_backend_that_cannot_share_a_choice_is_refused() -> None:
 
 def test_a_tile_whose_masses_do_not_fit_is_refused() -> None:
     q, k, v = _tensors(8, 8)
-    where = Sequences(batched_table(1, 8, 8, q.device), 8, 1 << 16)
+    where = Sequences(batched_table(1, 8, 8, q.device), 8, 1 << 17)
     rule = SharedRule(16, 1 << 20, 0.1)
-    size = 4 * q.shape[1] * (1 << 20) * (1 << 12) >> 30
+    size = 4 * q.shape[1] * (1 << 17) * (1 << 13) >> 30
     with pytest.raises(ValueError, match=rf"tile=1048576 with sample=1 takes {size}\.0 GiB .* lower tile"):
         shared_attention(q, k, v, where, rule, softmax_scale=1.0)
     few = replace(rule, sample=1 << 12)

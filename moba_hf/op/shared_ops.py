@@ -196,16 +196,20 @@ def select_shared(
     """
     if q.shape[3] % 2:
         raise ValueError(f"a shared choice (tile > 1) needs an even head_dim, got {q.shape[3]}")
-    _check_masses(q.shape[1], sequences.max_seqlen_k, rule)
     name = choose_backend(backend, q, k, k, rule)
+    _check_masses(q.shape[1], sequences.max_seqlen_k, rule, name)
     flat = (*flat_sequences(sequences), *flat_shared_rule(rule))
     mask: Tensor = select_shared_op(q.detach(), k.detach(), *flat, softmax_scale, name)
     return mask
 
 
-def _check_masses(num_heads: int, longest: int, rule: SharedRule) -> None:
-    """Raises ValueError if the masses of a single tile, of which all backends hold at least one, are huge."""
-    rows, blocks = rule.tile // rule.sample, -(-longest // rule.block_size)
+def _check_masses(num_heads: int, longest: int, rule: SharedRule, backend: str) -> None:
+    """Raises ValueError if the masses of a single tile, of which all backends hold at least one, are huge.
+
+    The kernels hold a whole tile, the others only the rows that exist.
+    """
+    tile = rule.tile if backend == "triton" else min(rule.tile, longest)
+    rows, blocks = max(1, tile // rule.sample), -(-longest // rule.block_size)
     size = 4 * num_heads * rows * blocks
     if size > _MOST_MASSES:
         raise ValueError(
