@@ -89,8 +89,8 @@ class TestPrefill:
         assert counter.frame_count == 4
         assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(logits))
 
-    @pytest.mark.parametrize("train", [False, True])
-    @pytest.mark.parametrize("rule", [FULL, SHARED], ids=["full", "shared"])
+    @pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("rule", [pytest.param(FULL, marks=pytest.mark.slow), SHARED])
     def test_one_graph_for_all_lengths(self, rule: MobaConfig, train: bool) -> None:
         """The numbers in the settings stay constants of the graph, and changing them compiles again."""
         model, counter = tiny(rule), CompileCounterWithBackend("aot_eager")
