@@ -45,10 +45,11 @@ def prompt_attention(
     later = derived(sequences.table, ("rows from", dense), lambda: _rows_from(sequences, dense))
     out, _ = shared_attention(q, k, v, later, rule, softmax_scale=softmax_scale, backend=backend)
     q, k, v = (x[:, :, :dense] for x in (q, k, v))
-    for watch in CHOICE_WATCHERS:
+    if CHOICE_WATCHERS:
         below = Sequences(batched_table(q.shape[0], dense, dense, q.device), dense, dense)
         mask = select_shared(q, k, below, rule, softmax_scale=softmax_scale, backend=backend)
-        watch(mask, q, below, rule)
+        for watch in CHOICE_WATCHERS:
+            watch(mask, q, below, rule)
     out[:, :dense] = dense_attention(q, k, v, softmax_scale, backend=backend)
     return out
 
