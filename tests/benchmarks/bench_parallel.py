@@ -144,7 +144,7 @@ class Prefills:
         """Draws the choices of a prompt in chunks; returns their share of its pairs."""
         rule = settings.for_layer(0, 1)
         assert isinstance(rule, SharedRule)
-        lists.masks.clear()
+        lists.clear()
         heads, attended, begin = self.config.num_attention_heads // shared_by, 0.0, 0
         for end in [*range(self.chunk, length - 1, self.chunk), length - 1]:
             mask = lists.draw(end, end - begin, heads, rule, self.ranks.device)

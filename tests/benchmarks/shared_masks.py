@@ -95,7 +95,7 @@ class RandomLists:
     def __init__(self, share: Callable[[int, int], float]):
         self.share, self.original = share, shared_ops.select_shared
         self.masks: dict[tuple[int, int, int, SharedRule], Tensor] = {}
-        self.cut: dict[tuple[int, int], Tensor] = {}
+        self.cut: dict[tuple[tuple[int, int, int, SharedRule], int], Tensor] = {}
 
     def __enter__(self) -> RandomLists:
         shared_ops.select_shared = self
@@ -114,15 +114,17 @@ class RandomLists:
 
     def __call__(self, q: Tensor, k: Tensor, sequences: Sequences, rule: SharedRule, **kwargs: Any) -> Tensor:
         chosen = self.original(q, k, sequences, rule, **kwargs)
-        mask = self.draw(k.shape[2], q.shape[2], q.shape[1], rule, q.device)
-        if sequences.max_seqlen_q < q.shape[2]:  # torch's attention computes the rows before `dense_below`
-            mask = self.later(mask, mask.shape[1] - chosen.shape[1])
+        drawn = (k.shape[2], q.shape[2], q.shape[1], rule)
+        mask = self.draw(*drawn, q.device)
+        first = mask.shape[1] - chosen.shape[1]
+        if sequences.max_seqlen_q < q.shape[2] and first:  # torch's attention computes the rows before
+            if (drawn, first) not in self.cut:
+                self.cut[drawn, first] = mask[:, first:].contiguous()
+            mask = self.cut[drawn, first]
         assert mask.shape == chosen.shape, (mask.shape, chosen.shape)
         return mask
 
-    def later(self, mask: Tensor, first: int) -> Tensor:
-        """The tiles of a drawn choice from `first` on, copied once."""
-        key = (id(mask), first)
-        if key not in self.cut:
-            self.cut[key] = mask[:, first:].contiguous()
-        return self.cut[key]
+    def clear(self) -> None:
+        """Forgets what was drawn, to free its memory."""
+        self.masks.clear()
+        self.cut.clear()

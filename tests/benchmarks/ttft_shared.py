@@ -170,7 +170,7 @@ class Runs:
             line[f"{name}_median"] = statistics.median(one.seconds for one in found)
             line[f"{name}_attention"] = min(one.attention for one in found)
             line[f"{name}_host"] = min(one.host for one in found)
-        self.lists.masks.clear()
+        self.lists.clear()
         if CUDA:
             line["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
