@@ -117,7 +117,7 @@ class RandomLists:
         drawn = (k.shape[2], q.shape[2], q.shape[1], rule)
         mask = self.draw(*drawn, q.device)
         first = mask.shape[1] - chosen.shape[1]
-        if sequences.max_seqlen_q < q.shape[2] and first:  # torch's attention computes the rows before
+        if sequences.max_seqlen_q < q.shape[2] and first:  # torch computes rows before `dense_below`
             if (drawn, first) not in self.cut:
                 self.cut[drawn, first] = mask[:, first:].contiguous()
             mask = self.cut[drawn, first]
