@@ -16,23 +16,13 @@ import typer
 
 from moba_hf_cli.options import (
     AsJson,
-    BlockSize,
-    DenseBelow,
-    FullLayers,
-    Gate,
-    LocalBlocks,
-    Preset,
-    SampleRows,
-    SinkBlocks,
-    Threshold,
-    Tile,
-    Topk,
+    Settings,
     TrustRemoteCode,
     load_package,
     load_package_alone,
     quiet,
-    settings,
     shown,
+    takes_settings,
 )
 from moba_hf_cli.preset_files import preset_rows, presets_as_json, table_lines
 
@@ -54,21 +44,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+@takes_settings()
 def convert(
     called: typer.Context,
     src: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a .gguf file.")],
     dst: Annotated[str, typer.Argument(help="Folder to create.")],
-    preset: Preset = None,
-    block_size: BlockSize = None,
-    topk: Topk = None,
-    tile: Tile = None,
-    threshold: Threshold = None,
-    sample: SampleRows = None,
-    dense_below: DenseBelow = None,
-    sink_blocks: SinkBlocks = None,
-    local_blocks: LocalBlocks = None,
-    gate: Gate = None,
-    full_attention_layers: FullLayers = None,
+    *,
+    given: Settings,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace DST if it is a checkpoint.")
     ] = False,
@@ -114,28 +96,16 @@ def convert(
     """
     if context_length is None and (rope != "theta" or rope_theta is not None or rescale):
         raise typer.BadParameter("--rope, --rope-theta and --rescale need --context-length")
-    config = settings(
-        preset,
-        full_attention_layers,
-        block_size=block_size,
-        topk=topk,
-        tile=tile,
-        threshold=threshold,
-        sample=sample,
-        dense_below=dense_below,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-    )
+    config = given.config()
     quiet()
     from moba_hf.checkpoints.context_length import ContextLength
     from moba_hf.checkpoints.convert import convert_checkpoint
     from moba_hf.config import DEFAULT_PRESET, MobaConfig
 
-    given: list[str] = []
+    added: list[str] = []
     if config is None:
         print(f"moba-hf: no settings given, so preset {DEFAULT_PRESET!r} is used", file=sys.stderr)
-        config, given = MobaConfig.from_preset(DEFAULT_PRESET), ["--preset", DEFAULT_PRESET]
+        config, added = MobaConfig.from_preset(DEFAULT_PRESET), ["--preset", DEFAULT_PRESET]
     chosen = None if dtype is None else dtype.value
     context = None if context_length is None else ContextLength(context_length, rope, rope_theta, rescale)
     made = convert_checkpoint(
@@ -148,7 +118,7 @@ def convert(
         context=context,
         remote_code=remote_code,
         eval_results=eval_results,
-        command=_command_line(called, *given),
+        command=_command_line(called, *added),
     )
     print(f"{shown(made)}: converted; {config.in_words()}")
     if context is not None:
@@ -207,36 +177,15 @@ def verify(
         raise ValueError(f"verify failed at {failed.name}: {failed.detail}")
 
 
+@takes_settings()
 def inspect_model(
     src: Annotated[str, typer.Argument(help="Folder with config.json, or config.json; no weights are read.")],
-    preset: Preset = None,
-    block_size: BlockSize = None,
-    topk: Topk = None,
-    tile: Tile = None,
-    threshold: Threshold = None,
-    sample: SampleRows = None,
-    dense_below: DenseBelow = None,
-    sink_blocks: SinkBlocks = None,
-    local_blocks: LocalBlocks = None,
-    gate: Gate = None,
-    full_attention_layers: FullLayers = None,
+    *,
+    given: Settings,
     as_json: AsJson = False,
 ) -> None:
     """Show what each layer would do and cost, with the settings of the config or of the options."""
-    config = settings(
-        preset,
-        full_attention_layers,
-        load=load_package_alone,
-        block_size=block_size,
-        topk=topk,
-        tile=tile,
-        threshold=threshold,
-        sample=sample,
-        dense_below=dense_below,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-    )
+    config = given.config(load_package_alone)
     quiet()
     from moba_hf.checkpoints.inspection import describe, inspect_checkpoint
 
@@ -244,6 +193,7 @@ def inspect_model(
     print(json.dumps(result.to_dict(), indent=2) if as_json else shown(describe(result)))
 
 
+@takes_settings()
 def generate(
     dst: Annotated[str, typer.Argument(help="Folder created by 'convert', or any checkpoint.")],
     prompt_file: Annotated[str | None, typer.Option(help="Text file with the prompt.")] = None,
@@ -251,17 +201,8 @@ def generate(
         str | None, typer.Option(help="Text of the prompt, after that of --prompt-file.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
-    preset: Preset = None,
-    block_size: BlockSize = None,
-    topk: Topk = None,
-    tile: Tile = None,
-    threshold: Threshold = None,
-    sample: SampleRows = None,
-    dense_below: DenseBelow = None,
-    sink_blocks: SinkBlocks = None,
-    local_blocks: LocalBlocks = None,
-    gate: Gate = None,
-    full_attention_layers: FullLayers = None,
+    *,
+    given: Settings,
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
@@ -279,19 +220,7 @@ def generate(
     from moba_hf.hf import generation
 
     text = generation.read_prompt(prompt_file, prompt)
-    config = settings(
-        preset,
-        full_attention_layers,
-        block_size=block_size,
-        topk=topk,
-        tile=tile,
-        threshold=threshold,
-        sample=sample,
-        dense_below=dense_below,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-    )
+    config = given.config()
     quiet()
     model, tokenizer = generation.load(dst, dtype.value, config, trust_remote_code=trust_remote_code)
     ids = generation.encode(model, tokenizer, text, chat=chat)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec, module_from_spec
-from typing import TYPE_CHECKING, Annotated
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,40 +18,10 @@ from moba_hf_cli.signals import exiting
 if TYPE_CHECKING:
     from moba_hf.config import MobaConfig
 
-Preset = Annotated[str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
-Topk = Annotated[
-    int | None, typer.Option(help="Blocks per query, including its own; with --tile the maximum.")
-]
-SinkBlocks = Annotated[
-    int | None, typer.Option(help="First blocks that are always attended; they count towards topk.")
-]
-LocalBlocks = Annotated[
-    int | None, typer.Option(help="Blocks before the own block, always attended; they count towards topk.")
-]
 Gate = Annotated[
     str | None,
     typer.Option(help="How blocks are scored: mean (MoBA) or mass (not MoBA; better without training)."),
 ]
-Tile = Annotated[
-    int | None,
-    typer.Option(help="Queries that share a choice of blocks (not MoBA; better without training)."),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="With --tile: attend to blocks of at least this fraction of the largest mass."),
-]
-SampleRows = Annotated[
-    int | None, typer.Option("--sample", help="With --tile: use every n-th query to choose for its tile (1).")
-]
-DenseBelow = Annotated[
-    int | None, typer.Option(help="With --tile: queries before this position attend to every key (0).")
-]
-FullLayers = Annotated[
-    str | None,
-    typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative numbers count from the last layer."),
-]
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # The error message if some of these are missing.
@@ -79,41 +52,97 @@ def load_package_alone() -> None:
         sys.modules["moba_hf"] = module_from_spec(found)
 
 
-def settings(
-    preset: str | None = None,
-    full_attention_layers: str | None = None,
-    load: Callable[[], None] = load_package,
-    **numbers: int | float | str | None,
-) -> MobaConfig | None:
-    """The settings from the options; None if there are no options.
+@dataclass(frozen=True)
+class Settings:
+    """The options for the settings of MoBA; None: not given. `takes_settings` adds them to a command."""
 
-    Args:
-        preset: name of a preset.
-        full_attention_layers: comma-separated layer numbers.
-        load: imports moba_hf, after the options have been checked.
-        numbers: fields of `MobaConfig`; None: not given.
+    preset: Annotated[str | None, typer.Option(help="Name of a preset; 'moba-hf presets' lists them.")] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens per block.")] = None
+    topk: Annotated[
+        int | None, typer.Option(help="Blocks per query, including its own; with --tile the maximum.")
+    ] = None
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Queries that share a choice of blocks (not MoBA; better without training)."),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="With --tile: attend to blocks of at least this fraction of the largest mass."),
+    ] = None
+    sample: Annotated[
+        int | None, typer.Option(help="With --tile: use every n-th query to choose for its tile (1).")
+    ] = None
+    dense_below: Annotated[
+        int | None, typer.Option(help="With --tile: queries before this position attend to every key (0).")
+    ] = None
+    sink_blocks: Annotated[
+        int | None, typer.Option(help="First blocks that are always attended; they count towards topk.")
+    ] = None
+    local_blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks before the own block, always attended; they count towards topk."),
+    ] = None
+    gate: Gate = None
+    full_attention_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that stay dense, e.g. '0,-1'; negative numbers count from the last layer."),
+    ] = None
 
-    Raises:
-        typer.BadParameter: a preset together with numbers, or missing numbers.
-        ValueError: a value is out of range.
-    """
-    numbers["full_attention_layers"] = _layer_list(full_attention_layers)  # type: ignore[assignment]
-    given = {name: value for name, value in numbers.items() if value is not None}
-    if preset is not None and given:
-        raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
-    if preset is not None:
-        check_preset(preset)
-    shared = given.get("tile", 1) != 1
-    if given and any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
-        raise typer.BadParameter(NEEDED)
-    if shared:
-        given.setdefault("gate", "mass")  # the only gate for tiles
-    load()
-    from moba_hf.config import MobaConfig
+    def config(self, load: Callable[[], None] = load_package) -> MobaConfig | None:
+        """The config from the options; None if there are no options.
 
-    if preset is not None:
-        return MobaConfig.from_preset(preset)
-    return MobaConfig.from_dict(given) if given else None
+        Args:
+            load: imports moba_hf, after the options have been checked.
+
+        Raises:
+            typer.BadParameter: a preset together with other settings, or missing settings.
+            ValueError: a value is out of range.
+        """
+        numbers = {**vars(self), "full_attention_layers": _layer_list(self.full_attention_layers)}
+        preset = numbers.pop("preset")
+        given = {name: value for name, value in numbers.items() if value is not None}
+        if preset is not None and given:
+            raise typer.BadParameter(f"--preset excludes --{next(iter(given)).replace('_', '-')}")
+        if preset is not None:
+            check_preset(preset)
+        shared = given.get("tile", 1) != 1
+        if given and any(name not in given for name in ("block_size", "threshold" if shared else "topk")):
+            raise typer.BadParameter(NEEDED)
+        if shared:
+            given.setdefault("gate", "mass")  # the only gate for tiles
+        load()
+        from moba_hf.config import MobaConfig
+
+        if preset is not None:
+            return MobaConfig.from_preset(preset)
+        return MobaConfig.from_dict(given) if given else None
+
+
+def takes_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the fields of `Settings`, except `left_out`, as options in place of the argument `given`."""
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in get_type_hints(Settings, include_extras=True).items()
+        if name not in left_out
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[Parameter] = []
+        for name, parameter in signature(command).parameters.items():
+            own = parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name])
+            parameters += options if name == "given" else [own]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = Settings(**{option.name: values.pop(option.name) for option in options})
+            command(given=given, **values)
+
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 def _layer_list(text: str | None) -> list[int] | None:

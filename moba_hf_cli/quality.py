@@ -15,20 +15,13 @@ import typer
 
 from moba_hf_cli.options import (
     AsJson,
-    BlockSize,
-    DenseBelow,
     Gate,
-    LocalBlocks,
-    SampleRows,
-    SinkBlocks,
-    Threshold,
-    Tile,
-    Topk,
+    Settings,
     TrustRemoteCode,
     load_package,
     quiet,
-    settings,
     shown,
+    takes_settings,
 )
 from moba_hf_cli.preset_files import check_preset
 
@@ -36,20 +29,14 @@ _Texts = Annotated[list[str] | None, typer.Option("--text", help="A text file; r
 _Length = Annotated[int, typer.Option(min=1, help="Number of tokens to read of each text.")]
 
 
+@takes_settings("preset", "full_attention_layers")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
     text: _Texts = None,
     length: _Length = 8192,
     preset: Annotated[list[str] | None, typer.Option(help="A preset to measure; repeatable.")] = None,
-    block_size: BlockSize = None,
-    topk: Topk = None,
-    tile: Tile = None,
-    threshold: Threshold = None,
-    sample: SampleRows = None,
-    dense_below: DenseBelow = None,
-    sink_blocks: SinkBlocks = None,
-    local_blocks: LocalBlocks = None,
-    gate: Gate = None,
+    *,
+    given: Settings,
     measure: Annotated[
         list[str] | None, typer.Option(help="perplexity, positions, agreement, recall; repeatable.")
     ] = None,
@@ -79,23 +66,13 @@ def evaluate(
     for name in preset or ():
         check_preset(name)
     _check_folder(out, store, read=text or ())
-    given = settings(
-        block_size=block_size,
-        topk=topk,
-        tile=tile,
-        threshold=threshold,
-        sample=sample,
-        dense_below=dense_below,
-        sink_blocks=sink_blocks,
-        local_blocks=local_blocks,
-        gate=gate,
-    )
+    setting = given.config()
     quiet()
     from moba_hf.evaluate import run
     from moba_hf.evaluate.repositories import read_repository
 
     run.check_ranks(measure or (), store)
-    named = run.presets_of(preset or [], given)
+    named = run.presets_of(preset or [], setting)
     loaded, tokenizer = run.load(model, trust_remote_code=trust_remote_code, spread=True)
     wanted = run.settings_of(loaded, named)
     texts = {name: run.read_ids(tokenizer, name, length) for name in text or ()}
