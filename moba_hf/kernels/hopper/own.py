@@ -127,7 +127,7 @@ def _consume(
             seen = gl.minimum(before + TILE, BLOCK_SIZE)
             last_seen = before + s_row // G
             acc, m_i, l_i, step = attend_ring(
-                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False
+                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False, False
             )
             head = item // tiles
             out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]

@@ -95,7 +95,7 @@ def _consume(
         later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)
         pair = load_pairs(pair_ptr, q_row, later_begin, later_end)
         acc, m_i, l_i, step = attend_ring(
-            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True
+            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True, False
         )
         v_pair = load_pairs(pair_ptr, v_row, begin, end)
         s_pair = load_pairs(pair_ptr, s_row, begin, end)
