@@ -32,6 +32,18 @@ load_rows = (
 )
 
 
+@gluon.constexpr_function
+def product_layout(n):
+    """The layout in which a warpgroup holds the `(64, n)` result of a matrix product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
+
+
+@gluon.constexpr_function
+def row_layout(dim):
+    """The layout in which a warpgroup loads and stores rows of `dim` numbers, 8 to a thread."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def run_of_tiles(total):
     """The consecutive tiles `[first, last)` of this program; counts differ by at most one across programs."""
@@ -182,8 +194,8 @@ def attend_ring(
     EACH: gl.constexpr = 1 if TILES else BLOCK_N
     MASKED_LATER: gl.constexpr = MASKED and not TILES
     dtype: gl.constexpr = q_smem.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(DV)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     m_i = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     l_i = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
