@@ -49,6 +49,10 @@ class Tile:
     warps: int
     stages: int
 
+    def arguments(self) -> dict[str, int]:
+        """The launch arguments that a kernel takes from its tile, by name."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "STAGES": self.stages, "num_warps": self.warps}
+
     def shared_memory(self, dims: tuple[int, int], itemsize: int) -> int:
         """Bytes for queries and `stages` tiles of keys and values; `dims`: padded D and DV."""
         return (self.m * dims[0] + self.stages * self.n * sum(dims)) * itemsize
