@@ -30,6 +30,11 @@ class Call:
     kwargs: dict[str, Any]
     out: Tensor
 
+    @property
+    def layer(self) -> int:
+        """The number of the layer."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
 
 def build_model(config: Any) -> Any:
     """A model of `config` on the CPU, fp32, in eval mode, with random weights that make attention matter."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from moba_hf.hf.adapter import Adapter, find_adapter, has_adapter, trying
 from moba_hf.hf.cache_names import CACHE_NAMES, cache_kwargs
 from moba_hf.hf.patching import patch_model, unpatch_model, use_moba
 from moba_hf.op.reference import moba_attention_ref
-from moba_hf.probes import build_model, capture
+from moba_hf.probes import Call, build_model, capture
 
 __all__ = ["Report", "build_model", "capture", "check_adapter"]
 
@@ -104,6 +105,12 @@ class _Case:
         kwargs.setdefault("use_cache", any(name in kwargs for name in CACHE_NAMES))
         return self.model(input_ids=ids, position_ids=positions, **kwargs).logits
 
+    def calls(self) -> list[Call]:
+        """The calls of attention when MoBA runs a single row."""
+        with use_moba(self.model, SMALL), capture(NAME) as calls:
+            self.logits(self.ids[:1])
+        return calls
+
     def generate(self, ids: Tensor, **kwargs: Any) -> Tensor:
         """Tokens `(batch, 8)` generated greedily."""
         kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, **kwargs}
@@ -140,12 +147,11 @@ def _check_facts(case: _Case) -> None:
     _require(not missing, "facts", f"eligible layers {missing} are not among attention_layers(model)")
     count = case.adapter.num_layers(case.config)
     _require(max(layers) < count, "facts", f"layer {max(layers)} exists, but num_layers says {count}")
-    with use_moba(case.model, SMALL), capture(NAME) as calls:
-        case.logits(case.ids[:1])
-    called = {int(call.module.layer_idx) for call in calls}  # type: ignore[arg-type]
+    calls = case.calls()
+    called = {call.layer for call in calls}
     _require(called == set(layers), "facts", f"attention is called by layers {sorted(called)}, not {layers}")
     for call in calls:
-        index = int(call.module.layer_idx)  # type: ignore[arg-type]
+        index = call.layer
         window = call.kwargs.get("sliding_window") or getattr(call.module, "sliding_window", None)
         _require(
             not window or index not in case.eligible,
@@ -167,19 +173,15 @@ def _check_projection(case: _Case) -> None:
 
             hooks.append(project.register_forward_pre_hook(keep))
     try:
-        with use_moba(case.model, SMALL), capture(NAME) as calls:
-            case.logits(case.ids[:1])
+        calls = case.calls()
     finally:
         for hook in hooks:
             hook.remove()
     for call in calls:
-        index = int(call.module.layer_idx)  # type: ignore[arg-type]
         expected = [call.out.shape[2] * call.out.shape[3]]
-        _require(
-            widths.get(index, expected) == expected,
-            "projection",
-            f"output_projection of layer {index} got inputs of widths {widths.get(index)}, not {expected}",
-        )
+        found = widths.get(call.layer, expected)
+        message = f"output_projection of layer {call.layer} got inputs of widths {found}, not {expected}"
+        _require(found == expected, "projection", message)
 
 
 def _check_covering(case: _Case) -> None:
@@ -196,18 +198,14 @@ def _check_sparse(case: _Case) -> None:
     with use_moba(case.model, SMALL), capture(NAME) as calls:
         distance = _distance(case.logits(case.ids[:1]), dense)
     _require(distance > _DIFFERENT, "sparse", "a small topk changes nothing: MoBA did not run")
-    rule: dict[str, Any] = {
-        "block_size": SMALL.block_size,
-        "topk": SMALL.topk,
-        "sink_blocks": SMALL.sink_blocks,
-    }
+    rule: dict[str, Any] = {x: getattr(SMALL, x) for x in ("block_size", "topk", "sink_blocks")}
     for call in calls:
-        if call.module.layer_idx not in case.eligible:
+        if call.layer not in case.eligible:
             continue
         q, k, v = (x[0].transpose(0, 1) for x in (call.q, call.k, call.v))
         expected, _ = moba_attention_ref(q, k, v, softmax_scale=call.scaling, **rule)
         distance = _distance(call.out[0], expected)
-        message = f"layer {call.module.layer_idx} differs from the reference by {distance:.1e}"
+        message = f"layer {call.layer} differs from the reference by {distance:.1e}"
         _require(distance <= _ROUNDING, "sparse", message)
 
 
@@ -216,14 +214,12 @@ def _check_stock_layers(case: _Case) -> None:
     with capture("sdpa") as stock:
         case.logits(case.ids[:1])
     masks = {call.module: call.mask for call in stock}
-    with use_moba(case.model, SMALL), capture(NAME) as calls:
-        case.logits(case.ids[:1])
-    for call in calls:
-        if call.module.layer_idx not in case.eligible:
+    for call in case.calls():
+        if call.layer not in case.eligible:
             mask = masks[call.module]
             expected, _ = sdpa_attention_forward(call.module, call.q, call.k, call.v, mask, **call.kwargs)
             distance = _distance(call.out, expected)
-            message = f"layer {call.module.layer_idx} must stay stock, but differs by {distance:.1e}"
+            message = f"layer {call.layer} must stay stock, but differs by {distance:.1e}"
             _require(distance <= _ROUNDING, "stock_layers", message)
 
 
@@ -335,12 +331,9 @@ def _check_swap(case: _Case) -> None:
     on = case.logits(case.ids)
     unpatch_model(case.model)
     _require(torch.equal(case.logits(case.ids), before), "swap", "unpatch_model does not restore the logits")
-    try:
-        with use_moba(case.model, SMALL):
-            again = case.logits(case.ids)
-            raise KeyError
-    except KeyError:
-        pass
+    with suppress(KeyError), use_moba(case.model, SMALL):
+        again = case.logits(case.ids)
+        raise KeyError
     _require(torch.equal(again, on), "swap", "switching on a second time gives other logits")
     _require(torch.equal(case.logits(case.ids), before), "swap", "use_moba does not restore the logits")
 

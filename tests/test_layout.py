@@ -57,7 +57,7 @@ LAYERS = [
         "op.shared_portable_backward",
         "op.shared_reference",
     },
-    {"op.shared_problems"},
+    {"op.portable_select", "op.shared_problems"},
     {"op.shared"},
     {"op.reference", "op.sequences"},
     {"progress"},

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_hf import moba_attention, select_blocks
 from moba_hf.config import LayerConfig
-from moba_hf.op import portable
+from moba_hf.op import portable, portable_select
 from moba_hf.op.backend_table import BACKENDS
 from moba_hf.op.operators import attend_op, select_op
 from moba_hf.op.ops import attention
@@ -348,7 +348,8 @@ class TestMemory:
         results = []
         for size in (None, budget):
             if size is not None:
-                for name in ("_SCORE_BUDGET", "_PARTIAL_BUDGET", "_TILE_BUDGET"):
+                monkeypatch.setattr(portable_select, "_SCORE_BUDGET", size)
+                for name in ("_PARTIAL_BUDGET", "_TILE_BUDGET"):
                     monkeypatch.setattr(portable, name, size)
             q, k, v = leaves(inputs)
             choice = select_blocks(q, k, **RULE)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moba_hf.kernels import tuning
 from moba_hf.kernels.append import MAX_ROWS as MAX_APPENDED_ROWS
 from moba_hf.kernels.append import append
 from moba_hf.kernels.backward import attend_backward
@@ -30,10 +31,24 @@ from moba_hf.kernels.forward import attend
 from moba_hf.kernels.gate import select_blocks
 from moba_hf.kernels.launch import INTERPRETED
 from moba_hf.kernels.tuning import DECODE_QUERIES as MAX_DECODE_QUERIES
-from moba_hf.kernels.tuning import unsupported_device
 
 MIN_BLOCK_SIZE = 16
 MAX_HEAD_DIM = 256
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`, or None if they can."""
+    if device.type == "cuda":
+        if INTERPRETED:
+            return None
+        if torch.version.hip is not None:
+            return "it is tuned for NVIDIA GPUs; AMD is not supported"
+        if tuning.capability(device) < (8, 0):
+            return f"it needs compute capability 8.0 or later, this GPU has {tuning.capability(device)}"
+        return None
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"it needs a CUDA device, or TRITON_INTERPRET=1 on CPU tensors; q is on {device}"
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import INTERPRETED, device_of, padded, rows_contiguous
+from moba_hf.kernels.launch import INTERPRETED, device_of, head_dims, rows_contiguous
 from moba_hf.kernels.layout import row_offset
 
 # Maximum number of rows (batch x HK x M) that one program should write.
@@ -49,12 +49,9 @@ def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, val
             num_kv_heads,
             count,
             keys.shape[2],
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
             ROWS=tuning.choices_for(keys).append_rows,
             num_warps=8,
+            **head_dims(head_dim, v_dim),
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moba_hf.kernels import tuning
 from moba_hf.kernels.backward_routed import Rows
 from moba_hf.kernels.backward_rows import load_stats
-from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, head_dims, narrow
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_BATCH,
@@ -89,18 +89,12 @@ def own_gradients(
             rows.softmax_scale,
             GROUP=q.shape[1] // k.shape[1],
             BLOCK_SIZE=block_size,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             KEY_TILES=key_tiles,
             WITH_DQ=grad_q is not None,
             ROUTED=sums is not None,
             GAPS=bin_begin is not None,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(head_dim, v_dim),
+            **tile.arguments(),
         )
 
 
@@ -128,15 +122,9 @@ def own_dq(rows: Rows, tiling: Tiling, grad_q: Tensor, routed: bool, tile: tunin
             rows.softmax_scale,
             GROUP=group_size,
             BLOCK_SIZE=tiling.block_size,
-            HEAD_DIM=q.shape[3],
-            PADDED_DIM=padded(q.shape[3]),
-            V_DIM=rows.v.shape[3],
-            PADDED_V=padded(rows.v.shape[3]),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             ROUTED=routed,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(q.shape[3], rows.v.shape[3]),
+            **tile.arguments(),
         )
 
 

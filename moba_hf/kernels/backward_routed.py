@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.backward_rows import load_stats
-from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, head_dims, narrow
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     LOG2_E,
@@ -131,19 +131,13 @@ def pair_gradients(
             NUM_HEADS=rows.q.shape[1],
             SLOTS=slots,
             BLOCK_SIZE=block_size,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
             ROWS=routes.rows,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             KEY_TILES=key_tiles,
             WITH_DQ=partial is not None,
             FRESH=into.fresh,
             ONE_ROW=rows.q.shape[0] == 1,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(head_dim, v_dim),
+            **tile.arguments(),
         )
         size = into.sums.shape[1]
         fold = tuning.choices_for(into.sums).fold
@@ -180,15 +174,9 @@ def pair_dq(
             NUM_HEADS=rows.q.shape[1],
             SLOTS=slots,
             BLOCK_SIZE=tiling.block_size,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             ONE_ROW=rows.q.shape[0] == 1,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(head_dim, v_dim),
+            **tile.arguments(),
         )
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_hf.kernels import tuning
+from moba_hf.kernels import tuning, tuning_gate
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.gate_kernels import gate_fwd_kernel, gate_rest_kernel
 from moba_hf.kernels.launch import cdiv, device_of, num_processors, padded, rows_contiguous
@@ -114,7 +114,7 @@ def select_blocks(
 
 def gate_tile(q: Tensor, parts: int) -> tuning.Tile:
     """The gate's tile for queries `(batch, H, q_len, D)`; `parts`: parts of a block, 0 for the mean gate."""
-    return tuning.gate_tile(padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device))
+    return tuning_gate.gate_tile(padded(q.shape[3]), q.element_size(), parts, tuning.capability(q.device))
 
 
 def gate(
@@ -125,8 +125,8 @@ def gate(
     topk, group = choice.shape[3], num_heads // num_kv_heads
     tile = gate_tile(q, summary.parts)
     count = topk - 1 - sink_blocks - local_blocks
-    levels, exact = tuning.gate_levels(count, tiling.max_blocks, tile.n)
-    launch = tuning.gate_launch(tile, levels, summary.parts, tuning.capability(q.device))
+    levels, exact = tuning_gate.gate_levels(count, tiling.max_blocks, tile.n)
+    launch = tuning_gate.gate_launch(tile, levels, summary.parts, tuning.capability(q.device))
     heads, _ = head_split(group, tile.m)
     splits = cdiv(group, heads)
     counter = torch.zeros(num_kv_heads, dtype=torch.int32, device=q.device)

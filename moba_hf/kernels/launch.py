@@ -68,6 +68,16 @@ def narrow(x, like):
     return x.to(like.dtype.element_ty)
 
 
+def head_dims(head_dim: int, v_dim: int) -> dict[str, int]:
+    """The constants that a kernel takes for the head dims of keys and values, by name."""
+    return {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded(head_dim),
+        "V_DIM": v_dim,
+        "PADDED_V": padded(v_dim),
+    }
+
+
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Context that makes `x`'s GPU the current one, as kernel launches require; no effect for CPU tensors."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.inputs import Inputs
-from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, head_dims, narrow
 from moba_hf.kernels.layout import LN_2, LOG2_E, load_rows, row_offset, store_rows
 from moba_hf.kernels.softmax import accumulate
 from moba_hf.kernels.tiling import find_tile, head_split
@@ -64,19 +64,13 @@ def own_attention(
             tiling.num_seqs,
             tiling.block_size,
             inputs.softmax_scale,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
             TILE=tiling.tile,
             TILES_PER_BLOCK=tiling.tiles_per_block,
             HEADS=heads,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             FINAL=final,
             ONLY_PARTIAL=only_partial,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(head_dim, v_dim),
+            **tile.arguments(),
         )
 
 

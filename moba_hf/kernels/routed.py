@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.inputs import Inputs
-from moba_hf.kernels.launch import _UPCAST, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import _UPCAST, device_of, dot, head_dims, narrow
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     LOG2_E,
@@ -73,14 +73,8 @@ def routed_attention(
             HEADS=q.shape[1],
             ONE_BATCH=q.shape[0] == 1,
             BLOCK_SIZE=block_size,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded(head_dim),
-            V_DIM=v_dim,
-            PADDED_V=padded(v_dim),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(head_dim, v_dim),
+            **tile.arguments(),
         )
 
 

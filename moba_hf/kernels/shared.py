@@ -164,7 +164,6 @@ def attend_backward(
     softmax_scale: float,
     *,
     workspace: int | None = None,
-    shapes: shared_tuning.SharedBackwardTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v with the choice held fixed, contiguous, in their dtypes; 0 where nothing attends.
 
@@ -173,7 +172,6 @@ def attend_backward(
         grad_lse: fp32 `(batch, H, q_len)`, any strides.
         saved: the inputs and results of `attend`; the choice is the block mask.
         workspace: maximum bytes for the lists; None: `shared_tuning.LIST_WORKSPACE`.
-        shapes: tiles of the kernels; None: by `shared_tuning.backward_tiles`.
     """
     q, k, v, out, grad_out, block_mask = (
         rows_contiguous(x) for x in (*saved[:4], grad_out, saved.block_indices)
@@ -182,10 +180,8 @@ def attend_backward(
     plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return grad_q, grad_k, grad_v
-    if shapes is None:
-        dims = (padded(q.shape[3]), padded(v.shape[3]))
-        capability = tuning.capability(q.device)
-        shapes = shared_tuning.backward_tiles(dims, q.element_size(), tile, block_size, capability)
+    dims, capability = (padded(q.shape[3]), padded(v.shape[3])), tuning.capability(q.device)
+    shapes = shared_tuning.backward_tiles(dims, q.element_size(), tile, block_size, capability)
     rows = Rows(q, k, v, grad_out, row_stats(out, grad_out, saved.lse, grad_lse), softmax_scale)
     for first, lists in _chunks_of_lists(block_mask, plan, workspace):
         dq_of_lists(rows, plan, lists, first, grad_q, shapes.dq)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels.inputs import SharedInputs
-from moba_hf.kernels.launch import cdiv, device_of, dot, narrow, next_power_of_2, padded
+from moba_hf.kernels.launch import cdiv, device_of, dot, head_dims, narrow, next_power_of_2
 from moba_hf.kernels.layout import (
     LN_2,
     LOG2_E,
@@ -80,15 +80,9 @@ def attend_lists(
             GROUP=group,
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,
-            HEAD_DIM=q.shape[3],
-            PADDED_DIM=padded(q.shape[3]),
-            V_DIM=v.shape[3],
-            PADDED_V=padded(v.shape[3]),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
             LEFT_BY=left_by,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(q.shape[3], v.shape[3]),
+            **tile.arguments(),
         )
 
 
@@ -145,6 +139,15 @@ def _fill_outside_kernel(
         for head in range(num_heads):
             at = lse_ptr + (batch.to(tl.int64) * num_heads + head) * q_len + query
             tl.store(at, float("-inf"), mask=outside)
+
+
+@triton.jit
+def list_steps(count, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Number of steps for the keys of `count` listed blocks."""
+    if BLOCK_SIZE >= BLOCK_N:
+        return count * (BLOCK_SIZE // BLOCK_N)
+    else:
+        return tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
 
 
 @triton.jit
@@ -246,10 +249,7 @@ def _attend_lists_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
-        if BLOCK_SIZE >= BLOCK_N:
-            steps = count * (BLOCK_SIZE // BLOCK_N)
-        else:
-            steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+        steps = list_steps(count, BLOCK_SIZE, BLOCK_N)
         ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
         for step in tl.range(0, steps, num_stages=STAGES):
             key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moba_hf.kernels.backward_routed import Rows
 from moba_hf.kernels.backward_rows import load_stats
-from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, narrow, padded
+from moba_hf.kernels.launch import add_dot, cdiv, device_of, dot, head_dims, narrow
 from moba_hf.kernels.layout import (
     LOG2_E,
     SEQ_BATCH,
@@ -36,7 +36,7 @@ from moba_hf.kernels.layout import (
     plan_tile,
     row_offset,
 )
-from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
+from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys, list_steps
 from moba_hf.kernels.shared_lists import Lists, find_block
 from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.tuning import Tile
@@ -69,14 +69,8 @@ def dq_of_lists(
             GROUP=group,
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,
-            HEAD_DIM=q.shape[3],
-            PADDED_DIM=padded(q.shape[3]),
-            V_DIM=v.shape[3],
-            PADDED_V=padded(v.shape[3]),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(q.shape[3], v.shape[3]),
+            **tile.arguments(),
         )
 
 
@@ -116,14 +110,8 @@ def dkv_of_lists(
             GROUP=q.shape[1] // k.shape[1],
             TILE=plan.tile,
             BLOCK_SIZE=plan.block_size,
-            HEAD_DIM=q.shape[3],
-            PADDED_DIM=padded(q.shape[3]),
-            V_DIM=v.shape[3],
-            PADDED_V=padded(v.shape[3]),
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **head_dims(q.shape[3], v.shape[3]),
+            **tile.arguments(),
         )
 
 
@@ -181,10 +169,7 @@ def _dq_kernel(
         list_ptr += item * list_length
         scale = softmax_scale * LOG2_E
         dq = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-        if BLOCK_SIZE >= BLOCK_N:
-            steps = count * (BLOCK_SIZE // BLOCK_N)
-        else:
-            steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+        steps = list_steps(count, BLOCK_SIZE, BLOCK_N)
         EVEN: tl.constexpr = BLOCK_SIZE >= BLOCK_N
         ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
         for step in tl.range(0, steps, num_stages=STAGES):

@@ -11,6 +11,8 @@ the masses, since non-negative fp32 numbers sort like int32. Of equal masses, th
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -83,20 +85,27 @@ def choose(
             first_tile,
             blocks,
             plan.words,
-            rule.block_size,
-            rule.dense_below,
-            1.0 if rule.threshold is None else rule.threshold,
-            1.0 if rule.share is None else rule.share,
-            0 if rule.topk is None else rule.topk - rule.own_blocks,
-            rule.sink_blocks,
-            rule.local_blocks,
-            TILE=rule.tile,
             BLOCK_N=choice,
-            THRESHOLD=rule.threshold is not None,
-            SHARE=rule.share is not None,
-            TOPK=rule.topk is not None,
+            **choice_arguments(rule),
             num_warps=max(1, choice // 256),
         )
+
+
+def choice_arguments(rule: SharedRule) -> dict[str, Any]:
+    """The arguments that the kernels which choose blocks take from a rule, by name."""
+    return {
+        "block_size": rule.block_size,
+        "dense_below": rule.dense_below,
+        "threshold": 1.0 if rule.threshold is None else rule.threshold,
+        "share": 1.0 if rule.share is None else rule.share,
+        "topk": 0 if rule.topk is None else rule.topk - rule.own_blocks,
+        "sink_blocks": rule.sink_blocks,
+        "local_blocks": rule.local_blocks,
+        "TILE": rule.tile,
+        "THRESHOLD": rule.threshold is not None,
+        "SHARE": rule.share is not None,
+        "TOPK": rule.topk is not None,
+    }
 
 
 @triton.jit
@@ -111,6 +120,12 @@ def _place(tile_ptr, number, block_size, dense_below, TILE: tl.constexpr):
     first = position // TILE * TILE
     columns = first // block_size
     return first, position, end, columns, (first < dense_below) | (columns == 0) | (end <= position)
+
+
+@triton.jit
+def bits_of(mass):
+    """The bits of masses, int32; every NaN gets the same, largest bits, so that it drops no block."""
+    return tl.where(mass == mass, mass.to(tl.int32, bitcast=True), NOT_A_NUMBER)
 
 
 @triton.jit(do_not_specialize=["first_tile", "dense_below"])
@@ -165,9 +180,7 @@ def _tile_masses_kernel(
             mass = tl.load(mass_ptr + row * blocks + place, mask=there[:, None], other=0.0)
             weight = tl.exp2(unit - high) * (1.0 / (total * count))
             mean += mass.to(tl.float32) * weight[:, None]
-        # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
-        bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), NOT_A_NUMBER)
-        mean = bits.to(tl.float32, bitcast=True)
+        mean = bits_of(mean).to(tl.float32, bitcast=True)
         tl.store(scratch_ptr + item * blocks + column, mean, mask=column < columns)
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moba_hf.kernels.hopper import dispatch
 from moba_hf.kernels.inputs import SharedInputs
-from moba_hf.kernels.launch import cdiv, device_of, num_processors
+from moba_hf.kernels.launch import device_of, num_processors
 from moba_hf.kernels.layout import LOG2_E
 from moba_hf.kernels.shared_lists import Lists
-from moba_hf.kernels.shared_plan import SharedPlan
 from moba_hf.kernels.shared_tuning import HOPPER_MASS, MassTile
 from moba_hf.kernels.tuning import Tile
-from moba_hf.op.numerics import part_size
 from moba_hf.op.shared import SharedRule
-
-if TYPE_CHECKING:
-    from moba_hf.kernels.shared_mass import Masses
 
 SHAPE = Tile(m=128, n=64, warps=4, stages=4)
 _SMALL_BLOCK = SHAPE.n // 2  # two of them are one step
@@ -82,7 +76,7 @@ def attend_lists(
 
 
 def mass_tile(q: Tensor, k: Tensor, rule: SharedRule, parts: int) -> MassTile | None:
-    """The tile of `row_masses`; None if it does not support these tensors or this rule."""
+    """The tile of `start_row_masses`; None if the kernel does not support these tensors or this rule."""
     from moba_hf.kernels.shared_mass import heads_and_rows
 
     tile = HOPPER_MASS.get(parts)
@@ -92,54 +86,17 @@ def mass_tile(q: Tensor, k: Tensor, rule: SharedRule, parts: int) -> MassTile | 
     return tile if heads * rows == tile.m else None
 
 
-def row_masses(
-    q: Tensor,
-    summary: tuple[Tensor, Tensor],
-    plan: SharedPlan,
-    rule: SharedRule,
-    softmax_scale: float,
-    masses: Masses,
-    first_tile: int,
-    tile: MassTile,
+def start_row_masses(
+    grid: tuple[int, int], summary: tuple[Tensor, Tensor], step: int, **arguments: Any
 ) -> None:
-    """`shared_mass.row_masses` with masses in slots, where `mass_tile` found a tile."""
-    from moba_hf.kernels.shared_hopper_mass import row_masses_kernel
-    from moba_hf.kernels.shared_mass import heads_and_rows
+    """Launches the mass kernel, with masses in slots.
 
-    centers, spreads = summary
-    num_heads, head_dim, group = q.shape[1], q.shape[3], q.shape[1] // centers.shape[0]
-    rows, size = rule.tile // rule.sample, part_size(rule.block_size)
-    heads, block_rows = heads_and_rows(group, rows, tile.m)
-    chunk = masses.mass.shape[0]
-    with device_of(q):
-        row_masses_kernel[(chunk * (rows // block_rows), centers.shape[0] * cdiv(group, heads))](
-            q,
-            dispatch._descriptor(centers, tile.n),
-            dispatch._descriptor(spreads, tile.n),
-            masses.mass,
-            masses.high,
-            masses.total,
-            plan.tiles,
-            q.stride()[:3],
-            masses.mass.shape[3],
-            first_tile,
-            min(first_tile + chunk, plan.num_tiles),
-            num_heads,
-            group,
-            rule.block_size,
-            rule.dense_below,
-            softmax_scale * LOG2_E.value,
-            softmax_scale**2 * LOG2_E.value,
-            TILE=rule.tile,
-            SAMPLE=rule.sample,
-            ROWS=rows,
-            BLOCK_ROWS=block_rows,
-            HEADS=heads,
-            PARTS=rule.block_size // size,
-            LOG2_SIZE=math.log2(size),
-            D=head_dim,
-            HALVES=rule.rotary_pairs == "halves",
-            N=tile.n,
-            STAGES=tile.stages,
-            num_warps=4,
-        )
+    Args:
+        summary: the result of `shared_summary`.
+        step: blocks per step.
+        arguments: the remaining arguments of the kernel; see `shared_mass.row_masses`.
+    """
+    from moba_hf.kernels.shared_hopper_mass import row_masses_kernel
+
+    centers, spreads = (dispatch._descriptor(x, step) for x in summary)
+    row_masses_kernel[grid](center_desc=centers, spread_desc=spreads, N=step, **arguments)

@@ -18,11 +18,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper.common import _weights, allocate_ring, barrier
+from moba_hf.kernels.hopper.common import allocate_ring, attend_ring, barrier, product_layout, row_layout
 from moba_hf.kernels.layout import INFO_COLUMNS, LN_2, PLAN_BATCH, PLAN_POSITION, PLAN_Q_BEGIN, PLAN_Q_END
 from moba_hf.kernels.shared_hopper_produce import place_of, produce, steps_of
 
@@ -48,83 +46,6 @@ def _rows(batch, q_begin, q_end, head, row, q_strides):
 
 
 @gluon.jit
-def _attend(
-    q_smem,
-    ring,
-    step,
-    listed,
-    total,
-    last_seen,
-    scale,
-    BLOCK_N: gl.constexpr,
-    D: gl.constexpr,
-    DV: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Attends `total` > 0 key tiles from 64 rows, the first `listed` tiles without a mask.
-
-    The scores of tile j + 1 and the output of tile j are issued together; the weights of tile j + 1 are
-    computed while the output of tile j is still in flight.
-
-    Args:
-        last_seen: `(64,)`, the last key that each row sees, counted from the first key of the tiles.
-    """
-    keys, values, k_ready, v_ready, k_free, v_free = ring
-    M: gl.constexpr = 64
-    dtype: gl.constexpr = q_smem.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    m_i = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    l_i = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-    acc = gl.full([M, DV], 0.0, gl.float32, o_layout)
-    zeros = gl.full([M, BLOCK_N], 0.0, gl.float32, s_layout)
-    stage = step % STAGES
-    phase = step // STAGES & 1
-    mbarrier.wait(k_ready.index(stage), phase)
-    key_tile = keys.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
-    s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    barrier()
-    mbarrier.arrive(k_free.index(stage), count=1)
-    unmasked = listed * BLOCK_N
-    p, shrink, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, unmasked, 0, dtype, p_layout, True)
-    for i in range(1, total):
-        later = (step + 1) % STAGES
-        later_phase = (step + 1) // STAGES & 1
-        mbarrier.wait(k_ready.index(later), later_phase)
-        key_tile = keys.index(later).reshape([BLOCK_N, D]).permute((1, 0))
-        s = warpgroup_mma(q_smem, key_tile, zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(stage), phase)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-        acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        if i >= listed:
-            column = i * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-            s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
-        next_p, shrink, m_i, l_i = _weights(
-            s, m_i, l_i, scale, last_seen, unmasked, i * BLOCK_N, dtype, p_layout, False
-        )
-        # Returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax.
-        mbarrier.wait(k_ready.index(later), later_phase)
-        acc, next_p = warpgroup_mma_wait(0, deps=[acc, next_p])
-        barrier()
-        mbarrier.arrive(k_free.index(later), count=1)
-        mbarrier.arrive(v_free.index(stage), count=1)
-        p = next_p
-        step += 1
-        stage = later
-        phase = later_phase
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-    mbarrier.wait(v_ready.index(stage), phase)
-    acc = warpgroup_mma(p, values.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    barrier()
-    mbarrier.arrive(v_free.index(stage), count=1)
-    return acc, m_i, l_i, step + 1
-
-
-@gluon.jit
 def _consume(
     q_smem,
     ring,
@@ -145,10 +66,10 @@ def _consume(
     q_ptr, out_ptr, lse_ptr, first_tile, tiles, work, num_heads, q_len, q_strides, scale = data
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(DV)
+    q_layout: gl.constexpr = row_layout(D)
+    v_layout: gl.constexpr = row_layout(DV)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
     v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
@@ -185,8 +106,8 @@ def _consume(
         listed, total, first = steps_of(position, q_end - q_begin, count, TILE, BLOCK_SIZE, BLOCK_N)
         if total > 0:
             last_seen = count * BLOCK_SIZE + position - first + s_row
-            acc, m_i, l_i, step = _attend(
-                q_smem, ring, step, listed, total, last_seen, scale, BLOCK_N, D, DV, STAGES
+            acc, m_i, l_i, step = attend_ring(
+                q_smem, ring, step, total, listed, last_seen, scale, BLOCK_N, D, DV, STAGES, True, True, True
             )
             out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
             lse = (m_i + gl.log2(l_i)) * LN_2

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moba_hf.kernels.hopper.common import barrier, load_tile
+from moba_hf.kernels.hopper.common import barrier, load_tile, product_layout, row_layout
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     LOWEST,
@@ -72,7 +72,7 @@ def _terms(
     scale, square_scale, limit = scales
     centers, spreads, ready, free = ring
     D: gl.constexpr = q.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    layout: gl.constexpr = product_layout(N)
     zeros = gl.full([64, N], 0.0, gl.float32, layout)
     stage = step % S
     mbarrier.wait(ready.index(stage), step // S & 1)
@@ -118,7 +118,7 @@ def _step(
     high, total = state
     mass_at, high_at, there = places
     terms = _terms(operands, ring, step, scales, LOG2_SIZE, P, N, S)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    layout: gl.constexpr = product_layout(N)
     if MASKED:
         inside = (step * N + gl.arange(0, N, gl.SliceLayout(0, layout)) < columns)[None, :]
         masked = ()
@@ -174,9 +174,9 @@ def _consume(
     D: gl.constexpr = q_smem.shape[1]
     HALF: gl.constexpr = D // 2
     SPLIT: gl.constexpr = ROWS // BLOCK_ROWS
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    pair_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = product_layout(N)
+    q_layout: gl.constexpr = row_layout(D)
+    pair_layout: gl.constexpr = row_layout(D // 2)
     splits = (group_size + HEADS - 1) // HEADS
     q_rows = _rows(place, q_strides, group_size, splits, PART, SAMPLE, BLOCK_ROWS, HEADS, SPLIT, q_layout)
     pair_rows = _rows(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,9 +87,6 @@ def row_masses(
         q: `(batch, H, q_len, D)`, last dimension contiguous.
         summary: the result of `shared_summary`.
     """
-    if tile.hopper:
-        shared_hopper.row_masses(q, summary, plan, rule, softmax_scale, masses, first_tile, tile)
-        return
     centers, spreads = summary
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[3], centers.shape[0]
     group = num_heads // num_kv_heads
@@ -96,47 +94,58 @@ def row_masses(
     heads, block_rows = heads_and_rows(group, rows, tile.m)
     tiles = tile.m // (heads * block_rows)
     chunk = masses.mass.shape[0]
-    grid = (
-        cdiv(chunk, tiles) * cdiv(rows, block_rows),
-        num_kv_heads * cdiv(group, heads),
-    )
+    common: dict[str, Any] = {
+        "q_ptr": q,
+        "mass_ptr": masses.mass,
+        "high_ptr": masses.high,
+        "total_ptr": masses.total,
+        "tile_ptr": plan.tiles,
+        "q_strides": q.stride()[:3],
+        "mass_blocks": masses.mass.shape[3],
+        "first_tile": first_tile,
+        "last_tile": min(first_tile + chunk, plan.num_tiles),
+        "num_heads": num_heads,
+        "group_size": group,
+        **score_arguments(rule, softmax_scale),
+        "BLOCK_ROWS": block_rows,
+        "HEADS": heads,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+    grid = (cdiv(chunk, tiles) * cdiv(rows, block_rows), num_kv_heads * cdiv(group, heads))
     with device_of(q):
+        if tile.hopper:
+            shared_hopper.start_row_masses(grid, summary, tile.n, D=head_dim, **common)
+            return
         _row_masses_kernel[grid](
-            q,
-            centers,
-            spreads,
-            masses.mass,
-            masses.high,
-            masses.total,
-            plan.tiles,
-            q.stride()[:3],
-            centers.shape[2],
-            masses.mass.shape[3],
-            first_tile,
-            min(first_tile + chunk, plan.num_tiles),
-            num_heads,
-            group,
-            rule.block_size,
-            rule.dense_below,
-            softmax_scale * LOG2_E.value,
-            softmax_scale**2 * LOG2_E.value,
-            TILE=rule.tile,
-            SAMPLE=rule.sample,
-            ROWS=rows,
-            BLOCK_ROWS=block_rows,
-            HEADS=heads,
+            center_ptr=centers,
+            spread_ptr=spreads,
+            blocks=centers.shape[2],
             TILES=tiles,
-            PARTS=rule.block_size // part_size(rule.block_size),
-            LOG2_SIZE=math.log2(part_size(rule.block_size)),
             HEAD_DIM=head_dim,
             PADDED_DIM=padded(head_dim),
             PADDED_HALF=padded(head_dim // 2),
-            HALVES=rule.rotary_pairs == "halves",
             BLOCK_N=tile.n,
             WIDE=tile.wide,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+            **common,
         )
+
+
+def score_arguments(rule: SharedRule, softmax_scale: float) -> dict[str, Any]:
+    """The arguments that the kernels which estimate masses take from a rule, by name."""
+    size = part_size(rule.block_size)
+    return {
+        "block_size": rule.block_size,
+        "dense_below": rule.dense_below,
+        "scale": softmax_scale * LOG2_E.value,
+        "square_scale": softmax_scale**2 * LOG2_E.value,
+        "TILE": rule.tile,
+        "SAMPLE": rule.sample,
+        "ROWS": rule.tile // rule.sample,
+        "PARTS": rule.block_size // size,
+        "LOG2_SIZE": math.log2(size),
+        "HALVES": rule.rotary_pairs == "halves",
+    }
 
 
 def heads_and_rows(group: int, rows: int, m: int) -> tuple[int, int]:

@@ -18,8 +18,7 @@ depends neither on how many programs share the sections nor on the number of slo
 
 from __future__ import annotations
 
-import dataclasses
-import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,8 +32,8 @@ from moba_hf.kernels.launch import (
     padded,
     rows_contiguous,
 )
-from moba_hf.kernels.layout import LOG2_E
-from moba_hf.kernels.shared_mass import Masses
+from moba_hf.kernels.shared_choose import choice_arguments
+from moba_hf.kernels.shared_mass import Masses, score_arguments
 from moba_hf.kernels.shared_steps_attend import attend
 from moba_hf.kernels.shared_steps_kernels import choose_step_kernel, step_masses_kernel, step_means_kernel
 from moba_hf.op.numerics import part_size, spread_dtype, with_positive_scale
@@ -92,22 +91,12 @@ def choose(
     if block_mask.numel() == 0:
         return block_mask
     if heard is None:  # the step is the only row of its tile that is sampled
-        rule, known = dataclasses.replace(rule, sample=rule.tile), 0
+        rule, known = replace(rule, sample=rule.tile), 0
         heard = q
     else:
         heard, known = rows_contiguous(heard), heard.shape[2]
-    parts = rule.block_size // part_size(rule.block_size)
-    tile = shared_tuning.step_mass_tile(
-        padded(head_dim), q.element_size(), parts, tuning.capability(q.device)
-    )
-    rows, group = rule.tile // rule.sample, num_heads // kept.shape[1]
-    heads = next_power_of_2(group)
-    block_m = max(16, min(tile.m, heads * rows))
-    row_parts = cdiv(heads * rows, block_m)
-    programs = items * kept.shape[1] * row_parts
-    if splits is None:
-        wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS // programs
-        splits = max(1, min(wanted, cdiv(blocks, tile.n), shared_tuning.STEP_SECTIONS))
+    shape = _shape(q, kept, rule, splits)
+    tile, rows = shape.tile, rule.tile // rule.sample
     columns, sections = shared_tuning.STEP_COLUMNS, shared_tuning.STEP_SECTIONS
     each = Masses.tile_bytes(num_heads, rows, blocks + tile.n, tile.n)
     each += 4 * num_heads * (blocks + tile.n + 2 * rows * sections)
@@ -122,17 +111,13 @@ def choose(
         count = min(chunk, items - first)
         shared = (table, first, length, known)
         with device_of(q):
-            step_masses_kernel[(count, kept.shape[1] * row_parts, splits)](
+            step_masses_kernel[(count, kept.shape[1] * shape.row_parts, shape.splits)](
                 q, heard, kept, kept.view(spread_dtype(kept.dtype)), masses.mass, masses.high, totals,
-                *shared,
-                q.stride()[:3], heard.stride()[:3], kept.stride()[:3], stored, num_heads, group,
-                rule.block_size, rule.dense_below, softmax_scale * LOG2_E.value,
-                softmax_scale**2 * LOG2_E.value,
-                TILE=rule.tile, SAMPLE=rule.sample, ROWS=rows, HEADS=heads, ROW_PARTS=row_parts, PARTS=parts,
-                LOG2_SIZE=math.log2(part_size(rule.block_size)), HEAD_DIM=head_dim,
-                PADDED_DIM=padded(head_dim), PADDED_HALF=padded(head_dim // 2),
-                HALVES=rule.rotary_pairs == "halves", BLOCK_M=block_m, BLOCK_N=tile.n, SECTIONS=sections,
-                STAGES=tile.stages, num_warps=tile.warps,
+                *shared, q.stride()[:3], heard.stride()[:3], kept.stride()[:3], stored, num_heads,
+                num_heads // kept.shape[1], HEADS=shape.heads, ROW_PARTS=shape.row_parts, HEAD_DIM=head_dim,
+                PADDED_DIM=padded(head_dim), PADDED_HALF=padded(head_dim // 2), BLOCK_M=shape.block_m,
+                BLOCK_N=tile.n, SECTIONS=sections, STAGES=tile.stages, num_warps=tile.warps,
+                **score_arguments(rule, softmax_scale),
             )  # fmt: skip
             step_means_kernel[(count, num_heads, cdiv(stored, columns))](
                 masses.mass, masses.high, totals, means, *shared, stored, rule.block_size, rule.dense_below,
@@ -140,12 +125,43 @@ def choose(
                 SECTIONS=sections, BLOCK_N=columns, STEP=tile.n, num_warps=4,
             )  # fmt: skip
             choose_step_kernel[(count, num_heads)](
-                means, block_mask, *shared[:3], stored, words, rule.block_size, rule.dense_below,
-                1.0 if rule.threshold is None else rule.threshold,
-                1.0 if rule.share is None else rule.share,
-                0 if rule.topk is None else rule.topk - rule.own_blocks,
-                rule.sink_blocks, rule.local_blocks, TILE=rule.tile,
-                BLOCK_N=shared_tuning.STEP_CHOICE_COLUMNS, THRESHOLD=rule.threshold is not None,
-                SHARE=rule.share is not None, TOPK=rule.topk is not None, num_warps=4,
+                means, block_mask, *shared[:3], stored, words, BLOCK_N=shared_tuning.STEP_CHOICE_COLUMNS,
+                num_warps=4, **choice_arguments(rule),
             )  # fmt: skip
     return block_mask
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How the masses of the steps are divided among programs.
+
+    Attributes:
+        tile: the tile of a program.
+        heads: heads of a kv head, rounded up to a power of two.
+        block_m: rows of a program, sampled rows times heads.
+        row_parts: number of programs that share the rows of a kv head.
+        splits: number of programs that share the blocks.
+    """
+
+    tile: shared_tuning.MassTile
+    heads: int
+    block_m: int
+    row_parts: int
+    splits: int
+
+
+def _shape(q: Tensor, kept: Tensor, rule: SharedRule, splits: int | None) -> _Shape:
+    """The shape of the launch of the masses; arguments as for `choose`."""
+    parts = rule.block_size // part_size(rule.block_size)
+    capability = tuning.capability(q.device)
+    tile = shared_tuning.step_mass_tile(padded(q.shape[3]), q.element_size(), parts, capability)
+    num_kv_heads = kept.shape[1]
+    heads = next_power_of_2(q.shape[1] // num_kv_heads)
+    rows = heads * (rule.tile // rule.sample)
+    block_m = max(16, min(tile.m, rows))
+    row_parts = cdiv(rows, block_m)
+    if splits is None:
+        programs = q.shape[0] * q.shape[2] * num_kv_heads * row_parts
+        wanted = num_processors(q) * shared_tuning.STEP_PROGRAMS // programs
+        splits = max(1, min(wanted, cdiv(kept.shape[2], tile.n), shared_tuning.STEP_SECTIONS))
+    return _Shape(tile, heads, block_m, row_parts, splits)

@@ -24,7 +24,7 @@ from moba_hf.kernels.layout import (
     row_offset,
     step_place,
 )
-from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys
+from moba_hf.kernels.shared_attend import first_blocks, later_blocks, list_keys, list_steps
 from moba_hf.kernels.softmax import FLOOR, accumulate
 from moba_hf.kernels.sparse_decode import merge_parts
 
@@ -195,10 +195,7 @@ def _attend_steps_kernel(
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
-    if BLOCK_SIZE >= BLOCK_N:
-        steps = count * (BLOCK_SIZE // BLOCK_N)
-    else:
-        steps = tl.cdiv(count, BLOCK_N // BLOCK_SIZE)
+    steps = list_steps(count, BLOCK_SIZE, BLOCK_N)
     ahead = first_blocks(list_ptr, count, BLOCK_SIZE, BLOCK_N)
     for step in tl.range(0, steps, num_stages=STAGES):
         key, known = list_keys(ahead, step, count, BLOCK_SIZE, BLOCK_N)

@@ -19,7 +19,7 @@ from moba_hf.kernels.layout import (
     row_offset,
     step_place,
 )
-from moba_hf.kernels.shared_choose import NOT_A_NUMBER, write_choice
+from moba_hf.kernels.shared_choose import bits_of, write_choice
 from moba_hf.kernels.shared_mass_kernels import part_term
 
 
@@ -219,9 +219,7 @@ def step_means_kernel(
             mass = tl.load(mass_at, mask=inside, other=0.0)
             mean += tl.sum(mass.to(tl.float32) * weight[:, :, None], 0)
             count += tl.sum(there.to(tl.float32), 0)
-        mean = mean / count
-        # all NaNs get the same bits, which are the largest, so that no block is dropped because of a NaN
-        bits = tl.where(mean == mean, mean.to(tl.int32, bitcast=True), NOT_A_NUMBER)
+        bits = bits_of(mean / count)
         tl.store(mean_ptr + item * stored + column, bits.to(tl.float32, bitcast=True), mask=column < columns)
 
 

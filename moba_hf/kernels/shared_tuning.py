@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
-from moba_hf.kernels.tuning import Tile, fits
-
-SomeTile = TypeVar("SomeTile", bound=Tile)
+from moba_hf.kernels.tuning import Tile, first_that_fits, fits
 
 # Maximum memory for the row masses and for the block lists of a chunk of tiles, in bytes.
 MASS_WORKSPACE = 1 << 30
@@ -56,13 +52,6 @@ def choose_tile(blocks: int) -> ChooseTile:
     return ChooseTile(512, 256, 8 if blocks > 512 else 4)
 
 
-def _first_that_fits(
-    tiles: tuple[SomeTile, ...], memory: Callable[[SomeTile], int], device_capability: tuple[int, int]
-) -> SomeTile:
-    """The first of `tiles` whose `memory` in bytes a processor has; the last one if none fits."""
-    return next((tile for tile in tiles if fits(memory(tile), device_capability)), tiles[-1])
-
-
 @cache
 def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
     """The tile of `shared_mass`.
@@ -74,7 +63,7 @@ def mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int,
         device_capability: compute capability.
     """
     tiles = _MASS_FEW_PARTS if parts <= 2 else _MASS
-    return _first_that_fits(tiles, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
+    return first_that_fits(tiles, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
 
 
 def mass_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
@@ -170,9 +159,9 @@ _STEP_ATTEND = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2), Tile
 
 def step_mass_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> MassTile:
     """The tile of the masses of a decode step; arguments as for `mass_tile`."""
-    return _first_that_fits(_STEP_MASS, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
+    return first_that_fits(_STEP_MASS, lambda x: mass_memory(x, dim, itemsize, parts), device_capability)
 
 
 def step_attend_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
     """The tile of `shared_steps_attend`: `m` heads at most, `n` keys."""
-    return _first_that_fits(_STEP_ATTEND, lambda x: x.shared_memory(dims, itemsize), device_capability)
+    return first_that_fits(_STEP_ATTEND, lambda x: x.shared_memory(dims, itemsize), device_capability)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.launch import cdiv, device_of, narrow, next_power_of_2, num_processors, padded
+from moba_hf.kernels.launch import cdiv, device_of, head_dims, narrow, next_power_of_2, num_processors, padded
 from moba_hf.kernels.layout import (
     LN_2,
     LOG2_E,
@@ -106,13 +106,10 @@ def decode_attention(
                 BY_ROW=by_row,
                 SEGMENTS=segments,
                 SEGMENT=segment,
-                HEAD_DIM=head_dim,
-                PADDED_DIM=padded(head_dim),
-                V_DIM=v_dim,
-                PADDED_V=padded(v_dim),
                 BLOCK_N=block_n,
                 STAGES=1 if segment <= block_n else 2,
                 num_warps=4,
+                **head_dims(head_dim, v_dim),
             )
     return merge_parts(partial, partial_lse, q.dtype)
 

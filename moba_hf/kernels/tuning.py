@@ -3,17 +3,18 @@
 They depend only on what is known before the launch (head dims, block size, dtype width, topk, capability). So
 nothing is autotuned at run time, and equal calls run equal kernels. Numbers marked H200 were measured in bf16
 at head_dim 128, those of the forward's plain Triton tiles on prototypes; the other tiles were chosen to use
-similar amounts of shared memory and registers. `tuning_backward` holds the tiles of the backward, `budgets`
-the sizes that depend on memory.
+similar amounts of shared memory and registers. `tuning_gate` says how a gate is launched, `tuning_backward`
+holds the tiles of the backward, `budgets` the sizes that depend on memory.
 
 To tune another GPU, add a line to `TABLE`: `(8, 0): replace(_DEFAULT, own=(...))`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from math import comb
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class Tile:
     warps: int
     stages: int
 
+    def arguments(self) -> dict[str, int]:
+        """The launch arguments that a kernel takes from its tile, by name."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "STAGES": self.stages, "num_warps": self.warps}
+
     def shared_memory(self, dims: tuple[int, int], itemsize: int) -> int:
         """Bytes for queries and `stages` tiles of keys and values; `dims`: padded D and DV."""
         return (self.m * dims[0] + self.stages * self.n * sum(dims)) * itemsize
@@ -55,6 +60,9 @@ class Tile:
     def resident_memory(self, dims: tuple[int, int], itemsize: int) -> int:
         """Bytes for one resident tile of keys and values and `stages - 1` tiles of queries."""
         return (self.n * sum(dims) + (self.stages - 1) * self.m * max(dims)) * itemsize
+
+
+SomeTile = TypeVar("SomeTile", bound=Tile)
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,16 @@ def fits(memory: int, device_capability: tuple[int, int], programs: int = 1) -> 
     return memory * programs <= _SHARED_MEMORY.get(device_capability, _LEAST_SHARED_MEMORY)
 
 
+def first_that_fits(
+    tiles: tuple[SomeTile, ...],
+    memory: Callable[[SomeTile], int],
+    device_capability: tuple[int, int],
+    programs: int = 1,
+) -> SomeTile:
+    """The first tile whose `memory` in bytes `programs` programs on an SM have each, or the last tile."""
+    return next((tile for tile in tiles if fits(memory(tile), device_capability, programs)), tiles[-1])
+
+
 def choices(device_capability: tuple[int, int]) -> Choices:
     """The launch parameters for a compute capability."""
     return TABLE.get(device_capability, _DEFAULT)
@@ -266,51 +284,6 @@ def choices(device_capability: tuple[int, int]) -> Choices:
 def choices_for(x: Tensor) -> Choices:
     """The launch parameters for the GPU that holds `x`."""
     return choices(capability(x.device))
-
-
-def gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
-    """The tile of a gate; `dim`: padded head dim, `parts`: parts in a block, 0 for the mean gate."""
-    found = choices(device_capability)
-    if parts > 0:
-        tiles = found.mass_gate_wide if dim > 128 else found.mass_gate
-        fit = (x for x in tiles if fits(mass_gate_memory(x, dim, itemsize, parts), device_capability))
-        return next(fit, tiles[-1])
-    best = found.mean_gate
-    for stages in range(best.stages, 1, -1):  # fewer if shared memory is small
-        tile = Tile(best.m, best.n, best.warps, stages)
-        if fits(tile.shared_memory((dim, 0), itemsize), device_capability):
-            return tile
-    return Tile(best.m, best.n, best.warps, 1)
-
-
-@dataclass(frozen=True)
-class GateLaunch:
-    """The launch parameters of a gate's two kernels.
-
-    Attributes:
-        warps: warps of the first kernel.
-        max_registers: register limit of both kernels; None: no limit.
-        rest_warps: warps of the second kernel.
-        rest_levels: levels of the second kernel.
-        rest_programs: programs per SM of the second kernel.
-    """
-
-    warps: int
-    max_registers: int | None
-    rest_warps: int
-    rest_levels: int
-    rest_programs: int
-
-
-def gate_launch(tile: Tile, levels: int, parts: int, device_capability: tuple[int, int]) -> GateLaunch:
-    """The launch of a gate with `levels` per class; `parts`: parts in a block, 0 for the mean gate."""
-    found = choices(device_capability)
-    if parts > 0:
-        rest_levels = min(levels, found.gate_rest_levels)
-        return GateLaunch(tile.warps, None, tile.warps, rest_levels, found.gate_rest_programs)
-    warps = tile.warps * (2 if levels > found.mean_gate_most_levels else 1)
-    registers = dict(found.mean_gate_registers).get(levels)
-    return GateLaunch(warps, registers, found.gate_rest_warps, levels, found.gate_rest_programs)
 
 
 def own_tile(dims: tuple[int, int], itemsize: int, device_capability: tuple[int, int]) -> Tile:
@@ -323,18 +296,6 @@ def dense_decode_tile(dims: tuple[int, int], itemsize: int, device_capability: t
     """The tile of full attention for a few queries; two programs per SM hide each other's latency."""
     found = choices(device_capability)
     return _first(found.dense_decode, dims, itemsize, device_capability, found.dense_decode_programs)
-
-
-def mass_gate_memory(tile: Tile, dim: int, itemsize: int, parts: int) -> int:
-    """Bytes of shared memory that the mass gate needs: queries, their squares, and vectors of blocks.
-
-    Up to 4 parts are unrolled and the loop over blocks is pipelined; each stage then holds the means and
-    variances of all parts and the smallest keys. With a single stage, one part is held at a time. More than 4
-    parts form a loop of their own, which Triton pipelines three deep. 256 bytes are reserved for barriers (at
-    most 144 are used on sm_100).
-    """
-    vectors = 6 if parts > 4 else 2 if tile.stages == 1 else tile.stages * (2 * parts + 1)
-    return (2 * tile.m + vectors * tile.n) * dim * itemsize + 256
 
 
 def routed_tile(
@@ -376,40 +337,5 @@ def _first(
     device_capability: tuple[int, int],
     programs: int = 1,
 ) -> Tile:
-    """The first tile with which `programs` programs fit on an SM, or the last tile if none fits."""
-    fit = (x for x in tiles if fits(x.shared_memory(dims, itemsize), device_capability, programs))
-    return next(fit, tiles[-1])
-
-
-def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
-    """How many entries R the gate keeps per class, and whether the first kernel alone is always exact.
-
-    A class consists of the columns that are equal modulo `width`. R entries are exact if no row can take more
-    than R from a class. Otherwise R is the smallest number with which less than 1 % of random rows need the
-    second kernel: the `count` best fall into classes at random, and `comb(count, R) / width ** (R - 1)` is an
-    upper bound of the probability that R of them share one.
-    """
-    exact = min(count, -(-max_blocks // width))
-    if exact <= 4:
-        return max(1, exact), True
-    levels = 3
-    while levels < exact and levels < 8 and comb(count, levels) >= 0.01 * width ** (levels - 1):
-        levels += 1
-    return levels, levels == exact
-
-
-def unsupported_device(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, or None if they can."""
-    from moba_hf.kernels.launch import INTERPRETED
-
-    if device.type == "cuda":
-        if INTERPRETED:
-            return None
-        if torch.version.hip is not None:
-            return "it is tuned for NVIDIA GPUs; AMD is not supported"
-        if capability(device) < (8, 0):
-            return f"it needs compute capability 8.0 or later, this GPU has {capability(device)}"
-        return None
-    if device.type == "cpu" and INTERPRETED:
-        return None
-    return f"it needs a CUDA device, or TRITON_INTERPRET=1 on CPU tensors; q is on {device}"
+    """`first_that_fits` for tiles of queries, keys and values."""
+    return first_that_fits(tiles, lambda x: x.shared_memory(dims, itemsize), device_capability, programs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_hf.kernels.tuning import Tile, fits
+from moba_hf.kernels.tuning import Tile, first_that_fits, fits
 
 # Shared memory of a backward kernel in addition to its tiles: indices, lse and delta, barriers.
 _BACKWARD_OVERHEAD = 2048
@@ -70,7 +70,7 @@ def backward_tiles(
         copied = {8: tile.m * tile.n, 9: 0, 10: tile.n * dims[0]}[kind]
         return (elements + copied) * itemsize + _BACKWARD_OVERHEAD
 
-    dq = next((x for x in _DQ if fits(streamed(x), device_capability)), _DQ[-1])
+    dq = first_that_fits(_DQ, streamed, device_capability)
     if wide:
         dq = Tile(dq.m, dq.n, 8 if dq.m == 64 else 4, dq.stages)
     routed: tuple[Tile, ...] = _HELD

@@ -257,10 +257,10 @@ class PortableBackend:
     shared: SharedKernels | None = SharedPortable()
 
     def __init__(self) -> None:
-        from moba_hf.op import portable, portable_decode
+        from moba_hf.op import portable, portable_decode, portable_select
 
         self.max_decode_queries = portable_decode.MAX_QUERIES
-        self._portable, self._decode = portable, portable_decode
+        self._portable, self._decode, self._select = portable, portable_decode, portable_select
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, rule: LayerConfig | None) -> str | None:
         return None
@@ -274,7 +274,7 @@ class PortableBackend:
         softmax_scale: float,
         block_means: Tensor | None,
     ) -> Tensor:
-        return self._portable.select(q, k, sequences.table, rule, softmax_scale, block_means)
+        return self._select.select(q, k, sequences.table, rule, softmax_scale, block_means)
 
     def forward(
         self,

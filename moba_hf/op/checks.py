@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moba_hf.op import portable
+from moba_hf.op import portable_select
 from moba_hf.op.backends import load_backend
 from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import part_size
@@ -105,7 +105,7 @@ class Case:
 
     def expected_choice(self) -> Tensor:
         rule = LayerConfig(*self.rule, self.gate)
-        return portable.select(self.q, self.k, self.table, rule, self.scale)
+        return portable_select.select(self.q, self.k, self.table, rule, self.scale)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Reference scores `(q_len, H, blocks)` of one sequence, and their tolerance."""

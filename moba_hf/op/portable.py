@@ -3,7 +3,7 @@
 Legend: H query heads, HK kv heads, D head dim, B block size, K topk, N keys, M queries of a chunk.
 
 For each sequence and each chunk of its queries:
-1. select: means of complete blocks, scores `(H, M, blocks)`, top-k.
+1. select: means of complete blocks, scores `(H, M, blocks)`, top-k; see `portable_select`.
 2. route: every (query head, query, slot) is a *pair*; pairs are sorted by (kv head, block, own or earlier)
    and split into tiles of up to T pairs with the same block, so that keys are gathered once per tile.
 3. attend: two batched matmuls per group of tiles; the partial output of each pair is stored separately.
@@ -23,128 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moba_hf.op.gates import GATES, Summary
-from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype, all_finite, full_precision, masked_product
+from moba_hf.op.portable_select import budget
 from moba_hf.op.sequences import Attended, rows_of
 
-# Maximum numbers of elements of score matrices, of partial outputs, and of one group of tiles on a CPU. On
-# other devices, where launches dominate instead of page faults, they are multiplied by `_DEVICE_FACTOR`.
-_SCORE_BUDGET = 1 << 24
+# Maximum numbers of elements of partial outputs, and of one group of tiles, on a CPU; see `budget`.
 _PARTIAL_BUDGET = 1 << 24
 _TILE_BUDGET = 1 << 20
-_DEVICE_FACTOR = 16
 _TILE_ROWS = (16, 128)
-
-
-def _budget(elements: int, x: Tensor) -> int:
-    """`elements`, or more if `x` is not on a CPU."""
-    return elements if x.device.type == "cpu" else elements * _DEVICE_FACTOR
-
-
-def select(
-    q: Tensor,
-    k: Tensor,
-    table: Tensor,
-    rule: LayerConfig,
-    softmax_scale: float,
-    block_means: Tensor | None = None,
-) -> Tensor:
-    """Chosen blocks, int32 `(batch, q_len, H, topk)`: own first, -1 last; all -1 for padding.
-
-    Args:
-        q: `(batch, H, q_len, D)`.
-        k: `(batch, HK, kv_len, D)`.
-        table: see `moba_hf.op.sequences`.
-        rule: how blocks are chosen.
-        softmax_scale: for gates that use it.
-        block_means: `(batch, HK, >= complete blocks, width)` from a cache, one sequence per row; None:
-            computed here.
-    """
-    batch, num_heads, q_len, _ = q.shape
-    gate = GATES[rule.gate]
-    result = torch.full((batch, q_len, num_heads, rule.topk), -1, dtype=torch.int32, device=q.device)
-    with full_precision(q.device):
-        for row, q_begin, q_end, k_begin, k_end in rows_of(table):
-            if q_end - q_begin and k_end - k_begin <= rule.block_size:  # one block, so there is no choice
-                result[row, q_begin:q_end, :, 0] = 0
-                continue
-            if q_end == q_begin:
-                continue
-            queries, keys = q[row, :, q_begin:q_end], k[row, :, k_begin:k_end]
-            means = None if block_means is None else block_means[row]
-            summary = gate.summary(keys, rule.block_size, softmax_scale, means, rule.rotary_pairs)
-            blocks = keys.shape[1] // rule.block_size
-            chunk = max(1, _budget(_SCORE_BUDGET, q) // (num_heads * max(1, blocks)))
-            first = keys.shape[1] - queries.shape[1]
-            for start in range(0, queries.shape[1], chunk):
-                part = queries[:, start : start + chunk]
-                position = torch.arange(part.shape[1], device=q.device) + first + start
-                chosen = _select_chunk(part, summary, position // rule.block_size, rule)
-                result[row, q_begin + start : q_begin + start + part.shape[1]] = chosen.transpose(0, 1)
-    return result
-
-
-def _select_chunk(q: Tensor, summary: Summary, own: Tensor, rule: LayerConfig) -> Tensor:
-    """The choice `(H, M, topk)` for `q (H, M, D)` with own blocks `own (M,)`."""
-    num_heads, topk = q.shape[0], rule.topk
-    forced = _forced_blocks(own, rule.sink_blocks, rule.local_blocks)
-    free = topk - 1 - (forced >= 0).sum(1)
-    columns = int(own[-1])
-    head = [own[:, None], forced]
-    slots = torch.cat(head, 1).to(torch.int32).expand(num_heads, -1, -1)
-    count = min(topk - 1, columns)
-    if count > 0 and int(free.max()) > 0:
-        scores = summary.scores(q, columns)
-        column = torch.arange(columns, device=q.device)
-        excluded = column >= own[:, None]
-        for j in range(forced.shape[1]):
-            excluded |= column == forced[:, j, None]
-        best = _stable_topk(scores.masked_fill_(excluded, -torch.inf), excluded, count, free)
-        slots = torch.cat([slots, best], 2)
-    if bool((forced < 0).any()):  # close the gaps of missing kept blocks
-        order = torch.argsort((slots < 0).to(torch.uint8), dim=2, stable=True)
-        slots = slots.gather(2, order)
-    if slots.shape[2] < topk:
-        return torch.nn.functional.pad(slots, (0, topk - slots.shape[2]), value=-1)
-    return slots[:, :, :topk]
-
-
-def _forced_blocks(own: Tensor, sink_blocks: int, local_blocks: int) -> Tensor:
-    """The sink and local blocks before `own (M,)`, `(M, sink_blocks + local_blocks)`, each once; -1: none."""
-    sinks = torch.arange(sink_blocks, device=own.device).expand(own.shape[0], -1)
-    sinks = sinks.masked_fill(sinks >= own[:, None], -1)
-    local = own[:, None] - 1 - torch.arange(local_blocks, device=own.device)
-    local = local.masked_fill(local < sink_blocks, -1)  # before the start, or already a sink block
-    return torch.cat([sinks, local], 1)
-
-
-def _stable_topk(scores: Tensor, excluded: Tensor, count: int, free: Tensor) -> Tensor:
-    """Indices int32 `(H, M, count)` of the largest scores; NaN ranks highest, ties go to the lower index.
-
-    `torch.topk` breaks ties arbitrarily. So rows are sorted again with a stable sort if the last chosen and
-    the first rejected score are equal, or if they choose a score of -inf, which excluded columns have too.
-
-    Args:
-        scores: `(H, M, columns)`, -inf where `excluded`.
-        excluded: `(M, columns)`, columns that must not be chosen.
-        count: number of slots.
-        free: `(M,)`, how many a row may choose; the remaining slots are -1.
-    """
-    width = min(count + 1, scores.shape[2])
-    values, indices = scores.topk(width, dim=2)
-    taken = torch.minimum(free, (~excluded).sum(1))
-    last = (taken - 1).clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
-    after = free.clamp(0, width - 1).expand(scores.shape[0], -1)[..., None]
-    at_last, at_after = values.gather(2, last)[..., 0], values.gather(2, after)[..., 0]
-    equal = (at_last == at_after) | (at_last.isnan() & at_after.isnan())
-    again = ((last != after)[..., 0] & equal | (at_last == -torch.inf)) & (taken > 0)
-    indices = indices[:, :, :count].to(torch.int32)
-    if bool(again.any()):
-        order = scores[again].argsort(dim=1, descending=True, stable=True)
-        out = excluded.expand(scores.shape)[again].gather(1, order)
-        indices[again] = order.gather(1, out.to(torch.uint8).argsort(dim=1, stable=True))[:, :count].int()
-    return indices.masked_fill(torch.arange(count, device=scores.device) >= taken[:, None], -1)
 
 
 @dataclass
@@ -166,7 +52,7 @@ class _Chunk:
 
     def groups(self, block_size: int) -> Iterator[tuple[slice, bool]]:
         """Yields slices of tiles that fit the tile budget, and whether they need the causal mask."""
-        step = max(1, _budget(_TILE_BUDGET, self.pairs) // (self.pairs.shape[1] * block_size))
+        step = max(1, budget(_TILE_BUDGET, self.pairs) // (self.pairs.shape[1] * block_size))
         for begin, end, own in ((0, self.num_own, True), (self.num_own, len(self.block), False)):
             for start in range(begin, end, step):
                 yield slice(start, min(end, start + step)), own
@@ -305,7 +191,7 @@ def _chunks(
         # limit the block size, so that a short sequence costs no more than its keys
         size = min(block_size, k_end - k_begin)
         topk = min(block_indices.shape[3], -(-(k_end - k_begin) // size))
-        chunk = max(1, _budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
+        chunk = max(1, budget(_PARTIAL_BUDGET, q) // (num_heads * topk * width))
         if (q_end - q_begin) * topk >= k_end - k_begin:  # enough gathers to make a contiguous copy worthwhile
             keys, values = keys.contiguous(), values.contiguous()
         for start in range(q_begin, q_end, chunk):

@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from moba_hf.evaluate.results import format_table
-from moba_hf.kernels import tuning
+from moba_hf.kernels import tuning, tuning_gate
 from moba_hf.kernels.block_mean import block_mean
 from moba_hf.kernels.gate import gate, summarize_mass, summarize_means
 from moba_hf.kernels.launch import INTERPRETED
@@ -81,7 +81,7 @@ TINY = Row("tiny", 300, 32, 4, (4, 2), 16)
 def too_large(row: Row, tile: Tile) -> str | None:
     """None if `tile` fits this GPU's shared memory, else what it needs."""
     parts = row.block_size // part_size(row.block_size)
-    memory = tuning.mass_gate_memory(tile, row.head_dim, 2, parts)
+    memory = tuning_gate.mass_gate_memory(tile, row.head_dim, 2, parts)
     if tuning.fits(memory, tuning.capability(torch.device(DEVICE))):
         return None
     return f"needs {memory} bytes of shared memory, more than this GPU has"
@@ -89,7 +89,7 @@ def too_large(row: Row, tile: Tile) -> str | None:
 
 def using(tile: Tile) -> Any:
     """A context in which the mass gate uses `tile`."""
-    return mock.patch.object(tuning, "gate_tile", return_value=tile)
+    return mock.patch.object(tuning_gate, "gate_tile", return_value=tile)
 
 
 def prove(row: Row, tile: Tile) -> str | None:

@@ -13,7 +13,7 @@ from moba_hf import MobaConfig
 from moba_hf.config import LayerConfig
 from moba_hf.evaluate import SampleSize, agreement, local, make_sample, perplexity, recall, run_task, tasks
 from moba_hf.evaluate.local import output_errors
-from moba_hf.op import portable
+from moba_hf.op import portable_select
 
 CONFIG = MobaConfig(8, 8, 1, 1)
 
@@ -21,13 +21,13 @@ CONFIG = MobaConfig(8, 8, 1, 1)
 @contextmanager
 def shuffled() -> Iterator[None]:
     """Replaces the scores of candidate blocks by random numbers; kept and future blocks do not change."""
-    real = portable._stable_topk
+    real = portable_select._stable_topk
 
     def choose(scores: torch.Tensor, excluded: torch.Tensor, count: int, free: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
         return real(noise.masked_fill(excluded, -torch.inf), excluded, count, free)
 
-    with mock.patch.object(portable, "_stable_topk", choose):
+    with mock.patch.object(portable_select, "_stable_topk", choose):
         yield
 
 

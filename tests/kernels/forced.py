@@ -9,7 +9,7 @@ from unittest import mock
 
 import triton
 
-from moba_hf.kernels import tuning
+from moba_hf.kernels import tuning, tuning_gate
 
 
 def fewer_levels(levels: int) -> AbstractContextManager[object]:
@@ -18,7 +18,7 @@ def fewer_levels(levels: int) -> AbstractContextManager[object]:
     def gate_levels(count: int, max_blocks: int, width: int) -> tuple[int, bool]:
         return levels, levels >= min(count, triton.cdiv(max_blocks, width))
 
-    return mock.patch.object(tuning, "gate_levels", gate_levels)
+    return mock.patch.object(tuning_gate, "gate_levels", gate_levels)
 
 
 def with_choices(**changes: Any) -> AbstractContextManager[object]:

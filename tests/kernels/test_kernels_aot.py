@@ -85,12 +85,12 @@ def test_main_variants(name: str, capability: int) -> None:
 def test_a_tile_of_the_mass_gate_fits_every_gpu(capability: int) -> None:
     import itertools
 
-    from moba_hf.kernels import tuning
+    from moba_hf.kernels import tuning, tuning_gate
 
     one = divmod(capability, 10)
     for dim, parts in itertools.product((16, 64, 128, 256), (1, 2, 4, 8, 64)):
-        tile = tuning.gate_tile(dim, 2, parts, one)
-        assert tuning.fits(tuning.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
+        tile = tuning_gate.gate_tile(dim, 2, parts, one)
+        assert tuning.fits(tuning_gate.mass_gate_memory(tile, dim, 2, parts), one), (dim, parts)
 
 
 def test_a_gpu_can_have_its_own_table_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,16 +119,16 @@ def test_a_gpu_can_have_its_own_table_line(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("block_size", "parts"), [(16, 1), (32, 2), (64, 4), (128, 8)])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_memory_of_the_mass_gate(head_dim: int, block_size: int, parts: int, capability: int) -> None:
-    """`tuning.mass_gate_memory` never predicts less than the compiled kernels use."""
-    from moba_hf.kernels import tuning
+    """`tuning_gate.mass_gate_memory` never predicts less than the compiled kernels use."""
+    from moba_hf.kernels import tuning_gate
 
-    tile = tuning.gate_tile(head_dim, 2, parts, divmod(capability, 10))
+    tile = tuning_gate.gate_tile(head_dim, 2, parts, divmod(capability, 10))
     rule = {"head_dim": head_dim, "block_size": block_size, "topk": 2048 // block_size, "gate": "mass"}
     call = kernel_aot.forward_call(length=8192, queries=64, **rule)
     reports = kernel_aot.compiled(call, capability, "gate_")
     assert reports
     for report in reports:
-        assert report.shared <= tuning.mass_gate_memory(tile, head_dim, 2, parts), report
+        assert report.shared <= tuning_gate.mass_gate_memory(tile, head_dim, 2, parts), report
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -32,6 +32,18 @@ load_rows = (
 )
 
 
+@gluon.constexpr_function
+def product_layout(n):
+    """The layout in which a warpgroup holds the `(64, n)` result of a matrix product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
+
+
+@gluon.constexpr_function
+def row_layout(dim):
+    """The layout in which a warpgroup loads and stores rows of `dim` numbers, 8 to a thread."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def run_of_tiles(total):
     """The consecutive tiles `[first, last)` of this program; counts differ by at most one across programs."""
@@ -151,7 +163,7 @@ def attend_ring(
     q_smem,
     ring,
     step,
-    num_keys,
+    count,
     seen_by_all,
     last_seen,
     scale,
@@ -161,8 +173,9 @@ def attend_ring(
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     OVERLAP: gl.constexpr,
+    TILES: gl.constexpr,
 ):
-    """Attends `num_keys` > 0 keys of the ring from 64 query rows; every row must see the first key.
+    """Attends `count` > 0 keys of the ring from 64 query rows; every row must see the first key.
 
     The scores of tile j + 1 and the output of tile j are issued together. With OVERLAP, the weights of tile
     j + 1 are computed while the output of tile j is still in flight; this helps routed blocks but not masked
@@ -171,15 +184,18 @@ def attend_ring(
     Args:
         last_seen: `(64,)`, the last key that each row sees; with MASKED, applied to tiles that extend beyond
             `seen_by_all`.
+        TILES: `count` and `seen_by_all` are numbers of tiles, not of keys.
 
     Returns:
         `acc (64, DV)`, fp32, not normalised; `m_i` and `l_i`, `(64,)`, in base 2; the next step.
     """
     keys, values, k_ready, v_ready, k_free, v_free = ring
     M: gl.constexpr = 64
+    EACH: gl.constexpr = 1 if TILES else BLOCK_N
+    MASKED_LATER: gl.constexpr = MASKED and not TILES
     dtype: gl.constexpr = q_smem.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(DV)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     m_i = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     l_i = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
@@ -193,8 +209,9 @@ def attend_ring(
     s = warpgroup_mma_wait(0, deps=[s])
     barrier()
     mbarrier.arrive(k_free.index(stage), count=1)
-    p, alpha, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, seen_by_all, 0, dtype, p_layout, MASKED)
-    for start in range(BLOCK_N, num_keys, BLOCK_N):
+    unmasked = seen_by_all * (BLOCK_N // EACH)
+    p, alpha, m_i, l_i = _weights(s, m_i, l_i, scale, last_seen, unmasked, 0, dtype, p_layout, MASKED)
+    for at in range(EACH, count, EACH):
         later = (step + 1) % STAGES
         later_phase = (step + 1) // STAGES & 1
         mbarrier.wait(k_ready.index(later), later_phase)
@@ -209,8 +226,12 @@ def attend_ring(
             barrier()
             mbarrier.arrive(k_free.index(later), count=1)
             mbarrier.arrive(v_free.index(stage), count=1)
+        if MASKED and TILES:
+            if at >= seen_by_all:
+                column = at * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+                s = gl.where(column[None, :] <= last_seen[:, None], s, float("-inf"))
         next_p, alpha, m_i, l_i = _weights(
-            s, m_i, l_i, scale, last_seen, seen_by_all, start, dtype, p_layout, MASKED
+            s, m_i, l_i, scale, last_seen, unmasked, at * (BLOCK_N // EACH), dtype, p_layout, MASKED_LATER
         )
         if OVERLAP:
             # returns immediately; its branch keeps ptxas from moving the wgmma wait ahead of the softmax

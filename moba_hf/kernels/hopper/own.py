@@ -15,7 +15,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from moba_hf.kernels.hopper.common import allocate_ring, attend_ring, barrier, fill_ring
+from moba_hf.kernels.hopper.common import (
+    allocate_ring,
+    attend_ring,
+    barrier,
+    fill_ring,
+    product_layout,
+    row_layout,
+)
 from moba_hf.kernels.layout import (
     INFO_COLUMNS,
     LN_2,
@@ -96,10 +103,10 @@ def _consume(
     q_ptr, out_ptr, lse_ptr, info_ptr, tiles, work, num_heads, q_len, q_strides, scale = data
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(DV)
+    q_layout: gl.constexpr = row_layout(D)
+    v_layout: gl.constexpr = row_layout(DV)
     q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
     v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
     s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
@@ -127,7 +134,7 @@ def _consume(
             seen = gl.minimum(before + TILE, BLOCK_SIZE)
             last_seen = before + s_row // G
             acc, m_i, l_i, step = attend_ring(
-                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False
+                q_smem, ring, step, seen, before, last_seen, scale, BLOCK_N, D, DV, STAGES, True, False, False
             )
             head = item // tiles
             out = acc * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]

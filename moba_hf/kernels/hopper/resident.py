@@ -27,7 +27,9 @@ from moba_hf.kernels.hopper.common import (
     load_pairs,
     load_rows,
     load_tile,
+    product_layout,
     query_offsets,
+    row_layout,
     run_of_tiles,
     tile_rows,
 )
@@ -83,10 +85,10 @@ def _consume(
     q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale = data
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_SIZE)
+    o_layout: gl.constexpr = product_layout(D)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    rows_layout: gl.constexpr = row_layout(D)
     row = PART * M + gl.arange(0, M, gl.SliceLayout(1, rows_layout))
     s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
     column = gl.arange(0, D, gl.SliceLayout(0, rows_layout))

@@ -21,7 +21,9 @@ from moba_hf.kernels.hopper.common import (
     barrier,
     fill_ring,
     load_pairs,
+    product_layout,
     query_offsets,
+    row_layout,
     tile_rows,
 )
 from moba_hf.kernels.layout import INFO_COLUMNS, LOG2_E, RUN_BATCH, RUN_FIRST_KEY, RUN_KV_HEAD
@@ -67,10 +69,10 @@ def _consume(
     q_ptr, out_ptr, lse_ptr, pair_ptr, info_ptr, total, first_row, q_len, q_strides, scale = data
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(DV)
+    q_layout: gl.constexpr = row_layout(D)
+    v_layout: gl.constexpr = row_layout(DV)
     q_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, q_layout))
     v_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, v_layout))
     s_row = PART * M + gl.arange(0, M, gl.SliceLayout(1, s_layout))
@@ -95,7 +97,7 @@ def _consume(
         later_begin, later_end = tile_rows(info_ptr, tile + 2 * each, total)
         pair = load_pairs(pair_ptr, q_row, later_begin, later_end)
         acc, m_i, l_i, step = attend_ring(
-            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True
+            q_smem, ring, step, BLOCK_SIZE, 0, s_row, scale, BLOCK_N, D, DV, STAGES, False, True, False
         )
         v_pair = load_pairs(pair_ptr, v_row, begin, end)
         s_pair = load_pairs(pair_ptr, s_row, begin, end)
