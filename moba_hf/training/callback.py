@@ -29,7 +29,7 @@ from moba_hf.hf.output_head import inner_model, output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
 from moba_hf.op.numerics import check_int
 from moba_hf.training.loss import token_losses_in_pieces
-from moba_hf.training.rows import WEIGHTS, Rows
+from moba_hf.training.rows import WEIGHTS, weighted_rows
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -159,8 +159,7 @@ class MobaCallback(TrainerCallback):
     ) -> None:
         """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
-        rows = getattr(train_dataloader, "dataset", None)
-        self._weighted = isinstance(rows, Rows) and rows.weighted
+        self._weighted = any(True for _ in weighted_rows(getattr(train_dataloader, "dataset", None)))
         self._model = inner_model(model)
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)

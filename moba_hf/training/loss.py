@@ -20,7 +20,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL, common_tile
 from moba_hf.hf.output_head import check_head, inner_model, output_head
 from moba_hf.op.numerics import check_int
-from moba_hf.training.rows import IGNORED, WEIGHTS
+from moba_hf.training.rows import IGNORED, WEIGHTS, weighted_rows
 
 PIECE = 8192  # positions whose logits exist at the same time
 
@@ -157,6 +157,8 @@ class LongRowTrainer(Trainer):
         self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
         self._head_checked = False  # whether logits are known to be those of the model itself
+        for rows in weighted_rows(self.train_dataset, self.eval_dataset):
+            rows.weights_applied = True
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
 
     def _refuse_other_losses(self) -> None:
