@@ -38,7 +38,7 @@ def identity_of(*things: Any) -> str:
         for name, module in thing.named_modules():  # PEFT marks the layers that hold adapters
             disabled: Any = getattr(module, "disable_adapters", None)
             if isinstance(disabled, bool):
-                active = [] if disabled else list(module.active_adapters)  # type: ignore[arg-type]
+                active = [] if disabled else list(module.active_adapters)
                 found.update(f"{name} {active}".encode())
     return found.hexdigest()[:16]
 
