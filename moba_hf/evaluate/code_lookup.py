@@ -18,7 +18,7 @@ import torch
 
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
-from moba_hf.evaluate.passes import attention
+from moba_hf.evaluate.passes import attention, identity_of
 from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store
 from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, can_batch, context_cache, read, wilson
@@ -156,6 +156,7 @@ def run_code_lookup(
         raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
+    read_from = identity_of(*(torch.from_numpy(one.ids.astype(np.int64)) for one in repositories))
     marks: list[list[Any]] = []
     for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
@@ -167,7 +168,7 @@ def run_code_lookup(
             right = answers_right(model, ids, definitions, config, dense_question)
             return [[d.kind, depth, float(x)] for (d, depth), x in zip(asked, right, strict=True)]
 
-        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}"
+        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}/{read_from}"
         marks.append(store.get(key, one))
     return _score(length, marks)
 

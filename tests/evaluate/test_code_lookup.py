@@ -149,6 +149,8 @@ def test_the_task_is_scored_by_kind_and_context(monkeypatch: pytest.MonkeyPatch,
     assert found.low < 0.75 < found.high
     monkeypatch.setattr(code_lookup, "answers_right", None)  # the store has the answers
     assert run_code_lookup(None, Letters(), [source()], 1500, size=SampleSize(3, 8), store=store) == found
+    with pytest.raises(TypeError):  # not those of other sources
+        run_code_lookup(None, Letters(), [source("s", b"v = 2\n")], 1500, size=SampleSize(3, 8), store=store)
     # differences between contexts widen the interval more than differences between questions
     alike = code_lookup._score(64, [[["string", 0.5, 1.0], ["string", 0.5, 0.0]]] * 8)
     apart = code_lookup._score(64, [[["string", 0.5, float(i % 2)]] * 2 for i in range(8)])
