@@ -208,6 +208,20 @@ def test_sparse_decode_without_our_cache_warns_once(monkeypatch: pytest.MonkeyPa
     assert "MobaCache(model.config)" in said[0]
 
 
+def test_sparse_decode_of_a_shared_choice_without_our_cache_says_that_tokens_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    type(attention.logger).warning_once.cache_clear()
+    monkeypatch.setattr(attention.logger, "warning", said.append)
+    model = tiny(rule=MobaConfig(4, tile=8, threshold=0.3, gate="mass", decode="sparse"))
+    generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+    assert said == []
+    generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 30))
+    assert len(said) == 1
+    assert "tokens differ from those with a MobaCache" in said[0]
+
+
 class TestPrefill:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("pads", [(0, 0), (14, 2)])
