@@ -254,10 +254,12 @@ class TestPrefill:
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
-    def test_a_repeated_cache_serves_beams(self) -> None:
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_repeated_cache_serves_beams(self, static: bool) -> None:
         """The prompt is read once and the cache repeated, as the error about other shapes advises."""
         model, ids = tiny(), tokens(1, 40)
-        cache = prefill(model, ids, chunk_size=16, progress=False)
+        cache = MobaCache(model.config, static=static, max_cache_len=80)
+        prefill(model, ids, chunk_size=16, cache=cache, progress=False)
         with pytest.raises(ValueError, match="batch_repeat_interleave"):
             generate(model, copy.deepcopy(cache), input_ids=ids, num_beams=3)
         cache.batch_repeat_interleave(3)
