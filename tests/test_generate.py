@@ -208,6 +208,20 @@ def test_sparse_decode_without_our_cache_warns_once(monkeypatch: pytest.MonkeyPa
     assert "MobaCache(model.config)" in said[0]
 
 
+def test_sparse_decode_of_a_shared_choice_without_our_cache_says_that_tokens_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    type(attention.logger).warning_once.cache_clear()
+    monkeypatch.setattr(attention.logger, "warning", said.append)
+    model = tiny(rule=MobaConfig(4, tile=8, threshold=0.3, gate="mass", decode="sparse"))
+    generate(model, MobaCache(model.config), input_ids=tokens(1, 30))
+    assert said == []
+    generate(model, DynamicCache(config=model.config), input_ids=tokens(1, 30))
+    assert len(said) == 1
+    assert "tokens differ from those with a MobaCache" in said[0]
+
+
 class TestPrefill:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("pads", [(0, 0), (14, 2)])
@@ -240,10 +254,12 @@ class TestPrefill:
         expected = generate(model, None, input_ids=ids)
         assert torch.equal(generate(model, cache, input_ids=ids), expected)
 
-    def test_a_repeated_cache_serves_beams(self) -> None:
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_repeated_cache_serves_beams(self, static: bool) -> None:
         """The prompt is read once and the cache repeated, as the error about other shapes advises."""
         model, ids = tiny(), tokens(1, 40)
-        cache = prefill(model, ids, chunk_size=16, progress=False)
+        cache = MobaCache(model.config, static=static, max_cache_len=80)
+        prefill(model, ids, chunk_size=16, cache=cache, progress=False)
         with pytest.raises(ValueError, match="batch_repeat_interleave"):
             generate(model, copy.deepcopy(cache), input_ids=ids, num_beams=3)
         cache.batch_repeat_interleave(3)

@@ -165,6 +165,13 @@ def test_rows_of_a_static_cache_follow_beams_and_copies(model: Any) -> None:
     text.select([2, 0, 0])
     text.ids = text.ids + torch.arange(3)[:, None] % 2  # the copies go on differently
     text.step()
+    text.cache.batch_repeat_interleave(2)
+    text.select([0, 0, 1, 1, 2, 2])
+    text.ids = text.ids + torch.arange(6)[:, None] % 2
+    text.step()
+    text.cache.batch_select_indices(torch.tensor([5, 0, 3]))
+    text.select([5, 0, 3])
+    text.step()
     text.cache, other = copy.deepcopy(text.cache), text.cache
     other.reset()
     text.step(4)

@@ -88,6 +88,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=re.escape(message)):
             moba_attention(*change(*qkv()), **RULE)
 
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+    def test_scale(self, scale: float) -> None:
+        q, k, v = qkv()
+        with pytest.raises(ValueError, match="softmax_scale must be finite"):
+            moba_attention(q, k, v, **RULE, softmax_scale=scale)
+        with pytest.raises(ValueError, match="softmax_scale must be finite"):
+            select_blocks(q, k, **RULE, softmax_scale=scale)
+
     @pytest.mark.parametrize(
         ("cu_q", "cu_k", "message"),
         [

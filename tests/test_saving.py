@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from moba_hf import MobaConfig, convert_checkpoint, patch_model, unpatch_model
 from moba_hf.testing import build_model
+from moba_hf.training import Recipe, turn_on
 
 sys.path.append(str(Path(__file__).parent / "patches"))
 from families import tiny_config
@@ -53,6 +55,28 @@ def test_models_that_do_not_run_moba_are_saved_as_before(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "plain")
     assert saved_switch(tmp_path / "plain") is None
     assert not (tmp_path / "plain" / "moba_hf.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("off", [unpatch_model, lambda model: stock(model)], ids=["unpatched", "switched"])
+def test_a_model_trained_with_moba_is_saved_as_what_it_runs(off: Any, family: str, tmp_path: Path) -> None:
+    """Training stores the switch in the config, which must not outlive MoBA: the saved model would run it."""
+    model = build_model(tiny_config(family))
+    turn_on(model, Recipe(), MOBA)
+    model.save_pretrained(tmp_path / "on")
+    assert saved_switch(tmp_path / "on") == ("moba" if family == "llama" else {"text_config": "moba"})
+    off(model)
+    model.save_pretrained(tmp_path / "off")
+    assert saved_switch(tmp_path / "off") is None
+    assert not (tmp_path / "off" / "moba_hf.json").exists()
+    patch_model(model, MOBA).save_pretrained(tmp_path / "again")
+    assert saved_switch(tmp_path / "again") == saved_switch(tmp_path / "on")
+
+
+def stock(model: Any) -> None:
+    """Turns MoBA off as transformers does, which leaves `config.moba`."""
+    nested = model.config.model_type != "llama"
+    model.set_attn_implementation({"text_config": "sdpa"} if nested else "sdpa")
 
 
 def test_the_files_are_there_when_a_save_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,10 @@ import torch
 
 from moba_hf.config import MobaConfig
 from moba_hf.evaluate.lookups import Definition, Definitions, Ids, context_with_definitions, newline_tokens
-from moba_hf.evaluate.passes import attention
+from moba_hf.evaluate.passes import attention, identity_of
 from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store
-from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, wilson
-from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.evaluate.tasks import SampleSize, TaskScore, ask, can_batch, context_cache, read, wilson
 from moba_hf.progress import progress
 
 CODE_LOOKUP = "code-lookup"
@@ -93,14 +92,12 @@ def answers_right(
         dense_question: questions attend every key; False: they follow the settings, like the context. Answer
             tokens always follow the decoding settings.
     """
-    from transformers import DynamicCache
-
     device = model.device
     ids = torch.from_numpy(context.astype(np.int64)).to(device)
     right = [False] * len(definitions)
     with attention(model, config):
-        cache = DynamicCache(config=model.config)
-        model.base_model(input_ids=ids[None], **cache_kwargs(model.base_model, cache))
+        cache = context_cache(model, config)
+        read(model, ids[None], cache)
         rows = _rows_at_once(cache, len(ids), device)
         by_length: dict[int, list[int]] = {}
         for i, one in enumerate(definitions):
@@ -119,6 +116,8 @@ def answers_right(
 
 def _rows_at_once(cache: Any, length: int, device: torch.device) -> int:
     """Number of questions to batch, each of which needs a copy of `cache`."""
+    if not can_batch(cache):
+        return 1
     if device.type != "cuda":
         return max(1, _CPU_ROW_TOKENS // length)
     size = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
@@ -157,6 +156,7 @@ def run_code_lookup(
         raise ValueError(f"task {CODE_LOOKUP!r} needs source files: pass --sources FOLDER")
     store = Store(None, {}) if store is None else store
     name = "dense" if config is None else str(sorted(config.to_dict().items()))
+    read_from = identity_of(*(torch.from_numpy(one.ids.astype(np.int64)) for one in repositories))
     marks: list[list[Any]] = []
     for number in progress(range(contexts), what or f"{CODE_LOOKUP}, {length:,} tokens", " contexts"):
 
@@ -168,7 +168,7 @@ def run_code_lookup(
             right = answers_right(model, ids, definitions, config, dense_question)
             return [[d.kind, depth, float(x)] for (d, depth), x in zip(asked, right, strict=True)]
 
-        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}"
+        key = f"{CODE_LOOKUP}/{length}/{questions}/{seed + number}/{name}/{dense_question}/{read_from}"
         marks.append(store.get(key, one))
     return _score(length, marks)
 

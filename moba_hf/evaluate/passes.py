@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from moba_hf.config import MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
-from moba_hf.hf.output_head import output_head
+from moba_hf.hf.output_head import check_head, inner_model, output_head
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.inputs import require_tensor
 from moba_hf.op.layer_rule import Rule
@@ -76,14 +77,36 @@ def check_ids(ids: Tensor) -> None:
 
 @torch.no_grad()
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """Last hidden states `(length, width)` of `ids (1, length)`, from one pass without a cache."""
-    return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
+    """Last hidden states `(length, width)` of `ids (1, length)`, from one pass without a cache.
+
+    Raises:
+        ValueError: `logits` would not compute the model's logits from them, or they are more than `ids`
+            (prompt tuning adds tokens).
+    """
+    inner, kept = inner_model(model), list[Tensor]()
+    ids = ids.to(model.device)
+    if "logits_to_keep" not in signature(inner.forward).parameters:  # logits of a whole text may not fit
+        found: Tensor = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return found
+    hook = inner.base_model.register_forward_hook(lambda *given: kept.append(given[2].last_hidden_state[0]))
+    try:
+        outputs = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    hidden = kept[0]
+    if len(hidden) != ids.shape[1]:
+        raise ValueError(
+            f"{type(model).__name__} reads {len(hidden)} tokens where the text has {ids.shape[1]}: it cannot "
+            "be evaluated with virtual tokens"
+        )
+    check_head(inner, hidden[-1:], outputs.logits[0, -1:])
+    return hidden
 
 
 @torch.no_grad()
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of `hidden (n, width)`, fp32 `(n, vocabulary)`."""
-    return output_head(model)(hidden).float()
+    return output_head(inner_model(model))(hidden).float()
 
 
 def _probed_attention(

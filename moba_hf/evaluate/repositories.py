@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ast
 import os
+import tokenize
+import uuid
+import zipfile
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 Ids = np.ndarray[Any, Any]
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def _imported(folder: Path, path: Path, modules: dict[str, Path]) -> list[Path]:
     if path.suffix != ".py":
         return []
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        tree = ast.parse(source_text(path)[0])
     except (SyntaxError, ValueError, RecursionError):
         return []
     package = _module(folder, path)
@@ -89,16 +97,23 @@ def _imported(folder: Path, path: Path, modules: dict[str, Path]) -> list[Path]:
 def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str = ".py") -> Repository:
     """The files in and below `folder` that end in `suffix`, each preceded by a comment with its path.
 
+    Files are read as `source_text` does; a warning names those that lose characters.
+
     Raises:
         ValueError: there is no such file.
     """
     root = Path(folder).absolute()
-    if not (paths := list(root.rglob(f"*{suffix}"))):
+    if not (paths := [path for path in root.rglob(f"*{suffix}") if path.is_file()]):
         raise ValueError(f"{root}: found no file that ends in {suffix}")
     paths = file_order(root, paths)
+    read = [source_text(path) for path in paths]
+    if lossy := [path for path, (_, whole) in zip(paths, read, strict=True) if not whole]:
+        logger.warning(
+            f"{len(lossy)} of {len(paths)} files are not UTF-8 and do not name their encoding, so characters "
+            f"are replaced: {', '.join(map(str, lossy[:3]))}"
+        )
     texts = [
-        f"# {path.relative_to(root.parent)}\n{path.read_text(encoding='utf-8', errors='replace')}\n"
-        for path in paths
+        f"# {path.relative_to(root.parent)}\n{text}\n" for path, (text, _) in zip(paths, read, strict=True)
     ]
     parts = [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     parts = [part for part in parts if len(part)]
@@ -106,8 +121,25 @@ def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str 
     return Repository(root.name, np.concatenate(parts), begins)
 
 
+def source_text(path: Path) -> tuple[str, bool]:
+    """The text of a source file, without byte-order mark, and whether no character had to be replaced.
+
+    The encoding is UTF-8, or for Python the one that the file names (PEP 263).
+    """
+    data = path.read_bytes()
+    encoding = "utf-8-sig"
+    if path.suffix == ".py":
+        with suppress(SyntaxError):  # an unknown encoding, or not UTF-8
+            encoding = tokenize.detect_encoding(iter(data.splitlines(keepends=True)).__next__)[0]
+    try:
+        text, whole = data.decode(encoding), True
+    except UnicodeDecodeError:
+        text, whole = data.decode("utf-8", errors="replace"), False
+    return text.replace("\r\n", "\n").replace("\r", "\n"), whole
+
+
 def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repository]) -> None:
-    """Writes the token ids and file offsets of `repositories` to a compressed .npz file.
+    """Writes the token ids and file offsets of `repositories` to a compressed .npz file, whole or not at all.
 
     Raises:
         ValueError: two repositories have the same name, so one would replace the other.
@@ -120,11 +152,24 @@ def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repos
         small = one.ids.max() < 1 << 16
         arrays[f"{one.name}:ids"] = one.ids.astype(np.uint16 if small else np.uint32)
         arrays[f"{one.name}:files"] = one.files
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    target = Path(path)
+    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(beside, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_repositories(path: str | os.PathLike[str]) -> list[Repository]:
-    """Reads a file written by `save_repositories`."""
-    with np.load(path) as stored:
-        names = [name.removesuffix(":ids") for name in stored.files if name.endswith(":ids")]
-        return [Repository(name, stored[f"{name}:ids"], stored[f"{name}:files"]) for name in names]
+    """Reads a file written by `save_repositories`. Raises a ValueError that names any other file."""
+    try:
+        with np.load(path) as stored:
+            names = [name.removesuffix(":ids") for name in stored.files if name.endswith(":ids")]
+            found = [Repository(name, stored[f"{name}:ids"], stored[f"{name}:files"]) for name in names]
+    except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged, or not a file of repositories ({error})") from error
+    if not found:
+        raise ValueError(f"{path}: holds no repositories")
+    return found

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 class Store:
     """A JSON file that keeps each result as soon as it is computed, so that an interrupted run can resume.
+
+    Several processes may use the same file; each keeps the results that the others have written.
 
     Args:
         path: the file; None: keep results in memory only.
@@ -29,16 +32,21 @@ class Store:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.answers: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            try:
-                known = json.loads(self.path.read_text(encoding="utf-8"))
-                settings_there, self.answers = known["settings"], known["answers"]
-                whole = known["check"] == self._check(settings_there)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{self.path} is not a file of earlier results") from None
-            if not whole:
-                raise ValueError(f"{self.path} was changed or damaged; remove it or name another file")
-            if settings_there != self.settings:
-                raise ValueError(f"{self.path} was made with other settings; remove it or name another file")
+            self.answers = self._read(self.path)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The results in the file. Raises ValueError if it is not a store with these settings."""
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            settings, answers = known["settings"], dict(known["answers"])
+            whole = known["check"] == _check(settings, answers)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path} is not a file of earlier results") from None
+        if not whole:
+            raise ValueError(f"{path} was changed or damaged; remove it or name another file")
+        if settings != self.settings:
+            raise ValueError(f"{path} was made with other settings; remove it or name another file")
+        return answers
 
     def get(self, key: str, compute: Callable[[], T]) -> T:
         """The result for `key` after a JSON round trip; computed and saved if it is not in the store."""
@@ -52,18 +60,20 @@ class Store:
         """Whether the answer for `key` is known."""
         return key in self.answers
 
-    def _check(self, settings: Any) -> str:
-        """A hash that detects changes to the file."""
-        return hashlib.sha256(json.dumps([settings, self.answers], sort_keys=True).encode()).hexdigest()[:16]
-
     def write(self) -> None:
-        """Replaces the file atomically, through a temporary file, so that it is never half written."""
+        """Replaces the file atomically, through a temporary file, so that it is never half written.
+
+        Raises:
+            ValueError: the file is no longer a store with these settings.
+        """
         if self.path is None:
             return
-        values = {"settings": self.settings, "answers": self.answers, "check": self._check(self.settings)}
-        text = json.dumps(values, indent=1)
+        if self.path.exists():
+            self.answers = {**self._read(self.path), **self.answers}
+        check = _check(self.settings, self.answers)
+        text = json.dumps({"settings": self.settings, "answers": self.answers, "check": check}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".part")
+        beside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             beside.write_text(text + "\n", encoding="utf-8")
             if self.path.exists():
@@ -72,6 +82,11 @@ class Store:
         except BaseException:  # a full disk or a signal
             beside.unlink(missing_ok=True)
             raise
+
+
+def _check(settings: Any, answers: Any) -> str:
+    """A hash that detects changes to a store."""
+    return hashlib.sha256(json.dumps([settings, answers], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def percent(share: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from moba_hf.checkpoints.fingerprint import fingerprint
 from moba_hf.checkpoints.inspection import inspect_config
@@ -31,6 +32,7 @@ from moba_hf.hf.prefill import DENSE_TAIL
 from moba_hf.op.shared_rule import SharedRule
 
 MEASURES = ("perplexity", "positions", "agreement", "recall")
+logger = logging.get_logger(__name__)
 _DENSE_TOO = ("perplexity", "positions")
 _PASSES = {"agreement": 2}  # of a measure over its text; of others one
 
@@ -74,6 +76,8 @@ def settings_of(model: Any, named: Mapping[str, MobaConfig]) -> dict[str, MobaCo
 def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most: int | None = None) -> Tensor:
     """The first token ids of a text file, `(1, length)`, or up to `(1, most)` if the file has more.
 
+    If the file is not UTF-8, a warning says how many characters are replaced.
+
     Args:
         length: tokens that the file must have.
         most: tokens that are read at most; None: `length`.
@@ -85,6 +89,11 @@ def read_ids(tokenizer: Any, path: str | os.PathLike[str], length: int, *, most:
         raise ValueError(f"length must be at least 1, got {length}")
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(16 * (most or length))  # bounded, since a device file never ends
+    if replaced := text.count("\ufffd"):
+        logger.warning(
+            f"{path}: {replaced:,} of the first {len(text):,} characters are the replacement character: the "
+            "file may not be UTF-8, and its losses then mean little; convert it first"
+        )
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[:, : most or length]
     if ids.shape[1] < length:
         raise ValueError(f"{path}: has {ids.shape[1]} tokens, but {length} are needed; lower --length")

@@ -12,17 +12,22 @@ import random
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moba_hf.config import MobaConfig
-from moba_hf.evaluate.passes import attention
+from moba_hf.evaluate.passes import attention, family_of
 from moba_hf.evaluate.results import Store
+from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
+from moba_hf.hf.output_head import inner_model
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
+from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress
 
 _NOISE = (
@@ -251,9 +256,6 @@ def answer_questions(
         config: MoBA settings for context and questions; None: dense.
         dense_tail: number of tokens that attend every key; 0: none.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     device = model.device
     context: Tensor = tokenizer(sample.context, return_tensors="pt").input_ids.to(device)
     asked = [
@@ -262,22 +264,44 @@ def answer_questions(
     ]
     answers: list[list[int]] = []
     with attention(model, config):
-        cache = DynamicCache(config=model.config)
-        length = context.shape[1]
+        cache, length = context_cache(model, config), context.shape[1]
         tail = length
         if dense_tail:
             tail = min(length, tail_begin(model, length + min(map(len, asked)), dense_tail))
         for part, dense in ((context[:, :tail], False), (context[:, tail:], True)):
             if part.shape[1]:
                 with attending_everything(model, dense):
-                    model.base_model(input_ids=part, **cache_kwargs(model.base_model, cache))
-        alike = all(type(layer) is DynamicLayer for layer in cache.layers)
-        rows = max(1, _ROW_TOKENS[device.type == "cpu"] // context.shape[1]) if alike else 1
+                    read(model, part, cache)
+        rows = max(1, _ROW_TOKENS[device.type == "cpu"] // length) if can_batch(cache) else 1
         for start in range(0, len(asked), rows):
             some = asked[start : start + rows]
             end = tokenizer.eos_token_id
             answers += ask(model, cache, context[0], some, new_tokens, end, dense=dense_tail > 0)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def context_cache(model: Any, config: MobaConfig | None) -> Cache:
+    """An empty cache for a context that `model` reads under `config` (None: dense).
+
+    Sparse steps of a shared choice hear earlier queries, which only a `MobaCache` keeps.
+    """
+    if config is not None and config.decode == "sparse":
+        adapter, text = family_of(model)
+        layers = adapter.num_layers(text)
+        if any(isinstance(config.for_layer(i, layers), SharedRule) for i in range(layers)):
+            return MobaCache(model.config)
+    return DynamicCache(config=model.config)
+
+
+def can_batch(cache: Cache) -> bool:
+    """Whether rows of a batch can be made from copies of `cache`, as `ask` does with several questions."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def read(model: Any, ids: Tensor, cache: Cache) -> None:
+    """Reads `ids (1, length)` into `cache`, without computing logits."""
+    decoder = inner_model(model).base_model
+    decoder(input_ids=ids, **cache_kwargs(decoder, cache))
 
 
 def ask(
@@ -308,19 +332,20 @@ def ask(
     ids = torch.stack([torch.cat([context[length - s :], q]) for s, q in zip(spare, asked, strict=True)])
     copy = deepcopy(cache) if len(asked) == 1 else _padded_rows(cache, spare)
     left = torch.tensor(spare, device=ids.device)[:, None]
+    takes = signature(inner_model(model).forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     slots = torch.arange(length + longest + new_tokens, device=ids.device)
     mask = (slots >= left).long() if any(spare) else None
     answers: list[list[int]] = [[] for _ in asked]
     at = length
     for _ in range(new_tokens):
         seen = at + ids.shape[1]
-        where = {"position_ids": slots[at:seen] - left}
+        where = {"position_ids": slots[at:seen] - left, **last}
         if mask is not None:
             where["attention_mask"] = mask[:, :seen]
         with attending_everything(model, dense and at == length):
-            outputs = model.base_model(input_ids=ids, **cache_kwargs(model.base_model, copy), **where)
-        hidden = outputs.last_hidden_state[:, -1]
-        ids, at = model.get_output_embeddings()(hidden).argmax(1, keepdim=True), seen
+            outputs = model(input_ids=ids, **cache_kwargs(model, copy), **where)
+        ids, at = outputs.logits[:, -1].argmax(1, keepdim=True), seen
         for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
             if not answer or answer[-1] != end:
                 answer.append(token)
@@ -331,8 +356,6 @@ def ask(
 
 def _padded_rows(cache: Any, spare: Sequence[int]) -> Any:
     """A cache whose row i is `cache` without its last `spare[i]` tokens, padded on the left."""
-    from transformers import DynamicCache
-
     copy = DynamicCache()
     for i, layer in enumerate(cache.layers):
         keys, values = (

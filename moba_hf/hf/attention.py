@@ -52,6 +52,11 @@ _SPARSE_WITHOUT_CACHE = (
     'decode="sparse" without a MobaCache reads all cached keys at every step to score their blocks; pass '
     "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
 )
+_SHARED_WITHOUT_CACHE = (
+    'decode="sparse" of a shared choice without a MobaCache: each step chooses blocks by its own query, '
+    "so tokens differ from those with a MobaCache, and reads all cached keys to score blocks; pass "
+    "moba_hf.MobaCache(model.config) to generate as its cache, or call moba_hf.use_moba_cache() once"
+)
 _SPARSE_WITHOUT_KERNEL = (
     'decode="sparse" reads all cached keys at every step to score their blocks, because backend "{}" has no '
     "kernel for decode steps of this rule"
@@ -311,12 +316,12 @@ def _cached(
 
 
 def _warn_of_reads(rule: Rule, kept: Tensor | None, backend: str) -> None:
-    """Warns once if a decode step reads every cached key to score blocks."""
+    """Warns once if a decode step reads every cached key to score blocks, or hears no earlier queries."""
     if not reads_chosen_only(backend, rule):
         if rule.gate != "mean" or kept is None:
             logger.warning_once(_SPARSE_WITHOUT_KERNEL.format(backend))
     elif kept is None:
-        logger.warning_once(_SPARSE_WITHOUT_CACHE)
+        logger.warning_once(_SHARED_WITHOUT_CACHE if isinstance(rule, SharedRule) else _SPARSE_WITHOUT_CACHE)
 
 
 def _warn_of_assistance(plan: LayerPlan, q_len: int, kv_len: int) -> None:

@@ -6,6 +6,7 @@ attribute that refers to its cache layer. If it is lost, the summaries are recom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,22 @@ def alike(states: tuple[Tensor, ...], buffers: tuple[Tensor, ...] | list[Tensor]
         (x.shape[:2], x.shape[3], x.dtype, x.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
         for x, b in zip(states, buffers, strict=True)
     )
+
+
+def check_shapes(states: Sequence[Tensor], buffers: Sequence[Tensor], advice: str) -> None:
+    """Raises ValueError if rows, heads or dims of the states differ from those of the buffers.
+
+    Args:
+        advice: what to do before using the cache for other prompts.
+    """
+    for x, buffer in zip(states, buffers, strict=True):
+        if (x.shape[:2], x.shape[3]) != (buffer.shape[:2], buffer.shape[3]):
+            held, given = ((*y.shape[:2], y.shape[3]) for y in (buffer, x))
+            raise ValueError(
+                f"the cache contains states of (batch, heads, dim) {held}, got {given}: {advice} "
+                "for other prompts; for beams or several sequences of one prefilled "
+                "prompt, call batch_repeat_interleave(count) first"
+            )
 
 
 def check_crop(tokens_to_remove: int) -> None:

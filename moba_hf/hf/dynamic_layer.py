@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, check_crop, tracked
+from moba_hf.hf.cache_layer import (
+    LAYER_ATTRIBUTE,
+    OrderedMoves,
+    Summarised,
+    alike,
+    check_crop,
+    check_shapes,
+    tracked,
+)
 from moba_hf.hf.recent_queries import RecentQueries
 from moba_hf.op.block_means import BlockMeans, writable
 
@@ -92,7 +100,7 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self._buffers is not None
         end = self._length + count
-        self._check_shapes(*states)
+        check_shapes(states, self._buffers, "call reset() before using it")
         self._widen(*states)
         if tracked(*states, *self._buffers):
             self._buffers = [
@@ -112,18 +120,6 @@ class MobaLayer(OrderedMoves, Summarised, DynamicLayer):
         assert values is not None
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
-
-    def _check_shapes(self, *states: Tensor) -> None:
-        """Raises ValueError if rows, heads or dims of the states differ from those of the buffers."""
-        assert self._buffers is not None
-        for x, buffer in zip(states, self._buffers, strict=True):
-            if (x.shape[:2], x.shape[3]) != (buffer.shape[:2], buffer.shape[3]):
-                held, given = ((*y.shape[:2], y.shape[3]) for y in (buffer, x))
-                raise ValueError(
-                    f"the cache contains states of (batch, heads, dim) {held}, got {given}: call reset() "
-                    "before using it for other prompts; for beams or several sequences of one prefilled "
-                    "prompt, call batch_repeat_interleave(count) first"
-                )
 
     def _widen(self, *states: Tensor) -> None:
         """Converts the buffers to the dtype that they and the states promote to, e.g. after autocast."""

@@ -18,7 +18,7 @@ _SAMPLE = 256  # approximate number of values of each weight that `identity_of` 
 
 
 def identity_of(*things: Any) -> str:
-    """A hash of tensors, and of models: their config and a sample of every weight.
+    """A hash of tensors, and of models: their config, a sample of every weight, and which PEFT adapters run.
 
     How a model runs (`config.moba`, its attention implementation) does not change the hash.
     """
@@ -35,6 +35,11 @@ def identity_of(*things: Any) -> str:
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             if not weight.is_meta:  # offloaded
                 found.update(some.float().cpu().numpy().tobytes())
+        for name, module in thing.named_modules():  # PEFT marks the layers that hold adapters
+            disabled: Any = getattr(module, "disable_adapters", None)
+            if isinstance(disabled, bool):
+                active = [] if disabled else list(module.active_adapters)
+                found.update(f"{name} {active}".encode())
     return found.hexdigest()[:16]
 
 

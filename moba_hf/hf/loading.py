@@ -104,22 +104,28 @@ def place_settings(config: Any) -> None:
 
 @contextmanager
 def switch_kept(model: Any) -> Iterator[None]:
-    """Inside the block, the config of a model that uses MoBA has `attn_implementation`, to be saved."""
+    """Inside the block, a config to be saved has MoBA as `attn_implementation` only if its model uses it."""
     config = getattr(model, "config", None)
     if config is None or not has_adapter(getattr(config, "model_type", "")):
         yield
         return
     text = find_adapter(config.model_type).text_config(config)
     runs = text._attn_implementation == NAME and getattr(text, "moba", None) is not None
-    if not runs or "attn_implementation" in config.__dict__:
+    held = dict(config.__dict__)
+    if runs == _has_switch(config) or (runs and "attn_implementation" in held):
         yield
         return
-    key = find_adapter(config.model_type).text_config_key
-    config.attn_implementation = NAME if text is config else {key: NAME}
+    if runs:
+        key = find_adapter(config.model_type).text_config_key
+        config.attn_implementation = NAME if text is config else {key: NAME}
+    else:  # training turned MoBA on, and somebody turned it off again
+        del config.__dict__["attn_implementation"]
     try:
         yield
     finally:
         config.__dict__.pop("attn_implementation", None)
+        if "attn_implementation" in held:
+            config.attn_implementation = held["attn_implementation"]
 
 
 def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

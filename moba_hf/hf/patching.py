@@ -18,6 +18,8 @@ from moba_hf.op.backends import load_backend
 _PREVIOUS = "_moba_previous"
 # Attributes of attention modules that say how they run; not saved in checkpoints.
 _ON_MODULES = ("moba_backend", SUSPENDED)
+# Field of a saved config that says which attention a plain load runs.
+_SWITCH = "attn_implementation"
 # The same state by id of the text config, because several models may share a config.
 _BY_CONFIG: dict[int, tuple[weakref.ref[Any], _State]] = {}
 
@@ -30,11 +32,14 @@ class _State:
         implementation: the text config's attention implementation.
         settings: `(config.moba,)`; empty: the config had none.
         modules: the `_ON_MODULES` attributes of each attention module, in order.
+        switch: `(config.attn_implementation,)` of the outer config, which `moba_hf.training` sets so that
+            checkpoints load with MoBA; empty: the config had none.
     """
 
     implementation: str
     settings: tuple[Any, ...]
     modules: tuple[dict[str, Any], ...] = ()
+    switch: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, model: Any, adapter: Adapter, text_config: Any) -> _State:
@@ -42,7 +47,9 @@ class _State:
             {name: module.__dict__[name] for name in _ON_MODULES if name in module.__dict__}
             for _, module in adapter.attention_layers(model)
         )
-        return cls(text_config._attn_implementation, _settings(text_config), modules)
+        held = model.config.__dict__
+        switch = (held[_SWITCH],) if _SWITCH in held else ()
+        return cls(text_config._attn_implementation, _settings(text_config), modules, switch)
 
     def restore(self, model: Any, adapter: Adapter, text_config: Any) -> None:
         if self.settings:
@@ -51,6 +58,9 @@ class _State:
             del text_config.moba
         if text_config._attn_implementation != self.implementation:
             set_implementation(model, adapter, self.implementation)
+        model.config.__dict__.pop(_SWITCH, None)
+        if self.switch:
+            model.config.__dict__[_SWITCH] = self.switch[0]
         modules = [module for _, module in adapter.attention_layers(model)]
         for module in modules:
             for name in ("_moba_plan", *_ON_MODULES):

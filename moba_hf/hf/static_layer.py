@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from moba_hf.hf.cache_layer import LAYER_ATTRIBUTE, OrderedMoves, Summarised, alike, check_crop, tracked
+from moba_hf.hf.cache_layer import (
+    LAYER_ATTRIBUTE,
+    OrderedMoves,
+    Summarised,
+    alike,
+    check_crop,
+    check_shapes,
+    tracked,
+)
 from moba_hf.hf.recent_queries import FixedQueries
 from moba_hf.op.backends import CacheKernels, load_backend
 from moba_hf.op.block_means import BlockMeans
@@ -39,6 +48,10 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            check_shapes((key_states, value_states), (self.keys, self.values), "create another cache")
         kernels = self._kernels_for(key_states, value_states)
         if kernels is not None:
             keys, values = self.keys, self.values
@@ -113,3 +126,26 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
         if self.is_initialized:
             self.block_means.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
             self.recent.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row; new buffers are allocated, so graphs are compiled again."""
+        self._replace_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`; new buffers are allocated, so graphs are compiled again."""
+        self._replace_rows(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
+
+    def _replace_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Applies a selection of rows, which may change their number; StaticLayer has no such method."""
+        if not self.is_initialized:
+            return
+        self._end_moves()
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = change(self.keys), change(self.values)
+        self.batch_size = self.keys.shape[0]
+        self.block_means.map_rows(change)
+        self.recent.map_rows(change)
+        for buffer in (self.keys, self.values, self.block_means.means, self.recent.queries):
+            if buffer is not None and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(buffer)

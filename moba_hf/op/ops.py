@@ -5,6 +5,7 @@ All inputs are checked here (with `inputs`), not further down.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +118,7 @@ def moba_attention(
             raise ValueError(f"block_indices must be {expected}, got {tuple(block_indices.shape)}")
         block_indices = block_indices[None] if tile == 1 else block_indices
     qkv = (as_batch(q), as_batch(k), as_batch(v))
-    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    scale = _scale(q, softmax_scale)
     given: Any = {"softmax_scale": scale, "backend": backend}
     if block_indices is None:
         out, lse = attention(*qkv, sequences, rule, **given)
@@ -172,13 +173,21 @@ def select_by_rule(q: Tensor, k: Tensor, rule: Rule, *, softmax_scale: float | N
     return _select(q, k, rule, sequences, softmax_scale, "auto")
 
 
+def _scale(q: Tensor, softmax_scale: float | None) -> float:
+    """The factor of the scores. Raises ValueError if it is not finite, as it would make every output NaN."""
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return scale
+
+
 def _select(
     q: Tensor, k: Tensor, rule: Rule, sequences: Sequences, softmax_scale: float | None, backend: str
 ) -> Tensor:
     """The result of `select_blocks`, for checked tensors."""
     table, lengths = sequences.table, (sequences.max_seqlen_q, sequences.max_seqlen_k)
     q4, k4 = as_batch(q.detach()), as_batch(k.detach())
-    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    scale = _scale(q, softmax_scale)
     if isinstance(rule, SharedRule):
         return select_shared(q4, k4, sequences, rule, softmax_scale=scale, backend=backend)
     check_head_dim(rule, q)

@@ -25,11 +25,11 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
-from moba_hf.hf.output_head import output_head
+from moba_hf.hf.output_head import inner_model, output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
 from moba_hf.op.numerics import check_int
-from moba_hf.training.loss import inner_model, token_losses_in_pieces
-from moba_hf.training.rows import WEIGHTS, Rows
+from moba_hf.training.loss import token_losses_in_pieces
+from moba_hf.training.rows import WEIGHTS, weighted_rows
 
 _ROWS = 512  # rows of logits converted to fp32 at a time
 
@@ -116,7 +116,7 @@ class MobaCallback(TrainerCallback):
         trailing_loss: mean loss in nats over the labelled positions among the last `trailing_tokens` of each
             row, in this process. Evaluations during training log `eval_trailing_loss`. If a fused loss (TRL)
             computes no logits, the callback computes them for these positions. Missing if the model gets no
-            labels.
+            labels, or if its logits are not those of its output embeddings (a warning says so).
 
     Callbacks that come before this one, such as the reporters in `report_to`, see the line without these
     values. To put this callback first, use `trainer.callback_handler.callbacks.insert(0, callback)` instead
@@ -159,8 +159,7 @@ class MobaCallback(TrainerCallback):
     ) -> None:
         """Turns MoBA on, or full attention if a resumed run is past the switch."""
         self._detach()
-        rows = getattr(train_dataloader, "dataset", None)
-        self._weighted = isinstance(rows, Rows) and rows.weighted
+        self._weighted = any(True for _ in weighted_rows(getattr(train_dataloader, "dataset", None)))
         self._model = inner_model(model)
         turn_on(self._model, self.recipe, self.config)
         self._switch = self.recipe.switch_step(state.max_steps)
@@ -245,7 +244,11 @@ class MobaCallback(TrainerCallback):
         if logits is not None and logits.shape[:2] == labels.shape:
             meter.add_loss(*trailing_loss(logits.detach(), labels, self.trailing_tokens))
         elif logits is None and hidden is not None:
-            head = output_head(module)
+            try:
+                head = output_head(module)
+            except ValueError as error:  # a measurement must not end a run
+                logger.warning_once(f"The log lines have no trailing_loss: {error}")
+                return
             meter.add_loss(*trailing_loss(hidden, labels[:, -hidden.shape[1] :], self.trailing_tokens, head))
 
 

@@ -18,9 +18,9 @@ from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL, common_tile
-from moba_hf.hf.output_head import output_head
+from moba_hf.hf.output_head import check_head, inner_model, output_head
 from moba_hf.op.numerics import check_int
-from moba_hf.training.rows import IGNORED, WEIGHTS
+from moba_hf.training.rows import IGNORED, WEIGHTS, weighted_rows
 
 PIECE = 8192  # positions whose logits exist at the same time
 
@@ -126,18 +126,6 @@ def dense_tail(model: Any, tokens: int) -> Iterator[None]:
                 setattr(module, TRAINED_TAIL, held)
 
 
-def inner_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, a compiled model or a wrapper such as DDP."""
-    for _ in range(4):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif not hasattr(model, "set_attn_implementation") and hasattr(model, "module"):
-            model = model.module
-    return model
-
-
 class LongRowTrainer(Trainer):
     """transformers' Trainer with the loss computed in pieces and, optionally, activations in host memory.
 
@@ -154,7 +142,8 @@ class LongRowTrainer(Trainer):
 
     Raises:
         ValueError: a number out of range, or an argument of `Trainer` for another loss or for the logits of
-            all positions.
+            all positions. The first step raises it if the model does more to its last hidden states than its
+            output embeddings do (`moba_hf.hf.output_head`).
     """
 
     def __init__(
@@ -167,6 +156,9 @@ class LongRowTrainer(Trainer):
             check_dense_tail(dense_tail, common_tile(inner_model(self.model)))
         self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
+        self._head_checked = False  # whether logits are known to be those of the model itself
+        for rows in weighted_rows(self.train_dataset, self.eval_dataset):
+            rows.weights_applied = True
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
 
     def _refuse_other_losses(self) -> None:
@@ -214,11 +206,13 @@ class LongRowTrainer(Trainer):
                 outputs = model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             hook.remove()
+        hidden = kept[0].last_hidden_state
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
-            losses, counted = token_losses_in_pieces(
-                kept[0].last_hidden_state, labels, output_head(inner), piece=self.piece
-            )
+            if not self._head_checked:
+                check_head(inner, hidden[:, -1], outputs.logits[:, -1])
+                self._head_checked = True
+            losses, counted = token_losses_in_pieces(hidden, labels, output_head(inner), piece=self.piece)
         total, count = weighted_sum(losses, counted, weights)
         if weights is not None and model.training:  # an evaluation between two log lines has its own loss
             self._mark(losses.detach(), counted & (weights.to(losses) > 1))

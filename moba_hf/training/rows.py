@@ -7,13 +7,14 @@ keep documents from attending each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from transformers.utils import logging
 
 from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
 from moba_hf.evaluate.repositories import Repository
@@ -24,7 +25,14 @@ IGNORED = -100
 WEIGHTS = "loss_weights"  # name of the weights in a row
 _ASKED = ("string", "number", "signature", "signature")  # kinds of lookups are drawn from these
 _NEAREST = 32  # the shortest distance of a lookup, before it is moved to the end of a line
+_IGNORED_WEIGHTS = (
+    f"These rows have {WEIGHTS}, which transformers.Trainer drops without a word: use "
+    "moba_hf.training.LongRowTrainer, or make Rows with lookup_weight=1. If your own training loop passes "
+    "them to moba_hf.training.loss_in_pieces, set rows.weights_applied = True"
+)
 _ASKED_IN_TAIL = 0.6  # share of the tail that lookups fill at most
+
+logger = logging.get_logger(__name__)
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -51,9 +59,13 @@ class Rows(Dataset[dict[str, Tensor]]):
             half of `length`. If it is above 0, a long row is a single document, as a prompt is, also where
             it holds several repositories.
         lookup_weight: weight of the answers in the loss, at least 1. Above 1, rows have `loss_weights`, fp32
-            `(length,)`, which only `LongRowTrainer` applies. Other trainers ignore them; with a
-            `MobaCallback`, their first step raises ValueError.
+            `(length,)`, which only `LongRowTrainer` applies. Other trainers ignore them, which a warning
+            says; with a `MobaCallback`, their first step raises ValueError.
         tokenizer: required if `lookups` is above 0.
+
+    Attributes:
+        weights_applied: whoever trains on the rows applies their weights. `LongRowTrainer` sets it; without
+            it, the first row with weights warns.
 
     Raises:
         ValueError: no repositories, or values out of range.
@@ -91,7 +103,7 @@ class Rows(Dataset[dict[str, Tensor]]):
             raise ValueError(f"lookup_weight must be at least 1, got {lookup_weight}")
         self.repositories, self.length, self.count, self.seed = list(repositories), length, count, seed
         self.short_share, self.short_length, self.lookups = short_share, short_length, lookups
-        self.tail, self.lookup_weight = tail, lookup_weight
+        self.tail, self.lookup_weight, self.weights_applied = tail, lookup_weight, False
         sizes = np.array([len(one.ids) for one in repositories], float)
         self.chances = sizes / sizes.sum()
         if lookups:
@@ -122,6 +134,8 @@ class Rows(Dataset[dict[str, Tensor]]):
         row = {"input_ids": pieces, "labels": labels, "position_ids": positions}
         if self.weighted:
             row[WEIGHTS] = weights
+            if not self.weights_applied:
+                logger.warning_once(_IGNORED_WEIGHTS)
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
 
     def _short_pieces(self, rng: np.random.Generator) -> list[Ids]:
@@ -197,3 +211,17 @@ class Rows(Dataset[dict[str, Tensor]]):
             if i >= len(made):
                 weights[asked:end] = self.lookup_weight
         return ids, labels, weights
+
+
+def weighted_rows(*datasets: Any) -> Iterator[Rows]:
+    """The `Rows` with weights among `datasets`, also in dicts and in torch's subsets and concatenations."""
+    for one in datasets:
+        if isinstance(one, Rows):
+            if one.weighted:
+                yield one
+        elif isinstance(one, dict):
+            yield from weighted_rows(*one.values())
+        elif isinstance(one, Subset):
+            yield from weighted_rows(one.dataset)
+        elif isinstance(one, ConcatDataset):
+            yield from weighted_rows(*one.datasets)

@@ -11,7 +11,7 @@ import torch
 from checkpoints import Letters
 from tiny import tiny_model
 
-from moba_hf import MobaConfig
+from moba_hf import MobaCache, MobaConfig
 from moba_hf.evaluate import SampleSize, code_lookup
 from moba_hf.evaluate.code_lookup import answers_right, make_context, run_code_lookup, sliding_window
 from moba_hf.evaluate.lookups import Definition, Definitions, newline_tokens, snap, weave
@@ -19,6 +19,7 @@ from moba_hf.evaluate.passes import attention
 from moba_hf.evaluate.perplexity import by_position
 from moba_hf.evaluate.repositories import Repository
 from moba_hf.evaluate.results import Store
+from moba_hf.hf.cache_names import cache_kwargs
 
 
 def source(name: str = "r", line: bytes = b"value = 1\n") -> Repository:
@@ -92,6 +93,25 @@ def test_an_answer_counts_when_the_model_gives_it(rule: MobaConfig | None) -> No
     assert answers_right(model, context, given, rule, dense_question=False) == [True, True, True, False, True]
 
 
+def test_sparse_steps_of_a_shared_choice_answer_as_generation_does() -> None:
+    """They hear earlier queries, which only a MobaCache keeps."""
+    model, rng = tiny_model(), np.random.default_rng(0)
+    rule = MobaConfig(8, tile=16, threshold=0.3, gate="mass", decode="sparse")
+    context = rng.integers(0, 97, 200)
+    questions = [tuple(rng.integers(0, 97, 5).tolist()) for _ in range(4)]
+    given = []
+    with attention(model, rule):
+        for question in questions:
+            ids = torch.tensor([[*context.tolist(), *question]])
+            cache = MobaCache(model.config)
+            settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+            with torch.no_grad():
+                model(ids[:, :200], **cache_kwargs(model, cache))
+                made = model.generate(ids, **cache_kwargs(model.generate, cache), **settings)
+            given.append(Definition("string", question, tuple(made[0, 205:].tolist())))
+    assert answers_right(model, context, given, rule, dense_question=False) == [True] * 4
+
+
 def test_a_dense_question_attends_every_key() -> None:
     """If a query attends one block, only a dense question sees what comes before it."""
     model, rng = tiny_model(), np.random.default_rng(0)
@@ -129,6 +149,8 @@ def test_the_task_is_scored_by_kind_and_context(monkeypatch: pytest.MonkeyPatch,
     assert found.low < 0.75 < found.high
     monkeypatch.setattr(code_lookup, "answers_right", None)  # the store has the answers
     assert run_code_lookup(None, Letters(), [source()], 1500, size=SampleSize(3, 8), store=store) == found
+    with pytest.raises(TypeError):  # not those of other sources
+        run_code_lookup(None, Letters(), [source("s", b"v = 2\n")], 1500, size=SampleSize(3, 8), store=store)
     # differences between contexts widen the interval more than differences between questions
     alike = code_lookup._score(64, [[["string", 0.5, 1.0], ["string", 0.5, 0.0]]] * 8)
     apart = code_lookup._score(64, [[["string", 0.5, float(i % 2)]] * 2 for i in range(8)])

@@ -4,6 +4,7 @@ import errno
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,29 @@ def test_a_store_that_cannot_be_written_stays_as_it_was(
             store.get("c", lambda: 3)
         del store.answers["c"]
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+
+
+def test_two_processes_keep_each_other_s_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store.json"
+    one, other = Store(path, {}), Store(path, {})
+    write = Path.write_text
+
+    def both(self: Path, *args: Any, **kwargs: Any) -> int:
+        count = write(self, *args, **kwargs)
+        monkeypatch.setattr(Path, "write_text", write)
+        other.get("b", lambda: 2)  # the other process writes between our two steps
+        return count
+
+    monkeypatch.setattr(Path, "write_text", both)
+    one.get("a", lambda: 1)
+    one.get("c", lambda: 3)
+    other.get("d", lambda: 4)
+    assert Store(path, {}).answers.keys() >= {"a", "c", "d"}
+    assert [file.name for file in tmp_path.iterdir()] == ["store.json"]
+    path.unlink()
+    Store(path, {"seed": 1}).get("a", lambda: 1)
+    with pytest.raises(ValueError, match="other settings"):
+        one.get("e", lambda: 5)
 
 
 @pytest.mark.parametrize("change", ["model", "config", "dtype", "text", "seed"])
@@ -199,3 +223,18 @@ def test_a_store_that_was_changed_is_refused(change: tuple[str, str], tmp_path: 
     path.write_text(path.read_text().replace(*change, 1))
     with pytest.raises(ValueError, match=r"store\.json"):
         Store(path, {"x": 1})
+
+
+def test_a_text_that_is_not_utf8_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenizer(text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([[ord(char) for char in text]]))
+
+    warnings: list[str] = []
+    monkeypatch.setattr(run.logger, "warning", warnings.append)
+    path = tmp_path / "my text.txt"
+    path.write_text("caf\u00e9 " * 20, encoding="utf-8")
+    assert run.read_ids(tokenizer, path, 50).shape == (1, 50)
+    assert not warnings
+    path.write_text("caf\u00e9 " * 20, encoding="latin-1")
+    assert run.read_ids(tokenizer, path, 50).shape == (1, 50)
+    assert "20 of the first 100 characters" in warnings[0]

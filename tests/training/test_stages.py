@@ -15,6 +15,7 @@ import torch
 from checkpoints import Letters
 from model_checks import tiny_model
 from tiny_models import RULE, Blocks, checkpointed, grads, tiny, tokens
+from torch.utils.data import Subset
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from moba_hf import MobaConfig, patch_model
@@ -34,6 +35,7 @@ from moba_hf.training import (
     loss_in_pieces,
     read_repository,
 )
+from moba_hf.training import rows as rows_module
 from moba_hf.training.loss import dense_tail
 from moba_hf.training.rows import IGNORED
 from moba_hf.training.stages import POSITION, load_stage, save_stage
@@ -374,6 +376,29 @@ def test_a_trainer_that_ignores_the_weights_is_refused(remove_unused: bool, tmp_
     with pytest.raises(ValueError, match=r"the rows have loss_weights, but this trainer .*LongRowTrainer"):
         train(Trainer, 5.0)
     assert train(Trainer, 1.0) == train(LongRowTrainer, 5.0) == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Subset(rows, [0, 1])], ids=["all", "part"])
+def test_weights_that_a_trainer_without_the_callback_drops_are_reported(
+    wrap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=1,
+    )  # fmt: skip
+    text = [Repository("r", tokens(300).numpy().astype(np.uint16), np.arange(0, 300, 50))]
+    warnings: list[str] = []
+    monkeypatch.setattr(rows_module.logger, "warning_once", warnings.append)
+
+    def warned(trainer_class: Any, weight: float) -> bool:
+        warnings.clear()
+        rows = wrap(Rows(text, 60, 2, lookup_weight=weight))
+        trainer_class(model=tiny(), args=settings, train_dataset=rows).train()
+        return any("loss_weights" in warning for warning in warnings)
+
+    assert warned(Trainer, 5.0)
+    assert not warned(Trainer, 1.0)
+    assert not warned(LongRowTrainer, 5.0)
 
 
 def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
