@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -419,15 +418,33 @@ class TestTorchLibrary:
         with pytest.raises(NotImplementedError, match="no second derivative"):
             grads[0].sum().backward()
 
-    def test_autograd_notices_an_update_of_means(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kernels = Mock()
-        monkeypatch.setattr(operators, "_cache_kernels", lambda backend: kernels)
-        means, factor = torch.ones(1, 2, 3, 4), torch.ones(4, requires_grad=True)
-        result = (means * factor).sum()
-        update_means_op(means, torch.zeros(1, 2, 16, 4), None, None, 16, 16, 8, "any")
-        kernels.update_means.assert_called_once()
+    def test_an_update_of_means(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It passes torch's checks, and autograd notices that a tensor was written to."""
+
+        class Kernels:
+            def update_means(self, means: Tensor, keys: Tensor, *rest: Any) -> None:
+                means.numpy()[:, :, :2] = keys.unflatten(2, (2, 8)).mean(3)  # unseen by torch, as in kernels
+
+        monkeypatch.setattr(operators, "_cache_kernels", lambda backend: Kernels())
+        means, keys, factor = (
+            torch.zeros(1, 2, 3, 4),
+            torch.randn(1, 2, 16, 4),
+            torch.ones(4).requires_grad_(),
+        )
+        rest = (None, None, 16, 16, 8, "any")
+        torch.library.opcheck(update_means_op, (means.clone(), keys, *rest))
+
+        @torch.compile(backend="aot_eager", fullgraph=True)
+        def compiled(means: Tensor) -> Tensor:
+            update_means_op(means, keys, *rest)
+            return means * 2
+
+        twice, seen = compiled(means), (means * factor).sum()
+        assert torch.equal(means[:, :, 1], keys[:, :, 8:].mean(2))
+        assert torch.equal(twice, means * 2)
+        update_means_op(means, keys, *rest)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            result.backward()
+            seen.backward()
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compile_is_one_graph_and_equal(self, dynamic: bool) -> None:
