@@ -27,7 +27,7 @@ from moba_hf.evaluate.passes import (
     sample_positions,
     watch,
 )
-from moba_hf.hf.output_head import inner_model, output_head
+from moba_hf.hf.output_head import inner_model, logits_limit
 from moba_hf.op.gates import GATES
 from moba_hf.op.layer_rule import LayerConfig
 
@@ -127,9 +127,8 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
         for layer, module in adapter.attention_layers(model):
             hooks.append(adapter.output_projection(module).register_forward_hook(keep(layer)))
         with passes_bar(model, "sensitivity", 1), attention(model, None), torch.enable_grad():
-            inner = inner_model(model)
-            hidden = inner.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
-            scores = output_head(inner)(hidden[-1024:]).float()
+            last = logits_limit(inner_model(model), 1024)
+            scores = model(input_ids=ids.to(model.device), use_cache=False, **last).logits[0, -1024:].float()
         generator = torch.Generator().manual_seed(seed)
         labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
         F.cross_entropy(scores, labels.to(scores.device), reduction="sum").backward()

@@ -157,8 +157,6 @@ class LongRowTrainer(Trainer):
         self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
         self._head_checked = False  # whether logits are known to be those of the model itself
-        for rows in weighted_rows(self.train_dataset, self.eval_dataset):
-            rows.weights_applied = True
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
 
     def _refuse_other_losses(self) -> None:
@@ -180,6 +178,16 @@ class LongRowTrainer(Trainer):
         columns: Any = self._signature_columns
         if WEIGHTS not in columns:
             columns.append(WEIGHTS)
+
+    def get_train_dataloader(self) -> Any:
+        """The dataloader of the training rows, whose weights `compute_loss` applies."""
+        _apply_weights(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The dataloader of an evaluation, which has weights like training."""
+        _apply_weights(self.eval_dataset, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward and backward pass with the dense tail."""
@@ -232,3 +240,9 @@ class LongRowTrainer(Trainer):
             if count:
                 logs = {**logs, "marked_loss": round(total / count, 4)}
         super().log(logs, *args, **kwargs)
+
+
+def _apply_weights(*datasets: Any) -> None:
+    """Tells rows with weights that the loss has them."""
+    for rows in weighted_rows(*datasets):
+        rows.weights_applied = True

@@ -45,6 +45,21 @@ class ScaledHead(LlamaForCausalLM):
     forward.__signature__ = signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
 
 
+class HeadBeside(LlamaForCausalLM):
+    """A further head that takes no part in the logits, as those of reward models and speculative decoding."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.value = torch.nn.Linear(config.hidden_size, 1)
+
+
+class AllLogits(DeepHead):
+    """A deep head that cannot limit its logits to the last tokens."""
+
+    def forward(self, input_ids: Any, use_cache: bool = True) -> Any:  # type: ignore[override]
+        return super().forward(input_ids, use_cache=use_cache)
+
+
 class Fused(DeepHead):
     """The loss without logits, as fused losses compute it."""
 
@@ -85,6 +100,30 @@ def test_a_head_that_does_more_than_its_output_embeddings_is_refused(kind: Any, 
     ):
         with pytest.raises(ValueError, match="where logits are computed from hidden states"):
             fails()
+
+
+def test_a_deep_head_without_logits_to_compare_with_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"more than its output embeddings \(lm_head.0\)"):
+        token_losses(with_head(AllLogits), tokens(1, 60), RULE)
+
+
+def test_a_head_beside_that_of_the_logits_changes_nothing(tmp_path: Path) -> None:
+    model, ids = with_head(HeadBeside), tokens(1, 60)
+    plain = with_head(LlamaForCausalLM)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(token_losses(model.eval(), ids, RULE), token_losses(plain.eval(), ids, RULE))
+    assert trained(LongRowTrainer, model, tmp_path).state.global_step == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT
+def test_dropout_in_the_head_is_no_difference(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    low = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(with_head(LlamaForCausalLM), low)
+    assert trained(LongRowTrainer, model, tmp_path).state.global_step == 1
+    scaled = peft.get_peft_model(with_head(ScaledHead), low)
+    with pytest.raises(ValueError, match="where logits are computed from hidden states"):
+        token_losses(scaled.eval(), tokens(1, 60), RULE)
 
 
 def test_questions_are_answered_by_the_head_of_the_model() -> None:
