@@ -32,6 +32,8 @@ from moba_hf.op.gates import GATES
 from moba_hf.op.layer_rule import LayerConfig
 
 SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
+# The least mass that an output is divided by: the weights of all chosen keys may be 0 in fp32.
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def output_errors(
     errors = []
     for topk in topks:
         at = min(topk, blocks) - 1
-        wrong = sums[:, :, at] / masses[:, :, at, None] - full
+        wrong = sums[:, :, at] / masses[:, :, at, None].clamp(min=TINY) - full
         out = project(wrong.transpose(0, 1).flatten(1).to(v.dtype)).float()
         errors.append(float(out.square().sum(1).mean()))
     return errors
