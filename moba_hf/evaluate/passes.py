@@ -15,7 +15,14 @@ from transformers.masking_utils import sdpa_mask
 from moba_hf.config import MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
-from moba_hf.hf.output_head import check_head, check_layers, inner_model, logits_limit, output_head
+from moba_hf.hf.output_head import (
+    check_head,
+    check_layers,
+    check_tokens,
+    inner_model,
+    logits_limit,
+    output_head,
+)
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.inputs import require_tensor
 from moba_hf.op.layer_rule import Rule
@@ -95,11 +102,7 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
     finally:
         hook.remove()
     hidden: Tensor = kept[0].last_hidden_state[0]
-    if len(hidden) != ids.shape[1]:
-        raise ValueError(
-            f"{type(model).__name__} reads {len(hidden)} tokens where the text has {ids.shape[1]}: it cannot "
-            "be evaluated with virtual tokens"
-        )
+    check_tokens(model, hidden, ids.shape[1])
     check_head(inner, hidden[-1:], outputs.logits[0, -1:])
     return hidden
 

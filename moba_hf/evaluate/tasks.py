@@ -24,7 +24,7 @@ from moba_hf.evaluate.passes import attention, family_of
 from moba_hf.evaluate.results import Store
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.output_head import inner_model, logits_limit
+from moba_hf.hf.output_head import check_virtual_tokens, inner_model, logits_limit
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress
@@ -299,6 +299,7 @@ def can_batch(cache: Cache) -> bool:
 
 def read(model: Any, ids: Tensor, cache: Cache) -> None:
     """Reads `ids (1, length)` into `cache`, without computing logits."""
+    check_virtual_tokens(model)
     decoder = inner_model(model).base_model
     decoder(input_ids=ids, **cache_kwargs(decoder, cache))
 

@@ -28,6 +28,27 @@ def inner_model(model: Any) -> Any:
     return model
 
 
+def check_virtual_tokens(model: Any) -> None:
+    """Raises ValueError for prompt and prefix tuning of PEFT, which add their tokens to every call.
+
+    So a text that is read in several calls would contain them several times, or not at all.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model).__name__} adds virtual tokens to every call, so it cannot read a text in parts: "
+            "use a LoRA adapter, or model.get_base_model() for the model without its adapter"
+        )
+
+
+def check_tokens(model: Any, hidden: Tensor, tokens: int) -> None:
+    """Raises ValueError unless `hidden (..., rows, width)` has as many rows as the text has tokens."""
+    if hidden.shape[-2] != tokens:
+        raise ValueError(
+            f"{type(model).__name__} reads {hidden.shape[-2]} tokens where the text has {tokens}: virtual "
+            "tokens (prompt tuning) are not supported here"
+        )
+
+
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     """The function from last hidden states `(..., width)` to the logits `(..., vocabulary)` of `model`.
 

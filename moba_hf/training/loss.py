@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL, common_tile
-from moba_hf.hf.output_head import check_head, inner_model, output_head
+from moba_hf.hf.output_head import check_head, check_tokens, inner_model, output_head
 from moba_hf.op.numerics import check_int
 from moba_hf.training.rows import IGNORED, WEIGHTS, weighted_rows
 
@@ -143,7 +143,7 @@ class LongRowTrainer(Trainer):
     Raises:
         ValueError: a number out of range, or an argument of `Trainer` for another loss or for the logits of
             all positions. The first step raises it if the model does more to its last hidden states than its
-            output embeddings do (`moba_hf.hf.output_head`).
+            output embeddings do (`moba_hf.hf.output_head`), or reads virtual tokens (prompt tuning).
     """
 
     def __init__(
@@ -215,6 +215,7 @@ class LongRowTrainer(Trainer):
         finally:
             hook.remove()
         hidden = kept[0].last_hidden_state
+        check_tokens(model, hidden, labels.shape[1])
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
             if not self._head_checked:

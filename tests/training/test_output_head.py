@@ -12,10 +12,11 @@ import torch
 from tiny_models import RULE, Blocks, tiny, tokens
 from transformers import DynamicCache, LlamaForCausalLM, Trainer, TrainingArguments
 
+from moba_hf import prefill
 from moba_hf.config import NAME
 from moba_hf.evaluate.agreement import agreement
 from moba_hf.evaluate.perplexity import token_losses
-from moba_hf.evaluate.tasks import ask
+from moba_hf.evaluate.tasks import ask, read
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.training import LongRowTrainer, MobaCallback
 from moba_hf.training import callback as callback_module
@@ -166,8 +167,34 @@ def test_a_model_inside_peft_is_evaluated_with_its_adapter(evaluated: Any) -> No
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT
-def test_a_prompt_of_virtual_tokens_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_refused_where_they_would_be_counted_wrongly(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    tuned = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="virtual tokens"):
-        token_losses(peft.get_peft_model(tiny(), tuned), tokens(1, 60), RULE)
+    tuned = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, ids = peft.get_peft_model(tiny(), tuned).eval(), tokens(1, 60)
+    with pytest.raises(ValueError, match="adds virtual tokens to every call"):
+        prefill(model, ids, chunk_size=16, progress=False)
+    with pytest.raises(ValueError, match="adds virtual tokens to every call"):
+        read(model, ids, DynamicCache(config=model.config))
+    assert prefill(model.get_base_model(), ids, chunk_size=16, progress=False).get_seq_length() == 59
+    if kind == "PromptTuningConfig":
+        for fails in (
+            lambda: token_losses(model, ids, RULE),
+            lambda: trained(LongRowTrainer, model, tmp_path),
+        ):
+            with pytest.raises(ValueError, match="reads 64 tokens where the text has 60"):
+                fails()
+    else:
+        with torch.no_grad():
+            expected = model(ids, labels=ids).loss
+        assert torch.allclose(token_losses(model, ids, RULE).mean(), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from PEFT
+def test_a_prefill_of_a_peft_model_computes_no_logits_but_the_last() -> None:
+    peft = pytest.importorskip("peft")
+    low = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, rows = peft.get_peft_model(tiny(), low).eval(), list[int]()
+    model.get_output_embeddings().register_forward_hook(lambda module, given, out: rows.append(out.shape[1]))
+    prefill(model, tokens(1, 60), chunk_size=16, progress=False)
+    assert set(rows) == {1}
