@@ -6,8 +6,8 @@
         --rope yarn --contexts 0 --rule dense             # only the config changes
 
 Rules: `B/K` is MoBA with blocks of B and topk K, also for question and answer; with `B/K/dense-question` they
-attend every key; `window B/K` is the own block and the K - 1 before it; `shared` is blocks of 64 shared by
-tiles of 64 with threshold .01; and `dense`.
+attend every key; `window B/K` is the own block and the K - 1 before it; `shared/T` is blocks of 64 shared by
+tiles of 64 with threshold T (.01); `preset/T` is the preset `default` with T; and `dense`.
 
 A tile that shares a choice hears its later rows, so its loss is too low. `tile_ends` holds the losses of the
 last rows of all tiles of 64 alone, which no later row can help; the same rows are taken for every rule.
@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,14 @@ def rule_of(name: str) -> tuple[MobaConfig | None, bool]:
     decode = "full" if dense else "sparse"
     if name == "dense":
         return None, True
-    if name.startswith("shared"):
-        threshold = float(name.partition("/")[2] or 0.01)
-        forced = {"sink_blocks": 1, "local_blocks": 1, "gate": "mass", "tile": 64, "threshold": threshold}
-        return MobaConfig(64, decode=decode, **forced), dense
+    kind, _, threshold = name.partition("/")
+    if kind == "shared":
+        forced = {"sink_blocks": 1, "local_blocks": 1, "gate": "mass", "tile": 64}
+        return MobaConfig(64, decode=decode, threshold=float(threshold or 0.01), **forced), dense
+    if kind == "preset":
+        preset = MobaConfig.from_preset("default")
+        wanted = preset.threshold if threshold == "" else float(threshold)
+        return replace(preset, decode=decode, threshold=wanted), dense
     block, topk = map(int, name.removeprefix("window ").split("/"))
     moba = MobaConfig(block, topk, decode=decode)
     return (sliding_window(moba) if name.startswith("window") else moba), dense
