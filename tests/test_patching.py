@@ -63,20 +63,20 @@ class TestSwitching:
 
     @pytest.mark.parametrize("order", list(permutations(range(3))))
     @pytest.mark.parametrize("shared", [False, True], ids=["one model", "one config"])
-    def test_blocks_end_in_any_order(self, order: tuple[int, ...], shared: bool) -> None:
+    def test_uses_end_in_any_order(self, order: tuple[int, ...], shared: bool) -> None:
         model = self.model()
         other = type(model)(model.config).eval() if shared else model
         rules = [MobaConfig(8, topk) for topk in (2, 3, 4)]
-        blocks = [use_moba(one, rule) for one, rule in zip((model, other, model), rules, strict=True)]
-        for block in blocks:
-            block.__enter__()
-        open_blocks = [0, 1, 2]
+        uses = [use_moba(one, rule) for one, rule in zip((model, other, model), rules, strict=True)]
+        for use in uses:
+            use.__enter__()
+        active = [0, 1, 2]
         for number in order:
-            blocks[number].__exit__(None, None, None)
-            open_blocks.remove(number)
-            expected = rules[open_blocks[-1]].to_dict() if open_blocks else None
+            uses[number].__exit__(None, None, None)
+            active.remove(number)
+            expected = rules[active[-1]].to_dict() if active else None
             assert getattr(model.config, "moba", None) == expected
-            assert model.config._attn_implementation == ("moba" if open_blocks else "sdpa")
+            assert model.config._attn_implementation == ("moba" if active else "sdpa")
         for one in {model, other}:
             assert all(not set(vars(layer.self_attn)) & MARKS for layer in one.model.layers)
             with pytest.raises(ValueError, match="does not use MoBA but 'sdpa'"):

@@ -127,11 +127,11 @@ def unpatch_model(model: Any) -> Any:
 
 
 @dataclass(eq=False)
-class _Block:
-    """An open `use_moba` block.
+class _Use:
+    """An active `use_moba`.
 
     Attributes:
-        text_config: says which blocks change the same models.
+        text_config: that of its model; uses with the same one change the same models.
         restore: what its end has to do, in order.
     """
 
@@ -139,16 +139,16 @@ class _Block:
     restore: list[Callable[[], None]]
 
 
-# Open blocks of all models, in the order in which they began.
-_OPEN: list[_Block] = []
+# All active uses of `use_moba`, in the order in which they began.
+_ACTIVE: list[_Use] = []
 
 
 @contextmanager
 def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
     """Turns MoBA on inside the `with` block and restores the model afterwards, also after an exception.
 
-    Blocks of the same model may end in any order, as those of generators do: the model runs the settings of
-    the open block that began last, and is restored when no block is open.
+    Several uses on the same model may end in any order, as those in generators do: the model has the settings
+    of the one that began last, and is restored when all have ended.
     """
     adapter, text_config = _family(model)
     before, outer = _State.of(model, adapter, text_config), _previous_of_config(text_config)
@@ -157,18 +157,18 @@ def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
         before.restore(model, adapter, text_config)
         _keep_for_config(text_config, outer)
 
-    block = _Block(text_config, [restore])
-    _OPEN.append(block)
+    use = _Use(text_config, [restore])
+    _ACTIVE.append(use)
     try:
         yield patch_model(model, config)
     finally:
-        later = _OPEN[_OPEN.index(block) + 1 :]
-        _OPEN.remove(block)
+        later = _ACTIVE[_ACTIVE.index(use) + 1 :]
+        _ACTIVE.remove(use)
         heir = next((other for other in later if other.text_config is text_config), None)
-        if heir is not None:  # `before` is what the model returns to when that block ends too
-            heir.restore += block.restore
+        if heir is not None:  # `before` is what the model returns to when that one ends too
+            heir.restore += use.restore
         else:
-            for step in block.restore:
+            for step in use.restore:
                 step()
 
 
