@@ -25,7 +25,7 @@ from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
-from moba_hf.hf.output_head import inner_model, output_head
+from moba_hf.hf.output_head import check_layers, inner_model, output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
 from moba_hf.op.numerics import check_int
 from moba_hf.training.loss import token_losses_in_pieces
@@ -246,6 +246,7 @@ class MobaCallback(TrainerCallback):
         elif logits is None and hidden is not None:
             try:
                 head = output_head(module)
+                check_layers(module)
             except ValueError as error:  # a measurement must not end a run
                 logger.warning_once(f"The log lines have no trailing_loss: {error}")
                 return

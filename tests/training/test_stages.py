@@ -393,12 +393,19 @@ def test_weights_that_a_trainer_without_the_callback_drops_are_reported(
     def warned(trainer_class: Any, weight: float) -> bool:
         warnings.clear()
         rows = wrap(Rows(text, 60, 2, lookup_weight=weight))
-        trainer_class(model=tiny(), args=settings, train_dataset=rows).train()
+        trainer = trainer_class(model=model, args=settings, train_dataset=rows)
+        next(iter(trainer.get_train_dataloader()))
         return any("loss_weights" in warning for warning in warnings)
 
+    model = tiny()
     assert warned(Trainer, 5.0)
     assert not warned(Trainer, 1.0)
     assert not warned(LongRowTrainer, 5.0)
+    trainer = LongRowTrainer(model=model, args=settings, train_dataset=Blocks(2, 60))
+    next(iter(trainer.get_eval_dataloader(wrap(Rows(text, 60, 2, lookup_weight=5.0)))))
+    trainer.train_dataset = wrap(Rows(text, 60, 2, lookup_weight=5.0))
+    next(iter(trainer.get_train_dataloader()))
+    assert not warnings
 
 
 def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:
