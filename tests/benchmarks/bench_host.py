@@ -1,7 +1,7 @@
 """Microseconds that the host takes for the attention of one layer, measured without a GPU.
 
     python tests/benchmarks/bench_host.py
-    python tests/benchmarks/bench_host.py --cases prefill --profile
+    python tests/benchmarks/bench_host.py --cases prefill "sparse step"
 
 The attention function runs as on a Hopper GPU, on small tensors on the CPU: Triton's launches stop before the
 driver, and torch's own attention returns at once. So the driver and CUDA's allocator come on top. The best of
@@ -12,12 +12,9 @@ Triton's part of the launches.
 from __future__ import annotations
 
 import argparse
-import cProfile
-import pstats
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,40 +39,33 @@ from moba_hf.op import backends
 
 HEADS, KV_HEADS, DIM, TOKENS = 4, 1, 128, 192
 SHARED = replace(MobaConfig.from_preset("default"), dense_below=128)
-CASES: dict[str, tuple[MobaConfig, int, int, bool]] = {  # rule, tokens, queries, with gradients
-    "prefill": (SHARED, TOKENS, TOKENS, False),
-    "prefill, part of a block": (SHARED, TOKENS + 1, TOKENS + 1, False),
-    "training": (SHARED, TOKENS, TOKENS, True),
-    "per query": (MobaConfig(block_size=64, topk=2), TOKENS, TOKENS, False),
-    "full step": (SHARED, TOKENS, 1, False),
-    "sparse step": (replace(SHARED, decode="sparse"), TOKENS, 1, False),
-    "sparse step per query": (MobaConfig(block_size=64, topk=2, decode="sparse"), TOKENS, 1, False),
+CASES = {  # rule, tokens and queries
+    "prefill": (SHARED, TOKENS, TOKENS),
+    "prefill, part of a block": (SHARED, TOKENS + 1, TOKENS + 1),
+    "training": (SHARED, TOKENS, TOKENS),
+    "per query": (MobaConfig(block_size=64, topk=2), TOKENS, TOKENS),
+    "full step": (SHARED, TOKENS, 1),
+    "sparse step": (replace(SHARED, decode="sparse"), TOKENS, 1),
+    "sparse step per query": (MobaConfig(block_size=64, topk=2, decode="sparse"), TOKENS, 1),
 }
 
 
-def as_on_hopper() -> AbstractContextManager[Any]:
-    """Launches of Triton compile for Hopper and stop before the driver; CPU tensors count as CUDA's."""
-    loaded = (0, 0, 32, 0, 1024)  # module, function, registers, spills, threads
-    utils = SimpleNamespace(
-        get_device_properties=lambda _: {"max_shared_mem": 227 << 10}, load_binary=lambda *_: loaded
-    )
-    without_gpu: Any = SimpleNamespace(
-        utils=utils,
+def pretend_hopper() -> None:
+    """From now on, launches compile for Hopper and stop before the driver; CPU tensors count as CUDA's."""
+    binary = (0, 0, 32, 0, 1024)  # module, function, registers, spills, threads
+    memory = {"max_shared_mem": 227 << 10}
+    no_gpu: Any = SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda _: memory, load_binary=lambda *_: binary),
         launcher_cls=lambda *_: lambda *_: None,
         get_current_device=lambda: 0,
         get_current_stream=lambda _: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    driver.set_active(without_gpu)
-    stack = ExitStack()
-    for place, name, value in (
-        (kernels, "unsupported_device", lambda _: None),
-        (dispatch, "compiles", lambda _: True),
-        (backends, "_AUTO", {"cpu": ("triton",)}),
-        (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q),
-    ):
-        stack.enter_context(mock.patch.object(place, name, value))
-    return stack
+    driver.set_active(no_gpu)
+    kernels.unsupported_device = lambda _: None
+    dispatch.compiles = lambda _: True
+    backends._AUTO["cpu"] = ("triton",)
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: q
 
 
 def layer_of(rule: MobaConfig, tokens: int, queries: int, training: bool) -> Callable[[], object]:
@@ -101,7 +91,7 @@ def nothing(*_: Any, **__: Any) -> None:
     """Takes the place of a launch."""
 
 
-def microseconds(call: Callable[[], object], seconds: float) -> float:
+def microseconds(call: Callable[[], object], seconds: float = 3.0) -> float:
     """The least time of a call, over runs of three."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -112,32 +102,23 @@ def microseconds(call: Callable[[], object], seconds: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each number")
-    parser.add_argument("--profile", action="store_true", help="also print a profile of each case")
     args = parser.parse_args()
+    pretend_hopper()
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     print("| case | launches | whole | python |\n| --- | --- | --- | --- |")
-    with as_on_hopper():
-        for name in args.cases:
-            *settings, training = CASES[name]
-            with torch.set_grad_enabled(training):
-                call, run = layer_of(*settings, training), triton.JITFunction.run
-                call()  # compiles, and makes what all layers share
-                with mock.patch.object(triton.JITFunction, "run", autospec=True, side_effect=run) as launches:
-                    call()
-                whole = microseconds(call, args.seconds)
-                with mock.patch.object(triton.JITFunction, "run", new=nothing):
-                    python = microseconds(call, args.seconds)
-                print(f"| {name} | {launches.call_count} | {whole:.0f} | {python:.0f} |", flush=True)
-                if args.profile:
-                    profile = cProfile.Profile()
-                    for _ in range(300):
-                        profile.runcall(call)
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+    run = triton.JITFunction.run
+    for name in args.cases:
+        with torch.set_grad_enabled(name == "training"):
+            call = layer_of(*CASES[name], torch.is_grad_enabled())
+            call()  # compiles, and makes what all layers share
+            with mock.patch.object(triton.JITFunction, "run", autospec=True, side_effect=run) as launches:
+                call()
+            whole = microseconds(call)
+            with mock.patch.object(triton.JITFunction, "run", new=nothing):
+                python = microseconds(call)
+        print(f"| {name} | {launches.call_count} | {whole:.0f} | {python:.0f} |", flush=True)
     return 0
 
 
