@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf.checkpoints.context_length import ContextLength, with_context_length
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME, MobaConfig, require_config
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.op.numerics import check_int
 from moba_hf.training.callback import Recipe, turn_on
@@ -73,8 +73,7 @@ class Stage:
             ("rows", 1),
         ):
             check_int(name, getattr(self, name), minimum=least)
-        if not isinstance(self.moba, MobaConfig):
-            raise TypeError(f"moba must be a MobaConfig, got {self.moba!r}")
+        require_config("moba", self.moba)
         if isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, (int, float)):
             raise TypeError(f"learning_rate must be a number, got {self.learning_rate!r}")
         if not 0 < self.learning_rate < math.inf:
