@@ -203,16 +203,21 @@ def check_source(schedule: Schedule, index: int, source: str | os.PathLike[str])
         raise ValueError(f"{source}: this checkpoint has completed {known['done']} stages of {reason}")
 
 
-def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str]) -> None:
+def save_stage(
+    schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
+) -> None:
     """Writes the weights in bf16, the config with old and new RoPE names, and the position in the schedule.
 
     The position is written last, so a folder without it is incomplete.
 
     Args:
         model: the model from `load_stage`, after training. Its weights are rounded to bf16 in place.
+        tokenizer: saved with the model, so that the folder can be evaluated; None: no tokenizer.
     """
     target = Path(folder)
     model.to(torch.bfloat16).save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
     path = target / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     text = find_adapter(model.config.model_type).text_config(model.config)
