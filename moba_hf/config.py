@@ -239,9 +239,8 @@ class MobaConfig:
 def require_config(name: str, value: object) -> None:
     """Raises TypeError if the argument `name` is not a MobaConfig."""
     if not isinstance(value, MobaConfig):
-        makers = {str: "from_preset", dict: "from_dict"}
-        hint = f"; MobaConfig.{makers[type(value)]}(...) makes one" if type(value) in makers else ""
-        raise TypeError(f"{name} must be a MobaConfig, got {value!r}{hint}")
+        maker = "from_preset" if isinstance(value, str) else "from_dict"
+        raise TypeError(f"{name} must be a MobaConfig, got {value!r}; MobaConfig.{maker}(...) makes one")
 
 
 def preset_names() -> list[str]:
