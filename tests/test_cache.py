@@ -452,6 +452,10 @@ class TestMobaCache:
         with pytest.raises(ValueError, match="needs max_cache_len"):
             MobaCache(self.config(), static=True)
 
+    def test_a_model_instead_of_its_config(self) -> None:
+        with pytest.raises(TypeError, match=r"must be the model's config \(model\.config\), got Linear"):
+            MobaCache(torch.nn.Linear(2, 2))
+
     @pytest.mark.parametrize("static", [False, True])
     def test_an_invalid_length(self, static: bool) -> None:
         for length, kind in ((0, ValueError), (-5, ValueError), (64.0, TypeError), ("64", TypeError)):

@@ -32,7 +32,7 @@ class MobaCache(Cache):
     Raises:
         ValueError: a static cache without `max_cache_len`, a `max_cache_len` below 1, or offloading without a
             CUDA device.
-        TypeError: `max_cache_len` is not an int.
+        TypeError: `max_cache_len` is not an int, or `config` is not a config.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class MobaCache(Cache):
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ):
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config must be the model's config (model.config), got {type(config).__name__}")
         if static and max_cache_len is None:
             raise ValueError("a static MobaCache needs max_cache_len: prompt length + max_new_tokens")
         if max_cache_len is not None:

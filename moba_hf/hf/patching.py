@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME, MobaConfig, require_config
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.op.backends import load_backend
@@ -86,8 +86,7 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     """
     adapter, text_config = _family(model)
     moba = moba_config(text_config) if config is None else config
-    if not isinstance(moba, MobaConfig):
-        raise TypeError(f"config must be a MobaConfig, got {type(moba).__name__}")
+    require_config("config", moba)
     adapter.check(text_config, moba)
     if moba.backend != "auto":
         load_backend(moba.backend)

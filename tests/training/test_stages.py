@@ -271,7 +271,11 @@ def test_rows_end_and_sizes_are_checked() -> None:
         (lambda: Recipe(full_layers=-1), "full_layers must be a sequence of layer numbers, got -1"),
         (lambda: Recipe(full_layers=(1.5,)), r"full_layers must be an int, got 1\.5"),
         (lambda: MobaCallback(trailing_tokens=2.5), r"trailing_tokens must be an int, got 2\.5"),
-        (lambda: MobaCallback(config={"topk": 2}), "config must be a MobaConfig, got dict"),
+        (
+            lambda: MobaCallback(config={"topk": 2}),
+            r"must be a MobaConfig, got \{'topk': 2\}; MobaConfig\.from_dict",
+        ),
+        (lambda: Stage(64, "fine", 1), r"moba must be a MobaConfig, got 'fine'; MobaConfig\.from_preset"),
         (lambda: Stage(64, MobaConfig(8, 2), 1, learning_rate="1e-3"), "learning_rate must be a number"),
     ],
 )
