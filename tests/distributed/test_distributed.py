@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from model_checks import tiny_config, tiny_model, tokens
-from ranks import assert_ranks, run_ranks
+from ranks import assert_done, assert_ranks, run_ranks
 from torch.utils.cpp_extension import is_ninja_available
 
 from moba_hf.hf.parallel import check_tensor_parallel
@@ -38,20 +38,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class TestTwoProcesses:
-    def test_tensor_parallel(self, folder: Any) -> None:
+    def test_transformers_engines_and_a_rank_that_fails_after_them(self, folder: Any) -> None:
+        """One run for all, since most of its time goes into imports."""
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         llama = folder("llama")
         uneven = folder("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-        assert_ranks(
+        steps = (
             f"tensor_parallel={llama}",
             f"tensor_parallel_gradients={llama}",
             f"tensor_parallel={folder('qwen3')}",  # QK-norm
             f"tensor_parallel={folder('qwen3_moe', **experts)}",
             f"uneven_heads={uneven}",
+            f"fsdp={llama}",
         )
-
-    def test_fsdp2(self, folder: Any) -> None:
-        assert_ranks(f"fsdp={folder('llama')}")
+        result = run_ranks(*steps, "fails=-")
+        assert_done(result, *steps)
+        assert result.returncode != 0
+        assert "ValueError: the error of rank 1" in result.stderr
+        assert "done: fails" not in result.stdout
 
     @needs_deepspeed
     def test_ulysses(self, folder: Any) -> None:
@@ -60,12 +64,6 @@ class TestTwoProcesses:
     @needs_deepspeed
     def test_ulysses_through_accelerate(self, folder: Any) -> None:
         assert_ranks(f"through_accelerate={folder('llama')}")
-
-    def test_a_rank_that_fails_ends_the_others_with_its_message(self) -> None:
-        result = run_ranks("fails=-", timeout=120)
-        assert result.returncode != 0
-        assert "ValueError: the error of rank 1" in result.stderr
-        assert "done: fails" not in result.stdout
 
 
 @pytest.mark.gpu
