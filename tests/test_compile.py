@@ -60,7 +60,7 @@ class TestPrefill:
     @pytest.mark.parametrize(("rule", "masked"), [(FULL, False), (FULL, True), (SHARED, True)])
     def test_one_graph(self, rule: MobaConfig, masked: bool) -> None:
         """The model has never run before, so nothing depends on state left by an eager call."""
-        model, ids, counter = tiny(rule), tokens(2, 50), CompileCounterWithBackend("aot_eager")
+        model, ids, counter = tiny(rule, layers=1), tokens(2, 50), CompileCounterWithBackend("aot_eager")
         mask = padded(ids) if masked else torch.ones_like(ids)
         given = {"attention_mask": mask} if masked else {}
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -114,13 +114,13 @@ class TestPrefill:
         """Both backends are loaded while the graph is traced, as on a GPU with a dtype without kernels."""
         monkeypatch.setattr(backends, "_loaded", Registry())
         monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
-        model, ids = tiny(FULL), tokens(1, 50)
+        model, ids = tiny(FULL, layers=1), tokens(1, 50)
         with torch.no_grad():
             got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
             torch.testing.assert_close(got, model(ids, use_cache=False).logits)
 
     def test_backward(self) -> None:
-        model, ids = tiny(FULL), tokens(1, 50)
+        model, ids = tiny(FULL, layers=1), tokens(1, 50)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         grads = []
         for run in (model, compiled):

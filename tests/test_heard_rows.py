@@ -94,7 +94,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model(moba=SHARED)
+    return tiny_model(moba=SHARED, num_hidden_layers=2)
 
 
 @kinds
@@ -224,8 +224,7 @@ def test_rows_that_a_long_crop_removed_are_not_known(model: Any, static: bool) -
     assert text.alone > 5
 
 
-def test_compiled_steps_that_hear_nothing_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(moba=SHARED, num_hidden_layers=2)
+def test_compiled_steps_that_hear_nothing_say_so_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     type(recent_queries.logger).warning_once.cache_clear()
     monkeypatch.setattr(recent_queries.logger, "warning", said.append)
