@@ -200,6 +200,8 @@ def train(
     tokens = steps * args.batch * args.accumulate * args.length
     if args.save:
         trainer.save_model(str(args.out / run.name))
+        if (args.model / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out / run.name)
     after = trailing(model, held_out, run.moba, args.trailing)
     return {
         "name": run.name,

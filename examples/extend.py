@@ -161,6 +161,14 @@ def dense_seconds(trainer: LongRowTrainer, rows: Rows, steps: int) -> float:
     return sum(times[1:]) / steps
 
 
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """The tokenizer of `--tokenizer` or of the model; None if it has none and nothing is tokenised."""
+    folder = args.tokenizer or args.model
+    if args.text or args.lookups or (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
 def run_stage(
     args: argparse.Namespace,
     schedule: Schedule,
@@ -174,7 +182,7 @@ def run_stage(
     running = args.out / f"stage{index}-running"
     torch.manual_seed(args.seed)
     model = load_stage(schedule, index, source).to("cuda" if CUDA else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model) if args.lookups else None
+    tokenizer = tokenizer_of(args)
     count = min(args.lookups, stage.length // args.lookup_spacing)
     rows = Rows(
         repositories,
@@ -225,7 +233,7 @@ def run_stage(
     }
     if args.dense_steps:
         result["dense_seconds_per_step"] = round(dense_seconds(trainer, rows, args.dense_steps), 3)
-    save_stage(schedule, index, model, folder)
+    save_stage(schedule, index, model, folder, tokenizer)
     (folder / "stage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if running.is_dir():
         shutil.rmtree(running)
@@ -257,7 +265,7 @@ def table(results: list[dict[str, Any]]) -> str:
             one["seconds"],
             f"{one['tokens_per_second']:,}",
             one["seconds_per_step"],
-            one["peak_gib"],
+            one["peak_gib"] or "-",
             one.get("dense_seconds_per_step", "-"),
             f"{log[0]['loss']:.3f} - {log[-1]['loss']:.3f}" if log else "-",
         ]
@@ -269,8 +277,7 @@ def read(args: argparse.Namespace) -> list[Repository]:
     """The repositories given by `--text` and `--tokens`."""
     found = [one for path in args.tokens or () for one in load_repositories(path)]
     if args.text:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-        found += [read_repository(path, tokenizer, args.suffix) for path in args.text]
+        found += [read_repository(path, tokenizer_of(args), args.suffix) for path in args.text]
     if not found:
         raise SystemExit("there is nothing to train on: pass --text FOLDER or --tokens FILE.npz")
     return found

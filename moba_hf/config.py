@@ -196,7 +196,10 @@ class MobaConfig:
             TypeError: `values` is not a mapping, or a value has the wrong type.
         """
         if not isinstance(values, Mapping):  # a MobaConfig stored in a model config could not be saved
-            raise TypeError(f"MoBA settings must be a mapping (to_dict()), got {type(values).__name__}")
+            raise TypeError(
+                "MoBA settings must be a mapping, such as MobaConfig.from_preset('default')"
+                f".to_dict(), got {values!r}"
+            )
         named: dict[str, Any] = {}
         for key, value in values.items():
             name = _ALIASES.get(key, key)
@@ -231,6 +234,13 @@ class MobaConfig:
             "decode_max_len": self.decode_max_len,
             "layers": {str(index): dict(pairs) for index, pairs in self.layers},
         }
+
+
+def require_config(name: str, value: object) -> None:
+    """Raises TypeError if the argument `name` is not a MobaConfig."""
+    if not isinstance(value, MobaConfig):
+        maker = "from_preset" if isinstance(value, str) else "from_dict"
+        raise TypeError(f"{name} must be a MobaConfig, got {value!r}; MobaConfig.{maker}(...) makes one")
 
 
 def preset_names() -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Gate = Annotated[
     str | None,
-    typer.Option(help="How blocks are scored: mean (MoBA) or mass (not MoBA; better without training)."),
+    typer.Option(help="How blocks are scored: mean (as in the paper) or mass (for untrained models)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -63,7 +63,7 @@ class Settings:
     ] = None
     tile: Annotated[
         int | None,
-        typer.Option(help="Queries that share a choice of blocks (not MoBA; better without training)."),
+        typer.Option(help="Neighbouring queries that share a choice of blocks (not the paper's MoBA)."),
     ] = None
     threshold: Annotated[
         float | None,

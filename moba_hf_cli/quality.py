@@ -118,7 +118,7 @@ def calibrate(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find the sparsest setting with the allowed loss: its threshold, or the topk of each layer.
+    """Find the sparsest setting within --max-loss, or the one with the least loss within --keys.
 
     If a tile of queries shares a choice, attended pairs are counted, and each layer gets its own threshold if
     that significantly lowers the loss. If every query chooses for itself (--preset default-per-query), each

@@ -29,7 +29,8 @@ def bench(
     ] = False,
     workspace: Annotated[float | None, typer.Option(help="Workspace of the forward in GiB.")] = None,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Only run the correctness check of a tiny case on a CPU.")
+        bool,
+        typer.Option("--tiny", help="Only check a tiny case; on a CPU this needs TRITON_INTERPRET=1."),
     ] = False,
     out: Annotated[str, typer.Option(help="Folder for CSV, Markdown and PNG.")] = "bench_results",
     as_json: AsJson = False,

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -289,6 +290,17 @@ class TestDynamicLayer:
         keys, _ = layer.update(*(torch.randn(batch, heads, 3, dim) for _ in range(2)))
         assert keys.shape == (batch, heads, 3, dim)
 
+    def test_a_static_layer_keeps_its_shape_after_a_reset(self) -> None:
+        layer = MobaStaticLayer(16, block_size=4)
+        layer.update(*states(2, 9))
+        layer.reset()
+        with pytest.raises(ValueError, match=r"\(2, 2, 4\), got \(3, 2, 4\): create another cache"):
+            layer.update(*states(3, 9))
+        new = states(2, 9)
+        keys, _ = layer.update(*new)
+        assert torch.equal(keys[:, :, :9], new[0])
+        assert_means(layer, None, 4, 9)
+
     def test_crop_ends_the_recording_for_assisted_generation(self) -> None:
         """If the end of a text is noticed one step late, cropping directly follows the recording."""
         layer = MobaLayer()
@@ -415,6 +427,19 @@ class TestMobaCache:
         cache = MobaCache(self.config())
         assert [type(x) for x in cache.layers] == [MobaLayer] * 2 + [DynamicSlidingWindowLayer] * 2
 
+    @pytest.mark.parametrize("change", [("batch_repeat_interleave", 2), ("batch_select_indices", [0])])
+    def test_rows_of_sliding_static_layers_cannot_change(self, change: tuple[str, Any]) -> None:
+        """They are refused before any layer has changed."""
+        kinds = ["full_attention", "sliding_attention"]
+        window = {"sliding_window": 8, "use_sliding_window": True}
+        config = Qwen3Config(num_hidden_layers=2, layer_types=kinds, **window)
+        cache = MobaCache(config, static=True, max_cache_len=16)
+        for layer in range(2):
+            cache.update(*states(2, 5), layer)
+        with pytest.raises(ValueError, match=f"StaticSlidingWindowLayer, which has no {change[0]}"):
+            getattr(cache, change[0])(change[1])
+        assert [layer.keys.shape[0] for layer in cache.layers] == [2, 2]
+
     def test_static_knows_its_rules(self) -> None:
         """Full-attention layers, and layers whose rule attends the whole cache, keep no means."""
         cache = MobaCache(self.config(), static=True, max_cache_len=64)
@@ -426,6 +451,10 @@ class TestMobaCache:
     def test_static_needs_a_length(self) -> None:
         with pytest.raises(ValueError, match="needs max_cache_len"):
             MobaCache(self.config(), static=True)
+
+    def test_a_model_instead_of_its_config(self) -> None:
+        with pytest.raises(TypeError, match=r"must be the model's config \(model\.config\), got Linear"):
+            MobaCache(torch.nn.Linear(2, 2))
 
     @pytest.mark.parametrize("static", [False, True])
     def test_an_invalid_length(self, static: bool) -> None:

@@ -253,10 +253,13 @@ SHARED = ("--block-size", "8", "--tile", "16", "--threshold", "0.1")
         (("verify", "SRC", "--source", "SRC"), "verify failed at config: "),
         (("bench", "--rows", "1M"), "unknown row '1M'; known are 32K-128/8"),
         (("bench", "--figure", "1"), "unknown figure '1'; known are paper"),
-        pytest.param(
-            ("bench", "--out", "DST"),
-            "no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        *(
+            pytest.param(
+                ("bench", *option, "--out", "DST"),
+                "no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1",
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+            )
+            for option in ((), ("--tiny",))
         ),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Any
 
 import pytest
@@ -99,10 +98,8 @@ def test_public_configs(
     values: dict[str, Any], kinds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_weights(monkeypatch)
-    start = time.process_time()
     result = inspect_config(config_of(values), MobaConfig.from_preset("paper-1m"))
     text = describe(result)
-    assert time.process_time() - start < 2
     counted = [row.kind for row in result.layers]
     assert {kind: counted.count(kind) for kind in dict.fromkeys(counted)} == kinds
     assert len(result.layers) == values["num_hidden_layers"] == len({row.index for row in result.layers})

@@ -79,7 +79,7 @@ def test_new_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no MoBA adapter for model_type 'phi3'" in text
     assert "facts: eligible layers [0, 1] are not among attention_layers(model)" in text
     assert "facts: layer 0 has a sliding window of 16" in text
-    assert "['lookup', 'facts', 'covering'" in text
+    assert "['lookup', 'facts', 'projection', 'covering'" in text
     assert "torch.Size([1, 100, 96])" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_hf import moba_attention, select_blocks
 from moba_hf.config import LayerConfig
-from moba_hf.op import portable, portable_select
+from moba_hf.op import operators, portable, portable_select
 from moba_hf.op.backend_table import BACKENDS
-from moba_hf.op.operators import attend_op, select_op
+from moba_hf.op.operators import attend_op, select_op, update_means_op
 from moba_hf.op.ops import attention
 from moba_hf.op.reference import block_mean_ref, gate_ref, moba_attention_ref, select_blocks_ref
 from moba_hf.op.sequences import Sequences, batched_table, packed_table
@@ -408,6 +409,42 @@ class TestTorchLibrary:
         grads = (torch.randn_like(out), torch.randn_like(lse))
         saved = [x.detach() for x in (q, k, v, out, lse)]
         torch.library.opcheck(torch.ops.moba_hf.attend_backward.default, (*grads, *saved, *args[3:]))
+
+    @pytest.mark.parametrize("rule", [{"topk": 3}, {"tile": 10, "gate": "mass", "threshold": 0.1}])
+    def test_gradients_have_no_gradient(self, rule: dict[str, Any]) -> None:
+        inputs = leaves(qkv())
+        out = moba_attention(*inputs, block_size=5, **rule)
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            grads[0].sum().backward()
+
+    def test_an_update_of_means(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It passes torch's checks, and autograd notices that a tensor was written to."""
+
+        class Kernels:
+            def update_means(self, means: Tensor, keys: Tensor, *rest: Any) -> None:
+                means.numpy()[:, :, :2] = keys.unflatten(2, (2, 8)).mean(3)  # unseen by torch, as in kernels
+
+        monkeypatch.setattr(operators, "_cache_kernels", lambda backend: Kernels())
+        means, keys, factor = (
+            torch.zeros(1, 2, 3, 4),
+            torch.randn(1, 2, 16, 4),
+            torch.ones(4).requires_grad_(),
+        )
+        rest = (None, None, 16, 16, 8, "any")
+        torch.library.opcheck(update_means_op, (means.clone(), keys, *rest))
+
+        @torch.compile(backend="aot_eager", fullgraph=True)
+        def compiled(means: Tensor) -> Tensor:
+            update_means_op(means, keys, *rest)
+            return means * 2
+
+        twice, seen = compiled(means), (means * factor).sum()
+        assert torch.equal(means[:, :, 1], keys[:, :, 8:].mean(2))
+        assert torch.equal(twice, means * 2)
+        update_means_op(means, keys, *rest)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            seen.backward()
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compile_is_one_graph_and_equal(self, dynamic: bool) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moba_hf import MobaConfig, patch_model, unpatch_model, use_moba
+from moba_hf.hf.layer_plan import SUSPENDED
+
+# What patching leaves on attention modules.
+MARKS = {"moba_backend", "_moba_previous", "_moba_plan", SUSPENDED}
 
 
 class TestSwitching:
@@ -56,6 +61,44 @@ class TestSwitching:
             assert model.model.layers[0].self_attn.moba_backend == "reference"
         assert torch.equal(logits(model, ids), before)
 
+    @pytest.mark.parametrize("order", list(permutations(range(3))))
+    @pytest.mark.parametrize("shared", [False, True], ids=["one model", "one config"])
+    def test_uses_end_in_any_order(self, order: tuple[int, ...], shared: bool) -> None:
+        model = self.model()
+        other = type(model)(model.config).eval() if shared else model
+        rules = [MobaConfig(8, topk) for topk in (2, 3, 4)]
+        uses = [use_moba(one, rule) for one, rule in zip((model, other, model), rules, strict=True)]
+        for use in uses:
+            use.__enter__()
+        active = [0, 1, 2]
+        for number in order:
+            uses[number].__exit__(None, None, None)
+            active.remove(number)
+            expected = rules[active[-1]].to_dict() if active else None
+            assert getattr(model.config, "moba", None) == expected
+            assert model.config._attn_implementation == ("moba" if active else "sdpa")
+        for one in {model, other}:
+            assert all(not set(vars(layer.self_attn)) & MARKS for layer in one.model.layers)
+            with pytest.raises(ValueError, match="does not use MoBA but 'sdpa'"):
+                unpatch_model(one)
+
+    def test_generators_that_are_dropped_leave_the_others_in_place(self) -> None:
+        def reads(rule: MobaConfig) -> Iterator[int]:
+            with use_moba(model, rule):
+                yield model.config.moba["topk"]
+
+        model, other = self.model(), self.model()
+        first, second = reads(MobaConfig(8, 2)), reads(MobaConfig(8, 3))
+        assert (next(first), next(second)) == (2, 3)
+        with use_moba(other, SMALL):
+            first.close()
+            assert model.config.moba["topk"] == 3
+        assert model.config.moba["topk"] == 3
+        assert not hasattr(other.config, "moba")
+        with pytest.raises(ValueError, match="stop"):
+            second.throw(ValueError("stop"))
+        assert not hasattr(model.config, "moba")
+
     def test_inside_a_patched_model(self) -> None:
         model, ids = self.model(), tokens(1, LENGTH)
         before = logits(model, ids)
@@ -84,8 +127,14 @@ class TestSwitching:
     def test_invalid_arguments_are_refused(self) -> None:
         with pytest.raises(ValueError, match="Linear is not a transformers model"):
             patch_model(nn.Linear(2, 2), SMALL)
-        with pytest.raises(TypeError, match="config must be a MobaConfig, got dict"):
+        with pytest.raises(
+            TypeError, match=r"must be a MobaConfig, got \{.*\}; MobaConfig\.from_dict\(\.\.\.\) makes"
+        ):
             patch_model(self.model(), SMALL.to_dict())
+        with pytest.raises(
+            TypeError, match=r"must be a MobaConfig, got 'fine'; MobaConfig\.from_preset\(\.\.\.\)"
+        ):
+            patch_model(self.model(), "fine")
 
     def test_an_unknown_backend_is_named(self) -> None:
         model = self.model()
@@ -108,7 +157,7 @@ class TestSwitching:
     def test_settings_that_would_not_be_saved_are_refused(self) -> None:
         model = tiny_model(moba=None)
         model.config.moba = MobaConfig(8, 2)
-        with pytest.raises(TypeError, match=r"must be a mapping \(to_dict\(\)\), got MobaConfig"):
+        with pytest.raises(TypeError, match=r"must be a mapping, .*to_dict\(\), got MobaConfig\("):
             logits(model, tokens(1, LENGTH))
 
     def test_from_config_leaves_a_given_moba_alone(self) -> None:

@@ -41,7 +41,7 @@ class Options:
         dense_limit: the longest dense baseline, in tokens.
         flash: also check and time the backend "flash_attn".
         workspace: size of the forward's workspace in GiB; None: `budgets.WORKSPACE`.
-        tiny: run only the correctness gate, on a tiny case; works on a CPU under Triton's interpreter.
+        tiny: run only the correctness gate, on a tiny case; works on a CPU too, with TRITON_INTERPRET=1.
         out: folder for the results.
     """
 
@@ -96,17 +96,18 @@ def run(options: Options) -> Outcome:
     """Runs the benchmark, and prints and writes its results.
 
     Raises:
-        ValueError: no GPU, unless `options.tiny` is set.
+        ValueError: no GPU, unless `options.tiny` is set and Triton interprets its kernels.
     """
     from moba_hf.kernels import budgets
     from moba_hf.kernels.launch import INTERPRETED
 
+    on_gpu = torch.cuda.is_available() and not INTERPRETED
+    if not on_gpu and not (options.tiny and INTERPRETED):
+        raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
     if options.tiny:
         problem = prove(TINY, device="cpu" if INTERPRETED else "cuda", head_dim=16)
         print("gate: green" if problem is None else f"gate: RED: {problem}")
         return Outcome(() if problem is None else (problem,))
-    if not torch.cuda.is_available() or INTERPRETED:
-        raise ValueError("no CUDA device: only --tiny runs here, with TRITON_INTERPRET=1")
     before = budgets.WORKSPACE
     if options.workspace is not None:
         budgets.WORKSPACE = int(options.workspace * GIB)

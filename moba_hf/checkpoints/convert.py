@@ -35,7 +35,7 @@ from moba_hf.checkpoints.measured import measured_cost
 from moba_hf.checkpoints.model_card import CARD, Card, config_call, read_card
 from moba_hf.checkpoints.model_config import CONFIG, check_config, read_model_config
 from moba_hf.checkpoints.safetensors_files import read_checkpoint, read_json_object, write_json
-from moba_hf.config import MobaConfig
+from moba_hf.config import MobaConfig, require_config
 from moba_hf.hf.loading import LOADING, RECORD
 from moba_hf.hf.remote_code import MODULE
 
@@ -102,7 +102,9 @@ def convert_checkpoint(
         ValueError: the source, the target, the settings or the results cannot be used; the message names the
             file.
         OSError: a file cannot be read or written.
+        TypeError: `config` is not a MobaConfig.
     """
+    require_config("config", config)
     source, path = find_source(src), Path(dst).resolve()
     recover_folders(path.parent)
     changes = Changes(config, context, remote_code)

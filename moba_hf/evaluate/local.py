@@ -27,11 +27,13 @@ from moba_hf.evaluate.passes import (
     sample_positions,
     watch,
 )
-from moba_hf.hf.output_head import inner_model, output_head
+from moba_hf.hf.output_head import inner_model, logits_limit
 from moba_hf.op.gates import GATES
 from moba_hf.op.layer_rule import LayerConfig
 
 SENSITIVITY_TOKENS = 2048  # enough for `sensitivities`
+# The least mass that an output is divided by: the weights of all chosen keys may be 0 in fp32.
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def output_errors(
     errors = []
     for topk in topks:
         at = min(topk, blocks) - 1
-        wrong = sums[:, :, at] / masses[:, :, at, None] - full
+        wrong = sums[:, :, at] / masses[:, :, at, None].clamp(min=TINY) - full
         out = project(wrong.transpose(0, 1).flatten(1).to(v.dtype)).float()
         errors.append(float(out.square().sum(1).mean()))
     return errors
@@ -127,9 +129,8 @@ def sensitivities(model: Any, ids: Tensor, *, seed: int = 0) -> dict[int, float]
         for layer, module in adapter.attention_layers(model):
             hooks.append(adapter.output_projection(module).register_forward_hook(keep(layer)))
         with passes_bar(model, "sensitivity", 1), attention(model, None), torch.enable_grad():
-            inner = inner_model(model)
-            hidden = inner.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[0]
-            scores = output_head(inner)(hidden[-1024:]).float()
+            last = logits_limit(inner_model(model), 1024)
+            scores = model(input_ids=ids.to(model.device), use_cache=False, **last).logits[0, -1024:].float()
         generator = torch.Generator().manual_seed(seed)
         labels = torch.multinomial(scores.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
         F.cross_entropy(scores, labels.to(scores.device), reduction="sum").backward()

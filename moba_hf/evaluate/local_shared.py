@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moba_hf.evaluate.attended import pairs_of
+from moba_hf.evaluate.local import TINY
 from moba_hf.evaluate.passes import attention_rows, family_of, passes_bar, sample_positions, watch
 from moba_hf.op.sequences import Sequences, batched_table
 from moba_hf.op.shared import unpack_blocks
@@ -55,7 +56,7 @@ def threshold_errors(
         pairs = int(pairs_of(choice, q[None], sequences, here).sum())
         taken = unpack_blocks(choice[:, positions // rule.tile], blocks)
         kept = weights * taken.repeat_interleave(rule.block_size, 2)[:, :, :length]
-        wrong = _attend(kept, v) / kept.sum(2, keepdim=True) - full
+        wrong = _attend(kept, v) / kept.sum(2, keepdim=True).clamp(min=TINY) - full
         error = project(wrong.transpose(0, 1).flatten(1).to(v.dtype)).float().square().sum(1).mean()
         found.append((pairs / (q.shape[0] * (length * (length + 1) // 2)), float(error)))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from transformers.masking_utils import sdpa_mask
 from moba_hf.config import MobaConfig
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.identity import identity_of
-from moba_hf.hf.output_head import check_head, inner_model, output_head
+from moba_hf.hf.output_head import (
+    check_head,
+    check_layers,
+    check_tokens,
+    inner_model,
+    logits_limit,
+    output_head,
+)
 from moba_hf.hf.patching import set_implementation, use_moba
 from moba_hf.op.inputs import require_tensor
 from moba_hf.op.layer_rule import Rule
@@ -83,22 +89,20 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
         ValueError: `logits` would not compute the model's logits from them, or they are more than `ids`
             (prompt tuning adds tokens).
     """
-    inner, kept = inner_model(model), list[Tensor]()
+    inner, kept = inner_model(model), list[Any]()
     ids = ids.to(model.device)
-    if "logits_to_keep" not in signature(inner.forward).parameters:  # logits of a whole text may not fit
+    last = logits_limit(inner, 1)
+    if not last:  # logits of a whole text may not fit
+        check_layers(inner)
         found: Tensor = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         return found
-    hook = inner.base_model.register_forward_hook(lambda *given: kept.append(given[2].last_hidden_state[0]))
+    hook = inner.base_model.register_forward_hook(lambda module, given, output: kept.append(output))
     try:
-        outputs = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        outputs = model(input_ids=ids, use_cache=False, **last)
     finally:
         hook.remove()
-    hidden = kept[0]
-    if len(hidden) != ids.shape[1]:
-        raise ValueError(
-            f"{type(model).__name__} reads {len(hidden)} tokens where the text has {ids.shape[1]}: it cannot "
-            "be evaluated with virtual tokens"
-        )
+    hidden: Tensor = kept[0].last_hidden_state[0]
+    check_tokens(model, hidden, ids.shape[1])
     check_head(inner, hidden[-1:], outputs.logits[0, -1:])
     return hidden
 

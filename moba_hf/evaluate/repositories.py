@@ -19,6 +19,12 @@ from transformers.utils import logging
 
 Ids = np.ndarray[Any, Any]
 
+# What np.load, the use of its result, and the reading of an entry raise for files of another kind.
+_NOT_AN_ARCHIVE = (
+    *(ValueError, KeyError, TypeError, AttributeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
 logger = logging.get_logger(__name__)
 
 
@@ -124,18 +130,21 @@ def read_repository(folder: str | os.PathLike[str], tokenizer: Any, suffix: str 
 def source_text(path: Path) -> tuple[str, bool]:
     """The text of a source file, without byte-order mark, and whether no character had to be replaced.
 
-    The encoding is UTF-8, or for Python the one that the file names (PEP 263).
+    The encoding is the one that a Python file names (PEP 263), or UTF-8 if the file cannot be read in it.
     """
     data = path.read_bytes()
-    encoding = "utf-8-sig"
+    encodings = ["utf-8-sig"]
     if path.suffix == ".py":
         with suppress(SyntaxError):  # an unknown encoding, or not UTF-8
-            encoding = tokenize.detect_encoding(iter(data.splitlines(keepends=True)).__next__)[0]
-    try:
-        text, whole = data.decode(encoding), True
-    except UnicodeDecodeError:
-        text, whole = data.decode("utf-8", errors="replace"), False
-    return text.replace("\r\n", "\n").replace("\r", "\n"), whole
+            encodings.insert(0, tokenize.detect_encoding(iter(data.splitlines(keepends=True)).__next__)[0])
+    for encoding in encodings:
+        with suppress(UnicodeError, LookupError):  # LookupError: a codec that is not for text, such as "hex"
+            return _unix_lines(data.decode(encoding)), True
+    return _unix_lines(data.decode("utf-8", errors="replace")), False
+
+
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repository]) -> None:
@@ -168,7 +177,7 @@ def load_repositories(path: str | os.PathLike[str]) -> list[Repository]:
         with np.load(path) as stored:
             names = [name.removesuffix(":ids") for name in stored.files if name.endswith(":ids")]
             found = [Repository(name, stored[f"{name}:ids"], stored[f"{name}:files"]) for name in names]
-    except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _NOT_AN_ARCHIVE as error:
         raise ValueError(f"{path}: damaged, or not a file of repositories ({error})") from error
     if not found:
         raise ValueError(f"{path}: holds no repositories")

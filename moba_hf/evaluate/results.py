@@ -17,7 +17,9 @@ T = TypeVar("T")
 class Store:
     """A JSON file that keeps each result as soon as it is computed, so that an interrupted run can resume.
 
-    Several processes may use the same file; each keeps the results that the others have written.
+    Several processes may use the same file; each keeps the results that the others have written. If two
+    write at the same moment, the file lacks a result of the first until that process writes again. If it
+    does not, a later run computes the result again.
 
     Args:
         path: the file; None: keep results in memory only.

@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from moba_hf.evaluate.passes import attention, family_of
 from moba_hf.evaluate.results import Store
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.hf.output_head import inner_model
+from moba_hf.hf.output_head import check_virtual_tokens, inner_model, logits_limit
 from moba_hf.hf.prefill import DENSE_TAIL, attending_everything, tail_begin
 from moba_hf.op.shared_rule import SharedRule
 from moba_hf.progress import progress
@@ -300,6 +299,7 @@ def can_batch(cache: Cache) -> bool:
 
 def read(model: Any, ids: Tensor, cache: Cache) -> None:
     """Reads `ids (1, length)` into `cache`, without computing logits."""
+    check_virtual_tokens(model)
     decoder = inner_model(model).base_model
     decoder(input_ids=ids, **cache_kwargs(decoder, cache))
 
@@ -332,8 +332,7 @@ def ask(
     ids = torch.stack([torch.cat([context[length - s :], q]) for s, q in zip(spare, asked, strict=True)])
     copy = deepcopy(cache) if len(asked) == 1 else _padded_rows(cache, spare)
     left = torch.tensor(spare, device=ids.device)[:, None]
-    takes = signature(inner_model(model).forward).parameters
-    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    last: dict[str, Any] = logits_limit(inner_model(model), 1)
     slots = torch.arange(length + longest + new_tokens, device=ids.device)
     mask = (slots >= left).long() if any(spare) else None
     answers: list[list[int]] = [[] for _ in asked]

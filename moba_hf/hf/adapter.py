@@ -51,7 +51,10 @@ _BUILT_IN = {
 _MLA = "it uses multi-head latent attention; its cache contains no keys from which to compute block means"
 _SPARSE = "its attention is already sparse: an indexer chooses the keys of every query"
 _REFUSED = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3"), _MLA),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _SPARSE),
     "gemma3": "image tokens attend to later tokens of the same image; load only the text model (gemma3_text)",
+    "gpt_oss": "its attention has learned sinks, which MoBA does not compute",
     "mistral4": _MLA,
     "mistral_large4": _SPARSE,
     "mistral_large4_text": _SPARSE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from moba_hf.config import MobaConfig
@@ -31,7 +32,7 @@ class MobaCache(Cache):
     Raises:
         ValueError: a static cache without `max_cache_len`, a `max_cache_len` below 1, or offloading without a
             CUDA device.
-        TypeError: `max_cache_len` is not an int.
+        TypeError: `max_cache_len` is not an int, or `config` is not a config.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class MobaCache(Cache):
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ):
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config must be the model's config (model.config), got {type(config).__name__}")
         if static and max_cache_len is None:
             raise ValueError("a static MobaCache needs max_cache_len: prompt length + max_new_tokens")
         if max_cache_len is not None:
@@ -78,6 +81,23 @@ class MobaCache(Cache):
             for layer in self.layers:
                 layer.rewind() if isinstance(layer, MobaLayer) else layer.reset()
         super().activate_past_recording()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row, e.g. for beams. Raises ValueError if a layer cannot."""
+        self._check_rows("batch_repeat_interleave")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows at `indices`. Raises ValueError if a layer cannot."""
+        self._check_rows("batch_select_indices")
+        super().batch_select_indices(indices)
+
+    def _check_rows(self, method: str) -> None:
+        """Without this check, transformers would fail after it has changed the first layers."""
+        if unfit := [type(layer).__name__ for layer in self.layers if not hasattr(layer, method)]:
+            raise ValueError(
+                f"the cache contains a {unfit[0]}, which has no {method}: read the prompt once for every row"
+            )
 
 
 def _block_size(text_config: Any, layer_idx: int, capacity: int) -> int | None:

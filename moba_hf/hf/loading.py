@@ -4,9 +4,10 @@ A checkpoint has its MoBA settings in `config.moba`, but every load decides agai
 argument `attn_implementation`, else the field of that name in config.json, else dense attention. transformers
 does not save that field. So four methods are wrapped: `__init__`, `from_pretrained` and `save_pretrained` of
 `PreTrainedModel`, and `save_pretrained` of `PreTrainedConfig`. Construction moves MoBA settings from a
-vision-language config to its text config. Loading warns if a model with MoBA settings runs dense attention.
-Saving stores the field for a model that uses MoBA, a note that names this package, and the module that the
-config may name (`moba_hf.hf.remote_code`). There is no effect without `import moba_hf`.
+vision-language config to its text config, and refuses models that are to run MoBA but cannot. Loading warns
+if a model with MoBA settings runs dense attention. Saving stores the field for a model that uses MoBA, a note
+that names this package, and the module that the config may name (`moba_hf.hf.remote_code`). There is no
+effect without `import moba_hf`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from moba_hf.config import NAME
+from moba_hf.config import NAME, MobaConfig
 from moba_hf.hf.adapter import find_adapter, has_adapter
 from moba_hf.hf.parallel import check_tensor_parallel, tensor_parallel_ranks
 from moba_hf.hf.remote_code import write_missing_module
@@ -128,6 +129,26 @@ def switch_kept(model: Any) -> Iterator[None]:
             config.attn_implementation = held["attn_implementation"]
 
 
+def check_supported(model: Any) -> None:
+    """Raises ValueError, before weights are read, if a model is to run MoBA and cannot.
+
+    A model without an adapter is refused if it is a language model. Others may hold parts that MoBA supports,
+    or that are not causal and keep the stock implementation.
+    """
+    config = model.config
+    if config._attn_implementation != NAME:
+        return
+    if not has_adapter(config.model_type):
+        alone = config.get_text_config() is config and not getattr(config, "is_encoder_decoder", False)
+        if alone and model.can_generate():
+            find_adapter(config.model_type)  # raises, unless the adapter is being tried
+        return
+    adapter = find_adapter(config.model_type)
+    text = adapter.text_config(config)
+    if text._attn_implementation == NAME and getattr(text, "moba", None) is not None:
+        adapter.check(text, MobaConfig.from_dict(text.moba))
+
+
 def _check_ranks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises ValueError, before weights are read, if the heads of a MoBA model do not fit the ranks."""
     ranks = tensor_parallel_ranks(kwargs)
@@ -160,6 +181,7 @@ def watch_loads() -> None:
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         place_settings(config)  # before the text model takes its config; also of models without a checkpoint
         construct(self, config, *args, **kwargs)
+        check_supported(self)
 
     PreTrainedModel.__init__ = init  # type: ignore[method-assign]
 

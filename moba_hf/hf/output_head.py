@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,22 +28,38 @@ def inner_model(model: Any) -> Any:
     return model
 
 
+def check_virtual_tokens(model: Any) -> None:
+    """Raises ValueError for prompt and prefix tuning of PEFT, which add their tokens to every call.
+
+    So a text that is read in several calls would contain them several times, or not at all.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model).__name__} adds virtual tokens to every call, so it cannot read a text in parts: "
+            "use a LoRA adapter, or model.get_base_model() for the model without its adapter"
+        )
+
+
+def check_tokens(model: Any, hidden: Tensor, tokens: int) -> None:
+    """Raises ValueError unless `hidden (..., rows, width)` has as many rows as the text has tokens."""
+    if hidden.shape[-2] != tokens:
+        raise ValueError(
+            f"{type(model).__name__} reads {hidden.shape[-2]} tokens where the text has {tokens}: virtual "
+            "tokens (prompt tuning) are not supported here"
+        )
+
+
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     """The function from last hidden states `(..., width)` to the logits `(..., vocabulary)` of `model`.
 
     Raises:
-        ValueError: the model has no output embeddings, has other layers beside them, or scales logits in a
-            way that is not known here. `check_head` finds heads that differ in another way.
+        ValueError: the model has no output embeddings, or scales logits in a way that is not known here.
+            `check_head` finds heads that differ in another way.
     """
     embeddings = model.get_output_embeddings()
     if embeddings is None:
         raise ValueError(
             f"{type(model).__name__} has no output embeddings: load it with a language-model head"
-        )
-    if (layer := _layer_beside(model, embeddings)) is not None:
-        raise ValueError(
-            f"{type(model).__name__} computes its logits with more than its output embeddings ({layer}), "
-            f"{_UNSUPPORTED}"
         )
     config = model.config.get_text_config()
     for name in _FACTORS:
@@ -57,15 +74,27 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda hidden: torch.tanh(embeddings(hidden) / cap) * cap
 
 
+def logits_limit(model: Any, count: int) -> dict[str, int]:
+    """The argument for logits of the last `count` tokens only; empty if the model always computes all."""
+    return {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+
+
 @torch.no_grad()
 def check_head(model: Any, hidden: Tensor, logits: Tensor) -> None:
     """Raises ValueError unless `output_head(model)` computes the logits that the model itself computed.
+
+    A head with dropout in training mode is random, so nothing can be compared.
 
     Args:
         hidden: last hidden states `(rows, width)` of a forward pass.
         logits: `(rows, vocabulary)`, the logits of the same pass.
     """
-    ours, theirs = output_head(model)(hidden).float(), logits.float()
+    head = output_head(model)
+    parts = model.get_output_embeddings().modules()
+    if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in parts):
+        return
+    ours = head(hidden).float()
+    theirs = logits.float().to(ours.device)  # accelerate moves outputs of a model to the device of its input
     same = ours.shape == theirs.shape
     if not same or (ours - theirs).abs().max() > _DIFFERENT * theirs.abs().max():  # NaN is no difference
         raise ValueError(
@@ -74,10 +103,19 @@ def check_head(model: Any, hidden: Tensor, logits: Tensor) -> None:
         )
 
 
-def _layer_beside(model: Any, embeddings: nn.Module) -> str | None:
-    """Name of a module with parameters that belongs neither to the decoder nor to the output embeddings."""
-    known = {id(module) for part in (model.base_model, embeddings) for module in part.modules()}
+def check_layers(model: Any) -> None:
+    """Stands in for `check_head` where the model computes no logits to compare with.
+
+    Raises:
+        ValueError: a layer with parameters is part of neither the decoder nor the output embeddings, so it
+            may change the logits.
+    """
+    known = {
+        id(module) for part in (model.base_model, model.get_output_embeddings()) for module in part.modules()
+    }
     for name, module in model.named_modules():
         if module is not model and id(module) not in known and any(True for _ in module.parameters(False)):
-            return str(name)
-    return None
+            raise ValueError(
+                f"{type(model).__name__} may compute its logits with more than its output embeddings "
+                f"({name}), {_UNSUPPORTED}"
+            )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME, MobaConfig, require_config
 from moba_hf.hf.adapter import Adapter, find_adapter
 from moba_hf.hf.layer_plan import SUSPENDED, moba_config
 from moba_hf.op.backends import load_backend
@@ -16,8 +16,8 @@ from moba_hf.op.backends import load_backend
 # Attribute of attention modules that stores the state before `patch_model`. It is on the modules, because
 # PEFT, torch.compile and the base model share them; it is plain data, so it survives copying and pickling.
 _PREVIOUS = "_moba_previous"
-# Attributes of attention modules that say how they run; not saved in checkpoints.
-_ON_MODULES = ("moba_backend", SUSPENDED)
+# Attributes of attention modules that patching changes; not saved in checkpoints.
+_ON_MODULES = ("moba_backend", SUSPENDED, _PREVIOUS)
 # Field of a saved config that says which attention a plain load runs.
 _SWITCH = "attn_implementation"
 # The same state by id of the text config, because several models may share a config.
@@ -86,8 +86,7 @@ def patch_model(model: Any, config: MobaConfig | None = None) -> Any:
     """
     adapter, text_config = _family(model)
     moba = moba_config(text_config) if config is None else config
-    if not isinstance(moba, MobaConfig):
-        raise TypeError(f"config must be a MobaConfig, got {type(moba).__name__}")
+    require_config("config", moba)
     adapter.check(text_config, moba)
     if moba.backend != "auto":
         load_backend(moba.backend)
@@ -126,17 +125,50 @@ def unpatch_model(model: Any) -> Any:
     return model
 
 
+@dataclass(eq=False)
+class _Use:
+    """An active `use_moba`.
+
+    Attributes:
+        text_config: that of its model; uses with the same one change the same models.
+        restore: what its end has to do, in order.
+    """
+
+    text_config: Any
+    restore: list[Callable[[], None]]
+
+
+# All active uses of `use_moba`, in the order in which they began.
+_ACTIVE: list[_Use] = []
+
+
 @contextmanager
 def use_moba(model: Any, config: MobaConfig | None = None) -> Iterator[Any]:
-    """Turns MoBA on inside the `with` block and restores the model afterwards, also after an exception."""
+    """Turns MoBA on inside the `with` block and restores the model afterwards, also after an exception.
+
+    Several uses on the same model may end in any order, as those in generators do: the model has the settings
+    of the one that began last, and is restored when all have ended.
+    """
     adapter, text_config = _family(model)
-    before = _State.of(model, adapter, text_config)
-    outer = _previous(model, adapter, text_config)
+    before, outer = _State.of(model, adapter, text_config), _previous_of_config(text_config)
+
+    def restore() -> None:
+        before.restore(model, adapter, text_config)
+        _keep_for_config(text_config, outer)
+
+    use = _Use(text_config, [restore])
+    _ACTIVE.append(use)
     try:
         yield patch_model(model, config)
     finally:
-        before.restore(model, adapter, text_config)
-        _keep_previous(model, adapter, text_config, outer)
+        later = _ACTIVE[_ACTIVE.index(use) + 1 :]
+        _ACTIVE.remove(use)
+        heir = next((other for other in later if other.text_config is text_config), None)
+        if heir is not None:  # `before` is what the model returns to when that one ends too
+            heir.restore += use.restore
+        else:
+            for step in use.restore:
+                step()
 
 
 def _settings(text_config: Any) -> tuple[Any, ...]:
@@ -148,6 +180,11 @@ def _previous(model: Any, adapter: Adapter, text_config: Any) -> _State | None:
     for _, module in adapter.attention_layers(model):
         if _PREVIOUS in module.__dict__:
             return cast(_State, module.__dict__[_PREVIOUS])
+    return _previous_of_config(text_config)
+
+
+def _previous_of_config(text_config: Any) -> _State | None:
+    """The state before `patch_model` of a model with this config."""
     reference, state = _BY_CONFIG.get(id(text_config), (None, None))
     return state if reference is not None and reference() is text_config else None
 
@@ -158,6 +195,10 @@ def _keep_previous(model: Any, adapter: Adapter, text_config: Any, state: _State
         module.__dict__.pop(_PREVIOUS, None)
         if state is not None:
             module.__dict__[_PREVIOUS] = state
+    _keep_for_config(text_config, state)
+
+
+def _keep_for_config(text_config: Any, state: _State | None) -> None:
     key = id(text_config)
     _BY_CONFIG.pop(key, None)
     if state is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +17,7 @@ from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.cache_names import cache_kwargs, one_cache
 from moba_hf.hf.layer_plan import SUSPENDED, common_tile, moba_config
+from moba_hf.hf.output_head import check_virtual_tokens, inner_model, logits_limit
 from moba_hf.hf.places import Prompt, close_cache, follows_places, open_cache
 from moba_hf.hf.rope import whole_prompt
 from moba_hf.op.inputs import require_tensor
@@ -77,9 +77,11 @@ def prefill(
     Raises:
         ValueError: wrong shapes, a `chunk_size` not above twice `decode_max_len`, a negative `dense_tail`, or
             a cache that is passed under both names, already contains the whole prompt, contains tokens
-            rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens.
+            rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens; or a
+            PEFT model with virtual tokens.
         TypeError: `input_ids` or `attention_mask` is not a tensor, or `dense_tail` is not an int.
     """
+    check_virtual_tokens(model)
     shortest = _decode_max_len(model) + 1
     _check(input_ids, chunk_size, attention_mask, shortest)
     check_int("dense_tail", dense_tail, minimum=0)
@@ -100,7 +102,7 @@ def prefill(
         longest = int(attention_mask.sum(1).max())
         attention_mask = attention_mask.to(model.device)
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    last = logits_limit(inner_model(model), 1)
     tail = max(seen, tail_begin(model, length, dense_tail))
     few, padded = follows_places(cache), attention_mask is not None
     chunks = [(n, False) for n in _chunks(model, seen, tail, chunk_size, padded=padded, few=few)]

@@ -51,8 +51,8 @@ def read_with_saved_cache(
     """Returns a cache with all of `input_ids`, and how many of its tokens came from the file at `path`.
 
     If the file did not contain all tokens, it is rewritten. If that fails, as on a full disk, a warning says
-    so, and the cache is returned all the same. It does not record an end of the prompt, because a question
-    that follows still belongs to it: a further `prefill` reads the question and records the end.
+    so, and the cache is returned all the same. The cache does not record an end of the prompt, because a
+    question that follows still belongs to it: a further `prefill` reads the question and records the end.
 
     Args:
         model: a causal language model of transformers that uses MoBA, without sliding windows.
@@ -213,6 +213,8 @@ def _save(file: Path, made_of: dict[str, str], hashes: Sequence[str], cache: Mob
         save_file(tensors, beside, about)
         beside.replace(file)
     except (OSError, SafetensorError) as error:  # the cache is worth more than the file
-        logger.warning(f"{file}: the cache could not be saved and will be read again next time ({error})")
+        logger.warning(
+            f"{file}: the cache could not be saved, so the text will be read again next time ({error})"
+        )
     finally:
         beside.unlink(missing_ok=True)

@@ -48,10 +48,6 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.is_initialized:
-            assert self.keys is not None
-            assert self.values is not None
-            check_shapes((key_states, value_states), (self.keys, self.values), "create another cache")
         kernels = self._kernels_for(key_states, value_states)
         if kernels is not None:
             keys, values = self.keys, self.values
@@ -59,6 +55,10 @@ class MobaStaticLayer(OrderedMoves, Summarised, StaticLayer):
             assert values is not None
             kernels.append(keys, values, self.cumulative_length, key_states, value_states)
         else:
+            if self.is_initialized:  # kernels take only states that fit
+                assert self.keys is not None
+                assert self.values is not None
+                check_shapes((key_states, value_states), (self.keys, self.values), "create another cache")
             keys, values = super().update(key_states, value_states, *args, **kwargs)
         # a running count would make torch.compile recompile at every step, so `behind` takes few values
         means = self.block_means

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moba_hf.kernels import tuning
 from moba_hf.kernels.launch import INTERPRETED, device_of, head_dims, rows_contiguous
-from moba_hf.kernels.layout import row_offset
+from moba_hf.kernels.layout import Constant, row_offset
 
 # Maximum number of rows (batch x HK x M) that one program should write.
 MAX_ROWS = 256
-_CAN_TRAP = tl.constexpr(not INTERPRETED)
+_CAN_TRAP = Constant(not INTERPRETED)
 
 
 def append(keys: Tensor, values: Tensor, length: Tensor, key_states: Tensor, value_states: Tensor) -> None:

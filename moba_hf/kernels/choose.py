@@ -28,15 +28,16 @@ from moba_hf.kernels.layout import (
     SEQ_K_END,
     SEQ_Q_BEGIN,
     SEQ_Q_END,
+    Constant,
     head_offset,
     load_rows,
     row_offset,
 )
 from moba_hf.kernels.levels import sortable, tile_bits
 
-_LEAST = tl.constexpr(-(2**31))
+_LEAST = Constant(-(2**31))
 # Distance of the first trial from the largest key: an eighth of a power of two in the score.
-_NEAR = tl.constexpr(1 << 20)
+_NEAR = Constant(1 << 20)
 _MOST_BLOCKS = 1 << 21  # see `_reach`
 
 

@@ -28,7 +28,7 @@ from moba_hf.kernels.routed import routed_attention
 from moba_hf.kernels.routing import Routes, key_format, pair_keys, route
 from moba_hf.kernels.tiling import head_split, make_tiling
 from moba_hf.op.numerics import with_positive_scale
-from moba_hf.op.sequences import Sequences
+from moba_hf.op.sequences import Sequences, covers_queries
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def attend(
     budget = budgets.WORKSPACE if forced.workspace is None else forced.workspace
     rows = budgets.chunk_rows(batch * q_len, num_heads, topk - 1, v_dim, q.element_size(), budget)
     on_hopper = forced.use_hopper is not False and resident is None and hopper.available(q, k, v)
-    own = _own_stage(q, k, v, block_size, on_hopper)
+    all_complete = covers_queries(table) and k.shape[2] % block_size == 0
+    own = _own_stage(q, k, v, block_size, on_hopper, all_complete)
     _, tokens = head_split(num_heads // k.shape[1], own.tile.m)
     if q.numel() == 0 or table.shape[0] == 0:
         return q.new_zeros(batch, q_len, num_heads, v_dim), lse
@@ -120,10 +121,17 @@ def attend(
 
 @dataclass(frozen=True)
 class OwnStage:
-    """The kernel that attends own blocks, and its tile."""
+    """The kernels that attend own blocks.
+
+    Attributes:
+        tile: their tile.
+        gluon: whether a Gluon kernel attends the complete blocks.
+        triton: whether a Triton kernel attends the others, or all.
+    """
 
     tile: tuning.Tile
-    on_hopper: bool
+    gluon: bool
+    triton: bool
 
     def run(
         self,
@@ -134,9 +142,10 @@ class OwnStage:
         final: bool,
     ) -> None:
         """Writes the own blocks' part of `out` and `lse` for a chunk; see `own.own_attention`."""
-        if self.on_hopper:
+        if self.gluon:
             hopper.own_attention(inputs, chunk, out, lse, final)
-        own_attention(inputs, chunk, out, lse, self.tile, final, self.on_hopper)
+        if self.triton:
+            own_attention(inputs, chunk, out, lse, self.tile, final, only_partial=self.gluon)
 
 
 @dataclass(frozen=True)
@@ -174,11 +183,13 @@ class RoutedStage:
         kernel(inputs, routes, partial, partial_lse, first_row, self.tile, self.resident)
 
 
-def _own_stage(q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool) -> OwnStage:
+def _own_stage(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, on_hopper: bool, all_complete: bool
+) -> OwnStage:
     if on_hopper and hopper.takes_own(block_size):
-        return OwnStage(tuning.HOPPER.own_partial, True)
+        return OwnStage(tuning.HOPPER.own_partial, True, not all_complete)
     dims = (padded(q.shape[3]), padded(v.shape[3]))
-    return OwnStage(tuning.own_tile(dims, q.element_size(), tuning.capability(q.device)), False)
+    return OwnStage(tuning.own_tile(dims, q.element_size(), tuning.capability(q.device)), False, True)
 
 
 def _routed_stage(

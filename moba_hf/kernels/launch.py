@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moba_hf.kernels.layout import Constant
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_UPCAST = tl.constexpr(INTERPRETED)
+_UPCAST = Constant(INTERPRETED)
 _NO_CHANGE = nullcontext()
 
 

@@ -8,56 +8,64 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
+class Constant(tl.constexpr):
+    """A constant of kernels. Triton compares those of a kernel at each launch; this makes it quick."""
+
+    def __ne__(self, other: object) -> bool:
+        return bool(self.value != getattr(other, "value", other))
+
+
 # A sequence: one row of the int32 table `(S, SEQ_COLUMNS)` of `moba_hf.op.sequences`.
-SEQ_COLUMNS = tl.constexpr(5)
-SEQ_BATCH = tl.constexpr(0)
-SEQ_Q_BEGIN = tl.constexpr(1)
-SEQ_Q_END = tl.constexpr(2)
-SEQ_K_BEGIN = tl.constexpr(3)
-SEQ_K_END = tl.constexpr(4)
+SEQ_COLUMNS = Constant(5)
+SEQ_BATCH = Constant(0)
+SEQ_Q_BEGIN = Constant(1)
+SEQ_Q_END = Constant(2)
+SEQ_K_BEGIN = Constant(3)
+SEQ_K_END = Constant(4)
 
 # A tile of queries (see `tiling.tile_table`), a run of pairs (see `routing`), or a tile of a shared choice
 # (see `shared_plan`): int32; the last column is unused and pads a row to 32 bytes.
-INFO_COLUMNS = tl.constexpr(8)
+INFO_COLUMNS = Constant(8)
 
-TILE_BATCH = tl.constexpr(0)
-TILE_BEFORE = tl.constexpr(1)  # keys of the block before the tile
-TILE_ORIGIN = tl.constexpr(2)  # query index of the first token; may be negative
-TILE_LOW = tl.constexpr(3)  # first query of the sequence in the chunk; TILE_HIGH is past the last
-TILE_HIGH = tl.constexpr(4)
-TILE_FIRST_KEY = tl.constexpr(5)  # slot of the block's first key
-TILE_COMPLETE = tl.constexpr(6)  # whether the block is complete
+TILE_BATCH = Constant(0)
+TILE_BEFORE = Constant(1)  # keys of the block before the tile
+TILE_ORIGIN = Constant(2)  # query index of the first token; may be negative
+TILE_LOW = Constant(3)  # first query of the sequence in the chunk; TILE_HIGH is past the last
+TILE_HIGH = Constant(4)
+TILE_FIRST_KEY = Constant(5)  # slot of the block's first key
+TILE_COMPLETE = Constant(6)  # whether the block is complete
 
-RUN_BEGIN = tl.constexpr(0)  # its first pair; RUN_END is past the last
-RUN_END = tl.constexpr(1)
-RUN_BATCH = tl.constexpr(2)
-RUN_KV_HEAD = tl.constexpr(3)
-RUN_FIRST_KEY = tl.constexpr(4)  # slot of the block's first key
-RUN_BIN = tl.constexpr(5)
-RUN_PART = tl.constexpr(6)  # its index within the bin
+RUN_BEGIN = Constant(0)  # its first pair; RUN_END is past the last
+RUN_END = Constant(1)
+RUN_BATCH = Constant(2)
+RUN_KV_HEAD = Constant(3)
+RUN_FIRST_KEY = Constant(4)  # slot of the block's first key
+RUN_BIN = Constant(5)
+RUN_PART = Constant(6)  # its index within the bin
 
-PLAN_BATCH = tl.constexpr(0)
-PLAN_Q_BEGIN = tl.constexpr(1)  # its first query; PLAN_Q_END is past the last
-PLAN_Q_END = tl.constexpr(2)
-PLAN_POSITION = tl.constexpr(3)  # position of the first query
-PLAN_K_BEGIN = tl.constexpr(4)  # first key slot of the sequence; PLAN_K_END is past the last
-PLAN_K_END = tl.constexpr(5)
-PLAN_FIRST_BLOCK = tl.constexpr(6)  # flat number of the sequence's block 0
+PLAN_BATCH = Constant(0)
+PLAN_Q_BEGIN = Constant(1)  # its first query; PLAN_Q_END is past the last
+PLAN_Q_END = Constant(2)
+PLAN_POSITION = Constant(3)  # position of the first query
+PLAN_K_BEGIN = Constant(4)  # first key slot of the sequence; PLAN_K_END is past the last
+PLAN_K_END = Constant(5)
+PLAN_FIRST_BLOCK = Constant(6)  # flat number of the sequence's block 0
 
 # Row statistics of the backward, fp32 `(..., STAT_COLUMNS)`: see `backward_rows`.
-STAT_COLUMNS = tl.constexpr(2)
-STAT_LSE = tl.constexpr(0)
-STAT_DELTA = tl.constexpr(1)
+STAT_COLUMNS = Constant(2)
+STAT_LSE = Constant(0)
+STAT_DELTA = Constant(1)
 
 # Totals of the masses of a sampled row, fp32 `(..., TOTAL_COLUMNS)`: see `shared_mass.Masses`.
-TOTAL_COLUMNS = tl.constexpr(2)
-TOTAL_HIGH = tl.constexpr(0)
-TOTAL_MASS = tl.constexpr(1)
+TOTAL_COLUMNS = Constant(2)
+TOTAL_HIGH = Constant(0)
+TOTAL_MASS = Constant(1)
 # log2 of the mass of nothing: it adds nothing to a row that has candidates.
-LOWEST = tl.constexpr(-1e30)
+LOWEST = Constant(-1e30)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = Constant(1.4426950408889634)
+LN_2 = Constant(0.6931471805599453)
 
 
 @triton.jit

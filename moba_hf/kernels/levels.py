@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from moba_hf.kernels.launch import _UPCAST as INTERPRETED_JIT
+from moba_hf.kernels.layout import Constant
 
-EMPTY = tl.constexpr(-(2**31))  # no block
-SPENT = tl.constexpr(-(2**31) + 1)  # a class whose entries have all been taken
+EMPTY = Constant(-(2**31))  # no block
+SPENT = Constant(-(2**31) + 1)  # a class whose entries have all been taken
 
 
 def tile_bits(count: int) -> int:

@@ -139,18 +139,21 @@ def attend(
     plan = _plan(q, k, sequences, block_size, tile)
     if plan.num_tiles == 0 or q.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    if not covers_queries(sequences.table):
+    covered = covers_queries(sequences.table)
+    if not covered:
         fill_outside(out, lse, plan.table)
     dims, capability = (padded(q.shape[3]), padded(v.shape[3])), tuning.capability(q.device)
     shape = shared_tuning.attend_tile(dims, q.element_size(), tile, block_size, capability)
     if use_hopper is None:
         use_hopper = shared_hopper.takes(q, k, v, block_size, tile)
     left_by = shared_hopper.whole_keys(block_size) if use_hopper else 0
+    leaves_none = use_hopper and covered and k.shape[2] % left_by == 0
     inputs = SharedInputs(q, k, v, plan, softmax_scale)
     for first, lists in _chunks_of_lists(block_mask, plan, None):
         if use_hopper:
             shared_hopper.attend_lists(inputs, out, lse, lists, first)
-        attend_lists(inputs, out, lse, lists, first, shape, left_by)
+        if not leaves_none:
+            attend_lists(inputs, out, lse, lists, first, shape, left_by)
     return out, lse
 
 

@@ -167,8 +167,8 @@ def _tile_masses_kernel(
         slot = tl.arange(0, STEP)
         place = step[:, None] * STEP + slot[None, :]
         if SLOTS:
-            # a thread of a matrix product holds two neighbouring blocks of every eight
-            slot = slot % (STEP // 4) // 2 * 8 + slot // (STEP // 4) * 2 + slot % 2
+            # of 32 blocks, a thread of a matrix product holds two neighbours of every eight
+            slot = slot // 32 * 32 + slot % 8 // 2 * 8 + slot % 32 // 8 * 2 + slot % 2
         column = step[:, None] * STEP + slot[None, :]
         mean = tl.zeros([STEPS, STEP], tl.float32)
         # a mask per step keeps loads wide; masses past the last column of a step were written too

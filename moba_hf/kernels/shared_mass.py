@@ -39,9 +39,9 @@ class Masses:
     Attributes:
         mass: fp16 `(C, H, R, NB)`, relative to the `high` of its step.
         high: fp32 `(C, H, R, NB / N)`, log2 of the unit of each step.
-        total: fp32 `(C, H, R, 2)`, the final `high` and the sum of all masses relative to it.
+        total: fp32 `(C, H, R, 2)`, log2 of a unit of the row, and the sum of all its masses relative to it.
         step: N.
-        slots: the masses of a step are in the order of `shared_hopper_mass`, see `shared_choose`.
+        slots: the masses of 32 blocks are in the order of `shared_hopper_mass`, see `shared_choose`.
     """
 
     mass: Tensor

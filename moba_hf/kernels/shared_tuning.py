@@ -81,10 +81,10 @@ _MASS = (
 # H200, blocks of 32, every 4th row: 10.0 ms at 131,072 tokens, .630 ms at 32,768; 128 x 32 with 8 warps and
 # three stages 9.66 and .655. Three stages, 64 x 16 and 128 x 16 were slower in an earlier kernel.
 _MASS_FEW_PARTS = (MassTile(64, 32, 4, 2, True), *_MASS)
-# By number of parts. H200, blocks of 32 (2 parts), every 2nd row, ms at 8,192, 32,768 and 131,072 tokens:
-# 64 blocks in two stages .103, .911 and 12.3; 32 blocks in three .095, .934 and 13.1, with four warpgroups
-# .097, .979 and 13.1; the Triton kernel .112, 1.27 and 20.7. Blocks of 64 (4 parts), every 4th row, 32,768
-# tokens: 32 blocks in two stages .431, 16 in four .573, the Triton kernel .524.
+# By number of parts. H200, an earlier kernel, blocks of 32 (2 parts), every 2nd row, ms at 8,192, 32,768
+# and 131,072 tokens: 64 blocks in two stages .103, .911 and 12.3; 32 blocks in three .095, .934 and 13.1,
+# with four warpgroups .097, .979 and 13.1; the Triton kernel .112, 1.27 and 20.7. Blocks of 64 (4 parts),
+# every 4th row, 32,768 tokens: 32 blocks in two stages .431, 16 in four .573, the Triton kernel .524.
 HOPPER_MASS = {
     1: MassTile(128, 64, 4, 3, hopper=True),
     2: MassTile(128, 64, 4, 2, hopper=True),

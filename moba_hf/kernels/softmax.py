@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from moba_hf.kernels.launch import _UPCAST, narrow
+from moba_hf.kernels.layout import Constant
 
 # An initial `m_i` that is finite, so that a step in which a row attends no key changes nothing.
-FLOOR = tl.constexpr(-1e38)
+FLOOR = Constant(-1e38)
 
 
 @triton.jit

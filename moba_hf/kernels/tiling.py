@@ -14,7 +14,7 @@ that the host knows; programs beyond the actual total return at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -38,6 +38,7 @@ from moba_hf.kernels.layout import (
     TILE_LOW,
     TILE_ORIGIN,
 )
+from moba_hf.op.sequences import derived
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Tiling:
         chunk_rows: flat query rows in a chunk.
         num_rows: T.
         max_seqlen_q: upper bound, known on the host, of the queries of one sequence.
+        tile_tables: the results of `tile_table` so far, by chunk.
     """
 
     table: Tensor
@@ -71,6 +73,7 @@ class Tiling:
     chunk_rows: int
     num_rows: int
     max_seqlen_q: int
+    tile_tables: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_chunks(self) -> int:
@@ -104,18 +107,35 @@ def make_tiling(
 ) -> Tiling:
     """The numbering of `q (batch, H, q_len, D)` and `k (batch, HK, kv_len, D)`; one kernel launch.
 
+    A constant table gets one for all layers of a forward, see `derived`.
+
     Args:
         table: int32 `(S, 5)`, see `moba_hf.op.sequences`.
         tile: maximum number of tokens in a tile; reduced to make the tiles of a block even.
         chunk_rows: flat query rows per chunk; None: all.
     """
+    limits = (max_seqlen_q, max_seqlen_k, block_size, tile, chunk_rows)
+    key = ("tiling", q.shape[0], q.shape[2], k.shape[0], k.shape[2], *limits)
+    return derived(table, key, lambda: _new_tiling(q, k, table, *limits))
+
+
+def _new_tiling(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    tile: int,
+    chunk_rows: int | None,
+) -> Tiling:
     rows, num_seqs = q.shape[0] * q.shape[2], table.shape[0]
     parts = cdiv(block_size, min(tile, block_size))
     chunk_rows = max(1, rows if chunk_rows is None else min(chunk_rows, rows))
     chunks = max(1, cdiv(rows, chunk_rows))
     max_seqlen_k = min(max_seqlen_k, k.shape[2])
     max_blocks = max(0, max_seqlen_k - 1) // block_size
-    table = table.contiguous()
+    table = table.contiguous().detach()  # another object: a kept tiling must not keep `table` alive
     block_offset = torch.empty(num_seqs + 1, dtype=torch.int32, device=q.device)
     tile_offset = torch.empty(chunks, num_seqs + 1, dtype=torch.int32, device=q.device)
     tiling = Tiling(
@@ -149,10 +169,12 @@ def make_tiling(
 
 
 def tile_table(tiling: Tiling, chunk: int, q_len: int) -> Tensor:
-    """Description of each query tile of a chunk, int32 `(max_tiles, INFO_COLUMNS)`.
+    """Description of each query tile of a chunk, int32 `(max_tiles, INFO_COLUMNS)`, made once.
 
     `layout` names the columns. Rows beyond the actual number of tiles stay unwritten.
     """
+    if chunk in tiling.tile_tables:
+        return tiling.tile_tables[chunk]
     first_row = chunk * tiling.chunk_rows
     result = torch.empty(tiling.max_tiles, INFO_COLUMNS.value, dtype=torch.int32, device=tiling.table.device)
     with device_of(tiling.table):
@@ -169,6 +191,7 @@ def tile_table(tiling: Tiling, chunk: int, q_len: int) -> Tensor:
             TILES_PER_BLOCK=tiling.tiles_per_block,
             num_warps=1,
         )
+    tiling.tile_tables[chunk] = result
     return result
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import comb
 
 from moba_hf.kernels import tuning
-from moba_hf.kernels.tuning import Tile, first_that_fits
+from moba_hf.kernels.tuning import Tile, first_that_fits, fits
 
 
 def gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int, int]) -> Tile:
@@ -15,9 +15,10 @@ def gate_tile(dim: int, itemsize: int, parts: int, device_capability: tuple[int,
     if parts > 0:
         tiles = found.mass_gate_wide if dim > 128 else found.mass_gate
         return first_that_fits(tiles, lambda x: mass_gate_memory(x, dim, itemsize, parts), device_capability)
-    best = found.mean_gate  # with fewer stages if shared memory is small
-    tiles = tuple(replace(best, stages=stages) for stages in range(best.stages, 0, -1))
-    return first_that_fits(tiles, lambda x: x.shared_memory((dim, 0), itemsize), device_capability)
+    tile = found.mean_gate
+    while tile.stages > 1 and not fits(tile.shared_memory((dim, 0), itemsize), device_capability):
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
 
 
 @dataclass(frozen=True)

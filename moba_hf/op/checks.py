@@ -101,7 +101,7 @@ class Case:
     def select(self) -> Tensor:
         """The backend's choice."""
         flat = (self.table, *self.longest, *flat_rule(LayerConfig(*self.rule, self.gate)), self.scale)
-        return select_op(self.q, self.k, *flat, self.backend)
+        return select_op(self.q.detach(), self.k.detach(), *flat, self.backend)
 
     def expected_choice(self) -> Tensor:
         rule = LayerConfig(*self.rule, self.gate)

@@ -51,7 +51,10 @@ def load_varlen() -> Varlen:
         try:
             from flash_attn.cute import flash_attn_varlen_func
         except ImportError as error:
-            raise ImportError(str(error), name='flash-attn (pip install "moba-hf[flash]")') from error
+            raise ImportError(
+                f'backend="flash_attn" needs flash-attn (pip install "moba-hf[flash]"): {error}',
+                name='flash-attn (pip install "moba-hf[flash]")',
+            ) from error
         with_lse = {"return_lse": True}
 
     def varlen(

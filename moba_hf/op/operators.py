@@ -2,11 +2,13 @@
 
 `select_op`, `attend_op`, `decode_op`, `update_means_op` and `dense_decode_op` are `torch.library` operators
 with fake kernels, and `attend_op` has an explicit backward. So `torch.compile` and `torch.export` see each as
-one opaque node, and autograd saves only inputs, output and lse.
+one opaque node, and autograd saves only inputs, output and lse. The other operators are not differentiable:
+callers pass tensors that need no gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +20,37 @@ from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.sequences import Attended, Sequences
 
+_LIBRARY = torch.library.Library("moba_hf", "FRAGMENT")
+
 # Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(LayerConfig)
+
+
+def operator(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Declares a function as the torch operator `moba_hf::name` for all devices; returns the operator.
+
+    A call costs a third of one through `torch.library.custom_op`, whose operators check their results for
+    aliases at run time (`torch.library.opcheck` does it in the tests), and always take a detour for autograd.
+
+    Args:
+        mutates: the arguments that the function writes to.
+    """
+
+    def declare(function: Callable[..., Any]) -> Any:
+        _LIBRARY.define(
+            name + torch.library.infer_schema(function, mutates_args=mutates),
+            tags=torch.Tag.pt2_compliant_tag,
+        )
+        # a frame that Dynamo skips may call the operator, whose kernels Dynamo must not trace
+        _LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+        return getattr(torch.ops.moba_hf, name).default
+
+    return declare
+
+
+def no_second_derivative(*_: Any) -> None:
+    """The backward of the operators that compute gradients."""
+    raise NotImplementedError("MoBA has no second derivative: its gradients cannot be differentiated")
 
 
 def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str, str]:
@@ -38,7 +69,7 @@ def _cache_kernels(backend: str) -> CacheKernels:
     return kernels
 
 
-@torch.library.custom_op("moba_hf::select_blocks", mutates_args=())
+@operator("select_blocks")
 def select_op(
     q: Tensor,
     k: Tensor,
@@ -61,12 +92,12 @@ def select_op(
     return load_backend(backend).select(q, k, sequences, rule, softmax_scale, block_means)
 
 
-@select_op.register_fake
+@torch.library.register_fake(select_op)
 def _(q, k, table, mq, mk, block_size, topk, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
 
 
-@torch.library.custom_op("moba_hf::decode", mutates_args=())
+@operator("decode")
 def decode_op(
     q: Tensor,
     k: Tensor,
@@ -89,7 +120,7 @@ def decode_op(
     return out.contiguous(), lse.contiguous()
 
 
-@decode_op.register_fake
+@torch.library.register_fake(decode_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
@@ -100,7 +131,7 @@ def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
 
 
-@torch.library.custom_op("moba_hf::attend", mutates_args=())
+@operator("attend")
 def attend_op(
     q: Tensor,
     k: Tensor,
@@ -118,12 +149,12 @@ def attend_op(
     return load_backend(backend).forward(q, k, v, block_indices, sequences, block_size, softmax_scale)
 
 
-@attend_op.register_fake
+@torch.library.register_fake(attend_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
 
-@torch.library.custom_op("moba_hf::attend_backward", mutates_args=())
+@operator("attend_backward")
 def _attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -146,9 +177,12 @@ def _attend_backward(
     return load_backend(backend).backward(grad_out, grad_lse, saved, sequences, block_size, softmax_scale)
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake(_attend_backward)
 def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+torch.library.register_autograd(_attend_backward, no_second_derivative)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,10 +195,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, *[None] * 7
 
 
-attend_op.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(attend_op, _backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("moba_hf::dense_decode", mutates_args=())
+@operator("dense_decode")
 def dense_decode_op(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, softmax_scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -172,12 +206,12 @@ def dense_decode_op(
     return _cache_kernels(backend).dense_decode(q, k, v, table, softmax_scale)
 
 
-@dense_decode_op.register_fake
+@torch.library.register_fake(dense_decode_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
 
-@torch.library.custom_op("moba_hf::update_block_means", mutates_args=("means",))
+@operator("update_block_means", mutates=("means",))
 def update_means_op(
     means: Tensor,
     keys: Tensor,
@@ -193,6 +227,7 @@ def update_means_op(
 
     With `rotary_pairs` it is `CacheKernels.update_mass`.
     """
+    torch.autograd.graph.increment_version(means)
     kernels, written = _cache_kernels(backend), slots if length is None else length
     if rotary_pairs is None:
         kernels.update_means(means, keys, kv_start, written, behind, block_size)
@@ -200,6 +235,6 @@ def update_means_op(
         kernels.update_mass(means, keys, kv_start, written, behind, block_size, rotary_pairs)
 
 
-@update_means_op.register_fake
+@torch.library.register_fake(update_means_op)
 def _(means, keys, *_rest):  # type: ignore[no-untyped-def]
     return None

@@ -151,14 +151,15 @@ def constant_table(table: Tensor, *, covers: bool = False) -> Tensor:
     """`table` itself, remembered as one that is never written to again, see `derived`.
 
     Args:
-        covers: every query belongs to a sequence, or the results of the other queries are never read.
+        covers: each sequence has all keys of its batch row, and every query belongs to a sequence, or its
+            result is never read.
     """
     _derived[table] = {_COVERS: covers}
     return table
 
 
 def covers_queries(table: Tensor) -> bool:
-    """Whether the results of queries outside of all sequences need not be written, see `constant_table`."""
+    """Whether the sequences cover their batch rows, see `constant_table`."""
     return bool(_derived.get(table, {}).get(_COVERS, False))
 
 

@@ -16,15 +16,15 @@ from torch import Tensor
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.operators import empty_results, flat_sequences
+from moba_hf.op.operators import empty_results, flat_sequences, no_second_derivative, operator
 from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
 
-# Builds the rule from its flattened form; cached, so that it is validated once.
 # Most bytes for the masses of one tile in fp32. A larger tile would run out of memory, not just be slow.
 _MOST_MASSES = 1 << 32
 
+# Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(SharedRule)
 
 # Functions that are called with `(block_mask, q, sequences, rule)` of every choice, to count keys. A prompt
@@ -45,7 +45,7 @@ def _kernels(backend: str) -> SharedKernels:
     return shared
 
 
-@torch.library.custom_op("moba_hf::select_shared", mutates_args=())
+@operator("select_shared")
 def select_shared_op(
     q: Tensor,
     k: Tensor,
@@ -72,14 +72,14 @@ def select_shared_op(
     return _kernels(backend).select(q, k, sequences, rule, softmax_scale)
 
 
-@select_shared_op.register_fake
+@torch.library.register_fake(select_shared_op)
 def _(q, k, table, max_seqlen_q, max_seqlen_k, block_size, tile, *_rest):  # type: ignore[no-untyped-def]
     sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
     shape = (q.shape[1], num_tiles(sequences, q, tile), mask_words(max_seqlen_k, block_size))
     return q.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("moba_hf::attend_shared", mutates_args=())
+@operator("attend_shared")
 def attend_shared_op(
     q: Tensor,
     k: Tensor,
@@ -98,12 +98,12 @@ def attend_shared_op(
     return _kernels(backend).attend(q, k, v, block_mask, sequences, block_size, tile, softmax_scale)
 
 
-@attend_shared_op.register_fake
+@torch.library.register_fake(attend_shared_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
 
-@torch.library.custom_op("moba_hf::attend_shared_backward", mutates_args=())
+@operator("attend_shared_backward")
 def _attend_shared_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -127,9 +127,12 @@ def _attend_shared_backward(
     return _kernels(backend).backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
 
 
-@_attend_shared_backward.register_fake
+@torch.library.register_fake(_attend_shared_backward)
 def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+torch.library.register_autograd(_attend_shared_backward, no_second_derivative)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -142,10 +145,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, *[None] * 8
 
 
-attend_shared_op.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd(attend_shared_op, _backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("moba_hf::decode_shared", mutates_args=())
+@operator("decode_shared")
 def decode_shared_op(
     q: Tensor,
     k: Tensor,
@@ -173,7 +176,7 @@ def decode_shared_op(
     return _kernels(backend).decode(q, k, v, kept, sequences, rule, softmax_scale, heard)
 
 
-@decode_shared_op.register_fake
+@torch.library.register_fake(decode_shared_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 

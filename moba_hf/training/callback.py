@@ -21,11 +21,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from moba_hf.checkpoints.inspection import inspect_config
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME, MobaConfig, require_config
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import moba_config
 from moba_hf.hf.loading import runs_dense
-from moba_hf.hf.output_head import inner_model, output_head
+from moba_hf.hf.output_head import check_layers, inner_model, output_head
 from moba_hf.hf.patching import patch_model, suspend_moba
 from moba_hf.op.numerics import check_int
 from moba_hf.training.loss import token_losses_in_pieces
@@ -135,8 +135,8 @@ class MobaCallback(TrainerCallback):
         self, recipe: Recipe | str = "moba", config: MobaConfig | None = None, *, trailing_tokens: int = 2048
     ) -> None:
         check_int("trailing_tokens", trailing_tokens, minimum=1)
-        if config is not None and not isinstance(config, MobaConfig):
-            raise TypeError(f"config must be a MobaConfig, got {type(config).__name__}")
+        if config is not None:
+            require_config("config", config)
         self.recipe = recipe_of(recipe)
         self.config = config
         self.trailing_tokens = trailing_tokens
@@ -246,6 +246,7 @@ class MobaCallback(TrainerCallback):
         elif logits is None and hidden is not None:
             try:
                 head = output_head(module)
+                check_layers(module)
             except ValueError as error:  # a measurement must not end a run
                 logger.warning_once(f"The log lines have no trailing_loss: {error}")
                 return

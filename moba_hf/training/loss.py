@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.layer_plan import TRAINED_TAIL, common_tile
-from moba_hf.hf.output_head import check_head, inner_model, output_head
+from moba_hf.hf.output_head import check_head, check_tokens, inner_model, output_head
 from moba_hf.op.numerics import check_int
 from moba_hf.training.rows import IGNORED, WEIGHTS, weighted_rows
 
@@ -143,7 +143,7 @@ class LongRowTrainer(Trainer):
     Raises:
         ValueError: a number out of range, or an argument of `Trainer` for another loss or for the logits of
             all positions. The first step raises it if the model does more to its last hidden states than its
-            output embeddings do (`moba_hf.hf.output_head`).
+            output embeddings do (`moba_hf.hf.output_head`), or reads virtual tokens (prompt tuning).
     """
 
     def __init__(
@@ -157,8 +157,6 @@ class LongRowTrainer(Trainer):
         self._refuse_other_losses()
         self.piece, self.offload, self.dense_tail = piece, offload, dense_tail
         self._head_checked = False  # whether logits are known to be those of the model itself
-        for rows in weighted_rows(self.train_dataset, self.eval_dataset):
-            rows.weights_applied = True
         self._marked: Tensor | None = None  # sum and number of the marked losses since the last log line
 
     def _refuse_other_losses(self) -> None:
@@ -180,6 +178,16 @@ class LongRowTrainer(Trainer):
         columns: Any = self._signature_columns
         if WEIGHTS not in columns:
             columns.append(WEIGHTS)
+
+    def get_train_dataloader(self) -> Any:
+        """The dataloader of the training rows, whose weights `compute_loss` applies."""
+        _apply_weights(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The dataloader of an evaluation, which has weights like training."""
+        _apply_weights(self.eval_dataset, eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward and backward pass with the dense tail."""
@@ -207,6 +215,7 @@ class LongRowTrainer(Trainer):
         finally:
             hook.remove()
         hidden = kept[0].last_hidden_state
+        check_tokens(model, hidden, labels.shape[1])
         # Trainer wraps only the model's forward in autocast
         with self.accelerator.autocast():
             if not self._head_checked:
@@ -232,3 +241,9 @@ class LongRowTrainer(Trainer):
             if count:
                 logs = {**logs, "marked_loss": round(total / count, 4)}
         super().log(logs, *args, **kwargs)
+
+
+def _apply_weights(*datasets: Any) -> None:
+    """Tells rows with weights that the loss has them."""
+    for rows in weighted_rows(*datasets):
+        rows.weights_applied = True

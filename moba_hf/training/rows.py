@@ -64,8 +64,8 @@ class Rows(Dataset[dict[str, Tensor]]):
         tokenizer: required if `lookups` is above 0.
 
     Attributes:
-        weights_applied: whoever trains on the rows applies their weights. `LongRowTrainer` sets it; without
-            it, the first row with weights warns.
+        weights_applied: whether the loss has the weights. `LongRowTrainer` sets it; while it is False, the
+            first row with weights warns.
 
     Raises:
         ValueError: no repositories, or values out of range.

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moba_hf.checkpoints.context_length import ContextLength, with_context_length
-from moba_hf.config import NAME, MobaConfig
+from moba_hf.config import NAME, MobaConfig, require_config
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.op.numerics import check_int
 from moba_hf.training.callback import Recipe, turn_on
@@ -73,8 +73,7 @@ class Stage:
             ("rows", 1),
         ):
             check_int(name, getattr(self, name), minimum=least)
-        if not isinstance(self.moba, MobaConfig):
-            raise TypeError(f"moba must be a MobaConfig, got {self.moba!r}")
+        require_config("moba", self.moba)
         if isinstance(self.learning_rate, bool) or not isinstance(self.learning_rate, (int, float)):
             raise TypeError(f"learning_rate must be a number, got {self.learning_rate!r}")
         if not 0 < self.learning_rate < math.inf:
@@ -204,16 +203,21 @@ def check_source(schedule: Schedule, index: int, source: str | os.PathLike[str])
         raise ValueError(f"{source}: this checkpoint has completed {known['done']} stages of {reason}")
 
 
-def save_stage(schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str]) -> None:
+def save_stage(
+    schedule: Schedule, index: int, model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
+) -> None:
     """Writes the weights in bf16, the config with old and new RoPE names, and the position in the schedule.
 
     The position is written last, so a folder without it is incomplete.
 
     Args:
         model: the model from `load_stage`, after training. Its weights are rounded to bf16 in place.
+        tokenizer: saved with the model, so that the folder can be evaluated; None: no tokenizer.
     """
     target = Path(folder)
     model.to(torch.bfloat16).save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
     path = target / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     text = find_adapter(model.config.model_type).text_config(model.config)

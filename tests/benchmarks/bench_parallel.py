@@ -7,7 +7,7 @@
 Parts, which run in the order of `--parts`; each prints its lines as soon as they are measured:
     b        a model of Llama-3.1-8B's shape, bf16, tensor parallel, reads prompts in chunks: MoBA 128/8
              ("fine"), the shared choice at 2 % of the pairs, dense cuDNN attention in one call; then one GPU
-    e        64 tokens after the longest prompt of b, ms per token, decode full and sparse
+    e        64 tokens after the longest prompt of b, ms per token: decode full, sparse, and stock sdpa
     c-layer  attention of one 32/8-head layer at 10M tokens, 64 blocks and top-3, next to dense attention
     a        tensor parallel against one GPU: logits and choices, fp32 and bf16
     c-10m    a model of Llama-3.2-1B's shape reads 10M tokens, as far as memory and time allow
@@ -158,9 +158,11 @@ class Prefills:
         """Part e: decodes tokens one by one on top of the cache."""
         fine = self.rules["fine"]
         token = torch.zeros(1, 1, dtype=torch.long, device=self.ranks.device)
-        for decode in ("full", "sparse"):
-            rule = MobaConfig(fine.block_size, fine.topk, decode=decode)
-            moba_hf.patch_model(model, rule)
+        for decode in ("full", "sparse", "by stock sdpa"):
+            if decode == "by stock sdpa":
+                model.set_attn_implementation("sdpa")
+            else:
+                moba_hf.patch_model(model, MobaConfig(fine.block_size, fine.topk, decode=decode))
             times = []
             for _ in range(8 + 64):
                 dist.barrier()

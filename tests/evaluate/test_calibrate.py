@@ -25,8 +25,10 @@ from moba_hf.checkpoints.convert import convert_checkpoint
 from moba_hf.checkpoints.inspection import inspect_config
 from moba_hf.checkpoints.verify import verify_checkpoint
 from moba_hf.config import LayerConfig
+from moba_hf.evaluate import local_shared
 from moba_hf.evaluate.local import LocalCosts, output_errors, sensitivities
 from moba_hf.op.reference import attend_ref, select_blocks_ref
+from moba_hf.op.shared_rule import SharedRule
 from moba_hf.testing import build_model
 from moba_hf_cli.signals import Ended
 
@@ -79,6 +81,18 @@ def test_allocation_is_optimal_on_a_small_table() -> None:
     assert config.for_layer(0, 4) == LayerConfig(8, 4)
     assert allocate(costs, 1.0)[0] == {0: 8, 1: 8, 2: 8}
     assert allocate(costs, 0.01)[0] == {0: 2, 1: 2, 2: 2}
+
+
+def test_local_errors_are_finite_if_the_chosen_keys_have_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.zeros(1, 64, 16), torch.zeros(1, 64, 16), torch.ones(1, 64, 16)
+    q[..., 0], k[0, 0, 0] = 1.0, 1000.0  # the first key has all of the weight
+    k[0, 1:8, 0] = -1000.0  # and the lowest score of a block
+    at, identity = torch.tensor([63]), torch.nn.Identity()
+    assert output_errors(q[:, at], k, v, at, LayerConfig(8, 1), [1, 8], 1.0, identity) == [16.0, 0.0]
+    last_only = torch.tensor([0, 0, 0, 1 << 7], dtype=torch.int32)
+    monkeypatch.setattr(local_shared, "select_shared", lambda *_, **__: last_only.view(1, 4, 1))
+    found = local_shared.threshold_errors(q, k, v, at, SharedRule(8, 16, threshold=0.5), [0.5], 1.0, identity)
+    assert found[0][1] == 16.0
 
 
 @pytest.mark.parametrize("gate", ["mean", "mass"])

@@ -37,6 +37,8 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (b"# -*- coding: latin-1 -*-\nx = '\xe9'\n", "# -*- coding: latin-1 -*-\nx = '\u00e9'\n"),
         (b"\xef\xbb\xbfx = '\xc3\xa9'\r\n", "x = '\u00e9'\n"),
         (b"# coding: klingon\nx = 1\n", "# coding: klingon\nx = 1\n"),
+        (b"# coding: hex\nx = 1\n", "# coding: hex\nx = 1\n"),
+        (b"# coding: undefined\nx = 1\n", "# coding: undefined\nx = 1\n"),
         (b"", ""),
     ],
 )
@@ -93,6 +95,10 @@ def test_another_archive_is_refused_by_name(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.npz: damaged, or not a file of repositories"):
             load_repositories(path)
+    np.save(tmp_path / "one.npy", np.arange(3))
+    path.write_bytes((tmp_path / "one.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"x\.npz: damaged, or not a file of repositories"):
+        load_repositories(path)
     np.savez(path, **{"r:ids": np.arange(3)})
     with pytest.raises(ValueError, match=r"x\.npz: damaged, or not a file of repositories"):
         load_repositories(path)

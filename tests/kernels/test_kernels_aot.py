@@ -52,6 +52,36 @@ class TestGluon:
         for launch in tried:
             assert kernel_aot.compile_launch(launch, 90).registers >= 8
 
+    @pytest.mark.parametrize(
+        ("length", "covers", "partial"), [(512, True, 0), (500, True, 1), (512, False, 1)]
+    )
+    def test_launches_of_later_layers(self, length: int, covers: bool, partial: int) -> None:
+        """They share the numbering of tiles; no kernel is launched for partial blocks if there are none."""
+        import torch
+
+        from moba_hf.config import LayerConfig
+        from moba_hf.kernels import attend, select_blocks
+        from moba_hf.op.sequences import Sequences, batched_table, constant_table
+
+        kernel_aot.recorded_for(kernel_aot.forward_call(), 90)  # tries the Gluon kernels
+        q = torch.empty(1, 4, length, 128, dtype=torch.bfloat16)
+        k = q[:, :1]
+        table = constant_table(batched_table(1, length, length, q.device), covers=covers)
+        sequences = Sequences(table, length, length)
+
+        def call() -> None:
+            choice = select_blocks(q, k, sequences, LayerConfig(128, 2))
+            attend(q, k, k, choice, sequences, 128, 0.1)
+
+        first, later = (
+            [launch[0].__name__ for launch in kernel_aot.recorded_for(call, 90)] for _ in range(2)
+        )
+        numbering = {"_tiling_kernel": 2, "_tile_table_kernel": 1}
+        assert {name: first.count(name) for name in numbering} == numbering
+        assert sorted(later) == sorted(name for name in first if name not in numbering)
+        assert later.count("own_kernel") == 1
+        assert later.count("_own_kernel") == partial
+
     def test_a_triton_that_does_not_compile_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Plain Triton kernels run instead; one warning names the release and the reason."""
         from moba_hf.kernels.hopper import dispatch as hopper

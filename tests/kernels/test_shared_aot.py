@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from moba_hf.kernels import shared, shared_steps
 from moba_hf.kernels.shared_summary import update_kept_mass
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.sequences import Attended, Sequences, batched_table
+from moba_hf.op.sequences import Attended, Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule
 
 kernel_aot = pytest.importorskip("kernel_aot", reason="TRITON_INTERPRET is set")
@@ -127,6 +127,25 @@ def test_gluon(block_size: int, sample: int, head_dim: int, dtype: torch.dtype, 
         assert report.registers >= 8, report
         assert report.spills <= 64, report
         assert not report.serialised, report
+
+
+@pytest.mark.parametrize(
+    ("length", "capability", "covers", "both"),
+    [(96, 90, True, False), (97, 90, True, True), (96, 90, False, True), (96, 80, True, False)],
+)
+def test_tiles_that_gluon_leaves_out(length: int, capability: int, covers: bool, both: bool) -> None:
+    """The second kernel is launched unless the host knows that every sequence ends with a whole unit."""
+    q = torch.empty(1, 8, length, 128, dtype=torch.bfloat16)
+    k, mask = q[:, :2], torch.empty(8, 2, 1, dtype=torch.int32)
+    table = constant_table(batched_table(1, length, length, q.device), covers=covers)
+
+    def call() -> None:
+        shared.attend(q, k, k, mask, Sequences(table, length, length), 32, 128, 0.1)
+
+    names = [launch[0].__name__ for launch in kernel_aot.recorded_for(call, capability)]
+    kernels = [name for name in names if name.endswith("attend_lists_kernel")]
+    gluon, triton = "attend_lists_kernel", "_attend_lists_kernel"
+    assert kernels == ([gluon, triton] if both else [gluon if capability == 90 else triton])
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from shared_checks import assert_attention, assert_gradients, checked_choice, li
 
 pytest.importorskip("triton")
 
-from moba_hf.kernels import shared, shared_hopper
+from moba_hf.kernels import shared, shared_hopper, shared_tuning
 from moba_hf.op.checks import Case
+from moba_hf.op.numerics import part_size
 from moba_hf.op.sequences import Sequences, batched_table, constant_table
 from moba_hf.op.shared import SharedRule, pack_blocks, unpack_blocks
 from moba_hf.op.shared_ops import shared_attention
@@ -58,6 +59,34 @@ def test_gluon_equals_triton(block_size: int, lengths: str, head_dim: int, v_dim
     mask = checked_choice(case, rule)
     for use_hopper in (True, False):
         assert_attention(case, rule, mask, use_hopper=use_hopper)
+
+
+@pytest.mark.parametrize(("block_size", "sample"), [(16, 1), (32, 2), (64, 4)])
+@pytest.mark.parametrize("kind", ["normal", "wide", "jump", "infinite", "nan"])
+def test_gluon_masses(block_size: int, sample: int, kind: str) -> None:
+    """Few or all parts need square roots, or later keys leave the range of exponentials of the first step."""
+    case = _case([(500, 5000), (130, 2500), (260, 1300)], head_dim=128, num_kv_heads=1)
+    if kind == "wide":
+        case.q.mul_(6)
+    if kind == "jump":
+        case.q.add_(1)
+        case.k[:, :, 2400:].add_(32)
+    if kind in ("infinite", "nan"):
+        case.k[:, :, 2700] = float(kind[:3])
+    rule = SharedRule(block_size, 128, threshold=0.2, sample=sample)
+    if not shared.tile_of_masses(case.q, case.k, rule).hopper:
+        pytest.skip("needs compute capability 9.0 and a known Triton")
+    sequences = sequences_of(case)
+    parts = rule.block_size // part_size(rule.block_size)
+    tiles = (None, None, shared_tuning.mass_tile(128, 2, parts, (9, 0)))
+    first, second, triton = (
+        shared.select(case.q, case.k, sequences, rule, case.scale, mass_tile=x) for x in tiles
+    )
+    assert torch.equal(first, second)
+    taken, differ = (unpack_blocks(x, x.shape[2] * 32).sum().item() for x in (triton, first ^ triton))
+    assert differ <= 1e-3 * taken, (differ, taken)
+    if kind in ("normal", "wide"):
+        checked_choice(case, rule)
 
 
 def _needs_gluon(case: Case, rule: SharedRule) -> None:

@@ -128,7 +128,10 @@ def test_a_mask_overlay_that_is_not_packing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
+        ("deepseek_v3", "latent attention"),
+        ("deepseek_v32", "already sparse"),
         ("gemma3", "load only the text model"),
+        ("gpt_oss", "learned sinks"),
         ("mistral4", "latent attention"),
         ("mistral_large4", "already sparse"),
         ("mistral_large4_text", "already sparse"),

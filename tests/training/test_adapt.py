@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_tokenizer
 from example_scripts import load_example
 from tiny_models import tiny, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ def learnable(rows: int, length: int, seed: int) -> np.ndarray[Any, Any]:
 
 def test_adapt(adapt: Any, tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
     np.save(tmp_path / "train.npy", learnable(32, 64, 1))
     np.save(tmp_path / "held.npy", learnable(3, 64, 2))
     sizes = ["--length", "64", "--steps", "4", "--warmup", "1", "--trailing", "16", "--curve-every", "2"]
@@ -55,6 +57,7 @@ def test_adapt(adapt: Any, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "plain").eval()
     held = torch.from_numpy(np.load(tmp_path / "held.npy").astype(np.int64)).view(3, 64)
     assert adapt.trailing(loaded, held, adapt.parse_setting("p=8/2").moba, 16) == plain["after"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "plain")("a1").input_ids[0] == 0
 
 
 def test_text_is_read_and_too_little_is_refused(adapt: Any, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import save_tokenizer
 from example_scripts import load_example
 from tiny_models import tiny, tokens
+from transformers import AutoTokenizer
 
 from moba_hf import MobaConfig
 from moba_hf.evaluate.repositories import save_repositories
@@ -40,6 +42,7 @@ def test_the_example_schedule_is_the_measured_one(
 
 def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
     tiny(rule=None, attention="sdpa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
     ids = tokens(3000).numpy().astype(np.uint16)
     save_repositories(tmp_path / "text.npz", [Repository("r", ids, np.arange(0, 3000, 150))])
     schedule = Schedule(
@@ -66,6 +69,8 @@ def test_resumed_stages_are_bit_identical(extend: Any, tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes()
     assert one.read_bytes() != (tmp_path / "whole" / "stage0" / "model.safetensors").read_bytes()
     assert not (tmp_path / "parts" / "stage1-running").exists()
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / x) for x in ("model", "parts/stage1")]
+    assert tokenizers[0]("a1").input_ids == tokenizers[1]("a1").input_ids  # `moba-hf eval` needs one
 
 
 def test_a_stage_that_takes_too_long_counts_as_done(extend: Any, tmp_path: Path) -> None:

@@ -271,7 +271,11 @@ def test_rows_end_and_sizes_are_checked() -> None:
         (lambda: Recipe(full_layers=-1), "full_layers must be a sequence of layer numbers, got -1"),
         (lambda: Recipe(full_layers=(1.5,)), r"full_layers must be an int, got 1\.5"),
         (lambda: MobaCallback(trailing_tokens=2.5), r"trailing_tokens must be an int, got 2\.5"),
-        (lambda: MobaCallback(config={"topk": 2}), "config must be a MobaConfig, got dict"),
+        (
+            lambda: MobaCallback(config={"topk": 2}),
+            r"must be a MobaConfig, got \{'topk': 2\}; MobaConfig\.from_dict",
+        ),
+        (lambda: Stage(64, "fine", 1), r"moba must be a MobaConfig, got 'fine'; MobaConfig\.from_preset"),
         (lambda: Stage(64, MobaConfig(8, 2), 1, learning_rate="1e-3"), "learning_rate must be a number"),
     ],
 )
@@ -393,12 +397,19 @@ def test_weights_that_a_trainer_without_the_callback_drops_are_reported(
     def warned(trainer_class: Any, weight: float) -> bool:
         warnings.clear()
         rows = wrap(Rows(text, 60, 2, lookup_weight=weight))
-        trainer_class(model=tiny(), args=settings, train_dataset=rows).train()
+        trainer = trainer_class(model=model, args=settings, train_dataset=rows)
+        next(iter(trainer.get_train_dataloader()))
         return any("loss_weights" in warning for warning in warnings)
 
+    model = tiny()
     assert warned(Trainer, 5.0)
     assert not warned(Trainer, 1.0)
     assert not warned(LongRowTrainer, 5.0)
+    trainer = LongRowTrainer(model=model, args=settings, train_dataset=Blocks(2, 60))
+    next(iter(trainer.get_eval_dataloader(wrap(Rows(text, 60, 2, lookup_weight=5.0)))))
+    trainer.train_dataset = wrap(Rows(text, 60, 2, lookup_weight=5.0))
+    next(iter(trainer.get_train_dataloader()))
+    assert not warnings
 
 
 def loss_of(trainer_class: Any, model: Any, tmp_path: Path) -> float:

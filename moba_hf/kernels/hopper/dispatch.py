@@ -40,7 +40,8 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if q.shape[3] not in _DIMS or v.shape[3] not in _DIMS or 128 % (q.shape[1] // k.shape[1]):
         return False
-    fits = all(_addressable(x) for x in (k, v)) and all(s % 8 == 0 for s in q.stride()[:3])
+    a, b, c, _ = q.stride()
+    fits = a % 8 == b % 8 == c % 8 == 0 and _addressable(k) and _addressable(v)
     return fits and compiles(q.device)
 
 
@@ -99,8 +100,8 @@ def _start(kernel: Any, q: Tensor, args: tuple[Any, ...], compile_only: bool, **
 
 def _addressable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can read `x`: 16-byte strides, last dimension contiguous."""
-    steps = [x.stride(i) for i in range(3)]
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps)
+    *steps, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and min(steps) > 0 and not any(step % 8 for step in steps)
 
 
 def takes_own(block_size: int) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from moba_cases import batched_moba_attention
 
 from moba_hf.config import LayerConfig
 from moba_hf.kernels.routing import key_format, pair_keys, route
+from moba_hf.kernels.tiling import make_tiling
 from moba_hf.op import ops
 from moba_hf.op.backends import choose_backend
 from moba_hf.op.checks import Case, assert_attention, assert_choice
+from moba_hf.op.sequences import Sequences, batched_table, constant_table
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -52,6 +57,26 @@ def test_own_block_in_any_slot(slot: int) -> None:
         out, _ = case.attend(choice, use_decode=few)
         again, _ = assert_attention(case, turned, use_decode=few)
         assert torch.allclose(out, again, atol=2e-6)
+
+
+def test_a_tiling_serves_all_layers_and_is_freed_with_its_table() -> None:
+    table = constant_table(batched_table(2, 30, 77, torch.device("cpu")))
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((4, 30), (2, 77), (2, 77)))
+        settings = {"softmax_scale": 0.3, "backend": "triton"}
+        for where in (table, table.clone()):
+            made.append(ops.attention(q, k, v, Sequences(where, 30, 77), LayerConfig(16, 3), **settings)[0])
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[2], made[3])
+    tiling, held = make_tiling(q, k, table, 30, 77, block_size=16, tile=8), ref(table)
+    assert make_tiling(q, k, table, 30, 77, block_size=16, tile=8) is tiling
+    freed = ref(tiling)
+    del table, where, tiling
+    gc.collect()
+    assert held() is None
+    assert freed() is None
 
 
 def test_results_do_not_depend_on_the_chunk() -> None:

@@ -196,7 +196,7 @@ def test_programs_of_the_mass_kernel_span_sequences(wide: bool, factor: int) -> 
 
 def test_masses_in_slots() -> None:
     """The order in which the Gluon kernel stores the masses of a step makes no difference to the choice."""
-    rule, step = SharedRule(16, 32, threshold=0.3, sample=8), 32
+    rule, step = SharedRule(16, 32, threshold=0.3, sample=8), 64
     case = Case([(40, 70), (130, 1100)], num_heads=4, num_kv_heads=2, head_dim=32)
     q, k = case.q, case.k
     sequences = sequences_of(case)
@@ -207,8 +207,8 @@ def test_masses_in_slots() -> None:
         x.zero_()
     summary = shared_summary(k, plan, rule.rotary_pairs)
     row_masses(q, summary, plan, rule, case.scale, masses, 0, MassTile(32, step, 4, 1))
-    # block 8 i + 2 t + j of a step is held by thread t of four, as its number 2 i + j
-    slots = masses.mass.unflatten(3, (-1, step // 8, 4, 2)).transpose(4, 5).flatten(3)
+    # block 8 i + 2 t + j of 32 is held by thread t of four, as its number 2 i + j
+    slots = masses.mass.unflatten(3, (-1, 4, 4, 2)).transpose(4, 5).flatten(3)
     choices = []
     for found in (masses, replace(masses, mass=slots.contiguous(), slots=True)):
         scratch = torch.empty(plan.num_tiles, 4, masses.mass.shape[3])

@@ -13,7 +13,10 @@ from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
 from moba_hf.kernels import shared_steps_attend, shared_tuning
 from moba_hf.kernels.shared_steps_attend import union_lists
+from moba_hf.op.block_means import block_means_of
+from moba_hf.op.gates import KeptMass
 from moba_hf.op.shared import pack_blocks
+from moba_hf.op.shared_reference import select_shared_ref
 from moba_hf.op.shared_rule import SharedRule
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -131,6 +134,27 @@ def test_a_model_decodes_as_with_the_portable_backend() -> None:
             rows.append(torch.stack(parts))
     for other in rows[1:]:
         torch.testing.assert_close(rows[0], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("which", "bad", "limit"),
+    [
+        ("q", torch.nan, {"threshold": 0.9}),
+        ("before", torch.inf, {"share": 0.3}),
+        ("k", torch.nan, {"threshold": 0.9, "topk": 6}),
+    ],
+)
+def test_masses_that_are_no_numbers_drop_no_block(which: str, bad: float, limit: dict[str, float]) -> None:
+    """One bad value makes all masses NaN, so a step takes the same blocks as its tile in a prefill."""
+    rule = SharedRule(16, 16, sample=2, sink_blocks=0, local_blocks=0, **limit)
+    case = Steps(rule, (2, 1), (16, 16), length=173, heard=12, starts=(0,))
+    getattr(case, which)[0, 0, {"q": 0, "before": 3, "k": 20}[which], 3] = bad
+    keys = case.k[:, :, : case.length]
+    case.kept = block_means_of(keys, case.start, 16, "triton", KeptMass(rule.rotary_pairs))
+    rows = torch.cat([case.before, case.q], 2)
+    expected = select_shared_ref(rows[0].transpose(0, 1), keys[0].transpose(0, 1), rule, case.scale)[:, -1]
+    assert torch.equal(case.unpacked(case.choose())[0, :, 0], expected)
+    assert expected[0].sum() == rule.topk or expected[0].all()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
