@@ -36,8 +36,8 @@ def clean_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def tiny(rule: MobaConfig, model_type: str = "llama") -> Any:
-    return tiny_model(model_type, rule, num_hidden_layers=2, eos_token_id=None)
+def tiny(rule: MobaConfig, model_type: str = "llama", layers: int = 2) -> Any:
+    return tiny_model(model_type, rule, num_hidden_layers=layers, eos_token_id=None)
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ class TestPrefill:
     @pytest.mark.parametrize(("rule", "masked"), [(FULL, False), (FULL, True), (SHARED, True)])
     def test_one_graph(self, rule: MobaConfig, masked: bool) -> None:
         """The model has never run before, so nothing depends on state left by an eager call."""
-        model, ids, counter = tiny(rule), tokens(2, 50), CompileCounterWithBackend("aot_eager")
+        model, ids, counter = tiny(rule, layers=1), tokens(2, 50), CompileCounterWithBackend("aot_eager")
         mask = padded(ids) if masked else torch.ones_like(ids)
         given = {"attention_mask": mask} if masked else {}
         compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -73,7 +73,7 @@ class TestPrefill:
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
 
     def test_changed_settings_compile_again(self) -> None:
-        model, ids, counter = tiny(FULL), tokens(1, 60), CompileCounterWithBackend("aot_eager")
+        model, ids, counter = tiny(FULL, layers=1), tokens(1, 60), CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         logits = []
         with torch.no_grad():
@@ -93,7 +93,7 @@ class TestPrefill:
     @pytest.mark.parametrize("rule", [pytest.param(FULL, marks=pytest.mark.slow), SHARED])
     def test_one_graph_for_all_lengths(self, rule: MobaConfig, train: bool) -> None:
         """The numbers in the settings stay constants of the graph, and changing them compiles again."""
-        model, counter = tiny(rule), CompileCounterWithBackend("aot_eager")
+        model, counter = tiny(rule, layers=1), CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
         seen = []
         for length, changed in ((50, False), (60, False), (77, False), (77, True)):
@@ -114,13 +114,13 @@ class TestPrefill:
         """Both backends are loaded while the graph is traced, as on a GPU with a dtype without kernels."""
         monkeypatch.setattr(backends, "_loaded", Registry())
         monkeypatch.setitem(backends._AUTO, "cpu", ("triton",))
-        model, ids = tiny(FULL), tokens(1, 50)
+        model, ids = tiny(FULL, layers=1), tokens(1, 50)
         with torch.no_grad():
             got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
             torch.testing.assert_close(got, model(ids, use_cache=False).logits)
 
     def test_backward(self) -> None:
-        model, ids = tiny(FULL), tokens(1, 50)
+        model, ids = tiny(FULL, layers=1), tokens(1, 50)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         grads = []
         for run in (model, compiled):
@@ -205,7 +205,7 @@ def test_shared_steps_of_a_static_cache_are_those_of_a_dynamic_one(tile: int) ->
 
 def test_chunks_and_decode_under_compile() -> None:
     """Compiled chunked prefill: one graph each for the empty cache, a full chunk, the rest, and a step."""
-    model, ids = tiny(SPARSE), tokens(1, 50)
+    model, ids = tiny(SPARSE, layers=1), tokens(1, 50)
     config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
     kwargs = {"max_new_tokens": 64, "do_sample": False, "prefill_chunk_size": 20}

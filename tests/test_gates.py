@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from costs import cost_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moba_hf import MobaCache, MobaConfig, moba_attention, select_blocks, use_moba
@@ -45,6 +46,13 @@ def test_scores_are_those_counted_key_by_key(block_size: int, kv_heads: int) -> 
             gain = spread / 2 if spread <= 2 * reach else math.sqrt(2 * spread * reach) - reach
             terms.append(size * math.exp(0.3 * float(x @ center) + gain))
         assert float(scores[head, t, block]) == pytest.approx(math.log(sum(terms)), rel=1e-9)
+
+
+def test_a_block_longer_than_the_text_costs_nothing() -> None:
+    k, q = torch.randn(2, 40, 16), torch.randn(4, 1, 16)
+    costs = [cost_of(partial(MassSummary(k, size, 0.3).scores, q, 0)) for size in (64, 65536)]
+    assert costs[0].result.shape == costs[1].result.shape == (4, 1, 0)
+    assert costs[0].operators == costs[1].operators
 
 
 def test_blocks_of_one_key_are_scored_exactly() -> None:

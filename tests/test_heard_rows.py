@@ -21,7 +21,6 @@ from moba_hf.op.shared_reference import shared_steps_ref
 from tests.model_checks import Call, captured, close, logits, tiny_model, tokens, with_rule
 
 SHARED = MobaConfig(8, gate="mass", tile=16, threshold=0.2, sample=2, decode="sparse")
-LAYERS = 3
 SLOTS = 160  # of static caches
 
 kinds = pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -36,7 +35,7 @@ class Text:
     """
 
     def __init__(self, model: Any, starts: list[int], length: int, static: bool = False):
-        self.model, self.starts = model, starts
+        self.model, self.starts, self.layers = model, starts, model.config.num_hidden_layers
         self.cache: Any = MobaCache(model.config, static=static, max_cache_len=SLOTS if static else None)
         self.ids = tokens(len(starts), length)
         self.mask = torch.ones(len(starts), length, dtype=torch.long)
@@ -65,12 +64,12 @@ class Text:
             self._compare(call, count)
 
     def _record(self, calls: list[Call]) -> None:
-        rows = [torch.cat([c.query for c in calls if c.layer_idx == i], 2) for i in range(LAYERS)]
+        rows = [torch.cat([c.query for c in calls if c.layer_idx == i], 2) for i in range(self.layers)]
         held = self.queries or [x[:, :, :0] for x in rows]
         self.queries = [torch.cat(pair, 2) for pair in zip(held, rows, strict=True)]
 
     def _compare(self, call: Call, count: int) -> None:
-        rule, query = SHARED.for_layer(call.layer_idx, LAYERS), self.queries[call.layer_idx]
+        rule, query = SHARED.for_layer(call.layer_idx, self.layers), self.queries[call.layer_idx]
         for row, start in enumerate(self.starts):
             first = max(start, self.known)
             parts = [
@@ -95,7 +94,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model(moba=SHARED)
+    return tiny_model(moba=SHARED, num_hidden_layers=2)
 
 
 @kinds

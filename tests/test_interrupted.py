@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -193,21 +194,29 @@ def test_files_that_vanish_from_the_working_folder_are_noticed(
 
 # Kills
 
+# Starts one process for each signal after the imports, which take seconds, and prints how each has ended.
 STALL = """
-import sys, time
+import json, os, sys, time
 from moba_hf import MobaConfig
 from moba_hf.checkpoints import convert
+from moba_hf_cli import app, main
 copy = convert.copy_tree
 def stall(*args, **kwargs):
     copy(*args, **kwargs)
     print("half-way", flush=True)
     time.sleep(60)
 convert.copy_tree = stall
-if sys.argv[1] == "library":
-    convert.convert_checkpoint(sys.argv[2], sys.argv[3], MobaConfig(8, 2), overwrite=True)
-else:
-    from moba_hf_cli import main
-    main(["convert", sys.argv[2], sys.argv[3], "--block-size", "8", "--topk", "2", "--overwrite"])
+children = {}
+for name, source, target, said in json.loads(sys.argv[1]):
+    children[name] = os.fork()
+    if children[name] == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{said}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+        if name == "kill":
+            convert.convert_checkpoint(source, target, MobaConfig(8, 2), overwrite=True)
+        main(["convert", source, target, "--block-size", "8", "--topk", "2", "--overwrite"])
+print(json.dumps(children), flush=True)
+print(json.dumps({x: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for x, pid in children.items()}))
 """
 
 
@@ -217,37 +226,36 @@ def _default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def test_killed_half_way(src: Path, out: Path) -> None:
+def test_killed_half_way(src: Path, out: Path, tmp_path: Path) -> None:
     """The command cleans up after SIGTERM, SIGHUP and SIGINT; after SIGKILL, the next run does."""
     kinds = {"term": 143, "hup": 129, "int": 130, "kill": -9}
     for name in kinds:
         convert_checkpoint(src, out / name, MOBA)
     before = snapshot(out)
-    children = {
-        name: subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                STALL,
-                "library" if name == "kill" else "command",
-                str(src),
-                str(out / name),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=_default_signals,
-        )
-        for name in kinds
-    }
+    jobs = [[name, str(src), str(out / name), str(tmp_path / name)] for name in kinds]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STALL, json.dumps(jobs)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=_default_signals,
+    )
+    assert parent.stdout is not None
+    children = json.loads(parent.stdout.readline())
     for name, child in children.items():
-        assert child.stdout is not None
-        assert child.stdout.readline() == "half-way\n"
+        printed = tmp_path / f"{name}.1"
+        for _ in range(300):
+            if printed.exists() and printed.read_text() == "half-way\n":
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"{name}: not half-way after 30 seconds")
         recover_folders(out)  # running processes keep their folders
-        child.send_signal(getattr(signal, f"SIG{name.upper()}"))
-        _, err = child.communicate(timeout=30)
-        assert child.returncode == kinds[name], err
-        assert name == "kill" or err == "moba-hf: interrupted\n"
+        os.kill(child, getattr(signal, f"SIG{name.upper()}"))
+    ends, _ = parent.communicate(timeout=30)
+    errors = {name: (tmp_path / f"{name}.2").read_text() for name in kinds}
+    assert json.loads(ends) == kinds, errors
+    errors.pop("kill")
+    assert set(errors.values()) == {"moba-hf: interrupted\n"}
     left = sorted(set(os.listdir(out)) - set(kinds))
     assert len(left) == 1
     assert left[0].startswith(".moba-hf-")

@@ -171,7 +171,7 @@ def known_families() -> list[str]:
 
 def has_adapter(model_type: str) -> bool:
     """Whether `find_adapter` would find one."""
-    return model_type in known_families()
+    return model_type in _BUILT_IN or model_type in known_families()  # reading entry points takes 3 ms
 
 
 @cache

@@ -209,7 +209,8 @@ class MassSummary:
         queries = q.to(self.mean.dtype).reshape(self.mean.shape[0], -1, q.shape[2])
         squares = self.squares(queries)
         total = queries @ self.smallest[:, :columns].transpose(1, 2)
-        for part in range(self.mean.shape[1]):
+        # a block longer than the text has thousands of parts
+        for part in range(self.mean.shape[1] if columns else 0):
             score = queries @ self.mean[:, part, :columns].transpose(1, 2)
             spread = squares @ self.var[:, part, :columns].transpose(1, 2)
             far = (2 * self.log_size * spread).sqrt_() - self.log_size

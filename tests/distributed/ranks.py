@@ -39,8 +39,13 @@ def launch(*program: str, ranks: int = 2, timeout: float = 300) -> subprocess.Co
 def assert_ranks(*steps: str, ranks: int = 2) -> None:
     """Runs steps that must succeed on every rank."""
     result = run_ranks(*steps, ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_done(result, *steps, ranks=ranks)
+
+
+def assert_done(result: subprocess.CompletedProcess[str], *steps: str, ranks: int = 2) -> None:
+    """Each step has ended on every rank."""
     output = result.stdout + result.stderr
-    assert result.returncode == 0, output
     for step in steps:
         name = step.split("=")[0]
         for rank in range(ranks):

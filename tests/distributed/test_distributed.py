@@ -13,14 +13,16 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from model_checks import tiny_config, tiny_model, tokens
-from ranks import assert_ranks, run_ranks
+from ranks import assert_done, assert_ranks, run_ranks
 from torch.utils.cpp_extension import is_ninja_available
 
 from moba_hf.hf.parallel import check_tensor_parallel
 
 GPUS = torch.cuda.device_count()
+# with ninja and a C++ compiler, to build its CPU communication
+DEEPSPEED = find_spec("deepspeed") is not None and is_ninja_available() and which("c++") is not None
 needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None or not (is_ninja_available() and which("c++")),
+    not DEEPSPEED,
     reason="needs DeepSpeed, with ninja and a C++ compiler to build its CPU communication",
 )
 
@@ -38,34 +40,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class TestTwoProcesses:
-    def test_tensor_parallel(self, folder: Any) -> None:
+    def test_engines_and_a_rank_that_fails_after_them(self, folder: Any) -> None:
+        """One run for all, since imports take most of its time; without DeepSpeed, Ulysses is left out."""
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         llama = folder("llama")
         uneven = folder("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-        assert_ranks(
+        steps = (
             f"tensor_parallel={llama}",
             f"tensor_parallel_gradients={llama}",
             f"tensor_parallel={folder('qwen3')}",  # QK-norm
             f"tensor_parallel={folder('qwen3_moe', **experts)}",
             f"uneven_heads={uneven}",
+            f"fsdp={llama}",
+            *([f"ulysses={llama}"] if DEEPSPEED else []),  # replaces attention in the process, so it is last
         )
-
-    def test_fsdp2(self, folder: Any) -> None:
-        assert_ranks(f"fsdp={folder('llama')}")
-
-    @needs_deepspeed
-    def test_ulysses(self, folder: Any) -> None:
-        assert_ranks(f"ulysses={folder('llama')}")
+        result = run_ranks(*steps, "fails=-")
+        assert_done(result, *steps)
+        assert result.returncode != 0
+        assert "ValueError: the error of rank 1" in result.stderr
+        assert "done: fails" not in result.stdout
 
     @needs_deepspeed
     def test_ulysses_through_accelerate(self, folder: Any) -> None:
         assert_ranks(f"through_accelerate={folder('llama')}")
-
-    def test_a_rank_that_fails_ends_the_others_with_its_message(self) -> None:
-        result = run_ranks("fails=-", timeout=120)
-        assert result.returncode != 0
-        assert "ValueError: the error of rank 1" in result.stderr
-        assert "done: fails" not in result.stdout
 
 
 @pytest.mark.gpu

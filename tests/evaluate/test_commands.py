@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,12 @@ def test_out_that_cannot_be_written(checkpoint: Path, capsys: pytest.CaptureFixt
 
 
 def test_lm_eval_runs_a_local_task_under_moba(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real harness on a local multiple-choice task gives the likelihoods that we compute."""
-    pytest.importorskip("lm_eval", reason='needs the extra "eval"')
+    tasks = pytest.importorskip("lm_eval.tasks", reason='needs the extra "eval"')
+    # reading the 14,000 files of the built-in tasks took 90 % of the time
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     questions = [
         {"text": "The grass is green and the sky is" * n, "a": " blue", "b": " red"} for n in (3, 5, 7)
     ]

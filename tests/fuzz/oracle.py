@@ -65,11 +65,8 @@ def blocks_of(q: Array, k: Array, position: int, rule: Rule) -> set[int]:
 
 def attend(q: Array, k: Array, v: Array, position: int, blocks: set[int], rule: Rule) -> tuple[Array, float]:
     """Output `(DV,)` and log-sum-exp of one query."""
-    weights, _, lse = _softmax(q, k, position, blocks, rule)
-    out = np.zeros(v.shape[1])
-    for key, weight in weights.items():
-        out += weight * v[key]
-    return out, lse
+    keys, weights, lse = _softmax(q, k, position, blocks, rule)
+    return weights @ v[keys], lse
 
 
 def gradients(
@@ -84,27 +81,19 @@ def gradients(
     into: tuple[Array, Array],
 ) -> Array:
     """`dq (D,)` of one query; its contributions to dk and dv are added to `into`."""
-    weights, _, _ = _softmax(q, k, position, blocks, rule)
-    out, _ = attend(q, k, v, position, blocks, rule)
-    d_q = np.zeros_like(q)
-    for key, weight in weights.items():
-        d_score = weight * (float(d_out @ (v[key] - out)) + d_lse) * rule.scale
-        d_q += d_score * k[key]
-        into[0][key] += d_score * q
-        into[1][key] += weight * d_out
-    return d_q
+    keys, weights, _ = _softmax(q, k, position, blocks, rule)
+    d_scores = weights * ((v[keys] - weights @ v[keys]) @ d_out + d_lse) * rule.scale
+    into[0][keys] += np.outer(d_scores, q)
+    into[1][keys] += np.outer(weights, d_out)
+    return d_scores @ k[keys]
 
 
 def _softmax(
     q: Array, k: Array, position: int, blocks: set[int], rule: Rule
-) -> tuple[dict[int, float], float, float]:
-    """The weight of each key, the largest score, and the log-sum-exp."""
+) -> tuple[list[int], Array, float]:
+    """The keys that a query attends, their weights, and the log-sum-exp."""
     keys = [i for i in range(position + 1) if i // rule.block_size in blocks]
-    scores = [rule.scale * float(q @ k[i]) for i in keys]
-    most = max(scores)
-    total = sum(math.exp(x - most) for x in scores)
-    return (
-        {i: math.exp(x - most) / total for i, x in zip(keys, scores, strict=True)},
-        most,
-        most + math.log(total),
-    )
+    scores = rule.scale * (k[keys] @ q)
+    exponentials = np.exp(scores - scores.max())
+    total = exponentials.sum()
+    return keys, exponentials / total, float(scores.max() + np.log(total))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moba_hf import MobaCache, MobaConfig, use_moba
 from moba_hf.hf.cache_names import cache_kwargs
-from moba_hf.kernels import shared_steps_attend
+from moba_hf.kernels import shared_steps_attend, shared_tuning
 from moba_hf.kernels.shared_steps_attend import union_lists
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import KeptMass
@@ -51,7 +51,7 @@ CASES = {
     ),
 }
 MANY_BLOCKS = partial(
-    Steps, SharedRule(16, 32, threshold=0.05, sample=16), (2, 1), (16, 16), 17_700, heard=31, starts=(0, 9000)
+    Steps, SharedRule(16, 32, threshold=0.05, sample=16), (2, 1), (16, 16), 2600, heard=31, starts=(0, 1300)
 )
 
 
@@ -92,7 +92,11 @@ def test_lists_hold_the_blocks_of_any_head(words: int) -> None:
         assert torch.equal(got[:count], chosen.nonzero().flatten().int())
 
 
-def test_sections_of_several_steps() -> None:
+def test_sections_of_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits that 162 blocks exceed, as 1,100 blocks exceed the real ones."""
+    monkeypatch.setattr(shared_tuning, "STEP_SECTIONS", 8)
+    monkeypatch.setattr(shared_tuning, "STEP_COLUMNS", 32)
+    monkeypatch.setattr(shared_tuning, "STEP_CHOICE_COLUMNS", 128)
     case = MANY_BLOCKS()
     assert_steps(case)
     assert_splits_and_budgets_change_nothing(case)
