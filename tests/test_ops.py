@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -25,6 +27,33 @@ from moba_hf.op.shared_rule import SharedRule
 pytestmark = pytest.mark.usefixtures("poison")
 
 RULE = {"block_size": 5, "topk": 3}
+
+SECOND_IMPORT = """
+import sys
+import torch
+from moba_hf import moba_attention as first
+
+x = torch.randn(32, 2, 16)
+rules = {"block_size": 8, "topk": 2}, {"block_size": 8, "tile": 8, "gate": "mass", "threshold": 0.1}
+wanted = [first(x, x, x, **rule) for rule in rules]
+for name in [name for name in sys.modules if name.split(".")[0] == "moba_hf"]:
+    del sys.modules[name]
+from moba_hf import moba_attention as second
+from moba_hf.op import backends
+
+assert second is not first
+seen, load = [], backends.load_backend
+for module in ("operators", "shared_ops"):
+    vars(sys.modules["moba_hf.op." + module])["load_backend"] = lambda name: seen.append(name) or load(name)
+for again in (second, first):
+    for rule, out in zip(rules, wanted):
+        seen.clear()
+        assert torch.equal(again(x, x, x, **rule), out)
+        assert seen, again
+        leaf = x.clone().requires_grad_()
+        again(leaf, x, x, **rule).sum().backward()
+        assert leaf.grad.any()
+"""
 
 
 def qkv(
@@ -417,6 +446,10 @@ class TestTorchLibrary:
         grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative"):
             grads[0].sum().backward()
+
+    def test_a_second_import(self) -> None:
+        """The operators of both imports work; those of the first call the functions of the second."""
+        subprocess.run([sys.executable, "-c", SECOND_IMPORT], check=True)
 
     def test_an_update_of_means(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It passes torch's checks, and autograd notices that a tensor was written to."""

@@ -20,7 +20,10 @@ from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.sequences import Attended, Sequences
 
-_LIBRARY = torch.library.Library("moba_hf", "FRAGMENT")
+# Torch defines an operator once. If this module is imported a second time or reloaded, the operators stay and
+# call the new functions: a call of an operator that was removed would crash the process.
+_kept: dict[str, Any] = vars(torch.ops.moba_hf).setdefault("kept", {})
+_LIBRARY = _kept.setdefault("library", torch.library.Library("moba_hf", "FRAGMENT"))
 
 # Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(LayerConfig)
@@ -37,15 +40,41 @@ def operator(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[
     """
 
     def declare(function: Callable[..., Any]) -> Any:
-        _LIBRARY.define(
-            name + torch.library.infer_schema(function, mutates_args=mutates),
-            tags=torch.Tag.pt2_compliant_tag,
-        )
-        # a frame that Dynamo skips may call the operator, whose kernels Dynamo must not trace
-        _LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+        schema = name + torch.library.infer_schema(function, mutates_args=mutates)
+        kernel = _latest(schema, function)
+        if kernel is not None:
+            _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+            # a frame that Dynamo skips may call the operator, whose kernels Dynamo must not trace
+            _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
         return getattr(torch.ops.moba_hf, name).default
 
     return declare
+
+
+def _latest(key: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A function that calls the last one that was given for `key`; None: that has been returned before."""
+    first = key not in _kept
+    _kept[key] = function
+    return (lambda *args, **kwargs: _kept[key](*args, **kwargs)) if first else None
+
+
+def fake(op: Any) -> Callable[[Callable[..., Any]], None]:
+    """Registers a function as the fake kernel of an `operator`."""
+
+    def register(function: Callable[..., Any]) -> None:
+        kernel = _latest(f"{op.name()} fake", function)
+        if kernel is not None:
+            torch.library.register_fake(op, kernel)
+
+    return register
+
+
+def gradient(op: Any, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+    """Registers the backward of an `operator`, and what saves tensors for it."""
+    setup = None if setup is None else _latest(f"{op.name()} setup", setup)
+    kernel = _latest(f"{op.name()} backward", backward)
+    if kernel is not None:
+        torch.library.register_autograd(op, kernel, setup_context=setup)
 
 
 def no_second_derivative(*_: Any) -> None:
@@ -92,7 +121,7 @@ def select_op(
     return load_backend(backend).select(q, k, sequences, rule, softmax_scale, block_means)
 
 
-@torch.library.register_fake(select_op)
+@fake(select_op)
 def _(q, k, table, mq, mk, block_size, topk, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], topk), dtype=torch.int32)
 
@@ -120,7 +149,7 @@ def decode_op(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.register_fake(decode_op)
+@fake(decode_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
@@ -149,7 +178,7 @@ def attend_op(
     return load_backend(backend).forward(q, k, v, block_indices, sequences, block_size, softmax_scale)
 
 
-@torch.library.register_fake(attend_op)
+@fake(attend_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
@@ -177,12 +206,12 @@ def _attend_backward(
     return load_backend(backend).backward(grad_out, grad_lse, saved, sequences, block_size, softmax_scale)
 
 
-@torch.library.register_fake(_attend_backward)
+@fake(_attend_backward)
 def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-torch.library.register_autograd(_attend_backward, no_second_derivative)
+gradient(_attend_backward, no_second_derivative)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -195,7 +224,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, *[None] * 7
 
 
-torch.library.register_autograd(attend_op, _backward, setup_context=_save_for_backward)
+gradient(attend_op, _backward, _save_for_backward)
 
 
 @operator("dense_decode")
@@ -206,7 +235,7 @@ def dense_decode_op(
     return _cache_kernels(backend).dense_decode(q, k, v, table, softmax_scale)
 
 
-@torch.library.register_fake(dense_decode_op)
+@fake(dense_decode_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
@@ -235,6 +264,6 @@ def update_means_op(
         kernels.update_mass(means, keys, kv_start, written, behind, block_size, rotary_pairs)
 
 
-@torch.library.register_fake(update_means_op)
+@fake(update_means_op)
 def _(means, keys, *_rest):  # type: ignore[no-untyped-def]
     return None

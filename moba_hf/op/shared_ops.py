@@ -16,7 +16,14 @@ from torch import Tensor
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.operators import empty_results, flat_sequences, no_second_derivative, operator
+from moba_hf.op.operators import (
+    empty_results,
+    fake,
+    flat_sequences,
+    gradient,
+    no_second_derivative,
+    operator,
+)
 from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
@@ -72,7 +79,7 @@ def select_shared_op(
     return _kernels(backend).select(q, k, sequences, rule, softmax_scale)
 
 
-@torch.library.register_fake(select_shared_op)
+@fake(select_shared_op)
 def _(q, k, table, max_seqlen_q, max_seqlen_k, block_size, tile, *_rest):  # type: ignore[no-untyped-def]
     sequences = Sequences(table, max_seqlen_q, max_seqlen_k)
     shape = (q.shape[1], num_tiles(sequences, q, tile), mask_words(max_seqlen_k, block_size))
@@ -98,7 +105,7 @@ def attend_shared_op(
     return _kernels(backend).attend(q, k, v, block_mask, sequences, block_size, tile, softmax_scale)
 
 
-@torch.library.register_fake(attend_shared_op)
+@fake(attend_shared_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 
@@ -127,12 +134,12 @@ def _attend_shared_backward(
     return _kernels(backend).backward(grad_out, grad_lse, saved, sequences, block_size, tile, softmax_scale)
 
 
-@torch.library.register_fake(_attend_shared_backward)
+@fake(_attend_shared_backward)
 def _(grad_out, grad_lse, q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-torch.library.register_autograd(_attend_shared_backward, no_second_derivative)
+gradient(_attend_shared_backward, no_second_derivative)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -145,7 +152,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, *[None] * 8
 
 
-torch.library.register_autograd(attend_shared_op, _backward, setup_context=_save_for_backward)
+gradient(attend_shared_op, _backward, _save_for_backward)
 
 
 @operator("decode_shared")
@@ -176,7 +183,7 @@ def decode_shared_op(
     return _kernels(backend).decode(q, k, v, kept, sequences, rule, softmax_scale, heard)
 
 
-@torch.library.register_fake(decode_shared_op)
+@fake(decode_shared_op)
 def _(q, k, v, *_rest):  # type: ignore[no-untyped-def]
     return empty_results(q, v)
 

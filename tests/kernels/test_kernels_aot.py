@@ -199,6 +199,22 @@ def _check(call: object, capability: int, most_spills: int) -> None:
         assert report.spills <= most_spills, report
 
 
+def test_a_constant_that_has_changed() -> None:
+    """What Triton compares at each launch, and hashes for its cache, shows a change."""
+    import triton.language as tl
+
+    from moba_hf.kernels.layout import Constant
+
+    five: object = Constant(5)
+    for same in (Constant(5), tl.constexpr(5), 5):
+        assert (five != same) is False
+        assert bool(same != five) is False
+    for other in (Constant(6), tl.constexpr(6), 6, object(), None):
+        assert (five != other) is True
+        assert other != five
+    assert (hash(five), str(five)) == (hash(tl.constexpr(5)), str(tl.constexpr(5)))
+
+
 def test_backend_refuses_cpu_tensors_without_the_interpreter() -> None:
     import torch
 
