@@ -127,3 +127,14 @@ class TestUseMobaCache:
             model.generate(ids, max_new_tokens=2)
         with moba_hf.use_moba_cache():  # without a cache nothing is checked
             model.generate(ids, max_new_tokens=2, use_cache=False)
+
+
+def test_what_is_no_cache_and_no_token_is_refused(model: Any) -> None:
+    ids = torch.randint(1, 90, (1, 5))
+    for name in CACHE_NAMES:
+        with pytest.raises(
+            TypeError, match=r"cache must be a Cache .*, got 'dynamic': pass moba_hf.MobaCache"
+        ):
+            moba_hf.prefill(model, ids, **{name: "dynamic"})
+    with pytest.raises(TypeError, match=r"dtype int64 or int32, got torch.float32"):
+        moba_hf.prefill(model, ids.float())

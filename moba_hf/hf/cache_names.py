@@ -41,9 +41,16 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
     Raises:
         ValueError: both are given.
+        TypeError: it is not a cache, for example the name of one.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError(
             "cache and past_key_values are two names of the same argument: pass only one of them"
         )
-    return past_key_values if cache is None else cache
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, Cache):
+        raise TypeError(
+            f"cache must be a Cache of transformers or None, got {given!r}: "
+            "pass moba_hf.MobaCache(model.config)"
+        )
+    return given

@@ -79,7 +79,8 @@ def prefill(
             a cache that is passed under both names, already contains the whole prompt, contains tokens
             rotated with other frequencies (`hf.rope`), or is static and has fewer slots than tokens; or a
             PEFT model with virtual tokens.
-        TypeError: `input_ids` or `attention_mask` is not a tensor, or `dense_tail` is not an int.
+        TypeError: `input_ids` or `attention_mask` is not a tensor, `input_ids` holds no integers, `cache` is
+            not a cache, or `dense_tail` is not an int.
     """
     check_virtual_tokens(model)
     shortest = _decode_max_len(model) + 1
@@ -176,6 +177,8 @@ def _check(input_ids: Tensor, chunk_size: int, attention_mask: Tensor | None, sh
         require_tensor("attention_mask", attention_mask)
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be (batch, length) and not empty, got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be token ids of dtype int64 or int32, got {input_ids.dtype}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be (batch, length) = {tuple(input_ids.shape)}, "
