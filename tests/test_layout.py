@@ -60,7 +60,7 @@ LAYERS = [
     {"op.portable_select", "op.shared_problems"},
     {"op.shared"},
     {"op.reference", "op.sequences"},
-    {"progress"},
+    {"files", "progress"},
     {"hf.parallel", "hf.remote_code"},
     {"checkpoints.safetensors_files", "checkpoints.gguf_files", "checkpoints.context_length"},
     {"checkpoints.gguf_header"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import tokenize
-import uuid
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from transformers.utils import logging
+
+from moba_hf.files import replacing
 
 Ids = np.ndarray[Any, Any]
 
@@ -161,14 +162,8 @@ def save_repositories(path: str | os.PathLike[str], repositories: Sequence[Repos
         small = one.ids.max() < 1 << 16
         arrays[f"{one.name}:ids"] = one.ids.astype(np.uint16 if small else np.uint32)
         arrays[f"{one.name}:files"] = one.files
-    target = Path(path)
-    beside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with open(beside, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(Path(path)) as beside, open(beside, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_repositories(path: str | os.PathLike[str]) -> list[Repository]:

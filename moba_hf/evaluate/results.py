@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from moba_hf.files import replacing
 
 T = TypeVar("T")
 
@@ -75,15 +76,10 @@ class Store:
         check = _check(self.settings, self.answers)
         text = json.dumps({"settings": self.settings, "answers": self.answers, "check": check}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
+        with replacing(self.path) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
             if self.path.exists():
                 shutil.copymode(self.path, beside)
-            beside.replace(self.path)
-        except BaseException:  # a full disk or a signal
-            beside.unlink(missing_ok=True)
-            raise
 
 
 def _check(settings: Any, answers: Any) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from moba_hf.config import NAME
+from moba_hf.files import replacing
 from moba_hf.hf.adapter import find_adapter
 from moba_hf.hf.cache import MobaCache
 from moba_hf.hf.dynamic_layer import MobaLayer
@@ -208,13 +208,10 @@ def _save(file: Path, made_of: dict[str, str], hashes: Sequence[str], cache: Mob
         tensors[f"keys.{index}"] = layer.keys.contiguous()
         tensors[f"values.{index}"] = layer.values.contiguous()
     about = {**made_of, "chunks": json.dumps(list(hashes)), "tokens": str(cache.get_seq_length())}
-    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.part")  # another process may save too
     try:
-        save_file(tensors, beside, about)
-        beside.replace(file)
+        with replacing(file) as beside:
+            save_file(tensors, beside, about)
     except (OSError, SafetensorError) as error:  # the cache is worth more than the file
         logger.warning(
             f"{file}: the cache could not be saved, so the text will be read again next time ({error})"
         )
-    finally:
-        beside.unlink(missing_ok=True)
