@@ -67,7 +67,7 @@ LAYERS = [
     {"config", "hf.cache_names"},
     {"op.layer_rule"},
     {"op.backend_table", "op.gates", "op.shared_rule"},
-    {"op.numerics", "op.registry"},
+    {"op.declare", "op.numerics", "op.registry"},
 ]
 # Packages whose modules have their own layers; any other package counts as one part.
 SPLIT = {"hf", "op", "checkpoints"}

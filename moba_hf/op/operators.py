@@ -8,7 +8,6 @@ callers pass tensors that need no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,70 +15,13 @@ import torch
 from torch import Tensor
 
 from moba_hf.op.backends import CacheKernels, load_backend
+from moba_hf.op.declare import fake, gradient, no_second_derivative, operator
 from moba_hf.op.layer_rule import LayerConfig
 from moba_hf.op.numerics import accumulate_dtype
 from moba_hf.op.sequences import Attended, Sequences
 
-# Torch defines an operator once. If this module is imported a second time or reloaded, the operators stay and
-# call the new functions: a call of an operator that was removed would crash the process.
-_kept: dict[str, Any] = vars(torch.ops.moba_hf).setdefault("kept", {})
-_LIBRARY = _kept.setdefault("library", torch.library.Library("moba_hf", "FRAGMENT"))
-
 # Builds the rule from its flattened form; cached, so that it is validated once.
 _rule = lru_cache(maxsize=None)(LayerConfig)
-
-
-def operator(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Declares a function as the torch operator `moba_hf::name` for all devices; returns the operator.
-
-    A call costs a third of one through `torch.library.custom_op`, whose operators check their results for
-    aliases at run time (`torch.library.opcheck` does it in the tests), and always take a detour for autograd.
-
-    Args:
-        mutates: the arguments that the function writes to.
-    """
-
-    def declare(function: Callable[..., Any]) -> Any:
-        schema = name + torch.library.infer_schema(function, mutates_args=mutates)
-        kernel = _latest(schema, function)
-        if kernel is not None:
-            _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-            # a frame that Dynamo skips may call the operator, whose kernels Dynamo must not trace
-            _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
-        return getattr(torch.ops.moba_hf, name).default
-
-    return declare
-
-
-def _latest(key: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A function that calls the last one that was given for `key`; None: that has been returned before."""
-    first = key not in _kept
-    _kept[key] = function
-    return (lambda *args, **kwargs: _kept[key](*args, **kwargs)) if first else None
-
-
-def fake(op: Any) -> Callable[[Callable[..., Any]], None]:
-    """Registers a function as the fake kernel of an `operator`."""
-
-    def register(function: Callable[..., Any]) -> None:
-        kernel = _latest(f"{op.name()} fake", function)
-        if kernel is not None:
-            torch.library.register_fake(op, kernel)
-
-    return register
-
-
-def gradient(op: Any, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
-    """Registers the backward of an `operator`, and what saves tensors for it."""
-    setup = None if setup is None else _latest(f"{op.name()} setup", setup)
-    kernel = _latest(f"{op.name()} backward", backward)
-    if kernel is not None:
-        torch.library.register_autograd(op, kernel, setup_context=setup)
-
-
-def no_second_derivative(*_: Any) -> None:
-    """The backward of the operators that compute gradients."""
-    raise NotImplementedError("MoBA has no second derivative: its gradients cannot be differentiated")
 
 
 def flat_rule(rule: LayerConfig) -> tuple[int, int, int, int, str, str]:

@@ -15,15 +15,9 @@ from torch import Tensor
 
 from moba_hf.op.backends import choose_backend, load_backend
 from moba_hf.op.block_means import block_means_of
+from moba_hf.op.declare import fake, gradient, no_second_derivative, operator
 from moba_hf.op.gates import KeptMass
-from moba_hf.op.operators import (
-    empty_results,
-    fake,
-    flat_sequences,
-    gradient,
-    no_second_derivative,
-    operator,
-)
+from moba_hf.op.operators import empty_results, flat_sequences
 from moba_hf.op.sequences import Attended, Sequences, each_query
 from moba_hf.op.shared import SharedRule, mask_words, num_tiles
 from moba_hf.op.shared_backends import SharedKernels
